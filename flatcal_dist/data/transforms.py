@@ -1,0 +1,105 @@
+"""What happens to an image between decoding and the network.
+
+Transforms work on uint8 tensors in the worker processes; `Normalize` turns whole batches into
+float32 on the device. Augmentation draws from a seed per sample, never from the process's own
+random stream, so it is the same on any number of ranks and workers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as T
+
+Evaluation = Callable[[Tensor], Tensor]  # uint8 [C, H, W] -> uint8 [C, S, S]
+Training = Callable[[Tensor, int], Tensor]  # the same, given the sample's seed
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How images are cut to the network's size, in training and in evaluation.
+
+    "resized_crop": training takes a random crop of relative area `scale` and aspect `ratio`,
+    resizes it, and mirrors it with probability `flip`; evaluation resizes the shorter side to
+    image_size / crop_pct and cuts out the centre, as timm does.
+    "none": no randomness, no cropping; an image of another size is stretched to image_size.
+    """
+
+    kind: Literal["none", "resized_crop"] = "resized_crop"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    crop_pct: float = 0.875
+
+
+def training_transform(augmentation: Augmentation, image_size: int) -> Training:
+    """The transform (image uint8 [C, H, W], seed) -> uint8 [C, image_size, image_size]."""
+    if augmentation.kind == "none":
+        return _Unseeded(_stretch(augmentation, image_size))
+    crop = T.RandomResizedCrop(
+        image_size,
+        scale=augmentation.scale,
+        ratio=augmentation.ratio,
+        interpolation=InterpolationMode(augmentation.interpolation),
+        antialias=True,
+    )
+    return _Seeded(T.Compose([crop, T.RandomHorizontalFlip(augmentation.flip)]))
+
+
+def evaluation_transform(augmentation: Augmentation, image_size: int) -> Evaluation:
+    """The transform image uint8 [C, H, W] -> uint8 [C, image_size, image_size]."""
+    if augmentation.kind == "none":
+        return _stretch(augmentation, image_size)
+    interpolation = InterpolationMode(augmentation.interpolation)
+    shorter = math.floor(image_size / augmentation.crop_pct)
+    resize = T.Resize(shorter, interpolation=interpolation, antialias=True)
+    return T.Compose([resize, T.CenterCrop(image_size)])
+
+
+def _stretch(augmentation: Augmentation, image_size: int) -> Evaluation:
+    interpolation = InterpolationMode(augmentation.interpolation)
+    return T.Resize((image_size, image_size), interpolation=interpolation, antialias=True)
+
+
+@dataclass(frozen=True)
+class _Seeded:
+    """A random torchvision transform whose randomness is the seed's alone."""
+
+    transform: Callable[[Tensor], Tensor]
+
+    def __call__(self, image: Tensor, seed: int) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would reseed the GPUs as well, which fork_rng does not undo here.
+            torch.default_generator.manual_seed(seed)
+            return self.transform(image)
+
+
+@dataclass(frozen=True)
+class _Unseeded:
+    transform: Callable[[Tensor], Tensor]
+
+    def __call__(self, image: Tensor, seed: int) -> Tensor:
+        return self.transform(image)
+
+
+class Normalize(nn.Module):
+    """uint8 [N, C, H, W] -> float32: (x / 255 - mean) / std per channel, on x's device.
+
+    `mean` and `std` are fractions of full intensity, one per channel. Holds no parameters and
+    nothing that a checkpoint would store.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        # On 0..255 images: one subtraction, one division.
+        for name, values in (("mean", mean), ("std", std)):
+            scaled = torch.tensor(values, dtype=torch.float64).mul(255).float().view(-1, 1, 1)
+            self.register_buffer(name, scaled, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.to(self.mean.device, torch.float32).sub_(self.mean).div_(self.std)
