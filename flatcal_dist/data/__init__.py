@@ -1,0 +1,53 @@
+"""Images from WebDataset shards to the device, in an order that can be resumed exactly.
+
+shards = expand("imagenet/imagenet1k-train-{0000..1023}.tar")
+index = load_index(shards, classes=1000)
+batches = training_loader(index, seed=0, global_batch_size=1024, micro_batch_size=256,
+                          transform=training_transform(Augmentation(), 224), channels=3,
+                          epochs=90, start=Position(12, 345), rank=rank, world_size=world_size)
+for micro_batches in optimizer_steps(batches):
+    ...
+"""
+
+from flatcal_dist.data.decode import DECODER
+from flatcal_dist.data.digits import prepare_digits
+from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.index import Index, index_shard, load_index
+from flatcal_dist.data.loader import (
+    Batch,
+    EvaluationBatch,
+    evaluation_loader,
+    optimizer_steps,
+    training_loader,
+)
+from flatcal_dist.data.order import Position, steps_per_epoch
+from flatcal_dist.data.shards import Sample, expand, write_shards
+from flatcal_dist.data.transforms import (
+    Augmentation,
+    Normalize,
+    evaluation_transform,
+    training_transform,
+)
+
+__all__ = [
+    "DECODER",
+    "Augmentation",
+    "Batch",
+    "DataError",
+    "EvaluationBatch",
+    "Index",
+    "Normalize",
+    "Position",
+    "Sample",
+    "evaluation_loader",
+    "evaluation_transform",
+    "expand",
+    "index_shard",
+    "load_index",
+    "optimizer_steps",
+    "prepare_digits",
+    "steps_per_epoch",
+    "training_loader",
+    "training_transform",
+    "write_shards",
+]
