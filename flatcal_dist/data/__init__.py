@@ -20,7 +20,7 @@ from flatcal_dist.data.loader import (
     optimizer_steps,
     training_loader,
 )
-from flatcal_dist.data.order import Position, steps_per_epoch
+from flatcal_dist.data.order import Position, sample_seed, steps_per_epoch
 from flatcal_dist.data.shards import Sample, expand, write_shards
 from flatcal_dist.data.transforms import (
     Augmentation,
@@ -46,6 +46,7 @@ __all__ = [
     "load_index",
     "optimizer_steps",
     "prepare_digits",
+    "sample_seed",
     "steps_per_epoch",
     "training_loader",
     "training_transform",

@@ -22,7 +22,8 @@ import webdataset
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from flatcal_dist.data.errors import DataError
-from flatcal_dist.data.index import IMAGES, index_shard
+from flatcal_dist.data.index import index_shard
+from flatcal_dist.data.walk import IMAGES
 
 
 @dataclass(frozen=True)
@@ -145,28 +146,30 @@ def _add_to_info(directory: Path, split: str, shards: list[Path], lengths: list[
         os.close(handle)
 
 
-def expand(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
+def expand(pattern: str | Path | Sequence[str | Path], split: str | None = None) -> list[Path]:
     """The shards that a directory, a glob, a brace pattern or a list of these names.
 
     The order is stable: lists and braces as written, directories and globs by name; a shard
-    named twice comes once, at its first place.
+    named twice comes once, at its first place. Splits may share a directory: with `split`, a
+    directory stands for that split of its `_info.json`, or without one for the shards named
+    `*-SPLIT-*.tar` if there are any; otherwise for all of its shards.
 
-    Raises DataError if a pattern matches nothing, or a shard named outright or by braces is
-    missing.
+    Raises DataError if a pattern matches nothing, a shard named outright or by braces is
+    missing, or a directory's `_info.json` has splits but not this one.
     """
     if isinstance(pattern, str | Path):
         pattern = [pattern]
     found: dict[Path, None] = {}
     for one in pattern:
-        found.update(dict.fromkeys(_expand(str(one))))
+        found.update(dict.fromkeys(_expand(str(one), split)))
     if not found:
         raise DataError("No shards were named. Give a directory, a pattern or a list of them.")
     return list(found)
 
 
-def _expand(pattern: str) -> list[Path]:
+def _expand(pattern: str, split: str | None) -> list[Path]:
     if Path(pattern).expanduser().exists():  # also a name that happens to hold * or {
-        return _tars(Path(pattern).expanduser())
+        return _tars(Path(pattern).expanduser(), split)
     try:
         names = list(braceexpand(pattern))
     except UnbalancedBracesError as error:
@@ -175,7 +178,7 @@ def _expand(pattern: str) -> list[Path]:
     for name in names:
         path = Path(name).expanduser()
         if path.exists():
-            found += _tars(path)
+            found += _tars(path, split)
         elif has_magic(name):
             # A glob is meant for shards: what lies beside them (indexes) is not asked for.
             paths = map(Path, glob(str(path)))  # noqa: PTH207 (Path.glob wants a fixed root)
@@ -191,10 +194,36 @@ def _expand(pattern: str) -> list[Path]:
     return found
 
 
-def _tars(path: Path) -> list[Path]:
+def _tars(path: Path, split: str | None) -> list[Path]:
     if not path.is_dir():
         return [path]
+    info = path / "_info.json"
+    if split is not None and info.exists():
+        return _split_of(path, split, info)
     shards = sorted(p for p in path.glob("*.tar") if not p.name.startswith("."))
     if not shards:
         raise DataError(f"The directory {path} holds no .tar file. Check the path, or shard first.")
+    return [p for p in shards if f"-{split}-" in p.name] or shards
+
+
+def _split_of(directory: Path, split: str, info: Path) -> list[Path]:
+    try:
+        splits = json.loads(info.read_text())["splits"]
+        names = {name: list(about["filenames"]) for name, about in splits.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{info} does not have the form splits -> name -> filenames ({error!r}). Mend it, or "
+            "name the shards by pattern instead of by directory."
+        ) from error
+    if split not in names:
+        raise DataError(
+            f"{info} lists no split {split!r}, only {', '.join(names) or 'none'}. Write that split "
+            "into the directory, or name its shards by pattern instead of by directory."
+        )
+    shards = [directory / name for name in names[split]]
+    if missing := [shard.name for shard in shards if not shard.exists()]:
+        raise DataError(
+            f"{info} lists {missing[0]} ({len(missing)} such shards) in split {split!r}, but it is "
+            "not there. Copy the shards again, or name those that are there by pattern."
+        )
     return shards
