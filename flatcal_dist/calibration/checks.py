@@ -1,0 +1,76 @@
+"""What every function of this package accepts; the errors say what was expected."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+
+
+def confidence_and_correct(
+    confidence: ArrayLike, correct: ArrayLike, *, probability: bool = True
+) -> tuple[FloatArray, BoolArray]:
+    """Return confidence as float64 [N] and correct as bool [N], or raise ValueError.
+
+    `probability=False` accepts any finite score (ranking metrics need only an order).
+    """
+    c = np.asarray(confidence, dtype=np.float64)
+    a = np.asarray(correct)
+    if c.ndim != 1 or a.ndim != 1:
+        raise ValueError(f"confidence and correct must have shape [N], got {c.shape} and {a.shape}")
+    if len(c) != len(a):
+        raise ValueError(
+            f"confidence and correct must have equal lengths, got {len(c)} and {len(a)}"
+        )
+    if len(c) == 0:
+        raise ValueError("confidence is empty: at least one image is needed")
+    if not np.isfinite(c).all():
+        bad = int((~np.isfinite(c)).sum())
+        raise ValueError(f"confidence has {bad} NaN or infinite values; mend the logits first")
+    if probability and (c.min() < 0 or c.max() > 1):
+        raise ValueError(
+            f"confidence must lie in [0, 1], found {c.min():g} to {c.max():g}; "
+            "pass softmax probabilities, not logits"
+        )
+    if a.dtype != np.bool_:
+        if not np.isin(a, (0, 1)).all():
+            raise ValueError("correct must be bool or 0/1")
+        a = a.astype(np.bool_)
+    return c, a
+
+
+def logits_and_labels(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, IntArray]:
+    """Return logits [N, K] in their own floating dtype and labels as int64 [N].
+
+    Raises ValueError for wrong shapes, an empty input, NaN or infinite logits, and labels that
+    are not integers in 0..K-1.
+    """
+    z, y = np.asarray(logits), np.asarray(labels)
+    if z.ndim != 2 or z.shape[1] < 2:
+        raise ValueError(f"logits must have shape [N, K] with K >= 2, got {z.shape}")
+    if y.shape != (len(z),):
+        raise ValueError(f"labels must have shape [{len(z)}] to match the logits, got {y.shape}")
+    if len(z) == 0:
+        raise ValueError("logits are empty: at least one image is needed")
+    if not np.issubdtype(z.dtype, np.floating):
+        z = z.astype(np.float64)
+    bad = np.flatnonzero(~np.isfinite(z).all(axis=1))
+    if len(bad):
+        raise ValueError(f"logits of {len(bad)} images are NaN or infinite, first at row {bad[0]}")
+    if not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(f"labels must be integers, got dtype {y.dtype}")
+    y = y.astype(np.int64)
+    if y.min() < 0 or y.max() >= z.shape[1]:
+        raise ValueError(
+            f"labels must lie in 0..{z.shape[1] - 1} for {z.shape[1]} classes, "
+            f"found {y.min()} to {y.max()}"
+        )
+    return z, y
+
+
+def positive_integer(value: int, name: str) -> int:
+    """Return value, or raise ValueError unless it is an integer >= 1."""
+    if int(value) != value or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
+    return int(value)

@@ -1,0 +1,253 @@
+"""Selective prediction (failure prediction): how well confidence sorts correct from wrong.
+
+Every function takes a score [N], higher meaning more confident, and `correct` [N] (bool or 0/1).
+Only the order of the scores counts, so any finite score will do; log-confidence is the one that
+does not saturate. Images of equal score form one group and their order never matters: what
+depends on it is its expectation over random order. `None` where a value is undefined (AUROC when
+every prediction is correct). ValueError for empty input, unequal lengths, NaN.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .checks import FloatArray, IntArray, confidence_and_correct
+
+
+@dataclass(frozen=True)
+class TieGroups:
+    """Images grouped by equal score, most confident first: how many, and how many are wrong.
+
+    A bootstrap resample is another `size` and `errors` over the same groups, zeros included.
+    """
+
+    size: IntArray
+    errors: IntArray
+
+    @cached_property
+    def accepted(self) -> IntArray:
+        """Images accepted after each group."""
+        return np.cumsum(self.size)
+
+    @cached_property
+    def accepted_errors(self) -> IntArray:
+        return np.cumsum(self.errors)
+
+    @property
+    def images(self) -> int:
+        return int(self.accepted[-1])
+
+    @property
+    def wrong(self) -> int:
+        return int(self.accepted_errors[-1])
+
+    @property
+    def right(self) -> int:
+        return self.images - self.wrong
+
+
+def tie_groups(confidence: ArrayLike, correct: ArrayLike) -> TieGroups:
+    """Sort by falling score and gather equal scores."""
+    c, a = confidence_and_correct(confidence, correct, probability=False)
+    order, starts = tie_order(c)
+    size = np.diff(np.append(starts, len(c)))
+    return TieGroups(size, np.add.reduceat((~a[order]).astype(np.int64), starts))
+
+
+def tie_order(confidence: FloatArray) -> tuple[IntArray, IntArray]:
+    """Order by falling score, and where in that order each group of equal scores starts."""
+    order = np.argsort(-confidence, kind="stable")
+    sorted_scores = confidence[order]
+    return order, np.flatnonzero(np.append(True, sorted_scores[1:] != sorted_scores[:-1]))
+
+
+@lru_cache(maxsize=4)
+def _harmonic(n: int) -> FloatArray:
+    """Harmonic numbers H_0 .. H_n."""
+    return np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, n + 1))])
+
+
+def groups_aurc(groups: TieGroups) -> float:
+    """AURC of tie groups. In a group of m images, g wrong, after N images, E wrong, the expected
+    sum of risks is sum_j (E + j g/m)/(N + j) = g + (H_{N+m} - H_N)(E - N g/m).
+    """
+    size, errors = groups.size, groups.errors
+    before, wrong_before = groups.accepted - size, groups.accepted_errors - errors
+    table = _harmonic(groups.images)
+    harmonic = np.where(
+        size == 1, 1.0 / np.maximum(groups.accepted, 1), table[groups.accepted] - table[before]
+    )
+    share = errors / np.maximum(size, 1)
+    return float((errors + harmonic * (wrong_before - before * share)).sum() / groups.images)
+
+
+def _optimal_aurc(groups: TieGroups) -> float:
+    """AURC when every correct image stands before every wrong one."""
+    sizes = np.array([groups.right, groups.wrong])
+    return groups_aurc(TieGroups(sizes, np.array([0, groups.wrong])))
+
+
+def groups_eaurc(groups: TieGroups) -> float:
+    return groups_aurc(groups) - _optimal_aurc(groups)
+
+
+def groups_augrc(groups: TieGroups) -> float:
+    before = groups.accepted_errors - groups.errors
+    area = (groups.size * (before + groups.accepted_errors)).sum() / 2
+    return float(area / groups.images**2)
+
+
+def groups_auroc(groups: TieGroups) -> float | None:
+    if groups.wrong == 0 or groups.right == 0:
+        return None
+    wrong_below = groups.wrong - groups.accepted_errors + groups.errors / 2
+    return float(((groups.size - groups.errors) * wrong_below).sum() / groups.wrong / groups.right)
+
+
+def groups_fpr_at_95_tpr(groups: TieGroups) -> float | None:
+    if groups.wrong == 0 or groups.right == 0:
+        return None
+    # In whole numbers, so that a rate of exactly 95 % is not lost to rounding.
+    enough = 100 * (groups.accepted - groups.accepted_errors) >= 95 * groups.right
+    return float(groups.accepted_errors[np.argmax(enough)] / groups.wrong)
+
+
+def _average_precision(positive: IntArray, size: IntArray) -> float | None:
+    found, seen = np.cumsum(positive), np.cumsum(size)
+    if found[-1] == 0:
+        return None
+    return float((positive * found / np.maximum(seen, 1)).sum() / found[-1])
+
+
+def _trapezoid_precision(positive: IntArray, size: IntArray) -> float | None:
+    found, seen = np.cumsum(positive), np.cumsum(size)
+    if found[-1] == 0:
+        return None
+    recall = np.append(0.0, found / found[-1])
+    return float(np.trapezoid(np.append(1.0, found / np.maximum(seen, 1)), recall))
+
+
+def groups_aupr_success(groups: TieGroups) -> float | None:
+    return _average_precision(groups.size - groups.errors, groups.size)
+
+
+def groups_aupr_error(groups: TieGroups) -> float | None:
+    return _average_precision(groups.errors[::-1], groups.size[::-1])
+
+
+def aurc(confidence: ArrayLike, correct: ArrayLike) -> float:
+    """AURC = 1/N sum_k r_k, r_k the share of wrong ones among the k most confident images.
+
+    In [0, 1], lower is better; papers print it times 1,000. Source: Geifman et al., Bias-Reduced
+    Uncertainty Estimation (ICLR 2019), section 3.
+    """
+    return groups_aurc(tie_groups(confidence, correct))
+
+
+def eaurc(
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    optimum: Literal["exact", "continuous"] = "exact",
+) -> float:
+    """E-AURC = AURC minus that of an oracle that ranks every wrong image last.
+
+    optimum: "exact" for N images, or "continuous", err + (1 - err) log(1 - err), as papers print
+    it. Source: Geifman et al. (ICLR 2019), equation 2.
+    """
+    groups = tie_groups(confidence, correct)
+    if optimum == "exact":
+        return groups_eaurc(groups)
+    if optimum != "continuous":
+        raise ValueError(f"optimum must be 'exact' or 'continuous', got {optimum!r}")
+    accuracy = groups.right / groups.images
+    best = 1 - accuracy + (accuracy * np.log(accuracy) if accuracy > 0 else 0.0)
+    return float(groups_aurc(groups) - best)
+
+
+def augrc(confidence: ArrayLike, correct: ArrayLike) -> float:
+    """AUGRC: area under (coverage, share of all images that are accepted and wrong), trapezoidal.
+
+    Equals (1 - AUROC) acc err + err^2 / 2, ties included. Source: Traub et al., Overcoming Common
+    Flaws in the Evaluation of Selective Classification Systems (NeurIPS 2024), section 4.
+    """
+    return groups_augrc(tie_groups(confidence, correct))
+
+
+def auroc(confidence: ArrayLike, correct: ArrayLike) -> float | None:
+    """Probability that a correct image outranks a wrong one, ties counting half; None if all are
+    correct or all wrong. Source: Hendrycks and Gimpel (ICLR 2017), section 2.
+    """
+    return groups_auroc(tie_groups(confidence, correct))
+
+
+def fpr_at_95_tpr(confidence: ArrayLike, correct: ArrayLike) -> float | None:
+    """Least share of wrong images accepted by a threshold that accepts >= 95 % of correct ones.
+
+    Thresholds stand between tie groups and none is dropped. None if all are correct or all wrong.
+    """
+    return groups_fpr_at_95_tpr(tie_groups(confidence, correct))
+
+
+def aupr_success(
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    method: Literal["average_precision", "trapezoid"] = "average_precision",
+) -> float | None:
+    """Area under precision-recall, correct being positive; None if all are wrong.
+
+    "average_precision" is the step sum (no optimistic interpolation); "trapezoid" what several
+    failure-prediction papers print. Source: Hendrycks and Gimpel (ICLR 2017), section 2.
+    """
+    groups = tie_groups(confidence, correct)
+    return _area(method)(groups.size - groups.errors, groups.size)
+
+
+def aupr_error(
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    method: Literal["average_precision", "trapezoid"] = "average_precision",
+) -> float | None:
+    """Area under precision-recall, wrong being positive and low scores first; None if all are
+    correct. Options as in `aupr_success`.
+    """
+    groups = tie_groups(confidence, correct)
+    return _area(method)(groups.errors[::-1], groups.size[::-1])
+
+
+def _area(method: str):
+    areas = {"average_precision": _average_precision, "trapezoid": _trapezoid_precision}
+    if method not in areas:
+        raise ValueError(f"method must be one of {sorted(areas)}, got {method!r}")
+    return areas[method]
+
+
+def risk_coverage_curve(confidence: ArrayLike, correct: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """Coverage and risk [G] at every threshold, rising in coverage and ending at coverage 1.
+
+    One point per group of equal scores: only whole groups can be accepted.
+    """
+    groups = tie_groups(confidence, correct)
+    return groups.accepted / groups.images, groups.accepted_errors / groups.accepted
+
+
+def risk_at_coverage(confidence: ArrayLike, correct: ArrayLike, coverage: float) -> float:
+    """Risk of the ceil(coverage N) most confident images, in expectation over ties."""
+    if not 0 < coverage <= 1:
+        raise ValueError(f"coverage must lie in (0, 1], got {coverage}")
+    groups = tie_groups(confidence, correct)
+    k = max(1, int(np.ceil(coverage * groups.images - 1e-9)))
+    g = int(np.searchsorted(groups.accepted, k))
+    missing = int(groups.accepted[g]) - k
+    return float((groups.accepted_errors[g] - missing * groups.errors[g] / groups.size[g]) / k)
+
+
+def coverage_at_risk(confidence: ArrayLike, correct: ArrayLike, risk: float) -> float:
+    """Largest coverage that a threshold can give at no more than this risk; 0.0 if none can."""
+    if not 0 <= risk <= 1:
+        raise ValueError(f"risk must lie in [0, 1], got {risk}")
+    coverage, achieved = risk_coverage_curve(confidence, correct)
+    allowed = np.flatnonzero(achieved <= risk + 1e-12)
+    return float(coverage[allowed[-1]]) if len(allowed) else 0.0
