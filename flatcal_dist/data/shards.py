@@ -203,7 +203,7 @@ def _tars(path: Path, split: str | None) -> list[Path]:
     shards = sorted(p for p in path.glob("*.tar") if not p.name.startswith("."))
     if not shards:
         raise DataError(f"The directory {path} holds no .tar file. Check the path, or shard first.")
-    return [p for p in shards if f"-{split}-" in p.name] or shards
+    return [p for p in shards if split and f"-{split}-" in p.name] or shards
 
 
 def _split_of(directory: Path, split: str, info: Path) -> list[Path]:

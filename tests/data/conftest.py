@@ -1,0 +1,56 @@
+"""Small shards of random images, written once; and tars made by hand to be refused."""
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flatcal_dist.data import Index, Sample, load_index, write_shards
+
+
+def png(seed: int, height: int = 12, width: int = 10) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "png")
+    return data.getvalue()
+
+
+def make_samples(n: int, prefix: str = "s") -> list[Sample]:
+    return [Sample(f"{prefix}{i:03d}", png(i), "png", i % 7, f"{i}.png") for i in range(n)]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """50 samples in shards of 12, 12, 12, 12 and 2; sample i is the image of seed i."""
+    directory = tmp_path_factory.mktemp("shards")
+    return write_shards(make_samples(50), directory, "x-train", split="train", samples_per_shard=12)
+
+
+@pytest.fixture(scope="session")
+def index(shards: list[Path]) -> Index:
+    return load_index(shards, classes=7)
+
+
+@pytest.fixture
+def tar(tmp_path: Path) -> Callable[..., Path]:
+    """Write a tar of (name, bytes) members, as a stranger would."""
+
+    def write(
+        *members: tuple[str, bytes],
+        name: str = "t.tar",
+        mode: str = "w",
+        format: int = tarfile.PAX_FORMAT,
+    ) -> Path:
+        path = tmp_path / name
+        with tarfile.open(path, mode, format=format) as file:
+            for member, data in members:
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                file.addfile(info, io.BytesIO(data))
+        return path
+
+    return write

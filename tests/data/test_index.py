@@ -1,0 +1,235 @@
+import functools
+import os
+import pickle
+import shutil
+import subprocess
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from conftest import make_samples, png
+
+from flatcal_dist.data import DataError, Sample, index_shard, load_index, write_shards
+from flatcal_dist.data.index import _open, sidecar
+
+SAMPLE = (("a.png", b"image a"), ("a.cls", b"1"))
+OTHER = (("b.png", b"image b"), ("b.cls", b"2"))
+
+
+def test_read_gives_the_images(index):
+    assert len(index) == 50
+    assert index.lengths.tolist() == [12, 12, 12, 12, 2]
+    assert index.label.tolist() == [i % 7 for i in range(50)]
+    assert index.keys() == [f"s{i:03d}" for i in range(50)]
+    assert [index.key(i) for i in (0, 11, 12, 49)] == ["s000", "s011", "s012", "s049"]
+    for i in np.random.default_rng(0).permutation(50):
+        assert index.read(i) == png(i)
+
+
+def test_index_is_compact_and_pickles(index):
+    arrays = [index.shard, index.offset, index.size, index.header, index.label]
+    assert sum(array.itemsize for array in arrays) * 1_281_167 < 64e6
+    copy = pickle.loads(pickle.dumps(index))
+    assert copy.read(30) == png(30)
+
+
+def test_more_shards_than_descriptors(index, monkeypatch):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    small = functools.lru_cache(maxsize=2)(_open.__wrapped__)
+    monkeypatch.setattr("flatcal_dist.data.index._open", small)
+    for i in range(0, 50, 3):
+        assert index.read(i) == png(i)
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_strangers_tars(tar, form):
+    """Folders, other extensions, upper case, files that webdataset skips, long names."""
+    long = "n" * 150
+    shard = tar(
+        ("README", b"no dot"),
+        ("__about__/shard.json", b"{}"),
+        ("./d/a.CLS", b" 5\n"),
+        ("./d/a.seg.png", b"a mask, not the image"),
+        ("./d/a.JPEG", b"image a"),
+        (f"{long}.webp", b"image n"),
+        (f"{long}.cls", b"-1"),
+        format=form,
+    )
+    assert index_shard(shard) == 2
+    index = load_index([shard])
+    assert index.label.tolist() == [5, -1]
+    assert [index.read(0), index.read(1)] == [b"image a", b"image n"]
+    theirs = list(webdataset.WebDataset(str(shard), shardshuffle=False))
+    assert index.keys() == [sample["__key__"] for sample in theirs] == ["./d/a", long]
+
+
+def test_gnu_tar_is_read(tmp_path):
+    if shutil.which("tar") is None:
+        pytest.skip("no tar here")
+    for name, data in (*SAMPLE, *OTHER):
+        (tmp_path / name).write_bytes(data)
+    command = ["tar", "--format=gnu", "--sort=name", "-cf", "g.tar", "a.cls", "a.png"]
+    subprocess.run([*command, "b.cls", "b.png"], cwd=tmp_path, check=True)
+    shard = tmp_path / "g.tar"
+    assert index_shard(shard) == 2
+    assert load_index([shard]).read(1) == b"image b"
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ((SAMPLE[0], *OTHER, SAMPLE[1]), "'a' are not adjacent"),
+        ((*SAMPLE, *OTHER, *SAMPLE), r"a\.png occurs twice"),
+        ((*SAMPLE, SAMPLE[0]), r"a\.png occurs twice"),
+        ((*OTHER, SAMPLE[1]), "'a' has no image.*only .'cls'"),
+        ((*OTHER, SAMPLE[0]), "'a' has no label.*only .'png'"),
+        ((*SAMPLE, ("a.jpg", b"x")), "'a' has several images.*a.png.*a.jpg"),
+        ((SAMPLE[0], ("a.cls", b"cat")), "label of sample 'a' is 'cat'"),
+        ((SAMPLE[0], ("a.cls", b"1.0")), r"label of sample 'a' is '1\.0'"),
+        ((SAMPLE[0], ("a.cls", b"1_0")), "label of sample 'a' is '1_0'"),
+        ((SAMPLE[0], ("a.cls", b"")), "label of sample 'a' is ''"),
+        ((SAMPLE[0], ("a.cls", b"9" * 12)), "label of sample 'a' is"),
+        ((("a.png", b""), SAMPLE[1]), "'a.png' is empty"),
+        ((*SAMPLE, ("/b.png", b"x")), "'/b.png' has an absolute name"),
+        ((*SAMPLE, ("x/../b.png", b"x")), r"'x/\.\./b.png' has an absolute name or one with"),
+        ((), "holds no samples"),
+        ((("README", b"x"),), "holds no samples"),
+    ],
+)
+def test_refused_tars(tar, members, message):
+    shard = tar(*members)
+    with pytest.raises(DataError, match=message) as error:
+        index_shard(shard)
+    assert str(shard) in str(error.value)
+    assert not sidecar(shard).exists()
+
+
+def test_every_truncation_is_refused(tar):
+    shard = tar(*SAMPLE, *OTHER)
+    whole = shard.read_bytes()
+    end = 4 * 1024  # four members of a header and a block each, then zeros
+    assert not whole[end:].strip(b"\0")
+    for length in (0, 100, *range(512, end + 1, 256), end + 511):
+        shard.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"t\.tar"):
+            index_shard(shard)
+    shard.write_bytes(whole[: end + 1024])
+    assert index_shard(shard) == 2
+
+
+def test_damaged_header_joined_and_compressed_tars_are_refused(tar, tmp_path):
+    shard = tar(*SAMPLE, *OTHER)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:2048] + b"x" * 512 + whole[2560:])
+    with pytest.raises(DataError, match="end-of-archive mark at byte 2048"):
+        index_shard(shard)
+    shard.write_bytes(whole + whole)
+    with pytest.raises(DataError, match="data follows the end-of-archive"):
+        index_shard(shard)
+    with pytest.raises(DataError, match="uncompressed tar"):
+        index_shard(tar(*SAMPLE, mode="w:gz"))
+    with pytest.raises(DataError, match="no such shard"):
+        index_shard(tmp_path / "none.tar")
+
+
+def test_load_refusals(tar):
+    shard, other = tar(*SAMPLE, *OTHER), tar(*OTHER, name="u.tar")
+    with pytest.raises(DataError, match=r"t\.tar has no index.*`flatcal index "):
+        load_index([shard])
+    index_shard(shard)
+    index_shard(other)
+    with pytest.raises(DataError, match=r"t\.tar: sample 'b' has the label 2, outside 0\.\.1"):
+        load_index([shard], classes=2)
+    assert len(load_index([shard], classes=3)) == 2
+    with pytest.raises(DataError, match=r"key 'b' occurs in \S+t\.tar and again in \S+u\.tar"):
+        load_index([shard, other])
+    with pytest.raises(DataError, match="No shards"):
+        load_index([])
+    with shard.open("ab") as file:
+        file.write(b"\0" * 512)
+    with pytest.raises(DataError, match=r"index is stale.*`flatcal index "):
+        load_index([shard])
+    sidecar(other).write_bytes(sidecar(other).read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"cannot be read.*`flatcal index "):
+        load_index([other])
+    other.unlink()
+    with pytest.raises(DataError, match=r"u\.tar: no such shard"):
+        load_index([other])
+
+
+def test_sidecar_of_another_format_is_refused(tar):
+    shard = tar(*SAMPLE)
+    index_shard(shard)
+    stored = dict(np.load(sidecar(shard)))
+    np.savez(sidecar(shard), **(stored | {"version": 99}))
+    with pytest.raises(DataError, match="has format 99, expected 1"):
+        load_index([shard])
+
+
+def test_swapped_shards_are_noticed_at_the_read(tmp_path):
+    one, two = (
+        write_shards(
+            [Sample(f"{name}{i}", b"same size", "png", i) for i in range(4)],
+            tmp_path,
+            name,
+            split=name,
+            samples_per_shard=4,
+        )[0]
+        for name in "pq"
+    )
+    index = load_index([one, two])
+    assert index.read(1) == b"same size"
+    os.rename(one, tmp_path / "x")  # noqa: PTH104
+    two.rename(one)
+    (tmp_path / "x").rename(two)
+    assert len(load_index([one, two])) == 8  # the sizes agree, so loading cannot notice
+    _open.cache_clear()
+    with pytest.raises(DataError, match=r"p-0000\.tar.*'p1' found another member, 'q1\.png'"):
+        index.read(1)
+    two.unlink()
+    _open.cache_clear()
+    with pytest.raises(DataError, match=r"q-0000\.tar.*failed: .*No such file"):
+        index.read(5)
+
+
+def test_replaced_shard_is_reopened(tmp_path):
+    def write(labels: int) -> Path:
+        samples = [Sample("a", png(labels), "png", 0), *make_samples(2)]
+        directory = tmp_path / str(labels)
+        return write_shards(samples, directory, "x", split="x", samples_per_shard=4)[0]
+
+    old, new = write(1), write(2)
+    assert load_index([old]).read(0) == png(1)
+    for source, target in ((new, old), (sidecar(new), sidecar(old))):
+        source.replace(target)
+    index = load_index([old])
+    if index.size[0] != len(png(1)):  # else the header is the same and the open file would do
+        assert index.read(0) == png(2)
+
+
+def test_identity_follows_contents_not_place(tmp_path):
+    def identity(name: str, samples: list[Sample]) -> str:
+        directory = tmp_path / name
+        paths = write_shards(samples, directory, "x", split="train", samples_per_shard=4)
+        return load_index(paths).identity
+
+    samples = make_samples(6)
+    one = identity("one", samples)
+    assert one == identity("two", samples)
+    relabelled = [*samples[:5], Sample("s005", samples[5].image, "png", 6)]
+    renamed = [*samples[:5], Sample("s999", samples[5].image, "png", samples[5].label)]
+    assert len({one, identity("three", relabelled), identity("four", renamed)}) == 3
+
+
+def test_header_checksum_is_of_the_header_before_the_image(tar):
+    shard = tar(*SAMPLE)
+    index_shard(shard)
+    index = load_index([shard])
+    with tarfile.open(shard) as file:
+        member = file.getmember("a.png")
+    start = member.offset_data - 512
+    assert int(index.header[0]) == zlib.crc32(shard.read_bytes()[start : start + 512])
