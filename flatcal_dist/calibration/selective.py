@@ -251,3 +251,10 @@ def coverage_at_risk(confidence: ArrayLike, correct: ArrayLike, risk: float) -> 
     coverage, achieved = risk_coverage_curve(confidence, correct)
     allowed = np.flatnonzero(achieved <= risk + 1e-12)
     return float(coverage[allowed[-1]]) if len(allowed) else 0.0
+
+
+def threshold_at_risk(confidence: ArrayLike, correct: ArrayLike, risk: float) -> float | None:
+    """The score from which images are answered at `coverage_at_risk`; None if none are."""
+    score, _ = confidence_and_correct(confidence, correct, probability=False)
+    accepted = round(coverage_at_risk(confidence, correct, risk) * len(score))
+    return float(np.sort(score)[-accepted]) if accepted else None

@@ -84,7 +84,9 @@ class Bootstrap:
         if statistic == "ece":
             raise ValueError("the bootstrap interval of ECE is biased: show its null band instead")
         m = STATISTICS.index(statistic)
-        return _percentile(self.point[which, m], self.replicates[:, which, m])
+        interval = _percentile(self.point[which, m], self.replicates[:, which, m])
+        # All images correct, or a single one: resampling knows no other outcome, which is no proof.
+        return Interval(interval.value, None, None) if interval.low == interval.high else interval
 
     def difference(self, which: int, baseline: int, statistic: str) -> Interval:
         """Paired difference (which minus baseline) with its interval.
@@ -97,7 +99,9 @@ class Bootstrap:
         replicates = self.replicates[:, which, m] - self.replicates[:, baseline, m]
         if statistic == "ece":
             replicates = replicates - replicates.mean() + point
-        return _percentile(point, replicates)
+        interval = _percentile(point, replicates)
+        alike = interval.low == interval.high and point != 0
+        return Interval(interval.value, None, None) if alike else interval
 
 
 def _percentile(point: float, replicates: FloatArray) -> Interval:

@@ -103,6 +103,9 @@ def _side(
         "eaurc_continuous": selective.eaurc(rank_by, correct, "continuous"),
         "coverage_at_95_accuracy": selective.coverage_at_risk(rank_by, correct, 0.05),
         "coverage_at_99_accuracy": selective.coverage_at_risk(rank_by, correct, 0.01),
+        "confidence_at_95_accuracy": _exponential(
+            selective.threshold_at_risk(rank_by, correct, 0.05)
+        ),
         "risk_at_80_coverage": selective.risk_at_coverage(rank_by, correct, 0.8),
         "mean_entropy": point["mean_entropy"],
         "mean_entropy_correct": _mean(scores.entropy[correct]),
@@ -159,6 +162,10 @@ def _tied_share(score: np.ndarray) -> float:
 
 def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
+
+
+def _exponential(value: float | None) -> float | None:
+    return None if value is None else float(np.exp(value))
 
 
 def _number(value: float) -> float | None:

@@ -1,0 +1,307 @@
+"""The figures of the report, drawn without pyplot and without touching matplotlib's settings."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MultipleLocator, PercentFormatter
+
+from .checks import BoolArray, FloatArray
+from .files import write_atomically
+from .palette import PALETTE, SERIES, light
+from .records import Scores
+
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": light("band"),
+    "axes.labelcolor": light("muted"),
+    "axes.titlecolor": light("ink"),
+    "axes.facecolor": "none",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": light("rule"),
+    "grid.linewidth": 0.6,
+    "text.color": light("ink"),
+    "xtick.color": light("band"),
+    "ytick.color": light("band"),
+    "xtick.labelcolor": light("muted"),
+    "ytick.labelcolor": light("muted"),
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "figure.facecolor": light("paper"),
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "legend.handlelength": 1.6,
+    "lines.linewidth": 1.9,
+    "lines.solid_capstyle": "round",
+    "hatch.linewidth": 0.7,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "flatcal",
+    "savefig.dpi": 200,
+}
+PERCENT = PercentFormatter(1.0, decimals=0, symbol=" %")
+HISTOGRAM_BINS = 40
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run of an overlay: its name and its side of `metrics.json`."""
+
+    name: str
+    side: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """The name as matplotlib prints it: no mathematics, no hiding of a leading underscore."""
+        return "\u200b" + self.name.replace("$", r"\$")
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> str:
+    """Write folder/name.png and .svg, each whole or not at all; return the SVG text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _style():
+        FigureCanvasAgg(figure)
+        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+            with write_atomically(folder / f"{name}{suffix}") as temporary:
+                figure.savefig(temporary, metadata=metadata)
+    return (folder / f"{name}.svg").read_text(encoding="utf-8")
+
+
+def inline_svg(svg: str, name: str, title: str, description: str) -> str:
+    """The SVG for a page: theme colours, ids of its own, a title, no outside references."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(xmlns(:\w+)?|version|width|height)="[^"]*"', "", svg, count=5)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-")
+    for key, colour in PALETTE.items():
+        svg = svg.replace(colour.light, f"var(--{key})")
+    # Text takes the page's typeface; sizes and anchors stay.
+    svg = re.sub(r"(font: [^;\"]*?[\d.]+px) [^;\"]*", r"\1 var(--sans)", svg)
+    labelled = f'<svg role="img" aria-labelledby="{name}-title {name}-description"'
+    text = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-description">'
+    svg = svg.replace("<svg", labelled, 1)
+    return svg.replace(">", f">{text}{escape(description)}</desc>", 1)
+
+
+def _style() -> Any:
+    """Settings of our own, from matplotlib's defaults and not from the user's file."""
+    defaults = {k: v for k, v in mpl.rcParamsDefault.items() if not k.startswith("backend")}
+    return mpl.rc_context({**defaults, **STYLE})
+
+
+def draw_reliability(side: dict[str, Any], scores: Scores, title: str) -> Figure:
+    """Reliability diagram: accuracy per bin, its gap to confidence, and what chance would allow.
+
+    Bars are fainter the fewer images they hold; the outlined boxes hold 95 % of the accuracies
+    that a perfectly calibrated network would show. Beneath: the images by confidence.
+    """
+    with _style():
+        figure = Figure(figsize=(5.0, 6.0), layout="constrained")
+        top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.6, 1))
+        filled = [b for b in side["bins"] if b["count"]]
+        most = max(b["count"] for b in filled)
+        for b in filled:
+            _bar(top, b, strength=0.25 + 0.75 * np.sqrt(b["count"] / most))
+        top.plot([0, 1], [0, 1], color=light("muted"), linewidth=1, linestyle=(0, (4, 3)))
+        top.set(ylim=(0, 1), ylabel="Accuracy", title=title)
+        top.yaxis.set_major_formatter(PERCENT)
+        _reliability_legend(top)
+        _counts(below, scores)
+        below.set(xlim=(0, 1), xlabel="Confidence")
+        below.xaxis.set_major_formatter(PERCENT)
+        below.xaxis.set_major_locator(MultipleLocator(0.2))
+        return figure
+
+
+def _bar(axes: Axes, b: dict[str, Any], strength: float) -> None:
+    left, width = b["low"] + 0.004, b["high"] - b["low"] - 0.008
+    gap = b["mean_confidence"] - b["accuracy"]
+    colour = light("vermillion" if gap > 0 else "green")
+    axes.bar(left, b["accuracy"], width, align="edge", color=light("blue"), alpha=0.8 * strength)
+    axes.bar(
+        left,
+        gap,
+        width,
+        bottom=b["accuracy"],
+        align="edge",
+        facecolor=colour,
+        edgecolor=colour,
+        alpha=0.5 * strength,
+    )
+    axes.bar(
+        left,
+        b["calibrated_high"] - b["calibrated_low"],
+        width,
+        bottom=b["calibrated_low"],
+        align="edge",
+        facecolor="none",
+        edgecolor=light("ink"),
+        linewidth=0.9,
+    )
+
+
+def _reliability_legend(axes: Axes) -> None:
+    handles = [
+        Patch(facecolor=light("blue"), alpha=0.8, label="accuracy"),
+        Patch(facecolor=light("vermillion"), alpha=0.5, label="over-confident by"),
+        Patch(facecolor=light("green"), alpha=0.5, label="under-confident by"),
+        Patch(facecolor="none", edgecolor=light("ink"), label="95 % if calibrated"),
+    ]
+    axes.legend(handles=handles, loc="upper left", borderaxespad=0.2)
+
+
+def _counts(axes: Axes, scores: Scores) -> None:
+    """Images by confidence: correct ones upwards, wrong ones downwards."""
+    confidence, correct = scores.confidence, scores.correct
+    edges = np.linspace(0, 1, HISTOGRAM_BINS + 1)
+    right = np.histogram(confidence[correct], edges)[0] / len(correct)
+    wrong = np.histogram(confidence[~correct], edges)[0] / len(correct)
+    width = edges[1] - edges[0]
+    axes.bar(edges[:-1], right, width, align="edge", color=light("blue"), alpha=0.8)
+    axes.bar(edges[:-1], -wrong, width, align="edge", color=light("vermillion"), alpha=0.8)
+    axes.axhline(0, color=light("muted"), linewidth=0.8)
+    high = max(right.max(), 1e-9)
+    axes.set_ylim(-max(wrong.max(), 0.25 * high) * 1.25, high * 1.1)
+    axes.set_ylabel("Images")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{abs(v) * 100:g} %"))
+    axes.locator_params(axis="y", nbins=4)
+    place = {"transform": axes.transAxes, "fontsize": 9.5}
+    axes.text(0.015, 0.93, "correct", color=light("blue"), va="top", **place)
+    axes.text(0.015, 0.03, "wrong", color=light("vermillion"), va="bottom", **place)
+
+
+def draw_confidence(scores: Scores, title: str) -> Figure:
+    """Distribution of confidence among correct and among wrong predictions, each summing to 1."""
+    with _style():
+        figure = Figure(figsize=(5.0, 3.3), layout="constrained")
+        axes = figure.subplots()
+        confidence, correct = scores.confidence, scores.correct
+        for chosen, name, colour in (
+            (correct, "correct", "blue"),
+            (~correct, "wrong", "vermillion"),
+        ):
+            if chosen.any():
+                _histogram(axes, confidence, chosen, name, light(colour))
+        axes.set(xlim=(0, 1), ylim=(0, None), xlabel="Confidence", title=title)
+        axes.set_ylabel("Share of the group")
+        axes.xaxis.set_major_formatter(PERCENT)
+        axes.xaxis.set_major_locator(MultipleLocator(0.2))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        axes.locator_params(axis="y", nbins=5)
+        axes.legend(loc="upper left", borderaxespad=0.2)
+        return figure
+
+
+def _histogram(
+    axes: Axes, confidence: FloatArray, chosen: BoolArray, name: str, colour: str
+) -> None:
+    values = confidence[chosen]
+    edges = np.linspace(0, 1, HISTOGRAM_BINS + 1)
+    share = np.histogram(values, edges)[0] / len(values)
+    mean = values.mean()
+    axes.stairs(share, edges, fill=True, color=colour, alpha=0.28)
+    label = f"{name}: {len(values):,}, mean {mean:.0%}".replace("%", " %")
+    axes.stairs(share, edges, color=colour, linewidth=1.4, label=label)
+    axes.axvline(mean, color=colour, linewidth=1.1, linestyle=(0, (4, 3)))
+
+
+def draw_risk_coverage(curves: Sequence[Curve], title: str, *, reference: bool) -> Figure:
+    """Risk among the most confident images against their share, one line per curve.
+
+    reference: add the oracle (every wrong image last) and random order; only meaningful when
+    all curves have one accuracy.
+    """
+    with _style():
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        axes = figure.subplots()
+        error = max(1 - c.side["accuracy"] for c in curves)
+        if reference:
+            coverage = np.linspace(0, 1, 401)[1:]
+            oracle = np.maximum(0, coverage - (1 - error)) / coverage
+            axes.plot([0, 1], [error, error], color=light("band"), linestyle=":", label="random")
+            axes.plot(coverage, oracle, color=light("band"), label="oracle")
+        for i, c in enumerate(curves):
+            line = c.side["risk_coverage"]
+            dashes = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))[i // len(SERIES) % 4]
+            if reference and i:
+                dashes = (0, (5, 2))
+            axes.plot(
+                line["coverage"],
+                line["risk"],
+                color=light(SERIES[i % len(SERIES)]),
+                linestyle=dashes,
+                label=f"{c.label}: AURC {1000 * c.side['aurc']:.1f}",
+            )
+        # The first few images make any curve jump; the scale follows the rest.
+        axes.set(xlim=(0, 1), ylim=(0, min(1.02, max(1.25 * error, 0.01))), title=title)
+        axes.set(xlabel="Coverage: share of the images answered", ylabel="Risk: share wrong")
+        axes.xaxis.set_major_formatter(PERCENT)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        axes.legend(loc="upper left", borderaxespad=0.2)
+        return figure
+
+
+def draw_reliability_overlay(curves: Sequence[Curve], title: str) -> Figure:
+    """Accuracy against mean confidence per bin, one line per run; larger dots hold more images."""
+    with _style():
+        figure = Figure(figsize=(5.6, 5.2), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=light("muted"), linewidth=1, linestyle=(0, (4, 3)))
+        for i, c in enumerate(curves):
+            filled = [b for b in c.side["bins"] if b["count"]]
+            x, y = ([b[key] for b in filled] for key in ("mean_confidence", "accuracy"))
+            share = np.array([b["count"] for b in filled]) / sum(b["count"] for b in filled)
+            colour = light(SERIES[i % len(SERIES)])
+            axes.plot(x, y, color=colour, linewidth=1.2, alpha=0.7)
+            axes.scatter(x, y, s=8 + 160 * share, color=colour, alpha=0.85, label=c.label)
+        axes.set(xlim=(0, 1), ylim=(0, 1), title=title, xlabel="Confidence", ylabel="Accuracy")
+        axes.xaxis.set_major_formatter(PERCENT)
+        axes.yaxis.set_major_formatter(PERCENT)
+        legend = axes.legend(loc="upper left", borderaxespad=0.2)
+        for handle in legend.legend_handles:
+            handle.set_sizes([36])
+        return figure
+
+
+def draw_accuracy_ece(curves: Sequence[Curve], title: str) -> Figure:
+    """ECE against accuracy, one dot per run, with the accuracy's interval and the null of ECE."""
+    with _style():
+        figure = Figure(figsize=(5.6, 5.2), layout="constrained")
+        axes = figure.subplots()
+        for i, c in enumerate(curves):
+            x, y, colour = c.side["accuracy"], c.side["ece"], light(SERIES[i % len(SERIES)])
+            limits = c.side["intervals"]["accuracy"]
+            if limits["low"] is not None:
+                axes.plot([limits["low"], limits["high"]], [y, y], color=colour, linewidth=1.1)
+            axes.scatter([x], [y], s=54, color=colour, zorder=3, label=c.label)
+            null = c.side["ece_null"]
+            axes.plot([x, x], [0, null["quantile_95"]], color=light("band"), linewidth=3, zorder=1)
+        axes.set(title=title, xlabel="Accuracy (95 % interval)", ylabel="ECE")
+        axes.set_ylim(0, None)
+        axes.margins(y=0.25)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        axes.locator_params(axis="x", nbins=5)
+        axes.legend(loc="best")
+        return figure
