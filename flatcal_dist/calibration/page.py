@@ -7,6 +7,7 @@ from markupsafe import Markup
 
 from . import display
 from .palette import PALETTE
+from .statistics import Interval
 
 
 def render(template: str, **values: Any) -> str:
@@ -23,11 +24,18 @@ def render(template: str, **values: Any) -> str:
         "palette": PALETTE,
         "show": display.show,
         "show_interval": display.show_interval,
+        "between": _between,
         "arrows": display.ARROWS,
         "groups": display.GROUPS,
         "duration": display.duration,
     }
     return environment.get_template(template).render(**values)
+
+
+def _between(limits: dict[str, Any], unit: display.Unit, sign: bool = False) -> str | None:
+    """The interval of a JSON object with `low` and `high`."""
+    interval = Interval(None, limits["low"], limits["high"])
+    return display.show_interval(interval, unit, sign=sign)
 
 
 def figure(svg: str) -> Markup:
