@@ -12,6 +12,7 @@ for micro_batches in optimizer_steps(batches):
 from flatcal_dist.data.decode import DECODER
 from flatcal_dist.data.digits import prepare_digits
 from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.image_folder import shard_image_folder
 from flatcal_dist.data.index import Index, index_shard, load_index
 from flatcal_dist.data.loader import (
     Batch,
@@ -47,6 +48,7 @@ __all__ = [
     "optimizer_steps",
     "prepare_digits",
     "sample_seed",
+    "shard_image_folder",
     "steps_per_epoch",
     "training_loader",
     "training_transform",

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from flatcal_dist.data.errors import DataError
-from flatcal_dist.data.index import IMAGES
 from flatcal_dist.data.order import shuffled
 from flatcal_dist.data.shards import Sample, write_shards
+from flatcal_dist.data.walk import IMAGES
 
 SHARDS = {"train": 1024, "validation": 64}  # of ImageNet-1K: about 140 and 100 MB each
 
@@ -53,7 +53,9 @@ def _files(source: Path) -> Iterator[tuple[Path, int]]:
     for label, folder in enumerate(classes):
         images = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
         if not images:
-            raise DataError(f"{folder} holds no images. Fill it, or remove it: it counts as a class.")
+            raise DataError(
+                f"{folder} holds no images. Fill it, or remove it: it counts as a class."
+            )
         for path in images:
             if path.suffix.lower().lstrip(".") not in IMAGES:
                 raise DataError(

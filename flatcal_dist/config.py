@@ -1,0 +1,348 @@
+"""Typed configuration: YAML files that inherit, dotted overrides, errors that say how to mend them.
+
+    config = load("configs/digits/csam.yaml", ["sharpness.rho=0.1", "train.epochs=3"])
+    config.sharpness.rho
+
+A file may name others that it builds on (`inherits: ../base/digits.yaml`, or a list of them; paths
+are relative to the file). Later ones win: inherited files in their order, then the file itself,
+then the command line. Every key is declared once, below, with its meaning; a key that is not, or
+a value that does not fit, is refused with its path, where it was written, and what was expected.
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, its origin and the remedy."""
+
+
+class Section(BaseModel):
+    """Strict: no unknown keys, no silent conversion of types, no infinities; and immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    dir: str | None = Field(None, description="run directory; by default runs/NAME-HASH")
+    seed: int = Field(0, ge=0, description="seed of weights, order, augmentation and dropout")
+    world_size: int | None = Field(
+        None, ge=1, description="refuse to run on another number of ranks"
+    )
+
+
+class DataConfig(Section):
+    prepare: Literal["digits"] | None = Field(
+        None, description="embedded data set whose shards are written where `train` expects them"
+    )
+    train: str | list[str] | None = Field(None, description="shards: pattern, directory, or list")
+    validation: str | list[str] | None = Field(None, description="shards to evaluate on")
+    global_batch_size: int = Field(256, ge=1, description="images per optimizer step, all ranks")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="images per forward pass on one rank; by default its whole share"
+    )
+    workers: int = Field(4, ge=0, description="loader processes per rank")
+    image_size: int = Field(224, ge=1, description="pixels, height and width")
+    channels: Literal[1, 3] = 3
+    mean: list[float] = Field([0.485, 0.456, 0.406], description="per channel, of values in [0, 1]")
+    std: list[float] = Field([0.229, 0.224, 0.225], description="per channel, of values in [0, 1]")
+    augmentation: Literal["none", "resized_crop"] = "resized_crop"
+    crop_scale: list[float] = Field([0.08, 1.0], min_length=2, max_length=2)
+    crop_ratio: list[float] = Field([3 / 4, 4 / 3], min_length=2, max_length=2)
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    crop_pct: float = Field(0.875, gt=0, le=1, description="share of the image kept in evaluation")
+    shuffle_window: int = Field(
+        65536, ge=1, description="images shuffled together; shards are read about this far apart"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DataConfig":
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels:
+                raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
+        if any(value <= 0 for value in self.std):
+            raise ValueError("std must be positive")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError("crop_scale must satisfy 0 < smallest <= largest <= 1")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError("crop_ratio must satisfy 0 < smallest <= largest")
+        return self
+
+
+class ModelConfig(Section):
+    name: str = Field("resnet50", description="'mlp', or any network of timm")
+    num_classes: int = Field(1000, ge=2)
+    options: dict[str, Any] = Field({}, description="passed to the builder of the network")
+    channels_last: bool = Field(False, description="memory format; faster for convolutions on GPU")
+
+
+class OptimizerConfig(Section):
+    name: str = Field("sgd", description="'sgd' (no Nesterov), or any optimizer of timm")
+    learning_rate: float = Field(0.1, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0, description="not applied to biases and norm weights")
+    clip_norm: float | None = Field(None, gt=0, description="of the descent gradient, all ranks'")
+    warmup_epochs: float = Field(0.0, ge=0)
+    options: dict[str, Any] = Field({}, description="passed to the optimizer, such as betas")
+
+
+class SharpnessConfig(Section):
+    rule: Literal["none", "sam", "csam"] = "none"
+    rho: float = Field(0.05, ge=0, description="length of the perturbation")
+    gamma: float = Field(1.0, ge=0, le=2, description="CSAM's exponent; 0 is SAM")
+    scope: Literal["global", "rank"] = Field(
+        "global", description="whose gradient perturbs: all ranks' mean, or each rank's own"
+    )
+
+
+class TrainConfig(Section):
+    engine: Literal["ddp"] = "ddp"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    epochs: int = Field(90, ge=1)
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    log_every_steps: int = Field(50, ge=1)
+    validate_every_epochs: int | None = Field(1, ge=1, description="null: only at the end")
+    checkpoint_every_epochs: int = Field(1, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class EvaluateConfig(Section):
+    at_end: bool = Field(True, description="evaluate and write the report when training ends")
+    batch_size: int = Field(256, ge=1, description="images per forward pass on one rank")
+    folds: int = Field(5, ge=2, description="of the cross-fitted temperature")
+
+
+class WandbConfig(Section):
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "flatcal_dist"
+    name: str | None = None
+    group: str | None = None
+    tags: list[str] = []
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sharpness: SharpnessConfig = SharpnessConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def _combines(self) -> "Config":
+        if self.sharpness.rule == "csam" and self.train.label_smoothing > 0:
+            raise ValueError(
+                "sharpness.rule=csam is defined for hard labels only: set train.label_smoothing=0, "
+                "or sharpness.rule=sam"
+            )
+        return self
+
+
+# What may differ between two starts of one run: it changes where or how fast the run computes, or
+# who watches, not what it computes. Everything else belongs to the identity of the run.
+MAY_CHANGE = (
+    "run.dir", "run.world_size", "data.workers", "data.micro_batch_size", "train.engine",
+    "train.log_every_steps", "train.validate_every_epochs", "train.checkpoint_every_epochs",
+    "train.keep_checkpoints", "evaluate", "wandb",
+)  # fmt: skip
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file (None: the defaults), apply overrides of the form `key.sub=value`.
+
+    Raises ConfigError for an unreadable file, an unknown key or a value that does not fit.
+    """
+    values, origin = _read(Path(path), ()) if path else ({}, {})
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"'{override}' is not an override: write key.sub=value")
+        _merge(values, _nested(key, _parse(text, f"the override '{override}'")), origin, "override")
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, origin)) from None
+    if config.run.dir is None and path:
+        name = f"{Path(path).resolve().parent.name}_{Path(path).stem}-{fingerprint(config)}"
+        config = config.model_copy(
+            update={"run": config.run.model_copy(update={"dir": f"runs/{name}"})}
+        )
+    return config
+
+
+def fingerprint(config: Config) -> str:
+    """Eight hexadecimal digits that identify what the run computes, whatever its directory."""
+    text = json.dumps({k: v for k, v in flatten(config) if not _may_change(k)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """What keeps `new` from continuing the run of `old`: one line per key."""
+    before, after = dict(flatten(old)), dict(flatten(new))
+    return [
+        f"{key}: the run has {before.get(key)!r}, now {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not _may_change(key)
+    ]
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, loadable again."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, default_flow_style=None)
+
+
+def flatten(config: Config) -> Iterator[tuple[str, Any]]:
+    """Pairs of dotted key and value, sections and options opened."""
+
+    def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from walk(inner, f"{path}.{key}" if path else str(key))
+        else:
+            yield path, value
+
+    yield from walk(config.model_dump(), "")
+
+
+def command_line(description: str, default_config: Path | None = None) -> argparse.ArgumentParser:
+    """The options that every recipe has; `overrides` takes the dotted ones."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=default_config, metavar="FILE")
+    parser.add_argument("--print-config", action="store_true", help="print it resolved, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, two steps on made-up images, stop"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    return parser
+
+
+def _may_change(key: str) -> bool:
+    return any(key == entry or key.startswith(entry + ".") for entry in MAY_CHANGE)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers (`1e-4` is one) and no duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        if duplicates := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key written twice: {', '.join(sorted(duplicates))}", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from None
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict, dict[str, str]]:
+    """One file and what it inherits: the merged values, and the file that each leaf came from."""
+    path = path.resolve()
+    if path in chain:
+        raise ConfigError(f"{path} inherits itself, by way of {chain[-1]}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        written = f", inherited by {chain[-1]}" if chain else ""
+        raise ConfigError(f"cannot read the configuration {path}{written}: {error}") from None
+    own = _parse(text, str(path)) or {}
+    if not isinstance(own, dict):
+        raise ConfigError(f"{path} must hold keys and values, not a {type(own).__name__}")
+    parents = own.pop("inherits", [])
+    values: dict = {}
+    origin: dict[str, str] = {}
+    for parent in [parents] if isinstance(parents, str) else parents:
+        inherited, where = _read(path.parent / parent, (*chain, path))
+        _merge(values, inherited, origin, where)
+    _merge(values, own, origin, str(path))
+    return values, origin
+
+
+def _merge(
+    into: dict, values: dict, origin: dict[str, str], source: str | dict[str, str], path: str = ""
+) -> None:
+    """Lay `values` over `into`, section by section; remember the source of every leaf."""
+    for key, value in values.items():
+        full = f"{path}.{key}" if path else str(key)
+        if isinstance(value, dict) and isinstance(into.get(key, {}), dict):
+            _merge(into.setdefault(key, {}), value, origin, source, full)
+        else:
+            into[key] = value
+            origin[full] = source[full] if isinstance(source, dict) else source
+
+
+def _nested(key: str, value: Any) -> dict:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _known_keys(section: type[BaseModel] = Config, path: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _known_keys(inner, f"{path}{name}.")
+        else:
+            yield path + name
+
+
+def _nearest(key: str) -> str | None:
+    """The known key most like `key`: by its last part first (a forgotten section), then whole."""
+    known = list(_known_keys())
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
+    match = difflib.get_close_matches(
+        key, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.5
+    )
+    return match[0] if match else None
+
+
+def _explain(error: ValidationError, origin: dict[str, str]) -> str:
+    lines = []
+    for problem in error.errors():
+        names = [str(part) for part in problem["loc"]]
+        # A union (str or list) adds the tried type to the path: keep what is a key or an index.
+        key = ".".join(
+            part for part in names if part.isidentifier() and part not in ("str", "list")
+        )
+        where = next((o for k, o in origin.items() if k == key or k.startswith(key + ".")), None)
+        if where is None:
+            where = origin.get(key.rsplit(".", 1)[0])
+        place = {None: "", "override": " (on the command line)"}.get(where, f" (in {where})")
+        if problem["type"] == "extra_forbidden":
+            nearest = _nearest(key)
+            hint = f"; did you mean {nearest}?" if nearest else ""
+            line = f"{key}: no such key{place}{hint}"
+        elif problem["type"] == "value_error":
+            line = f"{key + ': ' if key else ''}{problem['ctx']['error']}{place}"
+        elif problem["type"] == "model_type":
+            line = f"{key} = {problem['input']!r}{place}: this is a section; set one of its keys"
+        else:
+            line = f"{key} = {problem['input']!r}{place}: {problem['msg'].lower()}"
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,150 @@
+"""Starting ranks with Accelerate, checking that they are those asked for, failing together."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    gather_object,
+)
+
+from flatcal_dist.run_directory import RunDirectory
+
+T = TypeVar("T")
+
+# After this long without an answer a collective fails, instead of waiting for a rank for ever.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+class LaunchError(RuntimeError):
+    """The processes that run are not those that were asked for."""
+
+
+class FailedTogether(RuntimeError):
+    """Some rank could not go on; raised on every rank, with the first cause as its message."""
+
+
+def start(precision: str = "fp32", world_size: int | None = None) -> Accelerator:
+    """Join the other ranks, on the accelerator of the machine or on its CPU.
+
+    Works under `accelerate launch`, torchrun, or alone (one process). Raises LaunchError when the
+    launcher (or `world_size`) asked for another number of processes than is found here, or the
+    launcher for another precision or engine.
+    """
+    mixed = {"fp32": "no", "bf16": "bf16"}[precision]
+    _refuse_other_launch(mixed)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=mixed,
+        kwargs_handlers=[
+            # Running statistics are broadcast before they are saved or used, not in every forward.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+        ],
+    )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked:
+        raise LaunchError(
+            f"the launcher was asked for {asked} processes, but this one found itself among "
+            f"{accelerator.num_processes}; check the launcher's configuration against "
+            "configs/accelerate/*_ddp.yaml"
+        )
+    if world_size not in (None, accelerator.num_processes):
+        raise LaunchError(
+            f"run.world_size={world_size}, but {accelerator.num_processes} processes run; launch "
+            "as many as the configuration wants, or set run.world_size=null"
+        )
+    return accelerator
+
+
+def _refuse_other_launch(mixed: str) -> None:
+    under_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    # Accelerate's plain CPU launcher prepares a rendezvous for several processes and starts one.
+    if under_accelerate and "MASTER_PORT" in os.environ and "RANK" not in os.environ:
+        raise LaunchError(
+            "`accelerate launch` was asked for several processes and started one (its --cpu and "
+            "MULTI_CPU need mpirun); use --config_file configs/accelerate/cpu_ddp.yaml, with "
+            "--num_processes N for another number"
+        )
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", mixed):
+        raise LaunchError(
+            f"`accelerate launch` was asked for mixed precision '{launched}', the configuration "
+            f"has '{mixed}'; drop it from the launcher, train.precision decides"
+        )
+    for variable, engine in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+    ):
+        if os.environ.get(variable, "false").lower() == "true":
+            raise LaunchError(
+                f"`accelerate launch` was asked for {engine}, the configuration for "
+                "train.engine=ddp; launch with configs/accelerate/*_ddp.yaml"
+            )
+
+
+def on_all_ranks(work: Callable[[], T]) -> T:
+    """Do `work` on every rank; where it fails on one, raise FailedTogether with its cause on all.
+
+    For work that ends on its own (reading, checking, building), never for work with collectives.
+    """
+    result, cause = None, ""
+    try:
+        result = work()
+    except Exception as error:
+        cause = describe(error)
+    causes = gather_object([cause])
+    for rank, text in enumerate(causes):
+        if text:
+            alone = len(causes) == 1 or all(other == text for other in causes)
+            raise FailedTogether(text if alone else f"rank {rank}: {text}")
+    return result
+
+
+def meant_for_people(error: BaseException) -> bool:
+    """Whether its message says what is wrong and how to mend it: then a traceback adds nothing."""
+    return type(error).__module__.startswith("flatcal_dist")
+
+
+def describe(error: BaseException) -> str:
+    """The message of an error meant for people as it is; any other with the name of its type."""
+    return str(error) if meant_for_people(error) else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def ending_together(
+    accelerator: Accelerator, directory: RunDirectory | None = None
+) -> Iterator[None]:
+    """Turn any error into a message and exit code 1, at once, on the rank that has it.
+
+    The launcher and the closed connections then end the other ranks, whose own errors come after:
+    they name the first cause, which the run directory keeps.
+    """
+    try:
+        yield
+        accelerator.end_training()
+    except (Exception, KeyboardInterrupt) as error:
+        rank = accelerator.process_index
+        agreed = isinstance(error, FailedTogether)
+        if not meant_for_people(error):
+            traceback.print_exc()
+        cause = describe(error)
+        first = directory.fail(cause, rank) if directory and directory.entered else cause
+        if not agreed:
+            print(f"error on rank {rank}: {cause}", file=sys.stderr)
+            if first != cause and not first.endswith(cause):
+                print(f"the first error was on {first}", file=sys.stderr)
+        elif accelerator.is_main_process:
+            print(f"error: {cause}", file=sys.stderr)
+        sys.stderr.flush()
+        sys.stdout.flush()
+        # No orderly shutdown: it would wait for ranks that may be waiting for this one.
+        os._exit(1)

@@ -1,0 +1,62 @@
+"""What a run ran on: versions, code, devices; for environment.json and `flatcal environment`."""
+
+import hashlib
+import os
+import platform
+import socket
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = (
+    "flatcal_dist", "torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset",
+    "wandb", "numpy", "scikit-learn", "pillow",
+)  # fmt: skip
+
+
+def describe_environment() -> dict:
+    """Plain JSON: versions of Python and packages, git commit and change, host, devices, job."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "code": _code(),
+        "cpu_count": os.cpu_count(),
+        "devices": [
+            torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())
+        ],
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "decoder": f"pil {_version('pillow')}",
+        "slurm": {key: value for key, value in os.environ.items() if key.startswith("SLURM_JOB_")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _code() -> dict[str, str | bool | None]:
+    """The git commit that runs, and a hash of what was changed since; None outside a repository."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    difference = git("diff", "HEAD")
+    return {
+        "commit": commit.strip() if commit else None,
+        "diff_sha256": hashlib.sha256(difference.encode()).hexdigest() if difference else None,
+    }

@@ -1,0 +1,133 @@
+"""From the configuration's data section to indexes and loaders, for training and evaluation."""
+
+from pathlib import Path
+
+from flatcal_dist.config import Config, DataConfig
+from flatcal_dist.data import (
+    Augmentation,
+    DataError,
+    Index,
+    Normalize,
+    Position,
+    evaluation_loader,
+    evaluation_transform,
+    expand,
+    load_index,
+    prepare_digits,
+    steps_per_epoch,
+    training_loader,
+    training_transform,
+)
+from flatcal_dist.data.loader import Batches
+from flatcal_dist.data.order import micro_batch_count
+
+HOW_TO_PREPARE = """
+Prepare ImageNet (an ImageFolder tree, one folder a class) once, as WebDataset shards:
+  flatcal shard PATH/TO/train      data/imagenet --split train
+  flatcal shard PATH/TO/validation data/imagenet --split validation
+or name shards that you have, by pattern or directory, after `flatcal index SHARDS`:
+  data.train=PATTERN data.validation=PATTERN
+Without any data, configs/digits/csam.yaml runs as it is, and --dry-run needs none."""
+
+
+def prepare(data: DataConfig) -> None:
+    """Write the embedded data set where `data.train` expects it, unless it is there."""
+    if data.prepare == "digits":
+        if not isinstance(data.train, str):
+            raise DataError(
+                "data.prepare=digits needs data.train to be one pattern or directory, not "
+                f"{data.train}"
+            )
+        train = Path(data.train)
+        prepare_digits(train.parent if train.name.endswith(".tar") else train)
+
+
+def open_index(data: DataConfig, split: str, classes: int) -> Index:
+    """The index of the shards that `data.train` or `data.validation` names. Raises DataError."""
+    pattern = getattr(data, split)
+    if pattern is None:
+        raise DataError(f"data.{split} names no shards.{HOW_TO_PREPARE}")
+    try:
+        shards = expand(pattern, split)
+    except DataError as error:
+        raise DataError(f"data.{split}: {error}{HOW_TO_PREPARE}") from None
+    return load_index(shards, classes)
+
+
+def micro_batch_size(data: DataConfig, world_size: int) -> int:
+    """Images per forward pass on a rank: as configured, or a rank's whole share."""
+    return data.micro_batch_size or -(-data.global_batch_size // world_size)
+
+
+def batch_arithmetic(config: Config, world_size: int, images: int | None) -> str:
+    """How the global batch is made up, in words; `images` of the training data, where known."""
+    data, train = config.data, config.train
+    size = data.global_batch_size
+    count = micro_batch_count(size, micro_batch_size(data, world_size), world_size)
+    share = f"{size / world_size:g}"
+    text = (
+        f"a step takes {size} images: {world_size} rank{'s' * (world_size > 1)} x {share} images, "
+        f"in {count} micro-batch{'es' * (count > 1)} of {size / world_size / count:g} on a rank"
+    )
+    if images is None:
+        length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs} epochs"
+        return f"{text}; {length} (no training data found yet, so their number of images is open)"
+    steps = steps_per_epoch(images, size)
+    total = train.max_steps or train.epochs * steps
+    return (
+        f"{text}; {images:,} images make {steps:,} steps an epoch ({images - steps * size} images "
+        f"of each epoch's order are left over); {total:,} steps in all, {total / steps:g} epochs"
+    )
+
+
+def training_batches(
+    config: Config, index: Index, start: Position, rank: int, world_size: int, pin_memory: bool
+) -> Batches:
+    data = config.data
+    return training_loader(
+        index,
+        seed=config.run.seed,
+        global_batch_size=data.global_batch_size,
+        micro_batch_size=micro_batch_size(data, world_size),
+        transform=training_transform(augmentation(data), data.image_size),
+        channels=data.channels,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        start=start,
+        rank=rank,
+        world_size=world_size,
+        window=data.shuffle_window,
+        workers=data.workers,
+        pin_memory=pin_memory,
+    )
+
+
+def evaluation_batches(
+    config: Config, index: Index, rank: int, world_size: int, pin_memory: bool
+) -> Batches:
+    data = config.data
+    return evaluation_loader(
+        index,
+        batch_size=config.evaluate.batch_size,
+        transform=evaluation_transform(augmentation(data), data.image_size),
+        channels=data.channels,
+        rank=rank,
+        world_size=world_size,
+        workers=data.workers,
+        pin_memory=pin_memory,
+    )
+
+
+def normalization(data: DataConfig) -> Normalize:
+    return Normalize(data.mean, data.std)
+
+
+def augmentation(data: DataConfig) -> Augmentation:
+    return Augmentation(
+        kind=data.augmentation,
+        scale=tuple(data.crop_scale),
+        ratio=tuple(data.crop_ratio),
+        flip=data.flip,
+        interpolation=data.interpolation,
+        crop_pct=data.crop_pct,
+    )

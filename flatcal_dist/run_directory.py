@@ -1,0 +1,101 @@
+"""The run directory: who it belongs to, what state the run is in.
+
+config.yaml  environment.json  state.json  metrics.jsonl  checkpoints/  model.safetensors  report/
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from flatcal_dist import config as configuration
+from flatcal_dist.config import Config
+from flatcal_dist.files import write_json, write_text
+
+
+class RunError(RuntimeError):
+    """A run directory that cannot be used as asked; the message says how to go on."""
+
+
+@dataclass
+class State:
+    """`phase`: running, preempted, finished or failed. `seconds` of training, over all restarts."""
+
+    phase: str = "running"
+    epoch: int = 0
+    step: int = 0
+    restarts: int = 0
+    seconds: float = 0.0
+    cause: str | None = None
+
+
+class RunDirectory:
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.weights_file = self.path / "model.safetensors"
+        self.report = self.path / "report"
+        self.entered = False  # whether this start may write here
+
+    def check(self, config: Config) -> None:
+        """Whether this configuration may run here. Reads only. Raises RunError."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise RunError(f"run.dir={self.path} is a file; name a directory")
+        if not self.config_file.exists():
+            if any(self.path.iterdir()):
+                raise RunError(
+                    f"run.dir={self.path} holds files but no config.yaml, so it is not a run "
+                    "directory; name a new or an empty one"
+                )
+            return
+        old = configuration.load(self.config_file)
+        if different := configuration.differences(old, config):
+            raise RunError(
+                f"run.dir={self.path} belongs to a run of another configuration:\n  "
+                + "\n  ".join(different)
+                + "\nName another run.dir, or go on with the run's own configuration: "
+                f"--config {self.config_file}"
+            )
+
+    def open(self, config: Config, environment: dict) -> State:
+        """Enter the run (one rank does): write what describes it, count the start."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        state = self.state()
+        state = State() if state is None else state
+        if self.config_file.exists():
+            state.restarts += 1
+        write_text(self.config_file, configuration.to_yaml(config))
+        write_json(self.path / "environment.json", environment)
+        state.phase, state.cause = "running", None
+        self.write(state)
+        return state
+
+    def state(self) -> State | None:
+        """The recorded state, or None before the first start. Raises RunError if unreadable."""
+        file = self.path / "state.json"
+        if not file.exists():
+            return None
+        try:
+            return State(**json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise RunError(
+                f"{file} cannot be read ({error}); delete it, and the run goes on from its newest "
+                "checkpoint"
+            ) from None
+
+    def write(self, state: State) -> None:
+        write_json(self.path / "state.json", asdict(state))
+
+    def fail(self, cause: str, rank: int) -> str:
+        """Record a failure; the first rank to do so keeps its word. Returns the first cause."""
+        state = self.state()
+        if state is None:
+            return cause
+        if state.phase == "failed":
+            return state.cause or cause
+        state.phase, state.cause = "failed", f"rank {rank}: {cause}"
+        self.write(state)
+        return state.cause

@@ -1,0 +1,118 @@
+"""`--dry-run`: build everything, take two steps on made-up images, say what a run would be."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from flatcal_dist import inputs
+from flatcal_dist.config import Config
+from flatcal_dist.data import DataError
+from flatcal_dist.data.order import micro_batch_count, micro_batches, rank_share
+from flatcal_dist.models import parameter_count
+from flatcal_dist.sharpness import SharpnessAwareStep
+from flatcal_dist.training.loop import build_step
+
+STEPS = 2
+CPU_IMAGES = 2  # per micro-batch on a CPU: enough to try everything, batch norm included
+CPU_MICRO_BATCHES = 2
+
+
+def dry_run(config: Config, accelerator: Accelerator) -> None:
+    """Print batch arithmetic, parameters, FLOPs, memory and time of two steps. Writes nothing."""
+    say = accelerator.print
+    say(inputs.batch_arithmetic(config, accelerator.num_processes, _images(config)))
+    step = build_step(config, accelerator)
+    module = step.engine.module
+    sizes = _micro_batch_sizes(config, accelerator)
+    images = _made_up(config, 1, accelerator.device)[0]
+    flops = forward_flops(module, images)
+    passes = 1 if step.rule is None else 2
+    say(
+        f"network {config.model.name}: {parameter_count(module):,} parameters, "
+        f"{flops / 1e9:.3g} GFLOP forward per image (multiply and add counted as two); a step of "
+        f"{passes} forward and {passes} backward passes takes about "
+        f"{3 * passes * flops * config.data.global_batch_size / 1e12:.3g} TFLOP over all ranks"
+    )
+    seconds = [_timed_step(step, config, sizes, accelerator.device) for _ in range(STEPS)]
+    say(
+        f"{STEPS} steps on made-up images, {sum(sizes)} per rank in {len(sizes)} micro-batches "
+        f"({step.engine.device.type}, {config.train.precision}): "
+        + ", ".join(f"{value:.2f} s" for value in seconds)
+    )
+    say(memory_in_words(step))
+    say("dry run: nothing was written")
+
+
+def _images(config: Config) -> int | None:
+    """The number of training images, where there are any already."""
+    try:
+        return len(inputs.open_index(config.data, "train", config.model.num_classes))
+    except DataError:
+        return None
+
+
+def _micro_batch_sizes(config: Config, accelerator: Accelerator) -> list[int]:
+    """This rank's micro-batches as in the run, but few and small ones on a CPU."""
+    data, world_size = config.data, accelerator.num_processes
+    micro = inputs.micro_batch_size(data, world_size)
+    count = micro_batch_count(data.global_batch_size, micro, world_size)
+    share = rank_share(
+        torch.arange(data.global_batch_size).numpy(), accelerator.process_index, world_size
+    )
+    sizes = [len(part) for part in micro_batches(share, count)]
+    if accelerator.device.type == "cpu":
+        sizes = [min(size, CPU_IMAGES) for size in sizes[:CPU_MICRO_BATCHES]]
+    return sizes
+
+
+def _made_up(config: Config, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    data = config.data
+    shape = (images, data.channels, data.image_size, data.image_size)
+    labels = torch.randint(config.model.num_classes, (images,), device=device)
+    return torch.randn(shape, device=device), labels
+
+
+def _timed_step(
+    step: SharpnessAwareStep, config: Config, sizes: list[int], device: torch.device
+) -> float:
+    start = time.monotonic()
+    step([_made_up(config, size, device) for size in sizes])  # ends with a wait for the device
+    return time.monotonic() - start
+
+
+def forward_flops(module: nn.Module, images: Tensor) -> int:
+    """Floating-point operations of one forward pass on `images`; a multiply-add counts two."""
+    training = module.training
+    module.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(images)
+    module.train(training)
+    return counter.get_total_flops()
+
+
+def memory_in_words(step: SharpnessAwareStep) -> str:
+    """What weights, gradients, optimizer state and the perturbation's backup take on one rank."""
+    weights = sum(w.numel() * w.element_size() for w in step.engine.module.parameters())
+    state = sum(t.numel() * t.element_size() for t in _tensors(step.engine.optimizer.state))
+    backup = weights if step.rule is not None else 0
+    text = (
+        f"memory per rank: weights {weights / 2**20:,.1f} MiB, gradients the same, optimizer state "
+        f"{state / 2**20:,.1f} MiB, copy of the weights while they are perturbed "
+        f"{backup / 2**20:,.1f} MiB; besides activations"
+    )
+    if torch.cuda.is_available():
+        return f"{text}; peak on the device {torch.cuda.max_memory_allocated() / 2**30:,.2f} GiB"
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"{text}; peak of this process {peak / 2**30:,.2f} GiB"
+
+
+def _tensors(state: dict) -> Iterator[Tensor]:
+    for value in state.values():
+        yield from (tensor for tensor in value.values() if isinstance(tensor, Tensor))

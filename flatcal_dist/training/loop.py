@@ -1,0 +1,315 @@
+"""A run from start to end, in the order in which things happen.
+
+claim the directory -> data -> network, engine, step -> resume -> steps -> weights -> report
+"""
+
+import time
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+
+from flatcal_dist import evaluation, inputs
+from flatcal_dist.config import Config, SharpnessConfig
+from flatcal_dist.data import Batch, Index, Position, optimizer_steps, steps_per_epoch
+from flatcal_dist.data.order import sample_seed
+from flatcal_dist.distributed import on_all_ranks
+from flatcal_dist.environment import describe_environment
+from flatcal_dist.losses import cross_entropy
+from flatcal_dist.models import build
+from flatcal_dist.run_directory import RunDirectory, RunError
+from flatcal_dist.sharpness import CSAM, SAM, ReplicatedEngine, SharpnessAwareStep, StepResult
+from flatcal_dist.training import checkpoint
+from flatcal_dist.training.checkpoint import Progress
+from flatcal_dist.training.optimizers import build_optimizer, build_schedule
+from flatcal_dist.training.preemption import StopRequest
+from flatcal_dist.training.tracking import Tracker
+from flatcal_dist.weights import save_weights
+
+MAX_SKIPPED = 50  # steps in a row without a finite gradient: the run has diverged, and says so
+
+
+def run(config: Config, directory: RunDirectory, accelerator: Accelerator) -> str:
+    """Train, or go on training; evaluate; report. Returns the run's phase at the end."""
+    on_all_ranks(partial(directory.check, config))
+    state = on_all_ranks(directory.state)
+    if state is not None and state.phase == "finished":
+        accelerator.print(f"{directory.path} is finished already")
+        return "finished"
+    on_all_ranks(lambda: accelerator.is_main_process and inputs.prepare(config.data))
+    train, validation = on_all_ranks(
+        lambda: [
+            inputs.open_index(config.data, split, config.model.num_classes)
+            for split in ("train", "validation")
+        ]
+    )
+    on_all_ranks(lambda: steps_per_epoch(len(train), config.data.global_batch_size))
+    step = build_step(config, accelerator)
+    return Trainer(config, directory, accelerator, train, validation, step).run()
+
+
+def build_step(config: Config, accelerator: Accelerator) -> SharpnessAwareStep:
+    """Network, engine and step of a configuration, the same initial weights on every rank."""
+    torch.manual_seed(config.run.seed)
+    data, model = config.data, config.model
+    network = on_all_ranks(
+        lambda: build(model.name, model.num_classes, data.channels, data.image_size, model.options)
+    )
+    if model.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    network.train()
+    prepared = accelerator.prepare_model(network)  # device, autocast, DistributedDataParallel
+    optimizer = on_all_ranks(lambda: build_optimizer(config.optimizer, network))
+    return SharpnessAwareStep(
+        ReplicatedEngine(prepared, optimizer),
+        build_rule(config.sharpness),
+        loss=partial(cross_entropy, reduction="none", label_smoothing=config.train.label_smoothing),
+        scope=config.sharpness.scope,
+        clip_norm=config.optimizer.clip_norm,
+    )
+
+
+def build_rule(config: SharpnessConfig) -> SAM | None:
+    if config.rule == "none":
+        return None
+    return SAM(config.rho) if config.rule == "sam" else CSAM(config.rho, config.gamma)
+
+
+class Trainer:
+    """The loop over optimizer steps, and what happens between them."""
+
+    def __init__(
+        self,
+        config: Config,
+        directory: RunDirectory,
+        accelerator: Accelerator,
+        train: Index,
+        validation: Index,
+        step: SharpnessAwareStep,
+    ) -> None:
+        self.config, self.directory, self.accelerator = config, directory, accelerator
+        self.train, self.validation, self.step = train, validation, step
+        self.engine = step.engine
+        self.batch_size = config.data.global_batch_size
+        self.epoch_steps = steps_per_epoch(len(train), self.batch_size)
+        self.total_steps = config.train.max_steps or config.train.epochs * self.epoch_steps
+        self.schedule = build_schedule(
+            config.optimizer, self.engine.optimizer, self.total_steps, self.epoch_steps
+        )
+        self.normalize = inputs.normalization(config.data).to(accelerator.device)
+        self.main = accelerator.is_main_process
+        # m of m-sharpness. In scope "global" it is the global batch, whatever the number of ranks.
+        own = config.sharpness.rule != "none" and config.sharpness.scope == "rank"
+        self.samples_per_perturbation = (
+            self.batch_size // accelerator.num_processes if own else None
+        )
+        self.skipped = 0
+
+    def run(self) -> str:
+        """Enter the run directory, train to the end or until asked to stop, evaluate and report."""
+        self.done, self.seconds, passed_over = on_all_ranks(self._resume)
+        self.state = on_all_ranks(self._enter)
+        self.directory.entered = True
+        self.tracker = Tracker(
+            self.config, self.directory.path, self.total_steps, self.done, self.main
+        )
+        try:
+            self._announce(passed_over)
+            self.started = time.monotonic() - self.seconds
+            phase = self._train() if self.done < self.total_steps else "finished"
+            if phase == "finished":
+                self._finish()
+            self._record(phase)
+        except BaseException:
+            self.tracker.close(exit_code=1)
+            raise
+        self.tracker.close()
+        return phase
+
+    def _train(self) -> str:
+        """Optimizer steps from `done` on. Returns "finished", or "preempted" after a checkpoint."""
+        config, device = self.config, self.accelerator.device
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        position = Position(*divmod(self.done, self.epoch_steps))
+        batches = inputs.training_batches(
+            config, self.train, position, rank, world_size, pin_memory=device.type == "cuda"
+        )
+        self.window_start, self.window_steps, self.waited = time.monotonic(), 0, 0.0
+        waiting_since = time.monotonic()
+        with StopRequest() as request:
+            for micro_batches in optimizer_steps(batches):
+                self.waited += time.monotonic() - waiting_since
+                self.schedule.step_update(self.done)
+                # Dropout and the like follow from (seed, rank, step): nothing to save or restore.
+                torch.manual_seed(sample_seed(config.run.seed, rank, self.done))
+                result = self.step(
+                    [self._on_device(batch) for batch in micro_batches],
+                    samples=self.batch_size,
+                    stop=request.asked,
+                )
+                self.done += 1
+                self._after_step(result)
+                if result.stop and self.done < self.total_steps:
+                    self._checkpoint()
+                    self.tracker.say(
+                        f"stopped after step {self.done}; the same command goes on from here"
+                    )
+                    return "preempted"
+                waiting_since = time.monotonic()
+        return "finished"
+
+    def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self.accelerator.device
+        images = self.normalize(batch.images.to(device, non_blocking=True))
+        if self.config.model.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, batch.labels.to(device, non_blocking=True)
+
+    def _after_step(self, result: StepResult) -> None:
+        train = self.config.train
+        self.skipped = self.skipped + 1 if result.skipped else 0
+        if self.skipped == MAX_SKIPPED:
+            raise RunError(
+                f"no finite gradient in {MAX_SKIPPED} steps in a row, up to step {self.done}: "
+                "training has diverged. The last good checkpoint is kept; lower "
+                "optimizer.learning_rate or sharpness.rho, or lengthen optimizer.warmup_epochs"
+            )
+        self.window_steps += 1
+        if self.done % train.log_every_steps == 0 or self.done == self.total_steps:
+            self._log(result)
+        epoch, left = divmod(self.done, self.epoch_steps)
+        end = self.done == self.total_steps
+        if not end and left:
+            return
+        if (every := train.validate_every_epochs) and (epoch % every == 0 or end):
+            self._validate(epoch)
+        if epoch % train.checkpoint_every_epochs == 0 or end:
+            self._checkpoint()
+
+    def _log(self, result: StepResult) -> None:
+        """This step's own figures, which a resumed run repeats, and the speed since the last."""
+        elapsed = time.monotonic() - self.window_start
+        images_per_second = self.window_steps * self.batch_size / elapsed
+        values = {
+            "epoch": self.done / self.epoch_steps,
+            "train/loss": result.loss,
+            "optim/learning_rate": self.engine.optimizer.param_groups[0]["lr"],
+            "optim/gradient_norm": result.gradient_norm,
+            "optim/skipped": int(result.skipped),
+            "perf/images_per_second": images_per_second,
+            "perf/step_seconds": elapsed / self.window_steps,
+            "perf/data_wait_fraction": self.waited / elapsed,
+        }
+        if result.perturbed_loss is not None:
+            values |= {
+                "train/perturbed_loss": result.perturbed_loss,
+                "train/sharpness": result.perturbed_loss - result.loss,
+                "optim/ascent_gradient_norm": result.ascent_gradient_norm,
+                "optim/rho": self.config.sharpness.rho,
+            }
+        self.tracker.log(self.done, values)
+        left = (self.total_steps - self.done) * elapsed / self.window_steps
+        self.tracker.show(self.done, f"loss {result.loss:.4f}", images_per_second, left)
+        self.window_start, self.window_steps, self.waited = time.monotonic(), 0, 0.0
+
+    def _validate(self, epoch: int) -> None:
+        self.engine.synchronize_buffers()
+        values = evaluation.running_metrics(
+            self.config, self.engine.module, self.validation, self.accelerator
+        )
+        self.tracker.log(self.done, {"epoch": epoch, **values})
+        self.tracker.say(
+            f"epoch {epoch}: accuracy {values['val/accuracy']:.4f}  NLL {values['val/nll']:.4f}  "
+            f"ECE {values['val/ece']:.4f}  signed gap {values['val/signed_gap']:+.4f}"
+        )
+
+    def _checkpoint(self) -> None:
+        self.engine.synchronize_buffers()
+        if self.main:
+            progress = Progress(
+                step=self.done,
+                samples_per_perturbation=self.samples_per_perturbation,
+                world_size=self.accelerator.num_processes,
+                seconds=time.monotonic() - self.started,
+            )
+            checkpoint.save(
+                self.directory.checkpoints,
+                self.engine.module,
+                self.engine.optimizer,
+                progress,
+                self.config.train.keep_checkpoints,
+            )
+            self._record("running")
+        # A rank that left while rank 0 still writes would make the launcher end rank 0 as well.
+        self.accelerator.wait_for_everyone()
+
+    def _finish(self) -> None:
+        """The weights to use, and what they are worth."""
+        seconds = time.monotonic() - self.started
+        self.engine.synchronize_buffers()
+        if self.main:
+            save_weights(self.engine.module, self.directory.weights_file)
+        if self.config.evaluate.at_end:
+            metrics = evaluation.report(
+                self.config,
+                self.engine.module,
+                self.validation,
+                self.accelerator,
+                self.directory.report,
+                weights_file=self.directory.weights_file,
+                training_seconds=seconds,
+            )
+            if metrics is not None:
+                self.tracker.log(
+                    self.done,
+                    {
+                        f"calibration/{key}": value
+                        for key, value in metrics.items()
+                        if isinstance(value, float | int)
+                    },
+                )
+                self.tracker.say(f"report: {self.directory.report / 'index.html'}")
+
+    def _resume(self) -> tuple[int, float, list[str]]:
+        """Fill network and optimizer from the newest whole checkpoint, if there is one."""
+        path, passed_over = checkpoint.newest(self.directory.checkpoints)
+        if path is None:
+            return 0, 0.0, passed_over
+        progress = checkpoint.load(path, self.engine.module, self.engine.optimizer)
+        if progress.samples_per_perturbation != self.samples_per_perturbation:
+            raise RunError(
+                f"{self.directory.path} perturbs with {progress.samples_per_perturbation} samples "
+                f"({progress.world_size} ranks), here it would be {self.samples_per_perturbation} "
+                f"({self.accelerator.num_processes} ranks): in sharpness.scope=rank that is "
+                "another algorithm. Go on with as many ranks as before, or begin another run"
+            )
+        return progress.step, progress.seconds, passed_over
+
+    def _enter(self) -> object:
+        state = None
+        if self.main:
+            environment = describe_environment() | {
+                "engine": self.config.train.engine,
+                "precision": self.config.train.precision,
+                "world_size": self.accelerator.num_processes,
+                "device": str(self.accelerator.device.type),
+                "train_data": self.train.identity,
+                "validation_data": self.validation.identity,
+            }
+            state = self.directory.open(self.config, environment)
+        return state
+
+    def _announce(self, passed_over: list[str]) -> None:
+        say = self.tracker.say
+        for problem in passed_over:
+            say(f"passed over a checkpoint: {problem}")
+        at = f", going on after step {self.done}" if self.done else ""
+        say(f"run directory: {self.directory.path}{at}")
+        say(inputs.batch_arithmetic(self.config, self.accelerator.num_processes, len(self.train)))
+
+    def _record(self, phase: str) -> None:
+        if self.main:
+            self.state.phase, self.state.step = phase, self.done
+            self.state.epoch = self.done // self.epoch_steps
+            self.state.seconds = round(time.monotonic() - self.started, 1)
+            self.directory.write(self.state)

@@ -1,0 +1,56 @@
+"""Base optimizer and learning-rate schedule, both timm's."""
+
+import inspect
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from flatcal_dist.config import OptimizerConfig
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer of this name; biases and norm weights are not decayed.
+
+    'sgd' is the papers' (no Nesterov momentum): timm's own 'sgd' switches Nesterov on.
+    Raises ValueError for an unknown name or options that the optimizer does not take.
+    """
+    if config.name not in list_optimizers():
+        raise ValueError(
+            f"optimizer.name={config.name} is not one of timm's: {', '.join(list_optimizers())}"
+        )
+    options = dict(config.options)
+    if config.name == "sgd":
+        options.setdefault("nesterov", False)
+    known = inspect.signature(get_optimizer_info(config.name).opt_class).parameters
+    if strange := [key for key in options if key not in known]:
+        raise ValueError(
+            f"optimizer.options.{strange[0]}: {config.name} takes {', '.join(list(known)[1:])}"
+        )
+    return create_optimizer_v2(
+        model,
+        opt=config.name,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        **options,
+    )
+
+
+def build_schedule(
+    config: OptimizerConfig, optimizer: torch.optim.Optimizer, total_steps: int, epoch_steps: int
+) -> CosineLRScheduler:
+    """Linear warm-up, then cosine to zero at `total_steps`.
+
+    `schedule.step_update(step)` sets the rate of that step: no state, nothing to resume.
+    """
+    warmup_steps = min(round(config.warmup_epochs * epoch_steps), total_steps - 1)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=total_steps - warmup_steps,
+        warmup_t=warmup_steps,
+        warmup_prefix=True,
+        warmup_lr_init=config.learning_rate / max(warmup_steps, 1),
+        t_in_epochs=False,
+    )

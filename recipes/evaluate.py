@@ -1,0 +1,19 @@
+"""Evaluate a run, or any weights of a network, on all ranks; write the calibration report.
+
+    accelerate launch --config_file configs/accelerate/node_ddp.yaml recipes/evaluate.py RUN
+    accelerate launch ... recipes/evaluate.py --model resnet50 --weights model.safetensors \
+        --data 'SHARDS' --output DIR
+
+The same as `flatcal evaluate`, which runs on one process.
+"""
+
+import argparse
+
+from flatcal_dist.cli import evaluate_arguments, run_command
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    evaluate_arguments(parser)
+    run_command(parser.parse_args())

@@ -1,0 +1,22 @@
+"""Train an ImageNet network with CSAM, evaluate it, and write its calibration report.
+
+    accelerate launch --config_file configs/accelerate/node_ddp.yaml recipes/imagenet_csam.py \
+        --config configs/imagenet/resnet50_csam.yaml data.train='SHARDS' data.validation='SHARDS'
+
+The same on this machine's CPUs, with handwritten digits that need no preparation:
+
+    accelerate launch --config_file configs/accelerate/cpu_ddp.yaml recipes/imagenet_csam.py \
+        --config configs/digits/csam.yaml
+
+Any recipe runs any configuration. The way of one step: flatcal_dist/training/loop.py calls
+flatcal_dist/sharpness/step.py, which asks rules.py (what) and engines.py (where).
+"""
+
+from pathlib import Path
+
+from flatcal_dist.training.main import main
+
+CONFIG = Path(__file__).parents[1] / "configs/imagenet/resnet50_csam.yaml"
+
+if __name__ == "__main__":
+    main(CONFIG, __doc__)
