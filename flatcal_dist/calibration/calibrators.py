@@ -27,8 +27,8 @@ class TemperatureScaling:
     def __init__(self) -> None:
         self.temperature: float | None = None
 
-    def fit(self, logits: ArrayLike, labels: ArrayLike, start: float = 1.0) -> "TemperatureScaling":
-        """Fit on logits [N, K] and labels [N]; `start` is where the search begins.
+    def fit(self, logits: ArrayLike, labels: ArrayLike) -> "TemperatureScaling":
+        """Fit on logits [N, K] and labels [N].
 
         Where there is no finite optimum (every label has the largest logit, or the labels
         score below the average class) T is clamped to `BOUNDS` with a RuntimeWarning. ValueError
@@ -44,7 +44,7 @@ class TemperatureScaling:
         elif (z.mean(axis=1, dtype=np.float64) - z_label).mean() >= 0:
             self.temperature = _clamp(BOUNDS[1], "the labels score no higher than other classes")
         else:
-            self.temperature = _solve(z, y, start)
+            self.temperature = _solve(z, y)
         return self
 
     def transform(self, logits: ArrayLike) -> FloatArray:
@@ -63,9 +63,9 @@ def _clamp(bound: float, reason: str) -> float:
     return bound
 
 
-def _solve(z: np.ndarray, y: IntArray, start: float) -> float:
+def _solve(z: np.ndarray, y: IntArray) -> float:
     low, high = -np.log(BOUNDS[1]), -np.log(BOUNDS[0])
-    u = float(np.clip(-np.log(start), low, high))
+    u = 0.0
     for _ in range(100):
         slope, curvature = _slope(z, y, np.exp(u))
         if slope == 0:
@@ -73,10 +73,12 @@ def _solve(z: np.ndarray, y: IntArray, start: float) -> float:
         low, high = (u, high) if slope < 0 else (low, u)
         step = slope / (np.exp(u) * curvature) if curvature > 0 else np.inf
         target = u - step
-        if not low < target < high:
+        newton = low < target < high
+        if not newton:
             target = (low + high) / 2
         moved, u = abs(target - u), target
-        if moved < 1e-12:
+        # A Newton step squares the error, so that the last one needs no check.
+        if moved < (1e-8 if newton else 1e-12):
             break
     if min(u + np.log(BOUNDS[1]), -np.log(BOUNDS[0]) - u) < 1e-9:
         return _clamp(BOUNDS[1] if u < 0 else BOUNDS[0], "the optimum lies beyond the bounds")
@@ -152,8 +154,8 @@ def fit_fold_temperatures(
             warnings.warn("too few images to cross-fit: T = 1", RuntimeWarning, stacklevel=2)
             per_fold.append(1.0)
         else:
-            # Where the search begins does not move the optimum, only saves steps.
-            fitted = TemperatureScaling().fit(z[~held_out], y[~held_out], start=overall)
+            # Not started from the overall optimum, which knows the labels that are held out.
+            fitted = TemperatureScaling().fit(z[~held_out], y[~held_out])
             per_fold.append(fitted.temperature)
     return FoldTemperatures(fold, tuple(per_fold), overall)
 

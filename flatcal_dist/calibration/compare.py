@@ -15,7 +15,7 @@ from .display import METRICS, Metric, duration, show
 from .files import write_json, write_text
 from .records import Records
 from .report import read_report, run_title
-from .statistics import LEVEL, RESAMPLES, Bootstrap, Interval, bootstrap
+from .statistics import LEVEL, RESAMPLES, Bootstrap, bootstrap
 
 COMPARED = ("accuracy", "nll", "ece", "signed_gap", "aurc", "auroc")
 SCHEMA_VERSION = 1
@@ -113,7 +113,7 @@ def _refuse_other_images(baseline: Run, other: Run) -> None:
     only = (np.setdiff1d(mine.id, theirs.id), np.setdiff1d(theirs.id, mine.id))
     if len(only[0]) or len(only[1]):
         found = [
-            f"{len(ids)} only in {run.name} (first {ids[0]!r})"
+            f"{len(ids)} only in {run.name} (first {str(ids[0])!r})"
             for ids, run in zip(only, (baseline, other), strict=True)
             if len(ids)
         ]
@@ -125,7 +125,7 @@ def _refuse_other_images(baseline: Run, other: Run) -> None:
     differ = np.flatnonzero(mine.label != theirs.label)
     raise ValueError(
         f"runs {baseline.name} and {other.name} have different labels for {len(differ)} of "
-        f"{len(mine)} images (first {mine.id[differ[0]]!r}); evaluate both on the same data"
+        f"{len(mine)} images (first {str(mine.id[differ[0]])!r}); evaluate both on the same data"
     )
 
 
@@ -191,7 +191,7 @@ def _groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
         values = {k: [r.metrics[k] for r in members] for k in (*COMPARED, "temperature")}
         groups.append(
             {
-                "name": _group_name(about),
+                "name": _group_name(about, with_model=len({r.about["model"] for r in runs}) > 1),
                 "runs": [r.name for r in members],
                 "seeds": [r.about["seed"] for r in members],
                 **{key: _spread(v) for key, v in values.items()},
@@ -204,8 +204,8 @@ def _groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return groups
 
 
-def _group_name(about: dict[str, Any]) -> str:
-    parts = [about["model"], about["method"]]
+def _group_name(about: dict[str, Any], with_model: bool) -> str:
+    parts = [about["model"] if with_model else None, about["method"]]
     parts += [
         f"{s} = {about[k]}" for k, s in (("rho", "ρ"), ("gamma", "γ")) if about[k] is not None
     ]
@@ -226,19 +226,20 @@ def _verdict(comparison: dict[str, Any]) -> list[str]:
     """One sentence per metric; claims a difference only where the interval excludes zero."""
     sentences = []
     for key in COMPARED:
-        metric, claims, silent = METRICS[key], [], []
+        metric = METRICS[key]
+        claims: dict[str, list[str]] = {}
+        silent = []
         for row in comparison["differences"]:
-            d = Interval(*(row[key][k] for k in ("value", "low", "high")))
-            if d.excludes_zero:
-                size = show(abs(d.value), metric.unit).removeprefix("+")
-                if metric.unit == "percent":
-                    size = size.replace(" %", " points")
-                claims.append(f"{row['run']} is {_word(metric, d.value)} by {size}")
+            d = row[key]
+            if d["shown"]:
+                size = show(abs(d["value"]), metric.unit, sign=True).removeprefix("+")
+                claims.setdefault(_word(metric, d["value"]), []).append(f"{row['run']} by {size}")
             else:
                 silent.append(row["run"])
+        parts = [f"{word} for {_enumerate(runs)}" for word, runs in sorted(claims.items())]
         if silent:
-            claims.append(f"no difference shown for {_enumerate(silent)}")
-        sentences.append(f"{metric.name}: {'; '.join(claims)}.")
+            parts.append(f"no difference shown for {_enumerate(silent)}")
+        sentences.append(f"{metric.name}: {'; '.join(parts)}.")
     return sentences
 
 
@@ -273,8 +274,23 @@ def _csv(comparison: dict[str, Any]) -> str:
 _CSV_ENDINGS = (("", "value"), ("_low", "low"), ("_high", "high"))
 
 
+def _curves(comparison: dict[str, Any], runs: Sequence[Run]) -> list[figures.Curve]:
+    """One line per run; the seeds of a group share colour and name."""
+    groups = comparison["groups"] or [{"name": run.name, "runs": [run.name]} for run in runs]
+    place = {name: (i, group) for i, group in enumerate(groups) for name in group["runs"]}
+    return [
+        figures.Curve(
+            place[run.name][1]["name"],
+            run.metrics,
+            series=place[run.name][0],
+            named=place[run.name][1]["runs"][0] == run.name,
+        )
+        for run in runs
+    ]
+
+
 def _write_page(comparison: dict[str, Any], runs: Sequence[Run], output: Path) -> None:
-    curves = [figures.Curve(run.name, run.metrics) for run in runs]
+    curves = _curves(comparison, runs)
     listed = _enumerate([run.name for run in runs])
     drawings = {
         "reliability": figures.draw_reliability_overlay(curves, "Reliability"),

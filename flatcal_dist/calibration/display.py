@@ -139,7 +139,11 @@ def show(value: float | None, unit: Unit, *, sign: bool = False) -> str:
         return number(100 * value, 2, sign) + (" points" if sign else " %")
     if unit == "points":
         return number(100 * value, 2, sign=True) + " points"
-    return number(1000 * value, 1, sign) if unit == "thousandths" else number(value, 4, sign)
+    return (
+        number(1000 * value, 1, sign)
+        if unit == "thousandths"
+        else number(value, 4 if sign else 3, sign)
+    )
 
 
 def show_interval(interval: Interval, unit: Unit, *, sign: bool = False) -> str | None:

@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MultipleLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
 
-from .checks import BoolArray, FloatArray
+from .checks import FloatArray
 from .files import write_atomically
 from .palette import PALETTE, SERIES, light
 from .records import Scores
@@ -57,21 +57,30 @@ STYLE = {
     "svg.hashsalt": "flatcal",
     "savefig.dpi": 200,
 }
-PERCENT = PercentFormatter(1.0, decimals=0, symbol=" %")
+PERCENT = FuncFormatter(lambda value, _: f"{round(100 * value, 6):g} %")
 HISTOGRAM_BINS = 40
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run of an overlay: its name and its side of `metrics.json`."""
+    """One line of an overlay: its side of `metrics.json`, its name and colour.
+
+    Lines of one series (the seeds of a method) share colour and name; only the first is named.
+    """
 
     name: str
     side: dict[str, Any]
+    series: int = 0
+    named: bool = True
 
     @property
     def label(self) -> str:
         """The name as matplotlib prints it: no mathematics, no hiding of a leading underscore."""
-        return "\u200b" + self.name.replace("$", r"\$")
+        return "\u200b" + self.name.replace("$", r"\$") if self.named else "_"
+
+    @property
+    def colour(self) -> str:
+        return light(SERIES[self.series % len(SERIES)])
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> str:
@@ -82,6 +91,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> str:
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
             with write_atomically(folder / f"{name}{suffix}") as temporary:
                 figure.savefig(temporary, metadata=metadata)
+            figure.set_layout_engine("none")  # laid out once; the second format takes the same
     return (folder / f"{name}.svg").read_text(encoding="utf-8")
 
 
@@ -117,20 +127,26 @@ def draw_reliability(side: dict[str, Any], scores: Scores, title: str) -> Figure
     that a perfectly calibrated network would show. Beneath: the images by confidence.
     """
     with _style():
-        figure = Figure(figsize=(5.0, 6.0), layout="constrained")
-        top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.6, 1))
+        figure = Figure(figsize=(5.2, 6.3), layout="constrained")
+        top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
         filled = [b for b in side["bins"] if b["count"]]
         most = max(b["count"] for b in filled)
         for b in filled:
-            _bar(top, b, strength=0.25 + 0.75 * np.sqrt(b["count"] / most))
+            _bar(top, b, strength=0.4 + 0.6 * np.sqrt(b["count"] / most))
         top.plot([0, 1], [0, 1], color=light("muted"), linewidth=1, linestyle=(0, (4, 3)))
         top.set(ylim=(0, 1), ylabel="Accuracy", title=title)
         top.yaxis.set_major_formatter(PERCENT)
-        _reliability_legend(top)
         _counts(below, scores)
         below.set(xlim=(0, 1), xlabel="Confidence")
         below.xaxis.set_major_formatter(PERCENT)
         below.xaxis.set_major_locator(MultipleLocator(0.2))
+        handles = [
+            Patch(facecolor=light("blue"), alpha=0.8, label="accuracy"),
+            Patch(facecolor=light("vermillion"), alpha=0.6, label="over-confident by"),
+            Patch(facecolor="none", edgecolor=light("ink"), label="95 % if calibrated"),
+            Patch(facecolor=light("green"), alpha=0.6, label="under-confident by"),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
         return figure
 
 
@@ -138,127 +154,109 @@ def _bar(axes: Axes, b: dict[str, Any], strength: float) -> None:
     left, width = b["low"] + 0.004, b["high"] - b["low"] - 0.008
     gap = b["mean_confidence"] - b["accuracy"]
     colour = light("vermillion" if gap > 0 else "green")
-    axes.bar(left, b["accuracy"], width, align="edge", color=light("blue"), alpha=0.8 * strength)
-    axes.bar(
-        left,
-        gap,
-        width,
-        bottom=b["accuracy"],
-        align="edge",
-        facecolor=colour,
-        edgecolor=colour,
-        alpha=0.5 * strength,
-    )
-    axes.bar(
-        left,
-        b["calibrated_high"] - b["calibrated_low"],
-        width,
-        bottom=b["calibrated_low"],
-        align="edge",
-        facecolor="none",
-        edgecolor=light("ink"),
-        linewidth=0.9,
-    )
+    span = {"width": width, "align": "edge"}
+    # A gap below the accuracy is cut out of the bar, so that colours never mix.
+    low, high = sorted((b["accuracy"], b["mean_confidence"]))
+    axes.bar(left, low, color=light("blue"), alpha=0.85 * strength, **span)
+    axes.bar(left, high - low, bottom=low, color=colour, alpha=0.7 * strength, **span)
+    ends = [left, left + width]
+    axes.plot(ends, [b["accuracy"]] * 2, color=light("blue"), linewidth=2.4, solid_capstyle="butt")
+    expected = b["calibrated_high"] - b["calibrated_low"]
+    outline = {"facecolor": "none", "edgecolor": light("ink"), "linewidth": 0.9}
+    axes.bar(left, expected, bottom=b["calibrated_low"], alpha=strength, **outline, **span)
 
 
-def _reliability_legend(axes: Axes) -> None:
-    handles = [
-        Patch(facecolor=light("blue"), alpha=0.8, label="accuracy"),
-        Patch(facecolor=light("vermillion"), alpha=0.5, label="over-confident by"),
-        Patch(facecolor=light("green"), alpha=0.5, label="under-confident by"),
-        Patch(facecolor="none", edgecolor=light("ink"), label="95 % if calibrated"),
-    ]
-    axes.legend(handles=handles, loc="upper left", borderaxespad=0.2)
+def _square_root_axis(axes: Axes, most: float) -> None:
+    """Ticks for heights drawn as square roots of shares, which keep small groups visible."""
+    steps = [s for s in (0.001, 0.01, 0.05, 0.2, 0.5) if 0.02 * most < s <= 1.1 * most]
+    ticks = np.sqrt([0.0, *steps])
+    axes.yaxis.set_major_locator(FixedLocator([*-ticks[:0:-1], *ticks]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v * v:.3g} %"))
 
 
 def _counts(axes: Axes, scores: Scores) -> None:
-    """Images by confidence: correct ones upwards, wrong ones downwards."""
+    """Share of the images by confidence: correct ones upwards, wrong ones downwards."""
     confidence, correct = scores.confidence, scores.correct
     edges = np.linspace(0, 1, HISTOGRAM_BINS + 1)
-    right = np.histogram(confidence[correct], edges)[0] / len(correct)
-    wrong = np.histogram(confidence[~correct], edges)[0] / len(correct)
-    width = edges[1] - edges[0]
-    axes.bar(edges[:-1], right, width, align="edge", color=light("blue"), alpha=0.8)
-    axes.bar(edges[:-1], -wrong, width, align="edge", color=light("vermillion"), alpha=0.8)
+    right, wrong = (
+        np.sqrt(np.histogram(confidence[chosen], edges)[0] / len(correct))
+        for chosen in (correct, ~correct)
+    )
+    width, most = edges[1] - edges[0], max(right.max(), wrong.max())
+    axes.bar(edges[:-1], right, width, align="edge", color=light("blue"), alpha=0.85)
+    axes.bar(edges[:-1], -wrong, width, align="edge", color=light("vermillion"), alpha=0.85)
     axes.axhline(0, color=light("muted"), linewidth=0.8)
-    high = max(right.max(), 1e-9)
-    axes.set_ylim(-max(wrong.max(), 0.25 * high) * 1.25, high * 1.1)
-    axes.set_ylabel("Images")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{abs(v) * 100:g} %"))
-    axes.locator_params(axis="y", nbins=4)
+    axes.set_ylim(-1.1 * max(wrong.max(), 0.35 * most), 1.1 * max(right.max(), 0.35 * most))
+    axes.set_ylabel("Images (√ scale)")
+    _square_root_axis(axes, most**2)
     place = {"transform": axes.transAxes, "fontsize": 9.5}
-    axes.text(0.015, 0.93, "correct", color=light("blue"), va="top", **place)
+    axes.text(0.015, 0.95, "correct", color=light("blue"), va="top", **place)
     axes.text(0.015, 0.03, "wrong", color=light("vermillion"), va="bottom", **place)
 
 
 def draw_confidence(scores: Scores, title: str) -> Figure:
     """Distribution of confidence among correct and among wrong predictions, each summing to 1."""
     with _style():
-        figure = Figure(figsize=(5.0, 3.3), layout="constrained")
+        figure = Figure(figsize=(5.2, 3.5), layout="constrained")
         axes = figure.subplots()
         confidence, correct = scores.confidence, scores.correct
-        for chosen, name, colour in (
-            (correct, "correct", "blue"),
-            (~correct, "wrong", "vermillion"),
-        ):
-            if chosen.any():
-                _histogram(axes, confidence, chosen, name, light(colour))
-        axes.set(xlim=(0, 1), ylim=(0, None), xlabel="Confidence", title=title)
-        axes.set_ylabel("Share of the group")
+        groups = ((correct, "correct", "blue"), (~correct, "wrong", "vermillion"))
+        most = max(
+            _histogram(axes, confidence[chosen], name, light(colour))
+            for chosen, name, colour in groups
+            if chosen.any()
+        )
+        axes.set(xlim=(0, 1), ylim=(0, 1.08 * np.sqrt(most)), xlabel="Confidence", title=title)
+        axes.set_ylabel("Share of the group (√ scale)")
         axes.xaxis.set_major_formatter(PERCENT)
         axes.xaxis.set_major_locator(MultipleLocator(0.2))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-        axes.locator_params(axis="y", nbins=5)
-        axes.legend(loc="upper left", borderaxespad=0.2)
+        _square_root_axis(axes, most)
+        figure.legend(loc="outside lower center", ncols=2)
         return figure
 
 
-def _histogram(
-    axes: Axes, confidence: FloatArray, chosen: BoolArray, name: str, colour: str
-) -> None:
-    values = confidence[chosen]
+def _histogram(axes: Axes, values: FloatArray, name: str, colour: str) -> float:
+    """Draw one group; return the largest share of a bin."""
     edges = np.linspace(0, 1, HISTOGRAM_BINS + 1)
     share = np.histogram(values, edges)[0] / len(values)
-    mean = values.mean()
-    axes.stairs(share, edges, fill=True, color=colour, alpha=0.28)
-    label = f"{name}: {len(values):,}, mean {mean:.0%}".replace("%", " %")
-    axes.stairs(share, edges, color=colour, linewidth=1.4, label=label)
-    axes.axvline(mean, color=colour, linewidth=1.1, linestyle=(0, (4, 3)))
+    label = f"{name}: {len(values):,}, mean {100 * values.mean():.1f} %"
+    axes.stairs(np.sqrt(share), edges, fill=True, color=colour, alpha=0.28)
+    axes.stairs(np.sqrt(share), edges, color=colour, linewidth=1.4, label=label)
+    axes.axvline(values.mean(), color=colour, linewidth=1.1, linestyle=(0, (4, 3)))
+    return share.max()
 
 
 def draw_risk_coverage(curves: Sequence[Curve], title: str, *, reference: bool) -> Figure:
     """Risk among the most confident images against their share, one line per curve.
 
-    reference: add the oracle (every wrong image last) and random order; only meaningful when
-    all curves have one accuracy.
+    reference: the curves belong to one run, before and after calibration; add the oracle (every
+    wrong image last) and random order.
     """
     with _style():
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        figure = Figure(figsize=(8.2, 4.6), layout="constrained")
         axes = figure.subplots()
         error = max(1 - c.side["accuracy"] for c in curves)
-        if reference:
-            coverage = np.linspace(0, 1, 401)[1:]
-            oracle = np.maximum(0, coverage - (1 - error)) / coverage
-            axes.plot([0, 1], [error, error], color=light("band"), linestyle=":", label="random")
-            axes.plot(coverage, oracle, color=light("band"), label="oracle")
         for i, c in enumerate(curves):
             line = c.side["risk_coverage"]
-            dashes = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))[i // len(SERIES) % 4]
-            if reference and i:
-                dashes = (0, (5, 2))
             axes.plot(
                 line["coverage"],
                 line["risk"],
-                color=light(SERIES[i % len(SERIES)]),
-                linestyle=dashes,
-                label=f"{c.label}: AURC {1000 * c.side['aurc']:.1f}",
+                color=c.colour,
+                linestyle=(0, (5, 2)) if reference and i else "-",
+                label=c.label,
             )
+        if reference:
+            coverage = np.linspace(0, 1, 401)[1:]
+            oracle = np.maximum(0, coverage - (1 - error)) / coverage
+            grey = {"color": light("muted"), "linewidth": 1.3}
+            axes.plot(coverage, oracle, label="oracle", zorder=1, **grey)
+            axes.plot([0, 1], [error, error], ls=(0, (1, 2)), label="random", zorder=1, **grey)
         # The first few images make any curve jump; the scale follows the rest.
         axes.set(xlim=(0, 1), ylim=(0, min(1.02, max(1.25 * error, 0.01))), title=title)
         axes.set(xlabel="Coverage: share of the images answered", ylabel="Risk: share wrong")
         axes.xaxis.set_major_formatter(PERCENT)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-        axes.legend(loc="upper left", borderaxespad=0.2)
+        axes.yaxis.set_major_formatter(PERCENT)
+        figure.legend(loc="outside lower center", ncols=4 if reference else 3)
         return figure
 
 
@@ -268,17 +266,16 @@ def draw_reliability_overlay(curves: Sequence[Curve], title: str) -> Figure:
         figure = Figure(figsize=(5.6, 5.2), layout="constrained")
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color=light("muted"), linewidth=1, linestyle=(0, (4, 3)))
-        for i, c in enumerate(curves):
+        for c in curves:
             filled = [b for b in c.side["bins"] if b["count"]]
             x, y = ([b[key] for b in filled] for key in ("mean_confidence", "accuracy"))
             share = np.array([b["count"] for b in filled]) / sum(b["count"] for b in filled)
-            colour = light(SERIES[i % len(SERIES)])
-            axes.plot(x, y, color=colour, linewidth=1.2, alpha=0.7)
-            axes.scatter(x, y, s=8 + 160 * share, color=colour, alpha=0.85, label=c.label)
+            axes.plot(x, y, color=c.colour, linewidth=1.2, alpha=0.6)
+            axes.scatter(x, y, s=6 + 160 * share, color=c.colour, alpha=0.85, label=c.label)
         axes.set(xlim=(0, 1), ylim=(0, 1), title=title, xlabel="Confidence", ylabel="Accuracy")
         axes.xaxis.set_major_formatter(PERCENT)
         axes.yaxis.set_major_formatter(PERCENT)
-        legend = axes.legend(loc="upper left", borderaxespad=0.2)
+        legend = figure.legend(loc="outside lower center", ncols=3)
         for handle in legend.legend_handles:
             handle.set_sizes([36])
         return figure
@@ -289,19 +286,18 @@ def draw_accuracy_ece(curves: Sequence[Curve], title: str) -> Figure:
     with _style():
         figure = Figure(figsize=(5.6, 5.2), layout="constrained")
         axes = figure.subplots()
-        for i, c in enumerate(curves):
-            x, y, colour = c.side["accuracy"], c.side["ece"], light(SERIES[i % len(SERIES)])
-            limits = c.side["intervals"]["accuracy"]
+        for c in curves:
+            x, y, limits = c.side["accuracy"], c.side["ece"], c.side["intervals"]["accuracy"]
             if limits["low"] is not None:
-                axes.plot([limits["low"], limits["high"]], [y, y], color=colour, linewidth=1.1)
-            axes.scatter([x], [y], s=54, color=colour, zorder=3, label=c.label)
-            null = c.side["ece_null"]
-            axes.plot([x, x], [0, null["quantile_95"]], color=light("band"), linewidth=3, zorder=1)
+                ends = [limits["low"], limits["high"]]
+                axes.plot(ends, [y, y], color=c.colour, linewidth=1, alpha=0.6)
+            axes.scatter([x], [y], s=54, color=c.colour, zorder=3, label=c.label)
+            chance = c.side["ece_null"]["quantile_95"]
+            axes.plot([x, x], [0, chance], color=light("band"), linewidth=3, zorder=1)
         axes.set(title=title, xlabel="Accuracy (95 % interval)", ylabel="ECE")
-        axes.set_ylim(0, None)
-        axes.margins(y=0.25)
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
+        axes.xaxis.set_major_formatter(PERCENT)
+        axes.yaxis.set_major_formatter(PERCENT)
         axes.locator_params(axis="x", nbins=5)
-        axes.legend(loc="best")
+        figure.legend(loc="outside lower center", ncols=3)
         return figure

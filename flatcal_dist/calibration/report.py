@@ -116,7 +116,10 @@ def _figures(m: dict[str, Any], records: Records, folder: Path) -> dict[str, Any
             f"Confidence of {int(scores.correct.sum())} correct and "
             f"{int((~scores.correct).sum())} wrong predictions.",
         )  # fmt: skip
-    curves = [figures.Curve("as trained", m), figures.Curve("after temperature", after)]
+    curves = [
+        figures.Curve(f"{name}, AURC {1000 * side['aurc']:.1f}", side, series)
+        for series, (name, side) in enumerate((("as trained", m), ("after temperature", after)))
+    ]
     drawn = figures.draw_risk_coverage(curves, "Risk against coverage", reference=True)
     pages["risk_coverage"] = _inline(
         drawn, folder, "risk_coverage", "Risk-coverage curve",

@@ -64,38 +64,41 @@ def _ece(m: dict[str, Any]) -> str:
 
 
 def _temperature(m: dict[str, Any]) -> list[str]:
-    after = m["after_temperature"]
+    after, t = m["after_temperature"], number(m["temperature"], 2)
     nll, ece = (Interval(**after["difference"][name]) for name in ("nll", "ece"))
-    before_text, after_text = (f"{v} %" for v in points(m["ece"], after["ece"]))
-    name = (
-        f"Temperature scaling (T = {number(m['temperature'], 2)}, each image scored by the others)"
-    )
-    moves = f"ECE goes from {before_text} to {after_text}"
-    if ece.excludes_zero:
-        verb = "lowers" if ece.value < 0 else "raises"
-        moves = f"{verb} ECE from {before_text} to {after_text}"
     if nll.excludes_zero:
         low, high = sorted((abs(nll.low), abs(nll.high)))
         verb = "lowers" if nll.value < 0 else "raises"
         change = f"{verb} NLL by {number(abs(nll.value))} ({number(low)} to {number(high)})"
-        joint = " and " if ece.excludes_zero else "; "
     else:
-        change, joint = "shows no change in NLL", (" but " if ece.excludes_zero else "; ")
-    sentences = [f"{name} {change}{joint}{moves}{_left(after)}."]
-    if nll.excludes_zero and nll.value < 0 and after["ece"] < m["ece"]:
-        sentences.append(
-            f"Where confidences are used as probabilities, divide the logits by "
-            f"{number(m['temperature'], 2)}."
-        )
+        change = "shows no change in NLL"
+    ends = "from {} % to {} %".format(*points(m["ece"], after["ece"]))
+    if ece.excludes_zero:
+        agree = nll.excludes_zero and (nll.value < 0) == (ece.value < 0)
+        verb = "lowers" if ece.value < 0 else "raises"
+        move = f" {'and' if agree else 'but'} {verb} ECE {ends}"
     else:
-        sentences.append("There is no case here for changing the temperature.")
-    return sentences
+        move = f"; ECE goes {ends}, no change shown"
+    first = (
+        f"Temperature scaling with T = {t}, fitted without the images it is scored on, "
+        f"{change}{move}{_left(after)}."
+    )
+    if not (nll.excludes_zero and nll.value < 0):
+        return [first, "There is no case here for changing the temperature."]
+    if ece.excludes_zero and ece.value > 0:
+        return [
+            first,
+            f"The two disagree: dividing the logits by {t} pays where the probabilities of all "
+            "classes are used, not where only the confidence of the answer is; one temperature "
+            "does not mend this network.",
+        ]
+    return [first, f"Where confidences are used as probabilities, divide the logits by {t}."]
 
 
 def _left(after: dict[str, Any]) -> str:
     if after["ece_null"]["p_value"] < SHOWN:
-        return ", still more than a calibrated network would show"
-    return ", which a calibrated network could show"
+        return "; that is still more than a calibrated network would show"
+    return "; a calibrated network could show as much"
 
 
 def _failure(m: dict[str, Any]) -> str:

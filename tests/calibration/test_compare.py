@@ -1,0 +1,161 @@
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flatcal_dist.calibration.compare import write_comparison
+from flatcal_dist.calibration.records import Records
+from flatcal_dist.calibration.report import write_report
+from flatcal_dist.calibration.summary import About
+
+from .synthetic import make_logits
+from .test_report import assert_sound_page, strict_json
+
+COMPARED = ("accuracy", "nll", "ece", "signed_gap", "aurc", "auroc")
+
+
+def write_run(
+    folder: Path, method: str, seed: int, scale: float = 2.0, learning_rate: float = 0.1
+) -> Path:
+    ids, labels, logits = make_logits(300, seed=seed, scale=scale)
+    configuration = {
+        "run": {"dir": str(folder), "seed": seed},
+        "optimizer": {"learning_rate": learning_rate},
+    }
+    about = About(
+        model="lenet5", method=method, seed=seed, training_seconds=61.0, configuration=configuration
+    )
+    records = Records.from_logits(ids, labels, logits)
+    write_report(records, folder / "report", about, resamples=10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    base = tmp_path_factory.mktemp("runs")
+    return [
+        write_run(base / "sgd_0", "sgd", 0, 4.0),
+        write_run(base / "sgd_1", "sgd", 1, 4.0),
+        write_run(base / "csam_0", "csam", 0, 1.8),
+    ]
+
+
+def test_files_and_page(runs: list[Path], tmp_path: Path) -> None:
+    c = write_comparison(runs, tmp_path, resamples=100)
+    names = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    figures = ("reliability", "risk_coverage", "accuracy_ece")
+    expected = {f"figures/{n}.{s}" for n in figures for s in ("png", "svg")}
+    assert names == expected | {"index.html", "comparison.json", "comparison.csv"}
+    assert strict_json(tmp_path / "comparison.json") == json.loads(json.dumps(c))
+    page = assert_sound_page(tmp_path / "index.html")
+    for text in (*c["verdict"], "sgd_0", "csam_0", "Over training seeds"):
+        assert text in page.text
+    rows = list(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))
+    assert [r["run"] for r in rows] == ["sgd_0", "sgd_1", "csam_0"]
+    assert rows[0]["nll_difference"] == ""
+    assert float(rows[2]["nll_difference"]) == c["differences"][1]["nll"]["value"]
+
+
+def test_differences_are_paired_and_marks_need_them(runs: list[Path], tmp_path: Path) -> None:
+    c = write_comparison([runs[0], runs[2]], tmp_path, resamples=200)
+    (difference,) = c["differences"]
+    first, second = c["runs"]
+    for key in COMPARED:
+        d = difference[key]
+        assert d["value"] == pytest.approx(second[key] - first[key], abs=1e-9)
+        assert d["shown"] == (d["low"] > 0 or d["high"] < 0)
+    # The networks are one, but for the scale of the logits: same answers, other confidences.
+    assert difference["accuracy"]["value"] == 0
+    assert not difference["accuracy"]["shown"]
+    assert c["best"]["accuracy"] is None
+    assert c["best"]["nll"] == c["best"]["ece"] == "csam_0"
+    assert c["best"]["signed_gap"] is None
+    assert c["verdict"][0] == "Accuracy: no difference shown for csam_0."
+    assert c["verdict"][1].startswith("NLL: lower (better) for csam_0 by ")
+    assert c["groups"] == []
+
+
+def test_a_run_against_its_own_copy_shows_nothing(runs: list[Path], tmp_path: Path) -> None:
+    copy = write_run(tmp_path / "copy", "sgd", 0, 4.0)
+    c = write_comparison([runs[0], copy], tmp_path / "out", resamples=50)
+    assert all("no difference shown for copy" in s for s in c["verdict"])
+    assert set(c["best"].values()) == {None}
+
+
+def test_seeds_are_grouped(runs: list[Path], tmp_path: Path) -> None:
+    c = write_comparison(runs, tmp_path, resamples=20)
+    sgd, csam = c["groups"]
+    assert sgd["runs"] == ["sgd_0", "sgd_1"]
+    accuracies = [r["accuracy"] for r in c["runs"][:2]]
+    assert sgd["accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
+    assert sgd["accuracy"]["sd"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert csam["accuracy"]["sd"] is None
+
+
+def test_other_settings_are_no_seeds(runs: list[Path], tmp_path: Path) -> None:
+    other = write_run(tmp_path / "sgd_2", "sgd", 2, 4.0, learning_rate=0.2)
+    c = write_comparison([runs[0], runs[1], other], tmp_path / "out", resamples=20)
+    assert [g["runs"] for g in c["groups"]] == [["sgd_0", "sgd_1"], ["sgd_2"]]
+    assert len({g["name"] for g in c["groups"]}) == 2
+    c = write_comparison([runs[0], other], tmp_path / "out2", resamples=20)
+    assert c["groups"] == []
+
+
+def test_report_directories_and_equal_names(runs: list[Path], tmp_path: Path) -> None:
+    twin = write_run(tmp_path / "other" / "sgd_0", "sgd", 5, 4.0)
+    c = write_comparison([runs[0] / "report", twin], tmp_path / "out", resamples=20)
+    assert c["baseline"].endswith("/sgd_0")
+    assert c["runs"][1]["run"] == "other/sgd_0"
+
+
+def test_missing_report(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"run .*empty has no report .*flatcal evaluate .*empty"):
+        write_comparison([runs[0], tmp_path / "empty"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_or_equal_runs(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least two"):
+        write_comparison(runs[:1], tmp_path)
+    with pytest.raises(ValueError, match="given twice"):
+        write_comparison([runs[0], runs[0] / "report"], tmp_path)
+
+
+def test_other_images_are_refused(runs: list[Path], tmp_path: Path) -> None:
+    ids, labels, logits = make_logits(300)
+    other = tmp_path / "other"
+    renamed = [*ids[2:], "x", "y"]
+    write_report(Records.from_logits(renamed, labels, logits), other / "report", resamples=2)
+    message = r"2 only in sgd_0 \(first 'image/00000'\) and 2 only in other \(first 'x'\), 298"
+    with pytest.raises(ValueError, match=message):
+        write_comparison([runs[0], other], tmp_path / "out")
+    part = Records.from_logits(ids[:200], labels[:200], logits[:200])
+    write_report(part, other / "report", resamples=2)
+    with pytest.raises(ValueError, match="100 only in sgd_0"):
+        write_comparison([runs[0], other], tmp_path / "out")
+    labels = np.where(np.arange(300) < 3, (labels + 1) % 10, labels)
+    write_report(Records.from_logits(ids, labels, logits), other / "report", resamples=2)
+    with pytest.raises(ValueError, match="different labels for 3 of 300"):
+        write_comparison([runs[0], other], tmp_path / "out")
+
+
+def test_equal_networks_are_seldom_told_apart() -> None:
+    """Under the null, a 95 % interval of a difference misses zero in about 5 % of draws."""
+    from flatcal_dist.calibration.records import Scores
+    from flatcal_dist.calibration.statistics import bootstrap
+
+    random = np.random.default_rng(0)
+    missed = dict.fromkeys(("accuracy", "ece", "aurc", "auroc"), 0)
+    for seed in range(60):
+        pair = []
+        for _ in range(2):
+            confidence = random.beta(4, 1, 400)
+            correct = random.random(400) < confidence
+            pair.append(Scores(correct, np.log(confidence), *np.zeros((3, 400))))
+        samples = bootstrap(pair, 150, seed)
+        for name in missed:
+            missed[name] += samples.difference(1, 0, name).excludes_zero
+    assert all(count <= 10 for count in missed.values()), missed
