@@ -5,7 +5,10 @@ ends. What a worker is handed is a whole micro-batch's sample numbers; what come
 (index, seed, epoch, sample) alone, hence not on ranks, workers or where a run was interrupted.
 """
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -311,8 +314,23 @@ def _start_worker(number: int) -> None:
     """Workers are single-threaded and leave signals to the main process.
 
     Ctrl-C and SLURM's preemption signals reach every process of a job; a worker that died of one
-    would take the run with it before it could write its checkpoint.
+    would take the run with it before it could write its checkpoint. The main process itself ends
+    its workers by SIGTERM, so that one is obeyed when it comes from there.
     """
     torch.set_num_threads(1)
-    for received in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for received in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(received, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_the_main_process, daemon=True).start()
+
+
+def _end_with_the_main_process() -> None:
+    # A handler is not told who sent a signal; waiting for it is. Ignoring SIGTERM altogether
+    # would let a run that fails wait for its workers for ever. (The parent's own number is no
+    # help: it is the fork server's where there is one.)
+    main = multiprocessing.parent_process()
+    while main.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, 5)
+        if received is not None and received.si_pid == main.pid:
+            break
+    os._exit(0)

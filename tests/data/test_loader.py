@@ -1,6 +1,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -224,6 +226,38 @@ class KillsItself:
 def test_workers_leave_signals_to_the_main_process(index, reference):
     steps = steps_of(index, transform=KillsItself(), workers=2, max_steps=2)
     assert steps == {position: reference[position] for position in ((0, 0), (0, 1))}
+
+
+FAILS = """
+import sys
+from pathlib import Path
+from flatcal_dist.data import *
+
+if __name__ == "__main__":
+    loader = training_loader(
+        load_index(expand(sys.argv[1])), seed=0, global_batch_size=8, micro_batch_size=4,
+        transform=training_transform(Augmentation(), 8), channels=3, epochs=9, workers=2,
+        multiprocessing_context=sys.argv[2],
+    )
+    batches = iter(loader)
+    next(batches)
+    raise RuntimeError("the training failed")
+"""
+
+
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
+def test_a_run_that_fails_ends_with_its_workers(shards, tmp_path, context):
+    """The traceback keeps the loader alive; Python's exit then ends the workers by SIGTERM."""
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS)
+    run = subprocess.run(
+        [sys.executable, str(script), str(shards[0].parent), context],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 1
+    assert run.stderr.strip().endswith("RuntimeError: the training failed")
 
 
 def test_pinning_keeps_everything(index, monkeypatch):
