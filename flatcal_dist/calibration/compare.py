@@ -60,7 +60,7 @@ def write_comparison(
         "groups": _groups(loaded),
         "conventions": {
             "differences": "run minus baseline on the same images, as trained, paired bootstrap "
-            f"over images, {LEVEL:.0%} intervals; other training seeds are not covered",
+            f"over images, {100 * LEVEL:.0f} % intervals; other training seeds are not covered",
             "ece_differences": "spread around the observed difference, because resampling biases "
             "ECE upwards",
             "best": "better than each other run by an interval that excludes zero",

@@ -111,7 +111,7 @@ GROUPS = (
 )  # fmt: skip
 METRICS = {metric.key: metric for group in GROUPS for metric in group.metrics}
 ARROWS = {"higher": ("↑", "higher is better"), "lower": ("↓", "lower is better")} | {
-    "zero": ("→ 0", "closer to zero is better"),
+    "zero": ("→\u00a00", "closer to zero is better"),
     None: ("", ""),
 }
 

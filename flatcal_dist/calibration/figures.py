@@ -166,9 +166,12 @@ def _bar(axes: Axes, b: dict[str, Any], strength: float) -> None:
     axes.bar(left, expected, bottom=b["calibrated_low"], alpha=strength, **outline, **span)
 
 
-def _square_root_axis(axes: Axes, most: float) -> None:
-    """Ticks for heights drawn as square roots of shares, which keep small groups visible."""
-    steps = [s for s in (0.001, 0.01, 0.05, 0.2, 0.5) if 0.02 * most < s <= 1.1 * most]
+def _square_root_axis(axes: Axes, most: float, least: float) -> None:
+    """Ticks for heights drawn as square roots of shares, which keep small groups visible.
+
+    least: the smallest tick, as a share of the largest height `most`.
+    """
+    steps = [s for s in (0.001, 0.01, 0.05, 0.2, 0.5) if least * most < s <= 1.1 * most]
     ticks = np.sqrt([0.0, *steps])
     axes.yaxis.set_major_locator(FixedLocator([*-ticks[:0:-1], *ticks]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v * v:.3g} %"))
@@ -188,7 +191,7 @@ def _counts(axes: Axes, scores: Scores) -> None:
     axes.axhline(0, color=light("muted"), linewidth=0.8)
     axes.set_ylim(-1.1 * max(wrong.max(), 0.35 * most), 1.1 * max(right.max(), 0.35 * most))
     axes.set_ylabel("Images (√ scale)")
-    _square_root_axis(axes, most**2)
+    _square_root_axis(axes, most**2, least=0.12)
     place = {"transform": axes.transAxes, "fontsize": 9.5}
     axes.text(0.015, 0.95, "correct", color=light("blue"), va="top", **place)
     axes.text(0.015, 0.03, "wrong", color=light("vermillion"), va="bottom", **place)
@@ -210,7 +213,7 @@ def draw_confidence(scores: Scores, title: str) -> Figure:
         axes.set_ylabel("Share of the group (√ scale)")
         axes.xaxis.set_major_formatter(PERCENT)
         axes.xaxis.set_major_locator(MultipleLocator(0.2))
-        _square_root_axis(axes, most)
+        _square_root_axis(axes, most, least=0.02)
         figure.legend(loc="outside lower center", ncols=2)
         return figure
 
@@ -233,7 +236,7 @@ def draw_risk_coverage(curves: Sequence[Curve], title: str, *, reference: bool) 
     wrong image last) and random order.
     """
     with _style():
-        figure = Figure(figsize=(8.2, 4.6), layout="constrained")
+        figure = Figure(figsize=(6.4, 4.5), layout="constrained")
         axes = figure.subplots()
         error = max(1 - c.side["accuracy"] for c in curves)
         for i, c in enumerate(curves):
@@ -256,7 +259,7 @@ def draw_risk_coverage(curves: Sequence[Curve], title: str, *, reference: bool) 
         axes.set(xlabel="Coverage: share of the images answered", ylabel="Risk: share wrong")
         axes.xaxis.set_major_formatter(PERCENT)
         axes.yaxis.set_major_formatter(PERCENT)
-        figure.legend(loc="outside lower center", ncols=4 if reference else 3)
+        figure.legend(loc="outside lower center", ncols=2 if reference else 3)
         return figure
 
 

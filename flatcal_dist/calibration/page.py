@@ -1,5 +1,6 @@
 """The frame that all pages share: templates, theme colours, how values are printed."""
 
+import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -29,7 +30,8 @@ def render(template: str, **values: Any) -> str:
         "groups": display.GROUPS,
         "duration": display.duration,
     }
-    return environment.get_template(template).render(**values)
+    html = environment.get_template(template).render(**values)
+    return re.sub(r"(?<=\d) %", "\u00a0%", html)  # no line ends between a number and its unit
 
 
 def _between(limits: dict[str, Any], unit: display.Unit, sign: bool = False) -> str | None:

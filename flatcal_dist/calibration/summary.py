@@ -1,5 +1,6 @@
 """From records to the numbers of `metrics.json`: plain JSON, None where undefined."""
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -73,7 +74,8 @@ def summarize(
         "temperature_folds": list(records.fold_temperatures),
         "after_temperature": after,
         "conventions": _conventions(records, bins, resamples, seed),
-        "about": asdict(about or About()),
+        # Paths and such become text, tuples lists: what is returned is what is read again.
+        "about": json.loads(json.dumps(asdict(about or About()), default=str)),
     }
 
 
@@ -198,7 +200,7 @@ def _conventions(records: Records, bins: int, resamples: int, seed: int) -> dict
         "after_temperature": "each image scored with the temperature of the other folds",
         "folds": len(records.fold_temperatures),
         "fold_seed": records.fold_seed,
-        "intervals": f"{LEVEL:.0%} percentile bootstrap over images",
+        "intervals": f"{100 * LEVEL:.0f} % percentile bootstrap over images",
         "ece_null": "ECE of a perfectly calibrated network with these confidences",
         "resamples": resamples,
         "seed": seed,

@@ -84,6 +84,8 @@ def _temperature(m: dict[str, Any]) -> list[str]:
         f"{change}{move}{_left(after)}."
     )
     if not (nll.excludes_zero and nll.value < 0):
+        if not nll.excludes_zero and ece.excludes_zero and ece.value < 0:
+            return [first, f"Dividing the logits by {t} is shown to mend ECE and nothing else."]
         return [first, "There is no case here for changing the temperature."]
     if ece.excludes_zero and ece.value > 0:
         return [

@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 
 from flatcal_dist.calibration.compare import write_comparison
+from flatcal_dist.calibration.files import write_json
 from flatcal_dist.calibration.records import Records
-from flatcal_dist.calibration.report import write_report
-from flatcal_dist.calibration.summary import About
+from flatcal_dist.calibration.summary import About, summarize
 
 from .synthetic import make_logits
 from .test_report import assert_sound_page, strict_json
 
 COMPARED = ("accuracy", "nll", "ece", "signed_gap", "aurc", "auroc")
+
+
+def write_bare_report(records: Records, folder: Path, about: About | None = None) -> None:
+    """A report without page and figures, which a comparison does not read."""
+    write_json(folder / "metrics.json", summarize(records, about, resamples=5))
+    records.save(folder / "records.parquet")
 
 
 def write_run(
@@ -27,8 +33,7 @@ def write_run(
     about = About(
         model="lenet5", method=method, seed=seed, training_seconds=61.0, configuration=configuration
     )
-    records = Records.from_logits(ids, labels, logits)
-    write_report(records, folder / "report", about, resamples=10)
+    write_bare_report(Records.from_logits(ids, labels, logits), folder / "report", about)
     return folder
 
 
@@ -128,23 +133,24 @@ def test_other_images_are_refused(runs: list[Path], tmp_path: Path) -> None:
     ids, labels, logits = make_logits(300)
     other = tmp_path / "other"
     renamed = [*ids[2:], "x", "y"]
-    write_report(Records.from_logits(renamed, labels, logits), other / "report", resamples=2)
+    write_bare_report(Records.from_logits(renamed, labels, logits), other / "report")
     message = r"2 only in sgd_0 \(first 'image/00000'\) and 2 only in other \(first 'x'\), 298"
     with pytest.raises(ValueError, match=message):
         write_comparison([runs[0], other], tmp_path / "out")
     part = Records.from_logits(ids[:200], labels[:200], logits[:200])
-    write_report(part, other / "report", resamples=2)
+    write_bare_report(part, other / "report")
     with pytest.raises(ValueError, match="100 only in sgd_0"):
         write_comparison([runs[0], other], tmp_path / "out")
     labels = np.where(np.arange(300) < 3, (labels + 1) % 10, labels)
-    write_report(Records.from_logits(ids, labels, logits), other / "report", resamples=2)
+    write_bare_report(Records.from_logits(ids, labels, logits), other / "report")
     with pytest.raises(ValueError, match="different labels for 3 of 300"):
         write_comparison([runs[0], other], tmp_path / "out")
 
 
 def test_equal_networks_are_seldom_told_apart() -> None:
     """Under the null, a 95 % interval of a difference misses zero in about 5 % of draws."""
-    from flatcal_dist.calibration.records import Scores
+    from flatcal_dist.calibration.files import write_json
+from flatcal_dist.calibration.records import Scores
     from flatcal_dist.calibration.statistics import bootstrap
 
     random = np.random.default_rng(0)

@@ -344,6 +344,12 @@ def test_verdict_when_nll_and_ece_disagree() -> None:
     assert "The two disagree" in said
 
 
+def test_verdict_when_only_ece_moves() -> None:
+    said = " ".join(verdict(run(nll=(-0.001, -0.01, 0.01))))
+    assert "shows no change in NLL but lowers ECE from 5.0 % to 1.0 %" in said
+    assert "is shown to mend ECE and nothing else" in said
+
+
 def test_verdict_near_zero_shows_the_digits_that_decide() -> None:
     assert "by 0.04 points (95 % interval 0.01 to 0.07)" in verdict(run((4e-4, 1e-4, 7e-4)))[0]
 
