@@ -311,13 +311,12 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _start_worker(number: int) -> None:
-    """Workers are single-threaded and leave signals to the main process.
+    """Workers leave signals to the main process.
 
     Ctrl-C and SLURM's preemption signals reach every process of a job; a worker that died of one
     would take the run with it before it could write its checkpoint. The main process itself ends
     its workers by SIGTERM, so that one is obeyed when it comes from there.
     """
-    torch.set_num_threads(1)
     for received in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(received, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
