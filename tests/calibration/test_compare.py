@@ -7,7 +7,8 @@ import pytest
 
 from flatcal_dist.calibration.compare import write_comparison
 from flatcal_dist.calibration.files import write_json
-from flatcal_dist.calibration.records import Records
+from flatcal_dist.calibration.records import Records, Scores
+from flatcal_dist.calibration.statistics import bootstrap
 from flatcal_dist.calibration.summary import About, summarize
 
 from .synthetic import make_logits
@@ -149,10 +150,6 @@ def test_other_images_are_refused(runs: list[Path], tmp_path: Path) -> None:
 
 def test_equal_networks_are_seldom_told_apart() -> None:
     """Under the null, a 95 % interval of a difference misses zero in about 5 % of draws."""
-    from flatcal_dist.calibration.files import write_json
-from flatcal_dist.calibration.records import Scores
-    from flatcal_dist.calibration.statistics import bootstrap
-
     random = np.random.default_rng(0)
     missed = dict.fromkeys(("accuracy", "ece", "aurc", "auroc"), 0)
     for seed in range(60):
