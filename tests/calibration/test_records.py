@@ -59,13 +59,15 @@ def test_scores_before_and_after(records: Records) -> None:
     assert records.after.nll.mean() < records.before.nll.mean()
 
 
-@pytest.mark.filterwarnings("ignore:no finite temperature")
 def test_temperature_never_changes_what_is_correct() -> None:
-    # Two logits one ulp apart can become equal when divided; the prediction must stay.
-    logits = np.tile([1.0, np.nextafter(1.0, 2.0), -3.0], (40, 1))
-    logits[::4] = [2.0, 0.0, -1.0]
-    labels = np.array([1, 1, 0, 2] * 10)
-    records = Records.from_logits([str(i) for i in range(40)], labels, logits)
+    # Logits one ulp apart can become equal when divided; what is correct must stay.
+    first = np.linspace(1.9, 1.99, 200)
+    logits = np.stack([first, np.nextafter(first, 2.0), np.full(200, -0.83)], axis=1)
+    labels = np.where(np.arange(200) % 10 == 0, 2, 1)
+    ids = [str(i) for i in range(200)]
+    divided = cross_fit_temperature(ids, logits, labels).logits
+    assert (score_images(divided, labels).correct != score_images(logits, labels).correct).any()
+    records = Records.from_logits(ids, labels, logits)
     assert (records.after.correct == records.before.correct).all()
 
 

@@ -2,6 +2,8 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -240,6 +242,14 @@ def test_matplotlib_is_left_as_it_was(records: Records, tmp_path: Path) -> None:
         write_report(records, tmp_path, resamples=2)
         assert dict(mpl.rcParams) == before
     assert "<text" in (tmp_path / "figures" / "risk_coverage.svg").read_text()
+
+
+def test_torch_is_not_needed() -> None:
+    code = (
+        "import sys; from flatcal_dist.calibration import compare, report; "
+        "sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_nothing_known_about_the_run(tmp_path: Path) -> None:

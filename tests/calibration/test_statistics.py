@@ -100,7 +100,7 @@ def test_ece_difference_is_spread_around_the_observed_one() -> None:
     shifted = Scores(correct, np.log(np.minimum(1, confidence + 0.05)), zeros, zeros, zeros)
     d = bootstrap([calibrated, shifted], 300).difference(1, 0, "ece")
     assert d.excludes_zero
-    assert abs((d.low + d.high) / 2 - d.value) < 0.2 * (d.high - d.low)
+    assert abs((d.low + d.high) / 2 - d.value) < 0.1 * (d.high - d.low)
 
 
 def test_undefined_intervals() -> None:
