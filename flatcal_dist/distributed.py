@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -39,6 +40,8 @@ def start(precision: str = "fp32", world_size: int | None = None) -> Accelerator
     launcher (or `world_size`) asked for another number of processes than is found here, or the
     launcher for another precision or engine.
     """
+    # The new name that torch >= 2.13 asks for is one that Accelerate does not pass on yet.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     mixed = {"fp32": "no", "bf16": "bf16"}[precision]
     _refuse_other_launch(mixed)
     accelerator = Accelerator(

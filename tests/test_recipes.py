@@ -148,9 +148,7 @@ def _untimed(record: dict) -> dict:
 def test_a_finished_network_is_evaluated_alike_on_any_number_of_ranks(finished, data, tmp_path):
     for processes in (1, 2):
         output = tmp_path / str(processes)
-        done = launch(
-            "evaluate", finished, "--data", data, "--output", output, processes=processes
-        )
+        done = launch("evaluate", finished, "--data", data, "--output", output, processes=processes)
         assert done.returncode == 0, done.stdout
     one, two = (Records.load(tmp_path / n / "records.parquet") for n in ("1", "2"))
     own = Records.load(finished / "report/records.parquet")
@@ -262,7 +260,7 @@ def test_print_config_is_loadable(tmp_path):
 
 
 def test_image_folder_to_network_with_the_command(tmp_path):
-    """Shards from a tree of JPEGs, a timm network trained on them, weights evaluated from a file."""
+    """Shards from a tree of JPEGs, a timm network trained on them, its weights evaluated."""
     generator = np.random.default_rng(0)
     for number in range(48):
         folder = tmp_path / f"tree/class{number % 3}"

@@ -1,5 +1,6 @@
 """`--dry-run`: build everything, take two steps on made-up images, say what a run would be."""
 
+import math
 import resource
 import sys
 import time
@@ -7,14 +8,12 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from flatcal_dist import inputs
 from flatcal_dist.config import Config
 from flatcal_dist.data import DataError
 from flatcal_dist.data.order import micro_batch_count, micro_batches, rank_share
-from flatcal_dist.models import parameter_count
 from flatcal_dist.sharpness import SharpnessAwareStep
 from flatcal_dist.training.loop import build_step
 
@@ -25,19 +24,30 @@ CPU_MICRO_BATCHES = 2
 
 def dry_run(config: Config, accelerator: Accelerator) -> None:
     """Print batch arithmetic, parameters, FLOPs, memory and time of two steps. Writes nothing."""
+    # Imported here alone: it takes seconds, and speaks on standard output.
+    from deepspeed.profiling.flops_profiler import get_model_profile
+
     say = accelerator.print
     say(inputs.batch_arithmetic(config, accelerator.num_processes, _images(config)))
     step = build_step(config, accelerator)
     module = step.engine.module
     sizes = _micro_batch_sizes(config, accelerator)
-    images = _made_up(config, 1, accelerator.device)[0]
-    flops = forward_flops(module, images)
-    passes = 1 if step.rule is None else 2
+    image = _made_up(config, 1, accelerator.device)[0]
+    module.eval()
+    flops, macs, parameters = get_model_profile(
+        module, args=[image], print_profile=False, as_string=False, warm_up=0
+    )
+    module.train()
+    passes = (
+        "a forward and a backward pass"
+        if step.rule is None
+        else "two forward and two backward passes"
+    )
+    step_flops = (3 if step.rule is None else 6) * flops * config.data.global_batch_size
     say(
-        f"network {config.model.name}: {parameter_count(module):,} parameters, "
-        f"{flops / 1e9:.3g} GFLOP forward per image (multiply and add counted as two); a step of "
-        f"{passes} forward and {passes} backward passes takes about "
-        f"{3 * passes * flops * config.data.global_batch_size / 1e12:.3g} TFLOP over all ranks"
+        f"network {config.model.name}: {parameters:,} parameters; forward, an image takes "
+        f"{_scaled(flops)}FLOP ({_scaled(macs)}MAC); a step is {passes}, about "
+        f"{_scaled(step_flops)}FLOP over all ranks"
     )
     seconds = [_timed_step(step, config, sizes, accelerator.device) for _ in range(STEPS)]
     say(
@@ -47,6 +57,11 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
     )
     say(memory_in_words(step))
     say("dry run: nothing was written")
+
+
+def _scaled(count: float) -> str:
+    power = min(int(math.log10(max(count, 1)) // 3), 6)
+    return f"{count / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}"
 
 
 def _images(config: Config) -> int | None:
@@ -84,16 +99,6 @@ def _timed_step(
     start = time.monotonic()
     step([_made_up(config, size, device) for size in sizes])  # ends with a wait for the device
     return time.monotonic() - start
-
-
-def forward_flops(module: nn.Module, images: Tensor) -> int:
-    """Floating-point operations of one forward pass on `images`; a multiply-add counts two."""
-    training = module.training
-    module.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(images)
-    module.train(training)
-    return counter.get_total_flops()
 
 
 def memory_in_words(step: SharpnessAwareStep) -> str:

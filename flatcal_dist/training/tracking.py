@@ -6,6 +6,7 @@ step again, the last record of the step counts.
 
 import json
 import math
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def _start_wandb(config: Config, path: Path) -> Any:
 
         id_file = path / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         run = wandb.init(
             project=config.wandb.project,
             name=config.wandb.name or path.name,

@@ -1,0 +1,133 @@
+"""Configuration: inheritance, overrides, and errors that say how to mend them."""
+
+from pathlib import Path
+
+import pytest
+
+from flatcal_dist import config as configuration
+from flatcal_dist.config import ConfigError, load
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = sorted(
+    path
+    for folder in ("digits", "imagenet")
+    for path in (ROOT / f"configs/{folder}").glob("*.yaml")
+)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Write configuration files by name; gives the path of the last one."""
+
+    def write(**texts: str) -> Path:
+        for name, text in texts.items():
+            (tmp_path / f"{name}.yaml").write_text(text)
+        return tmp_path / f"{name}.yaml"
+
+    return write
+
+
+def test_later_wins_file_by_file_then_the_command_line(file):
+    path = file(
+        a="sharpness: {rho: 0.1, gamma: 0.5}\ntrain: {epochs: 7}",
+        b="inherits: a.yaml\nsharpness: {rho: 0.2}",
+        c="inherits: [a.yaml, b.yaml]\nsharpness: {rule: csam}",
+    )
+    config = load(path, ["train.epochs=3", "model.options.width=64"])
+    assert config.sharpness.model_dump() == {
+        "rule": "csam",
+        "rho": 0.2,
+        "gamma": 0.5,
+        "scope": "global",
+    }
+    assert config.train.epochs == 3
+    assert config.model.options == {"width": 64}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_shipped_configurations_load_and_round_trip(path, tmp_path):
+    config = load(path)
+    (tmp_path / "again.yaml").write_text(configuration.to_yaml(config))
+    assert load(tmp_path / "again.yaml") == config
+
+
+def test_the_names_that_others_rely_on_exist():
+    names = {f"{path.parent.name}/{path.stem}" for path in SHIPPED}
+    assert names == {
+        *(f"digits/{method}" for method in ("sgd", "sam", "csam")),
+        *(f"imagenet/resnet50_{method}" for method in ("sgd", "sam", "csam")),
+        *(f"imagenet/vit_s16_{method}" for method in ("adamw", "sam", "csam")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sharpness.roh=1", "sharpness.roh: no such key (on the command line); did you mean"),
+        ("rho=1", "rho: no such key (on the command line); did you mean sharpness.rho?"),
+        ("sharpness.rho=-1", "sharpness.rho = -1 (on the command line): input should be greater"),
+        ("sharpness.rho=.nan", "sharpness.rho = nan (on the command line): input should be a fin"),
+        ("sharpness.rule=same", "input should be 'none', 'sam' or 'csam'"),
+        ("sharpness.gamma=2.1", "input should be less than or equal to 2"),
+        ("train.epochs=2.5", "train.epochs = 2.5 (on the command line): input should be a valid"),
+        ("train.epochs=yes", "train.epochs = True"),
+        ("train.epochs.x=1", "train.epochs = {'x': 1}"),
+        ("data=3", "data = 3 (on the command line): this is a section"),
+        ("data.channels=1", "mean has 3 values for 1 channels"),
+        ("data.crop_scale=[0.9,0.1]", "0 < smallest <= largest <= 1"),
+        ("train.epochs", "'train.epochs' is not an override: write key.sub=value"),
+        ("train.epochs=[", "is not valid YAML"),
+        ("train.engine=zero9", "train.engine = 'zero9'"),
+    ],
+)
+def test_bad_overrides_are_refused(file, override, message):
+    with pytest.raises(ConfigError) as error:
+        load(file(a="{}"), [override])
+    assert message in str(error.value)
+
+
+def test_csam_refuses_soft_labels(file):
+    with pytest.raises(ConfigError, match=r"hard labels only: set train\.label_smoothing=0"):
+        load(file(a="sharpness: {rule: csam}\ntrain: {label_smoothing: 0.1}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sharpness: {rho: 1, rho: 2}", "key written twice: rho"),
+        ("- a\n- b", "must hold keys and values, not a list"),
+        ("inherits: missing.yaml", "missing.yaml, inherited by"),
+        ("inherits: a.yaml", "inherits itself"),
+        ("sharpness: {roh: 1}", "a.yaml); did you mean sharpness.rho?"),
+    ],
+)
+def test_bad_files_are_refused(file, text, message):
+    with pytest.raises(ConfigError) as error:
+        load(file(a=text))
+    assert message in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*nowhere.yaml"):
+        load(tmp_path / "nowhere.yaml")
+
+
+def test_exponents_are_numbers(file):
+    assert load(file(a="optimizer: {learning_rate: 1e-3}")).optimizer.learning_rate == 1e-3
+
+
+def test_the_run_directory_is_a_function_of_what_is_computed(file):
+    path = file(a="{}")
+    first = load(path).run.dir
+    assert first == load(path).run.dir
+    assert first == load(path, ["wandb.mode=online", "data.workers=1"]).run.dir
+    assert first != load(path, ["run.seed=1"]).run.dir
+
+
+def test_differences_name_the_keys_that_matter(file):
+    path = file(a="{}")
+    old = load(path, ["model.options.a=1"])
+    new = load(path, ["sharpness.rho=0.3", "data.workers=9", "run.dir=x"])
+    lines = configuration.differences(old, new)
+    assert len(lines) == 3  # options: {a: 1} against {} counts as the key gone and the empty value
+    assert "sharpness.rho: the run has 0.05, now 0.3" in lines

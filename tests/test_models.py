@@ -1,0 +1,50 @@
+"""Networks, optimizers and schedules by name."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from flatcal_dist.config import OptimizerConfig
+from flatcal_dist.models import build
+from flatcal_dist.training.optimizers import build_optimizer, build_schedule
+
+
+def test_mlp_has_the_shape_of_the_protocol():
+    network = build("mlp", 10, channels=1, image_size=8, options={"width": 512, "depth": 2})
+    shapes = [tuple(weight.shape) for weight in network.parameters() if weight.ndim == 2]
+    assert shapes == [(512, 64), (512, 512), (10, 512)]
+    assert network(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+
+
+def test_unknown_names_and_options_are_refused():
+    with pytest.raises(ValueError, match=r"resnet5O.*did you mean resnet50"):
+        build("resnet5O", 10, 3, 32, {})
+    with pytest.raises(ValueError, match=r"model.options=\{'widht': 1\} does not fit"):
+        build("mlp", 10, 3, 32, {"widht": 1})
+    with pytest.raises(ValueError, match=r"optimizer\.name=sgdd is not one of timm's"):
+        build_optimizer(OptimizerConfig(name="sgdd"), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"optimizer.options.beta: adamw takes .*betas"):
+        build_optimizer(OptimizerConfig(name="adamw", options={"beta": 1}), nn.Linear(2, 2))
+
+
+def test_sgd_is_the_papers_and_spares_biases_from_decay():
+    network = nn.Linear(4, 4)
+    optimizer = build_optimizer(OptimizerConfig(weight_decay=0.1), network)
+    decays = {id(w): g["weight_decay"] for g in optimizer.param_groups for w in g["params"]}
+    assert decays == {id(network.bias): 0.0, id(network.weight): 0.1}
+    assert all(not group["nesterov"] for group in optimizer.param_groups)
+
+
+def test_schedule_is_linear_warm_up_then_cosine_to_zero():
+    config = OptimizerConfig(learning_rate=0.8, warmup_epochs=2.0)
+    optimizer = build_optimizer(config, nn.Linear(2, 2))
+    schedule = build_schedule(config, optimizer, total_steps=100, epoch_steps=10)
+    seen = []
+    for step in (99, 0, 5, 19, 20, 60, 100):  # in no order: a function of the step alone
+        schedule.step_update(step)
+        seen.append(optimizer.param_groups[0]["lr"])
+    cosine = [0.4 * (1 + math.cos(math.pi * (s - 20) / 80)) for s in (99, 20, 60)]
+    expected = [cosine[0], 0.04, 0.04 + 0.76 * 5 / 20, 0.04 + 0.76 * 19 / 20, *cosine[1:], 0.0]
+    assert seen == pytest.approx(expected, abs=1e-12)

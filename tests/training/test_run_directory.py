@@ -1,0 +1,80 @@
+"""The run directory and the log in it."""
+
+import json
+
+import pytest
+
+from flatcal_dist.config import Config, RunConfig, SharpnessConfig
+from flatcal_dist.run_directory import RunDirectory, RunError
+from flatcal_dist.training.tracking import Tracker, read_metrics
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    return Config(run=RunConfig(dir=str(tmp_path / "run")), wandb={"mode": "disabled"})
+
+
+def test_another_configuration_is_refused_and_nothing_is_written(config):
+    directory = RunDirectory(config.run.dir)
+    directory.check(config)
+    assert not directory.path.exists()
+    directory.open(config, {})
+    directory.check(config)
+    other = config.model_copy(update={"sharpness": SharpnessConfig(rho=0.5)})
+    with pytest.raises(RunError, match=r"sharpness.rho: the run has 0.05, now 0.5"):
+        directory.check(other)
+
+
+def test_a_directory_of_something_else_is_refused(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    RunDirectory(tmp_path / "run").check(config)
+    (tmp_path / "run/thesis.tex").write_text("")
+    with pytest.raises(RunError, match=r"holds files but no config\.yaml"):
+        RunDirectory(tmp_path / "run").check(config)
+
+
+def test_restarts_are_counted_and_the_first_cause_is_kept(config):
+    directory = RunDirectory(config.run.dir)
+    assert directory.open(config, {}).restarts == 0
+    assert directory.fail("disk full", rank=1) == "rank 1: disk full"
+    assert directory.fail("connection closed", rank=0) == "rank 1: disk full"
+    state = directory.open(config, {})
+    assert (state.restarts, state.phase, state.cause) == (1, "running", None)
+
+
+def test_an_unreadable_state_is_named(config):
+    directory = RunDirectory(config.run.dir)
+    directory.open(config, {})
+    (directory.path / "state.json").write_text("{")
+    with pytest.raises(RunError, match=r"state.json cannot be read"):
+        directory.state()
+
+
+def test_a_torn_last_line_does_not_spoil_the_next_one(config, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "tr')
+    tracker = Tracker(config, tmp_path, total_steps=3, start=2, active=True)
+    tracker.log(2, {"train/loss": 0.5, "train/bad": float("nan")})
+    tracker.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 1},
+        {"step": 2, "train/loss": 0.5, "train/bad": None},
+    ]
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1:]:
+        json.loads(line)
+
+
+def test_a_sink_that_fails_does_not_stop_the_run(config, tmp_path, capsys):
+    class Broken:
+        def log(self, record):
+            raise ConnectionError("no server")
+
+        def finish(self, exit_code):
+            raise ConnectionError("no server")
+
+    tracker = Tracker(config, tmp_path, total_steps=3, start=0, active=True)
+    tracker.wandb = Broken()
+    tracker.log(1, {"train/loss": 0.5})
+    tracker.log(2, {"train/loss": 0.4})
+    tracker.close()
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert capsys.readouterr().out.count("W&B failed and is left out") == 1
