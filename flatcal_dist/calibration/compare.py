@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from flatcal_dist.files import write_json, write_text
+
 from . import figures, page
 from .display import METRICS, Metric, duration, show
-from .files import write_json, write_text
 from .records import Records
 from .report import read_report, run_title
 from .statistics import LEVEL, RESAMPLES, Bootstrap, bootstrap

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
 
+from flatcal_dist.files import write_atomically
+
 from .checks import FloatArray
-from .files import write_atomically
 from .palette import PALETTE, SERIES, light
 from .records import Scores
 

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
+from flatcal_dist.files import write_atomically
+
 from .calibrators import fit_fold_temperatures
 from .checks import BoolArray, FloatArray, IntArray, logits_and_labels
-from .files import write_atomically
 from .softmax import ImageScores, score_images
 
 METADATA_KEY = b"flatcal_dist.records"

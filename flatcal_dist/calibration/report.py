@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flatcal_dist.files import write_json, write_text
+
 from . import figures, page
 from .display import duration, number
-from .files import write_json, write_text
 from .records import Records
 from .statistics import RESAMPLES, Interval
 from .summary import SCHEMA_VERSION, About, interval_of, summarize
