@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from flatcal_dist.calibration.compare import write_comparison
-from flatcal_dist.calibration.files import write_json
 from flatcal_dist.calibration.records import Records, Scores
 from flatcal_dist.calibration.statistics import bootstrap
 from flatcal_dist.calibration.summary import About, summarize
+from flatcal_dist.files import write_json
 
 from .synthetic import make_logits
 from .test_report import assert_sound_page, strict_json
