@@ -1,7 +1,16 @@
 """Sharpness-aware training: rules (the mathematics), the step (the order of things), engines."""
 
 from flatcal_dist.sharpness.engines import Engine, ReplicatedEngine
-from flatcal_dist.sharpness.rules import CSAM, SAM
+from flatcal_dist.sharpness.rules import ASAM, CSAM, SAM, LookSAM
 from flatcal_dist.sharpness.step import SharpnessAwareStep, StepResult
 
-__all__ = ["CSAM", "SAM", "Engine", "ReplicatedEngine", "SharpnessAwareStep", "StepResult"]
+__all__ = [
+    "ASAM",
+    "CSAM",
+    "SAM",
+    "Engine",
+    "LookSAM",
+    "ReplicatedEngine",
+    "SharpnessAwareStep",
+    "StepResult",
+]

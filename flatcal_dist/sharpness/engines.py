@@ -1,6 +1,6 @@
 """Engines: what of a step differs by how weights and gradients are laid out over ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -9,7 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flatcal_dist.sharpness.rules import SAM
+from flatcal_dist.sharpness.loss_scale import LossScale
+from flatcal_dist.sharpness.rules import SAM, Shards, dot, squared_norm
+from flatcal_dist.sharpness.scope import Scope
+
+Displacement = Callable[[], tuple[Tensor, Tensor]]  # cosine with the gradient, and length
 
 
 class Engine(Protocol):
@@ -17,27 +21,49 @@ class Engine(Protocol):
 
     model: nn.Module
     module: nn.Module
+    optimizer: torch.optim.Optimizer  # its param_groups hold the learning rate
     device: torch.device
     world_size: int
 
+    @property
+    def loss_scale(self) -> float:
+        """What losses are multiplied by before backward, 1 but in fp16."""
+
+    def check(self, rule: SAM, scope: Scope, per_micro_batch: bool) -> None:
+        """Raises ValueError, with reason and alternatives, for what this engine cannot do."""
+
     def zero_gradients(self) -> None: ...
 
-    def accumulation(self, synchronize: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of one micro-batch: whether it reduces gradients."""
+    def accumulation(self, reduce: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of one micro-batch: whether gradients are reduced with it."""
 
-    def backward(self, loss: Tensor) -> None: ...
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of the loss (times loss_scale); reduced, the mean over ranks."""
 
-    def perturbed(self, rule: SAM, local: bool) -> AbstractContextManager[Tensor]:
-        """Move to w + e, with the gradients at hand, and bring w back bit for bit on every way out.
+    def shards(self) -> Shards:
+        """This rank's part of weights and reduced gradient."""
 
-        Gives ||g||; empties the gradients. local: from this rank's own gradient.
+    def whole_weights(self) -> Shards:
+        """All weights, whole, with no gradients yet; for engines whose ranks hold them so."""
+
+    def total(self, part: Tensor) -> Tensor:
+        """Sum over the ranks that hold the other parts of what `shards` gives; shape kept."""
+
+    def moved(self, shards: Shards) -> AbstractContextManager[Displacement]:
+        """Move the weights by e = shards.gradients; bring them back bit for bit on every way out.
+
+        Empties the list of e. What it gives measures the move, as the forward pass saw it, against
+        the gradient that is there by then.
         """
 
     def gradient_norm(self) -> Tensor:
-        """Of the gradient of all ranks and all parameters, a float32 scalar."""
+        """Of the gradient of all ranks and all parameters, without loss scale: float32 scalar."""
 
     def update(self, norm: Tensor, clip_norm: float | None) -> None:
-        """Clip the gradient, whose norm is given, to clip_norm; one step of the base optimizer."""
+        """Clip the gradient, whose norm is given; one step of the base optimizer; no gradients."""
+
+    def skip(self) -> None:
+        """Leave weights and optimizer as they are; no gradients; tell the loss scale."""
 
     def sum(self, values: Sequence[Tensor | float]) -> list[float]:
         """Scalars summed over ranks, in float64: one small reduction, one wait for the device."""
@@ -50,42 +76,68 @@ class ReplicatedEngine:
     """One process, or DistributedDataParallel: every rank holds all weights.
 
     model: a module, or DistributedDataParallel around one (best with broadcast_buffers=False:
-    buffers are broadcast when they are needed, not in each forward pass).
+    buffers are broadcast when they are needed, not in each forward pass). compute_dtype: what
+    autocast rounds weights to, if it does; torch.float16 scales losses.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.model = model
         self.distributed = isinstance(model, DistributedDataParallel)
         self.module: nn.Module = model.module if self.distributed else model
         self.optimizer = optimizer
-        self.weights = [weight for weight in self.module.parameters() if weight.requires_grad]
-        self.device = self.weights[0].device
+        self.weights = {n: w for n, w in self.module.named_parameters() if w.requires_grad}
+        self.device = next(iter(self.weights.values())).device
         self.world_size = dist.get_world_size(model.process_group) if self.distributed else 1
+        self.compute_dtype = compute_dtype
+        self.scale = LossScale(enabled=compute_dtype == torch.float16)
+
+    @property
+    def loss_scale(self) -> float:
+        return self.scale.value
+
+    def check(self, rule: SAM, scope: Scope, per_micro_batch: bool) -> None:
+        pass  # every rule, every scope
 
     def zero_gradients(self) -> None:
         self.module.zero_grad(set_to_none=True)
 
-    def accumulation(self, synchronize: bool) -> AbstractContextManager[None]:
+    def accumulation(self, reduce: bool) -> AbstractContextManager[None]:
         # The forward pass has to be inside as well: DDP decides there whether it will reduce.
-        return self.model.no_sync() if self.distributed and not synchronize else nullcontext()
+        return self.model.no_sync() if self.distributed and not reduce else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        (loss * self.loss_scale).backward()
+
+    def shards(self) -> Shards:
+        held = {n: w for n, w in self.weights.items() if w.grad is not None}
+        return Shards(list(held), list(held.values()), [w.grad for w in held.values()])
+
+    def whole_weights(self) -> Shards:
+        return Shards(list(self.weights), list(self.weights.values()), [])
+
+    def total(self, part: Tensor) -> Tensor:
+        return part  # every rank has all of it
 
     @contextmanager
-    def perturbed(self, rule: SAM, local: bool) -> Iterator[Tensor]:
-        # Reduced or not, the gradients at hand are the ones asked for, and they are whole.
-        weights, gradients = self._with_gradients()
+    def moved(self, shards: Shards) -> Iterator[Displacement]:
+        weights = list(shards.weights)
         with torch.no_grad():
-            norm = rule.squared_norm(weights, gradients).sqrt() if weights else self._zero()
-            scale = torch.where(norm > 0, rule.rho / norm, 0.0)
             before = [weight.clone() for weight in weights]
+
+        def displacement() -> tuple[Tensor, Tensor]:
+            return measure(weights, before, [w.grad for w in weights], self.compute_dtype)
+
         try:
             with torch.no_grad():
                 if weights:
-                    rule.perturb_(weights, gradients, scale)
-            self.zero_gradients()
-            yield norm
+                    torch._foreach_add_(weights, shards.gradients)
+            shards.gradients.clear()
+            yield displacement
         finally:
             # A copy: w + e - e is not w in floating point, and with an e of its own on each rank
             # the replicas would drift apart. What was moved comes back, with a gradient or without.
@@ -94,18 +146,23 @@ class ReplicatedEngine:
                     torch._foreach_copy_(weights, before)
 
     def gradient_norm(self) -> Tensor:
-        gradients = self._with_gradients()[1]
-        return nn.utils.get_total_norm(gradients).float() if gradients else self._zero()
+        return squared_norm(self.shards().gradients).to(self.device).sqrt() / self.loss_scale
 
     def update(self, norm: Tensor, clip_norm: float | None) -> None:
+        if self.scale.enabled:
+            torch._foreach_mul_(self.shards().gradients, 1 / self.loss_scale)
         if clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.weights, clip_norm, norm)
+            nn.utils.clip_grads_with_norm_(self.weights.values(), clip_norm, norm)
         self.optimizer.step()
+        self.zero_gradients()
+        self.scale.update(skipped=False)
+
+    def skip(self) -> None:
+        self.zero_gradients()
+        self.scale.update(skipped=True)
 
     def sum(self, values: Sequence[Tensor | float]) -> list[float]:
-        total = torch.stack(
-            [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
-        )
+        total = stack(values, self.device)
         if self.distributed:
             dist.all_reduce(total, group=self.model.process_group)
         return total.tolist()
@@ -115,9 +172,33 @@ class ReplicatedEngine:
             for buffer in self.module.buffers():
                 dist.broadcast(buffer, group=self.model.process_group, group_src=0)
 
-    def _with_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        weights = [weight for weight in self.weights if weight.grad is not None]
-        return weights, [weight.grad for weight in weights]
 
-    def _zero(self) -> Tensor:
-        return torch.zeros((), device=self.device)
+def stack(values: Sequence[Tensor | float], device: torch.device) -> Tensor:
+    """Scalars as one float64 vector."""
+    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+
+
+@torch.no_grad()
+def measure(
+    moved: Sequence[Tensor],
+    before: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    compute_dtype: torch.dtype,
+    total: Callable[[Tensor], Tensor] = lambda part: part,
+) -> tuple[Tensor, Tensor]:
+    """Cosine between moved - before and the gradients; length of the move after rounding.
+
+    One tensor's difference is held at a time. A parameter without a gradient counts as zero there.
+    """
+    parts = torch.zeros(4, dtype=torch.float64, device=moved[0].device if moved else None)
+    for now, then, gradient in zip(moved, before, gradients, strict=True):
+        e = now - then
+        seen = now.to(compute_dtype).float() - then.to(compute_dtype).float()
+        parts[1] += squared_norm([e])
+        parts[3] += squared_norm([seen])
+        if gradient is not None:
+            parts[0] += dot([e], [gradient])
+            parts[2] += squared_norm([gradient])
+    product, e_square, g_square, seen_square = total(parts)
+    lengths = (e_square * g_square).sqrt()
+    return torch.where(lengths > 0, product / lengths, 0.0), seen_square.sqrt()

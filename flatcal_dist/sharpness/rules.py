@@ -1,18 +1,20 @@
 """The rules: where the descent gradient is taken, and of which loss. Pure tensor mathematics.
 
-A rule answers three questions, and the step asks them in this order:
+A rule sees matching lists of tensors: whole parameters, or the shards of one rank. It is asked
 
-    squared_norm(weights, gradients)        the local part of ||g||^2; the engine sums the parts
-    perturb_(weights, gradients, scale)     w <- w + e, in place, with scale = rho / ||g||
-    descent_loss(loss)                      the loss whose gradient at w + e is followed from w
+    squared_norm(shards)            its part of the square of the norm that rho is divided by
+    perturbation_(shards, scale)    turn the gradients into e, in place; scale = rho / that norm
+    descent_loss(loss)              the loss whose gradient at w + e is followed from w
+    perturbs_at(step)               whether this step does so at all (otherwise it is a plain one)
 
-`weights` and `gradients` are matching lists of tensors: whole parameters, or one rank's shards.
+and a new rule is a small class with these. One that `remembers` has two more, as LookSAM has.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,30 +24,46 @@ from flatcal_dist.losses import csam_loss
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits [N, K], target [N]) -> losses [N]
 
 
+@dataclass
+class Shards:
+    """What one rank holds of weights and of a gradient at them: three lists of one length.
+
+    names: the network's own parameter names. weights: in full precision, not to be changed.
+    gradients: may carry a loss scale; changed in place.
+    """
+
+    names: Sequence[str]
+    weights: Sequence[Tensor]
+    gradients: list[Tensor]
+
+
 @dataclass(frozen=True)
 class SAM:
     """Sharpness-aware minimization (Foret et al., ICLR 2021, section 3): e = rho * g / ||g||_2.
 
-    One norm over all parameters. Raises ValueError for a rho that is negative or not finite.
+    One norm over all parameters. every: perturb in each `every`-th step only, from the first on
+    (periodic SAM), the others are plain steps.
+    Raises ValueError for a rho that is negative or not finite, or `every` below 1.
     """
 
     rho: float
+    every: int = 1
+    remembers: ClassVar[bool] = False  # whether it keeps something from step to step
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.rho) and self.rho >= 0):
             raise ValueError(f"rho must be finite and not negative, got {self.rho}")
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every}")
 
-    def squared_norm(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-        """||g||^2 of these tensors, a float32 scalar."""
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-        return torch.stack(norms).square().sum()
+    def perturbs_at(self, step: int) -> bool:
+        return step % self.every == 0
 
-    def perturb_(
-        self, weights: Sequence[Tensor], gradients: Sequence[Tensor], scale: Tensor
-    ) -> None:
-        """w <- w + scale * g; the gradients are used up, so that no further memory is needed."""
-        torch._foreach_mul_(gradients, scale)
-        torch._foreach_add_(weights, gradients)
+    def squared_norm(self, shards: Shards) -> Tensor:
+        return squared_norm(shards.gradients)
+
+    def perturbation_(self, shards: Shards, scale: Tensor) -> None:
+        torch._foreach_mul_(shards.gradients, scale)
 
     def descent_loss(self, loss: Loss) -> Loss:
         """The loss of the second gradient, given that of the first: the same."""
@@ -60,7 +78,7 @@ class CSAM(SAM):
     w + e. gamma 0 is SAM. Raises ValueError for gamma outside [0, 2].
     """
 
-    gamma: float
+    gamma: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,3 +89,92 @@ class CSAM(SAM):
         if self.gamma == 0:
             return loss
         return partial(csam_loss, gamma=self.gamma, reduction="none")
+
+
+@dataclass(frozen=True)
+class ASAM(SAM):
+    """Adaptive SAM (Kwon et al., ICML 2021): e = rho * T^2 g / ||T g||_2, scale-invariant.
+
+    T = |w| + eta, element by element, for parameters named `weight` (those of norm layers
+    included), 1 for all others, as in the authors' code. rho is about ten times SAM's.
+    """
+
+    eta: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.eta) and self.eta >= 0):
+            raise ValueError(f"eta must be finite and not negative, got {self.eta}")
+
+    def squared_norm(self, shards: Shards) -> Tensor:
+        scaled = [
+            gradient * (weight.abs() + self.eta) if self._adapts(name) else gradient
+            for name, weight, gradient in zip(
+                shards.names, shards.weights, shards.gradients, strict=True
+            )
+        ]
+        return squared_norm(scaled)
+
+    def perturbation_(self, shards: Shards, scale: Tensor) -> None:
+        for name, weight, gradient in zip(
+            shards.names, shards.weights, shards.gradients, strict=True
+        ):
+            gradient.mul_(scale)
+            if self._adapts(name):
+                gradient.mul_((weight.abs() + self.eta).square_())
+
+    @staticmethod
+    def _adapts(name: str) -> bool:
+        return "weight" in name.rsplit(".", 1)[-1]
+
+
+@dataclass(frozen=True)
+class LookSAM(SAM):
+    """LookSAM (Liu et al., CVPR 2022): the costly part of SAM's gradient, kept for some steps.
+
+    Every `every`-th step is SAM's, with descent gradient g_s, and remembers its part across the
+    ascent gradient g: g_v = g_s - (g_s . g / ||g||^2) g. The others follow
+    g + alpha * (||g|| / ||g_v||) * g_v, with a plain gradient g of their own. Norms and products
+    are over all parameters. Memory: g_v, one more copy of the weights, in checkpoints too; and e
+    of SAM's steps until their second gradient is there.
+    """
+
+    every: int = 5
+    alpha: float = 0.7
+    remembers: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise ValueError(f"alpha must be finite and not negative, got {self.alpha}")
+
+    def remember(
+        self, ascent: Sequence[Tensor], shards: Shards, total: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """g_v, from a vector along g and the gradients of the descent; `total` sums over ranks."""
+        along = total(torch.stack([dot(shards.gradients, ascent), squared_norm(ascent)]))
+        factor = torch.where(along[1] > 0, along[0] / along[1], 0.0)
+        return [g_s - factor * g for g_s, g in zip(shards.gradients, ascent, strict=True)]
+
+    def correct_(
+        self, memory: Sequence[Tensor], shards: Shards, total: Callable[[Tensor], Tensor]
+    ) -> None:
+        """g <- g + alpha * (||g|| / ||g_v||) * g_v, in place."""
+        squares = total(torch.stack([squared_norm(shards.gradients), squared_norm(memory)]))
+        factor = torch.where(squares[1] > 0, self.alpha * (squares[0] / squares[1]).sqrt(), 0.0)
+        torch._foreach_add_(shards.gradients, torch._foreach_mul(memory, factor))
+
+
+def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of the squares of all elements, a float32 scalar."""
+    if not tensors:
+        return torch.zeros(())
+    norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
+    return torch.stack(norms).square().sum()
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Sum of the products of all elements, a float32 scalar."""
+    if not a:
+        return torch.zeros(())
+    return torch.stack([(x.float() * y.float()).sum() for x, y in zip(a, b, strict=True)]).sum()

@@ -7,26 +7,30 @@ are reduced, what a non-finite value means for all ranks, and that nothing outli
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from types import TracebackType
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flatcal_dist.losses import cross_entropy
 from flatcal_dist.sharpness.engines import Engine
-from flatcal_dist.sharpness.rules import SAM, Loss
+from flatcal_dist.sharpness.replay import SameFunctionTwice
+from flatcal_dist.sharpness.rules import SAM, Loss, Shards
+from flatcal_dist.sharpness.scope import Scope
 
-SCOPES = ("global", "rank")
+MicroBatches = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What happened in one step. Losses are means over the global batch, norms of its gradients.
 
-    `perturbed_loss` and `ascent_gradient_norm` are None without a rule. In scope "rank" the latter
-    is the mean of the ranks' own norms. `skipped`: a value was not finite on some rank in either
-    pass, so no rank moved. `stop`: some rank passed stop=True.
+    perturbed_loss, ascent_gradient_norm: None in a step without a perturbation; in a scope smaller
+    than all ranks the norm is the mean of the ranks' own. skipped: a value was not finite on some
+    rank in either pass, so no rank moved. stop: some rank passed stop=True. Only with
+    measure=True: cosine, between the perturbation (SAM's: the ascent gradient) and the descent
+    gradient; effective_rho, the length of the perturbation that the forward pass saw after
+    rounding to its precision; both means over the ranks.
     """
 
     loss: float
@@ -35,16 +39,23 @@ class StepResult:
     gradient_norm: float
     skipped: bool
     stop: bool
+    loss_scale: float
+    cosine: float | None = None
+    effective_rho: float | None = None
 
 
 class SharpnessAwareStep:
     """One optimizer step on the micro-batches of one rank.
 
-    rule: SAM, CSAM, or None for plain training. loss: per-sample objective (logits [N, K],
+    rule: one of rules.py, or None for plain training. loss: per-sample objective (logits [N, K],
     target [N]) -> [N] of the ascent gradient; the rule derives that of the descent from it.
-    scope: "global", every rank moves to the same w + e, from the mean gradient of all ranks, so
-    that N ranks with batch B are one rank with batch N * B; or "rank", each rank perturbs with its
-    own gradient (m-sharpness, Foret et al. 2021, section 4.1). clip_norm: of the descent gradient.
+    scope: whose gradient perturbs. "global": that of all ranks, so that N ranks with batch B are
+    one rank with batch N * B; "rank": each rank's own (m-sharpness, Foret et al. 2021, section
+    4.1); "node"; or a number of ranks. per_micro_batch: perturb for each micro-batch by itself, a
+    smaller m again. clip_norm: of the descent gradient. `rho` and `taken` (steps so far) may be
+    set between steps; `memory` is what the rule keeps, or None.
+
+    Raises ValueError, with the alternatives, for what rule, scope and engine cannot do together.
     """
 
     def __init__(
@@ -53,80 +64,123 @@ class SharpnessAwareStep:
         rule: SAM | None,
         *,
         loss: Loss | None = None,
-        scope: str = "global",
+        scope: str | int = "global",
+        per_micro_batch: bool = False,
         clip_norm: float | None = None,
     ) -> None:
-        if scope not in SCOPES:
-            raise ValueError(f"scope must be one of {', '.join(SCOPES)}, not '{scope}'")
         self.engine = engine
         self.rule = rule
-        self.scope = scope
+        self.rho = rule.rho if rule else 0.0
+        self.scope = Scope.of(scope, engine.world_size)
+        self.per_micro_batch = per_micro_batch
         self.clip_norm = clip_norm
         self.loss: Loss = loss or _plain_cross_entropy
-        self.descent_loss = rule.descent_loss(self.loss) if rule else self.loss
+        self.taken = 0
+        self.memory: list[Tensor] | None = None
+        if rule:
+            engine.check(rule, self.scope, per_micro_batch)
+            self.descent_loss = rule.descent_loss(self.loss)
 
     def __call__(
         self,
-        micro_batches: Sequence[tuple[Tensor, Tensor]],
+        micro_batches: MicroBatches,
         *,
         samples: int | None = None,
         stop: bool = False,
+        measure: bool = False,
     ) -> StepResult:
         """Take the step on this rank's (inputs, target) pairs.
 
         samples: size of the global batch over all ranks and micro-batches; one more small reduction
         finds it when it is not given. stop: this rank wishes to end; the result tells all ranks.
+        measure: also cosine and effective_rho.
         """
         engine = self.engine
-        own = sum(len(target) for _, target in micro_batches)
         if samples is None:
-            samples = round(engine.sum([float(own)])[0])
-        share = (
-            engine.world_size / samples
-        )  # engines average over ranks: losses are summed times this
+            samples = round(engine.sum([float(sum(len(target) for _, target in micro_batches))])[0])
+        share = engine.world_size / samples  # engines average over ranks: summed losses times this
+        perturbs = self.rule is not None and self.rule.perturbs_at(self.taken)
+        seen = Seen(*torch.zeros(5, dtype=torch.float64, device=engine.device))
 
         with SameFunctionTwice(engine.module, engine.device) as replay:
             engine.zero_gradients()
-            if self.rule is None:
-                loss = self._pass(micro_batches, self.loss, share)
-                perturbed_loss = ascent_norm = loss.new_zeros(())
+            if perturbs:
+                units = [[m] for m in micro_batches] if self.per_micro_batch else [micro_batches]
+                for number, unit in enumerate(units, start=1):
+                    last = number == len(units)
+                    self._perturbed_gradient(unit, share, replay, seen, measure, last)
             else:
-                local = self.scope == "rank"
-                loss = self._pass(micro_batches, self.loss, 1 / own if local else share, local)
-                replay.rewind()
-                with engine.perturbed(self.rule, local) as ascent_norm:
-                    perturbed_loss = self._pass(micro_batches, self.descent_loss, share)
-                replay.forward()
-
+                self._plain_gradient(micro_batches, share, seen)
             norm = engine.gradient_norm()
-            mine = torch.stack([loss, perturbed_loss, ascent_norm.double(), norm.double()])
-            skip = 1 - mine.isfinite().all().double()
-            asked = torch.full_like(skip, float(stop))
-            total = engine.sum([*mine, skip, asked])
-            skipped = total[4] > 0
+            total = self._agree(seen, norm, stop)
+            skipped = total[-2] > 0
             if skipped:
                 replay.undo()
+                engine.skip()
             else:
+                self.memory = seen.memory or self.memory
                 engine.update(norm, self.clip_norm)
-            engine.zero_gradients()
-
+            self.taken += 1
+        over = engine.world_size * (len(units) if perturbs else 1)
         return StepResult(
             loss=total[0] / samples,
-            perturbed_loss=total[1] / samples if self.rule else None,
-            ascent_gradient_norm=total[2] / engine.world_size if self.rule else None,
-            gradient_norm=total[3] / engine.world_size,
+            perturbed_loss=total[1] / samples if perturbs else None,
+            ascent_gradient_norm=total[2] / over if perturbs else None,
+            cosine=total[3] / over if perturbs and measure else None,
+            effective_rho=total[4] / over if perturbs and measure else None,
+            gradient_norm=total[5] / engine.world_size,
             skipped=skipped,
-            stop=total[5] > 0,
+            stop=total[-1] > 0,
+            loss_scale=engine.loss_scale,
         )
 
-    def _pass(
+    def _plain_gradient(self, micro_batches: MicroBatches, share: float, seen: "Seen") -> None:
+        seen.loss += self._pass(micro_batches, self.loss, share)
+        if self.rule and self.rule.remembers and self.memory:
+            self.rule.correct_(self.memory, self.engine.shards(), self.engine.total)
+
+    def _perturbed_gradient(
         self,
-        micro_batches: Sequence[tuple[Tensor, Tensor]],
-        loss: Loss,
-        weight: float,
-        local: bool = False,
+        micro_batches: MicroBatches,
+        share: float,
+        replay: SameFunctionTwice,
+        seen: "Seen",
+        measure: bool,
+        last: bool,
+    ) -> None:
+        """The gradient at w + e, added to those of earlier units of this step."""
+        engine, rule = self.engine, self.rule
+        replay.begin()
+        # The engine's own reduction overlaps with the backward pass; it can only do it for all
+        # ranks, and only while no descent gradient is being accumulated.
+        overlapped = self.scope.everyone and not self.per_micro_batch
+        if overlapped:
+            seen.loss += self._pass(micro_batches, self.loss, share)
+            shards = engine.shards()
+        else:
+            loss, shards = self._own_gradient(micro_batches, share / self.scope.ranks)
+            seen.loss += loss
+        norm = engine.total(rule.squared_norm(shards)).sqrt()
+        rule.perturbation_(shards, torch.where(norm > 0, self.rho / norm, 0.0))
+        kept = [e.clone() for e in shards.gradients] if rule.remembers else None
+        replay.rewind()
+        with engine.moved(shards) as displacement:
+            if overlapped:
+                engine.zero_gradients()
+            seen.perturbed_loss += self._pass(micro_batches, self.descent_loss, share, last)
+            if measure:
+                cosine, length = displacement()
+                seen.cosine += cosine
+                seen.effective_rho += length
+        replay.forward()
+        seen.ascent_norm += norm / engine.loss_scale
+        if rule.remembers:
+            seen.memory = rule.remember(kept, engine.shards(), engine.total)
+
+    def _pass(
+        self, micro_batches: MicroBatches, loss: Loss, share: float, reduce: bool = True
     ) -> Tensor:
-        """Accumulate the gradient of weight * (sum of losses); reduce it with the last micro-batch.
+        """Accumulate the gradient of share * (sum of losses); reduce it with the last micro-batch.
 
         Returns the sum of this rank's losses, a float64 scalar.
         """
@@ -135,70 +189,60 @@ class SharpnessAwareStep:
         torch.clear_autocast_cache()
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         for number, (inputs, target) in enumerate(micro_batches, start=1):
-            synchronize = number == len(micro_batches) and not local
-            with self.engine.accumulation(synchronize):
+            with self.engine.accumulation(reduce and number == len(micro_batches)):
                 losses = loss(self.engine.model(inputs), target).sum()
-                self.engine.backward(losses * weight)
+                self.engine.backward(losses * share)
             total += losses.detach()
         return total
 
+    def _own_gradient(self, micro_batches: MicroBatches, share: float) -> tuple[Tensor, Shards]:
+        """As `_pass`, with the gradient left on this rank, then summed over the ranks in scope.
 
-class SameFunctionTwice:
-    """Makes the two passes see one function, and count once.
+        It comes from autograd itself: no engine sees it, and what an engine accumulates stays.
+        """
+        torch.clear_autocast_cache()
+        engine = self.engine
+        total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        shards = engine.whole_weights()
+        gradients: list[Tensor | None] = [None] * len(shards.weights)
+        for inputs, target in micro_batches:
+            losses = self.loss(engine.module(inputs), target).sum()
+            new = torch.autograd.grad(
+                losses * share * engine.loss_scale, shards.weights, allow_unused=True
+            )
+            for i, gradient in enumerate(new):
+                if gradient is not None:
+                    gradients[i] = gradient if gradients[i] is None else gradients[i] + gradient
+            total += losses.detach()
+        shards.gradients = [
+            torch.zeros_like(w) if g is None else g
+            for w, g in zip(shards.weights, gradients, strict=True)
+        ]
+        self.scope.sum_(shards.gradients)
+        return total, shards
 
-    The random state of the first pass is replayed in the second (the same dropout and drop-path
-    masks), and ends where one pass would have left it. Buffers (running statistics of norm layers)
-    keep what the first pass, at w, made of them. An exception, or `undo`, gives them back as they
-    were before the step.
-    """
+    def _agree(self, seen: "Seen", norm: Tensor, stop: bool) -> list[float]:
+        """Sums over ranks of everything seen, then how many ranks must skip, and wish to stop."""
+        mine = torch.stack([*seen.numbers(), norm.double()])
+        skip = 1 - mine.isfinite().all().double()
+        return self.engine.sum([*mine, skip, float(stop)])
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.buffers = list(module.buffers())
-        self.device = device
 
-    def __enter__(self) -> "SameFunctionTwice":
-        self.buffers_before = [buffer.clone() for buffer in self.buffers]
-        self.random_before = self._random_state()
-        return self
+@dataclass
+class Seen:
+    """What this rank saw in a step, summed over its units; float64 scalars on the device."""
 
-    def rewind(self) -> None:
-        """After the first pass: go back to the random state before it, remember what it made."""
-        self.buffers_after = [buffer.clone() for buffer in self.buffers]
-        self.random_after = self._random_state()
-        self._set_random_state(self.random_before)
+    loss: Tensor
+    perturbed_loss: Tensor
+    ascent_norm: Tensor
+    cosine: Tensor
+    effective_rho: Tensor
+    memory: list[Tensor] | None = field(default=None)
 
-    def forward(self) -> None:
-        """After the second pass: leave everything as the first pass left it."""
-        self._set_buffers(self.buffers_after)
-        self._set_random_state(self.random_after)
-
-    def undo(self) -> None:
-        """The step does not count: buffers as before it."""
-        self._set_buffers(self.buffers_before)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is not None:
-            self.undo()
-
-    def _set_buffers(self, values: list[Tensor]) -> None:
-        if self.buffers:
-            torch._foreach_copy_(self.buffers, values)
-
-    def _random_state(self) -> list[Tensor]:
-        state = [torch.get_rng_state()]
-        if self.device.type != "cpu":
-            state.append(torch.get_device_module(self.device).get_rng_state(self.device))
-        return state
-
-    def _set_random_state(self, state: list[Tensor]) -> None:
-        torch.set_rng_state(state[0])
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).set_rng_state(state[1], self.device)
+    def numbers(self) -> list[Tensor]:
+        return [
+            self.loss, self.perturbed_loss, self.ascent_norm, self.cosine, self.effective_rho
+        ]  # fmt: skip
 
 
 def _plain_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from flatcal_dist.losses import csam_loss
 from flatcal_dist.sharpness import CSAM, SAM, ReplicatedEngine, SharpnessAwareStep
 from tests.ranks import on_ranks
 
-RULES = {"none": None, "sam": SAM(0.1), "csam": CSAM(0.1, 1.0)}
+RULES = {"none": None, "sam": SAM(0.1), "csam": CSAM(0.1, gamma=1.0)}
 SAMPLES, STEPS, CLASSES = 24, 5, 5
 
 # Rounding of float32 sums in another order: measured up to 2e-7 of the largest weight over these
@@ -184,7 +184,7 @@ def test_gamma_zero_is_sam_bit_for_bit():
     sam, csam = make_network(), make_network()
     for number in range(STEPS):
         one_step(SAM(0.1), sam, make_batch(number))
-        one_step(CSAM(0.1, 0.0), csam, make_batch(number))
+        one_step(CSAM(0.1, gamma=0.0), csam, make_batch(number))
     assert bit_equal(sam, csam)
 
 
@@ -413,7 +413,7 @@ def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="rho must be finite"):
         SAM(math.nan)
     with pytest.raises(ValueError, match=r"gamma must lie in \[0, 2\]"):
-        CSAM(0.1, 2.5)
+        CSAM(0.1, gamma=2.5)
     with pytest.raises(ValueError, match="scope must be one of global, rank"):
         SharpnessAwareStep(engine, SAM(0.1), scope="node")
     assert csam_loss(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), 1.0) > 0

@@ -1,0 +1,32 @@
+"""Dynamic loss scaling for fp16 (Micikevicius et al., ICLR 2018), one decision per step.
+
+torch.amp.GradScaler decides for itself, per rank, what is not finite, and only in the pass that it
+unscales. Here the step decides, for both passes and all ranks; the scale is a power of two, so
+that it changes no bit of a gradient that stays in range.
+"""
+
+from dataclasses import dataclass
+
+GROWTH_INTERVAL = 2000  # steps in a row without a skip, then twice the scale
+LARGEST = 2.0**24
+
+
+@dataclass
+class LossScale:
+    enabled: bool
+    value: float = 1.0
+    clean_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.enabled:
+            self.value = 2.0**16
+
+    def update(self, skipped: bool) -> None:
+        """Once per step."""
+        if not self.enabled:
+            return
+        self.clean_steps = 0 if skipped else self.clean_steps + 1
+        if skipped:
+            self.value = max(self.value / 2, 1.0)
+        elif self.clean_steps == GROWTH_INTERVAL:
+            self.value, self.clean_steps = min(self.value * 2, LARGEST), 0
