@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -71,6 +71,24 @@ class Engine(Protocol):
     def synchronize_buffers(self) -> None:
         """Give every rank the buffers of rank 0, before weights are evaluated or saved."""
 
+    @property
+    def inference(self) -> nn.Module:
+        """What is called for evaluation, by all ranks the same number of times."""
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Full fp32 weights and buffers by the network's own names, on the CPU; whole on rank 0.
+
+        Called by all ranks. Never perturbed: a step leaves nothing behind.
+        """
+
+    def local_state(self) -> dict[str, Any]:
+        """All that this rank needs to go on bit for bit: weights, optimizer state, loss scale.
+
+        Tensors and plain containers only. None where rank 0's serves every rank.
+        """
+
+    def load_local_state(self, state: dict[str, Any]) -> None: ...
+
 
 class ReplicatedEngine:
     """One process, or DistributedDataParallel: every rank holds all weights.
@@ -94,7 +112,7 @@ class ReplicatedEngine:
         self.device = next(iter(self.weights.values())).device
         self.world_size = dist.get_world_size(model.process_group) if self.distributed else 1
         self.compute_dtype = compute_dtype
-        self.scale = LossScale(enabled=compute_dtype == torch.float16)
+        self.scale = LossScale.start(compute_dtype)
 
     @property
     def loss_scale(self) -> float:
@@ -171,6 +189,25 @@ class ReplicatedEngine:
         if self.distributed:
             for buffer in self.module.buffers():
                 dist.broadcast(buffer, group=self.model.process_group, group_src=0)
+
+    @property
+    def inference(self) -> nn.Module:
+        return self.module
+
+    def full_weights(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
+
+    def local_state(self) -> dict[str, Any]:
+        return {
+            "weights": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scale": vars(self.scale),
+        }
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scale = LossScale(**state["scale"])
 
 
 def stack(values: Sequence[Tensor | float], device: torch.device) -> Tensor:

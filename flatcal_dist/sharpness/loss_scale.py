@@ -7,19 +7,22 @@ that it changes no bit of a gradient that stays in range.
 
 from dataclasses import dataclass
 
+import torch
+
 GROWTH_INTERVAL = 2000  # steps in a row without a skip, then twice the scale
 LARGEST = 2.0**24
 
 
 @dataclass
 class LossScale:
-    enabled: bool
+    enabled: bool = False
     value: float = 1.0
     clean_steps: int = 0
 
-    def __post_init__(self) -> None:
-        if self.enabled:
-            self.value = 2.0**16
+    @classmethod
+    def start(cls, dtype: torch.dtype) -> "LossScale":
+        """Scaling for float16, none for what has float32's range."""
+        return cls(True, 2.0**16) if dtype == torch.float16 else cls()
 
     def update(self, skipped: bool) -> None:
         """Once per step."""

@@ -7,7 +7,7 @@ are reduced, what a non-finite value means for all ranks, and that nothing outli
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class SharpnessAwareStep:
             samples = round(engine.sum([float(sum(len(target) for _, target in micro_batches))])[0])
         share = engine.world_size / samples  # engines average over ranks: summed losses times this
         perturbs = self.rule is not None and self.rule.perturbs_at(self.taken)
-        seen = Seen(*torch.zeros(5, dtype=torch.float64, device=engine.device))
+        seen = Seen(engine.device)
 
         with SameFunctionTwice(engine.module, engine.device) as replay:
             engine.zero_gradients()
@@ -135,9 +135,10 @@ class SharpnessAwareStep:
         )
 
     def _plain_gradient(self, micro_batches: MicroBatches, share: float, seen: "Seen") -> None:
-        seen.loss += self._pass(micro_batches, self.loss, share)
+        seen.loss = seen.loss + self._pass(micro_batches, self.loss, share)
         if self.rule and self.rule.remembers and self.memory:
-            self.rule.correct_(self.memory, self.engine.shards(), self.engine.total)
+            with torch.no_grad():
+                self.rule.correct_(self.memory, self.engine.shards(), self.engine.total)
 
     def _perturbed_gradient(
         self,
@@ -155,27 +156,35 @@ class SharpnessAwareStep:
         # ranks, and only while no descent gradient is being accumulated.
         overlapped = self.scope.everyone and not self.per_micro_batch
         if overlapped:
-            seen.loss += self._pass(micro_batches, self.loss, share)
+            seen.loss = seen.loss + self._pass(micro_batches, self.loss, share)
             shards = engine.shards()
         else:
             loss, shards = self._own_gradient(micro_batches, share / self.scope.ranks)
-            seen.loss += loss
-        norm = engine.total(rule.squared_norm(shards)).sqrt()
-        rule.perturbation_(shards, torch.where(norm > 0, self.rho / norm, 0.0))
-        kept = [e.clone() for e in shards.gradients] if rule.remembers else None
+            seen.loss = seen.loss + loss
+        norm, kept = self._gradient_to_perturbation_(shards)
         replay.rewind()
         with engine.moved(shards) as displacement:
             if overlapped:
                 engine.zero_gradients()
-            seen.perturbed_loss += self._pass(micro_batches, self.descent_loss, share, last)
+            seen.perturbed_loss = seen.perturbed_loss + self._pass(
+                micro_batches, self.descent_loss, share, last
+            )
             if measure:
                 cosine, length = displacement()
-                seen.cosine += cosine
-                seen.effective_rho += length
+                seen.cosine = seen.cosine + cosine
+                seen.effective_rho = seen.effective_rho + length
         replay.forward()
-        seen.ascent_norm += norm / engine.loss_scale
+        seen.ascent_norm = seen.ascent_norm + norm / engine.loss_scale
         if rule.remembers:
-            seen.memory = rule.remember(kept, engine.shards(), engine.total)
+            with torch.no_grad():
+                seen.memory = rule.remember(kept, engine.shards(), engine.total)
+
+    @torch.no_grad()
+    def _gradient_to_perturbation_(self, shards: Shards) -> tuple[Tensor, list[Tensor] | None]:
+        """e in place of the gradients; the norm that they had; a copy of e for rules that keep it."""
+        norm = self.engine.total(self.rule.squared_norm(shards)).sqrt()
+        self.rule.perturbation_(shards, torch.where(norm > 0, self.rho / norm, 0.0))
+        return norm, [e.clone() for e in shards.gradients] if self.rule.remembers else None
 
     def _pass(
         self, micro_batches: MicroBatches, loss: Loss, share: float, reduce: bool = True
@@ -228,21 +237,17 @@ class SharpnessAwareStep:
         return self.engine.sum([*mine, skip, float(stop)])
 
 
-@dataclass
 class Seen:
     """What this rank saw in a step, summed over its units; float64 scalars on the device."""
 
-    loss: Tensor
-    perturbed_loss: Tensor
-    ascent_norm: Tensor
-    cosine: Tensor
-    effective_rho: Tensor
-    memory: list[Tensor] | None = field(default=None)
+    def __init__(self, device: torch.device) -> None:
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        self.loss = self.perturbed_loss = self.ascent_norm = self.cosine = zero
+        self.effective_rho = zero
+        self.memory: list[Tensor] | None = None
 
     def numbers(self) -> list[Tensor]:
-        return [
-            self.loss, self.perturbed_loss, self.ascent_norm, self.cosine, self.effective_rho
-        ]  # fmt: skip
+        return [self.loss, self.perturbed_loss, self.ascent_norm, self.cosine, self.effective_rho]
 
 
 def _plain_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -359,7 +359,7 @@ def test_only_the_descent_gradient_is_clipped():
     decay = 0.1 * 1e-3 * torch.cat([w.flatten() for w in start.parameters()])
     descents = [-(step + decay) / 0.1 for step in steps]
     # Norms of differences of float32 weights of order 1: absolute error about 1e-6.
-    assert math.isclose(float(descents[1].norm()), 0.01, rel_tol=1e-3)
+    assert math.isclose(descents[1].norm().item(), 0.01, rel_tol=1e-3)
     assert F.cosine_similarity(*descents, dim=0) > 0.9999
 
 
@@ -414,6 +414,6 @@ def test_bad_options_are_refused():
         SAM(math.nan)
     with pytest.raises(ValueError, match=r"gamma must lie in \[0, 2\]"):
         CSAM(0.1, gamma=2.5)
-    with pytest.raises(ValueError, match="scope must be one of global, rank"):
-        SharpnessAwareStep(engine, SAM(0.1), scope="node")
+    with pytest.raises(ValueError, match="scope must be one of global, rank, node or a number"):
+        SharpnessAwareStep(engine, SAM(0.1), scope="nodes")
     assert csam_loss(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), 1.0) > 0
