@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 
 class ConfigError(ValueError):
@@ -97,17 +104,30 @@ class OptimizerConfig(Section):
 
 
 class SharpnessConfig(Section):
-    rule: Literal["none", "sam", "csam"] = "none"
+    rule: Literal["none", "sam", "asam", "csam", "looksam"] = "none"
     rho: float = Field(0.05, ge=0, description="length of the perturbation")
+    rho_schedule: Literal["constant", "learning_rate"] = Field(
+        "constant", description="learning_rate: from rho to rho_min as the learning rate falls"
+    )
+    rho_min: float = Field(0.0, ge=0, description="of rho_schedule=learning_rate")
     gamma: float = Field(1.0, ge=0, le=2, description="CSAM's exponent; 0 is SAM")
-    scope: Literal["global", "rank"] = Field(
-        "global", description="whose gradient perturbs: all ranks' mean, or each rank's own"
+    eta: float = Field(0.01, ge=0, description="ASAM's, added to absolute weights")
+    alpha: float = Field(0.7, ge=0, description="LookSAM's weight of the remembered gradient")
+    every: int | None = Field(
+        None, ge=1, description="perturb in each so-manieth step only; by default 1, LookSAM's 5"
+    )
+    scope: Literal["global", "rank", "node"] | PositiveInt = Field(
+        "global", description="whose gradient perturbs: of all ranks, each one's own, a number's"
+    )
+    per_micro_batch: bool = Field(False, description="perturb for each micro-batch by itself")
+    allow_other_samples: bool = Field(
+        False, description="go on although another number of samples makes a perturbation"
     )
 
 
 class TrainConfig(Section):
-    engine: Literal["ddp"] = "ddp"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    engine: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     epochs: int = Field(90, ge=1)
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -154,9 +174,9 @@ class Config(Section):
 # What may differ between two starts of one run: it changes where or how fast the run computes, or
 # who watches, not what it computes. Everything else belongs to the identity of the run.
 MAY_CHANGE = (
-    "run.dir", "run.world_size", "data.workers", "data.micro_batch_size", "train.engine",
+    "run.dir", "run.world_size", "data.workers", "data.micro_batch_size",
     "train.log_every_steps", "train.validate_every_epochs", "train.checkpoint_every_epochs",
-    "train.keep_checkpoints", "evaluate", "wandb",
+    "train.keep_checkpoints", "sharpness.allow_other_samples", "evaluate", "wandb",
 )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ class FailedTogether(RuntimeError):
     """Some rank could not go on; raised on every rank, with the first cause as its message."""
 
 
-def start(precision: str = "fp32", world_size: int | None = None) -> Accelerator:
+def start(engine: str, precision: str, world_size: int | None = None) -> Accelerator:
     """Join the other ranks, on the accelerator of the machine or on its CPU.
 
     Works under `accelerate launch`, torchrun, or alone (one process). Raises LaunchError when the
@@ -42,10 +42,14 @@ def start(precision: str = "fp32", world_size: int | None = None) -> Accelerator
     """
     # The new name that torch >= 2.13 asks for is one that Accelerate does not pass on yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    mixed = {"fp32": "no", "bf16": "bf16"}[precision]
-    _refuse_other_launch(mixed)
+    # Only replicated weights are cast by autocast; the other engines keep low-precision copies.
+    mixed = {"fp32": "no"}.get(precision, precision) if engine == "ddp" else "no"
+    _refuse_other_launch(engine, precision)
+    cpu = not torch.accelerator.is_available()
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=cpu,
         mixed_precision=mixed,
         kwargs_handlers=[
             # Running statistics are broadcast before they are saved or used, not in every forward.
@@ -58,7 +62,7 @@ def start(precision: str = "fp32", world_size: int | None = None) -> Accelerator
         raise LaunchError(
             f"the launcher was asked for {asked} processes, but this one found itself among "
             f"{accelerator.num_processes}; check the launcher's configuration against "
-            "configs/accelerate/*_ddp.yaml"
+            f"configs/accelerate/*_{engine}.yaml"
         )
     if world_size not in (None, accelerator.num_processes):
         raise LaunchError(
@@ -68,30 +72,41 @@ def start(precision: str = "fp32", world_size: int | None = None) -> Accelerator
     return accelerator
 
 
-def _refuse_other_launch(mixed: str) -> None:
+def _refuse_other_launch(engine: str, precision: str) -> None:
     under_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     # Accelerate's plain CPU launcher prepares a rendezvous for several processes and starts one.
     if under_accelerate and "MASTER_PORT" in os.environ and "RANK" not in os.environ:
         raise LaunchError(
             "`accelerate launch` was asked for several processes and started one (its --cpu and "
-            "MULTI_CPU need mpirun); use --config_file configs/accelerate/cpu_ddp.yaml, with "
+            f"MULTI_CPU need mpirun); use --config_file configs/accelerate/cpu_{engine}.yaml, with "
             "--num_processes N for another number"
         )
+    mixed = {"fp32": "no"}.get(precision, precision)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", mixed):
         raise LaunchError(
             f"`accelerate launch` was asked for mixed precision '{launched}', the configuration "
             f"has '{mixed}'; drop it from the launcher, train.precision decides"
         )
-    for variable, engine in (
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("ACCELERATE_USE_FSDP", "FSDP"),
-    ):
-        if os.environ.get(variable, "false").lower() == "true":
-            raise LaunchError(
-                f"`accelerate launch` was asked for {engine}, the configuration for "
-                "train.engine=ddp; launch with configs/accelerate/*_ddp.yaml"
-            )
+    launched = _launched_engine()
+    if under_accelerate and "RANK" in os.environ and launched != engine:
+        raise LaunchError(
+            f"`accelerate launch` was asked for {launched}, the configuration has "
+            f"train.engine={engine}: launch with configs/accelerate/*_{engine}.yaml, or set "
+            f"train.engine={launched}"
+        )
+    # We drive the engines ourselves: Accelerate is to start processes, and to wrap for DDP.
+    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        os.environ.pop(variable, None)
+
+
+def _launched_engine() -> str:
+    """What the configuration of `accelerate launch` asks for, by our names."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '')}"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return f"fsdp{os.environ.get('FSDP_VERSION', '1')}"
+    return "ddp"
 
 
 def on_all_ranks(work: Callable[[], T]) -> T:

@@ -63,7 +63,7 @@ def evaluate_model(
 
 
 def _evaluate(config: Config, weights: Path, output: Path, seconds: float | None = None) -> None:
-    accelerator = distributed.start(config.train.precision)
+    accelerator = distributed.start("ddp", config.train.precision)
     model, data = config.model, config.data
     with ending_together(accelerator):
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flatcal_dist.files import write_atomically
@@ -19,12 +19,19 @@ class WeightsError(ValueError):
     """A weight file that cannot be read, or is not of this network."""
 
 
-def save_weights(module: nn.Module, path: Path) -> None:
-    """All weights and buffers under the network's own names; appears whole or not at all."""
+def save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Weights and buffers by name, as safetensors; appears whole or not at all.
+
+    Of names that share a tensor the first is kept, as the format wants it.
+    """
+    kept: dict[int, str] = {}
+    for name, tensor in weights.items():
+        kept.setdefault(tensor.data_ptr() or id(tensor), name)
+    own = {name: weights[name].contiguous() for name in kept.values()}
     with write_atomically(path) as temporary:
         temporary.touch()  # with the permissions of any new file: safetensors' own are private
         mode = temporary.stat().st_mode
-        save_model(module, str(temporary))
+        save_file(own, str(temporary))
         temporary.chmod(mode)
 
 

@@ -11,7 +11,7 @@ and a new rule is a small class with these. One that `remembers` has two more, a
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -35,6 +35,9 @@ class Shards:
     names: Sequence[str]
     weights: Sequence[Tensor]
     gradients: list[Tensor]
+
+    def by_name(self) -> Iterator[tuple[str, Tensor]]:
+        return zip(self.names, self.gradients, strict=True)
 
 
 @dataclass(frozen=True)
@@ -149,20 +152,31 @@ class LookSAM(SAM):
             raise ValueError(f"alpha must be finite and not negative, got {self.alpha}")
 
     def remember(
-        self, ascent: Sequence[Tensor], shards: Shards, total: Callable[[Tensor], Tensor]
-    ) -> list[Tensor]:
-        """g_v, from a vector along g and the gradients of the descent; `total` sums over ranks."""
-        along = total(torch.stack([dot(shards.gradients, ascent), squared_norm(ascent)]))
+        self, ascent: dict[str, Tensor], shards: Shards, total: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """g_v by name, from a vector along g and the gradients of the descent.
+
+        `total` sums over the ranks. What only one pass used counts as zero in the other.
+        """
+        pairs = [(g_s, ascent[n]) for n, g_s in shards.by_name() if n in ascent]
+        product = dot([a for a, _ in pairs], [b for _, b in pairs])
+        along = total(torch.stack([product, squared_norm(list(ascent.values()))]))
         factor = torch.where(along[1] > 0, along[0] / along[1], 0.0)
-        return [g_s - factor * g for g_s, g in zip(shards.gradients, ascent, strict=True)]
+        return {
+            name: g_s - factor * ascent[name] if name in ascent else g_s.clone()
+            for name, g_s in shards.by_name()
+        }
 
     def correct_(
-        self, memory: Sequence[Tensor], shards: Shards, total: Callable[[Tensor], Tensor]
+        self, memory: dict[str, Tensor], shards: Shards, total: Callable[[Tensor], Tensor]
     ) -> None:
         """g <- g + alpha * (||g|| / ||g_v||) * g_v, in place."""
-        squares = total(torch.stack([squared_norm(shards.gradients), squared_norm(memory)]))
+        mine = [squared_norm(shards.gradients), squared_norm(list(memory.values()))]
+        squares = total(torch.stack(mine))
         factor = torch.where(squares[1] > 0, self.alpha * (squares[0] / squares[1]).sqrt(), 0.0)
-        torch._foreach_add_(shards.gradients, torch._foreach_mul(memory, factor))
+        for name, gradient in shards.by_name():
+            if name in memory:
+                gradient.add_(factor * memory[name])
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:

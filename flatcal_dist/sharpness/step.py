@@ -76,8 +76,13 @@ class SharpnessAwareStep:
         self.clip_norm = clip_norm
         self.loss: Loss = loss or _plain_cross_entropy
         self.taken = 0
-        self.memory: list[Tensor] | None = None
+        self.memory: dict[str, Tensor] | None = None
         if rule:
+            if rule.remembers and (per_micro_batch or not self.scope.everyone):
+                raise ValueError(
+                    f"{type(rule).__name__} compares the two gradients of a step, so both must be "
+                    "of all ranks: use scope 'global' without per_micro_batch, or SAM"
+                )
             engine.check(rule, self.scope, per_micro_batch)
             self.descent_loss = rule.descent_loss(self.loss)
 
@@ -180,11 +185,13 @@ class SharpnessAwareStep:
                 seen.memory = rule.remember(kept, engine.shards(), engine.total)
 
     @torch.no_grad()
-    def _gradient_to_perturbation_(self, shards: Shards) -> tuple[Tensor, list[Tensor] | None]:
-        """e in place of the gradients; the norm that they had; a copy of e for rules that keep it."""
+    def _gradient_to_perturbation_(self, shards: Shards) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """e in place of the gradients; the norm that they had; e again, if the rule keeps it."""
         norm = self.engine.total(self.rule.squared_norm(shards)).sqrt()
         self.rule.perturbation_(shards, torch.where(norm > 0, self.rho / norm, 0.0))
-        return norm, [e.clone() for e in shards.gradients] if self.rule.remembers else None
+        if not self.rule.remembers:
+            return norm, None
+        return norm, {n: e.clone() for n, e in zip(shards.names, shards.gradients, strict=True)}
 
     def _pass(
         self, micro_batches: MicroBatches, loss: Loss, share: float, reduce: bool = True
@@ -244,7 +251,7 @@ class Seen:
         zero = torch.zeros((), dtype=torch.float64, device=device)
         self.loss = self.perturbed_loss = self.ascent_norm = self.cosine = zero
         self.effective_rho = zero
-        self.memory: list[Tensor] | None = None
+        self.memory: dict[str, Tensor] | None = None
 
     def numbers(self) -> list[Tensor]:
         return [self.loss, self.perturbed_loss, self.ascent_norm, self.cosine, self.effective_rho]

@@ -1,65 +1,80 @@
 """Checkpoints: a directory that appears whole or not at all, verified before it is trusted.
 
-    checkpoints/step_00001800/model.safetensors  optimizer.pt  progress.json  manifest.json
+    checkpoints/step_00001800/state_00000.pt ...  progress.json  manifest.json
 
-It is written under another name, flushed, and renamed; manifest.json, written last, has size and
-SHA-256 of every file. Nothing is unpickled but tensors and plain containers.
+Each rank that holds a part of the state writes its own; together they are written under another
+name, flushed, and renamed. manifest.json, written last, has size and SHA-256 of every file.
+Nothing is unpickled but tensors and plain containers.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from flatcal_dist.files import sync_directory, write_json
-from flatcal_dist.weights import load_weights, save_weights, sha256
+from flatcal_dist.sharpness import SharpnessAwareStep
+from flatcal_dist.weights import sha256
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is not whole."""
+    """A checkpoint that is not whole, or that these ranks cannot use."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` optimizer steps are done. `samples_per_perturbation`: m, in scope rank."""
+    """`step` optimizer steps are done. `samples_per_perturbation`: m of m-sharpness, or None.
+
+    `engine` and `world_size` wrote it; `sharded`: each rank its own part.
+    """
 
     step: int
     samples_per_perturbation: int | None
+    engine: str
     world_size: int
+    sharded: bool
     seconds: float
 
 
 def save(
     directory: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    step: SharpnessAwareStep,
     progress: Progress,
     keep: int,
+    rank: int = 0,
+    wait_for_everyone: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write the checkpoint of this step (one rank does), then drop all but the newest `keep`."""
+    """Write the checkpoint of this step, then drop all but the newest `keep`.
+
+    Called by all ranks of a sharded engine; of a replicated one by rank 0, the others only wait.
+    """
     target = directory / f"step_{progress.step:08d}"
-    if _is_whole(target):
-        return target
     beside = directory / f".{target.name}.tmp"
-    for leftover in (beside, target):  # of a run that was killed while it saved
-        shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_weights(module, beside / "model.safetensors")
-    torch.save(optimizer.state_dict(), beside / "optimizer.pt")
-    write_json(beside / "progress.json", asdict(progress))
-    manifest = {}
-    for file in sorted(beside.iterdir()):
-        _flush(file)
-        manifest[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
-    write_json(beside / "manifest.json", manifest)
-    beside.rename(target)
-    sync_directory(directory)
-    for old in sorted(directory.glob("step_*"))[:-keep]:
-        shutil.rmtree(old)
+    if rank == 0:
+        for leftover in (beside, target):  # of a run that was killed while it saved
+            shutil.rmtree(leftover, ignore_errors=True)
+        beside.mkdir(parents=True)
+    wait_for_everyone()
+    if rank == 0 or progress.sharded:
+        state = {"engine": step.engine.local_state(), "memory": step.memory}
+        torch.save(state, beside / f"state_{rank:05d}.pt")
+        _flush(beside / f"state_{rank:05d}.pt")
+    wait_for_everyone()
+    if rank == 0:
+        write_json(beside / "progress.json", asdict(progress))
+        files = sorted(beside.iterdir())
+        manifest = {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in files}
+        write_json(beside / "manifest.json", manifest)
+        beside.rename(target)
+        sync_directory(directory)
+        for old in sorted(directory.glob("step_*"))[:-keep]:
+            shutil.rmtree(old)
+    # A rank that left while rank 0 still writes would make the launcher end rank 0 as well.
+    wait_for_everyone()
     return target
 
 
@@ -87,20 +102,19 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path} is not whole: {error}") from None
 
 
-def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Fill network and optimizer from a verified checkpoint."""
-    load_weights(module, path / "model.safetensors")
-    state = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
-    optimizer.load_state_dict(state)
+def load_progress(path: Path) -> Progress:
     return Progress(**json.loads((path / "progress.json").read_text()))
 
 
-def _is_whole(path: Path) -> bool:
-    try:
-        verify(path)
-    except CheckpointError:
-        return False
-    return True
+def load(path: Path, step: SharpnessAwareStep, rank: int = 0) -> None:
+    """Fill the engine and the step's memory from a verified checkpoint."""
+    number = rank if load_progress(path).sharded else 0
+    file = path / f"state_{number:05d}.pt"
+    state = torch.load(file, weights_only=True, map_location="cpu")
+    step.engine.load_local_state(state["engine"])
+    memory = state["memory"]
+    device = step.engine.device
+    step.memory = memory and {name: tensor.to(device) for name, tensor in memory.items()}
 
 
 def _flush(path: Path) -> None:

@@ -15,7 +15,7 @@ from flatcal_dist.config import Config
 from flatcal_dist.data import DataError
 from flatcal_dist.data.order import micro_batch_count, micro_batches, rank_share
 from flatcal_dist.sharpness import SharpnessAwareStep
-from flatcal_dist.training.loop import build_step
+from flatcal_dist.training.build import build_step
 
 STEPS = 2
 CPU_IMAGES = 2  # per micro-batch on a CPU: enough to try everything, batch norm included

@@ -10,18 +10,17 @@ import torch
 from accelerate import Accelerator
 
 from flatcal_dist import evaluation, inputs
-from flatcal_dist.config import Config, SharpnessConfig
+from flatcal_dist.config import Config
 from flatcal_dist.data import Batch, Index, Position, optimizer_steps, steps_per_epoch
 from flatcal_dist.data.order import sample_seed
 from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.environment import describe_environment
-from flatcal_dist.losses import cross_entropy
-from flatcal_dist.models import build
 from flatcal_dist.run_directory import RunDirectory, RunError
-from flatcal_dist.sharpness import CSAM, SAM, ReplicatedEngine, SharpnessAwareStep, StepResult
+from flatcal_dist.sharpness import SharpnessAwareStep, StepResult
 from flatcal_dist.training import checkpoint
+from flatcal_dist.training.build import build_step, rho_at, samples_per_perturbation
 from flatcal_dist.training.checkpoint import Progress
-from flatcal_dist.training.optimizers import build_optimizer, build_schedule
+from flatcal_dist.training.optimizers import build_schedule
 from flatcal_dist.training.preemption import StopRequest
 from flatcal_dist.training.tracking import Tracker
 from flatcal_dist.weights import save_weights
@@ -48,33 +47,6 @@ def run(config: Config, directory: RunDirectory, accelerator: Accelerator) -> st
     return Trainer(config, directory, accelerator, train, validation, step).run()
 
 
-def build_step(config: Config, accelerator: Accelerator) -> SharpnessAwareStep:
-    """Network, engine and step of a configuration, the same initial weights on every rank."""
-    torch.manual_seed(config.run.seed)
-    data, model = config.data, config.model
-    network = on_all_ranks(
-        lambda: build(model.name, model.num_classes, data.channels, data.image_size, model.options)
-    )
-    if model.channels_last:
-        network = network.to(memory_format=torch.channels_last)
-    network.train()
-    prepared = accelerator.prepare_model(network)  # device, autocast, DistributedDataParallel
-    optimizer = on_all_ranks(lambda: build_optimizer(config.optimizer, network))
-    return SharpnessAwareStep(
-        ReplicatedEngine(prepared, optimizer),
-        build_rule(config.sharpness),
-        loss=partial(cross_entropy, reduction="none", label_smoothing=config.train.label_smoothing),
-        scope=config.sharpness.scope,
-        clip_norm=config.optimizer.clip_norm,
-    )
-
-
-def build_rule(config: SharpnessConfig) -> SAM | None:
-    if config.rule == "none":
-        return None
-    return SAM(config.rho) if config.rule == "sam" else CSAM(config.rho, config.gamma)
-
-
 class Trainer:
     """The loop over optimizer steps, and what happens between them."""
 
@@ -98,11 +70,7 @@ class Trainer:
         )
         self.normalize = inputs.normalization(config.data).to(accelerator.device)
         self.main = accelerator.is_main_process
-        # m of m-sharpness. In scope "global" it is the global batch, whatever the number of ranks.
-        own = config.sharpness.rule != "none" and config.sharpness.scope == "rank"
-        self.samples_per_perturbation = (
-            self.batch_size // accelerator.num_processes if own else None
-        )
+        self.samples_per_perturbation = samples_per_perturbation(config, accelerator.num_processes)
         self.skipped = 0
 
     def run(self) -> str:
@@ -139,13 +107,14 @@ class Trainer:
         with StopRequest() as request:
             for micro_batches in optimizer_steps(batches):
                 self.waited += time.monotonic() - waiting_since
-                self.schedule.step_update(self.done)
+                self._set_rates()
                 # Dropout and the like follow from (seed, rank, step): nothing to save or restore.
                 torch.manual_seed(sample_seed(config.run.seed, rank, self.done))
                 result = self.step(
                     [self._on_device(batch) for batch in micro_batches],
                     samples=self.batch_size,
                     stop=request.asked,
+                    measure=(self.done + 1) % config.train.log_every_steps == 0,
                 )
                 self.done += 1
                 self._after_step(result)
@@ -157,6 +126,13 @@ class Trainer:
                     return "preempted"
                 waiting_since = time.monotonic()
         return "finished"
+
+    def _set_rates(self) -> None:
+        """Learning rate and rho of this step, both functions of its number."""
+        self.schedule.step_update(self.done)
+        rate = self.engine.optimizer.param_groups[0]["lr"]
+        self.step.rho = rho_at(self.config.sharpness, rate / self.config.optimizer.learning_rate)
+        self.step.taken = self.done
 
     def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.accelerator.device
@@ -200,12 +176,16 @@ class Trainer:
             "perf/step_seconds": elapsed / self.window_steps,
             "perf/data_wait_fraction": self.waited / elapsed,
         }
+        if self.config.train.precision == "fp16":
+            values["optim/loss_scale"] = result.loss_scale
         if result.perturbed_loss is not None:
             values |= {
                 "train/perturbed_loss": result.perturbed_loss,
                 "train/sharpness": result.perturbed_loss - result.loss,
                 "optim/ascent_gradient_norm": result.ascent_gradient_norm,
-                "optim/rho": self.config.sharpness.rho,
+                "optim/gradient_cosine": result.cosine,
+                "optim/rho": self.step.rho,
+                "optim/effective_rho": result.effective_rho,
             }
         self.tracker.log(self.done, values)
         left = (self.total_steps - self.done) * elapsed / self.window_steps
@@ -215,7 +195,7 @@ class Trainer:
     def _validate(self, epoch: int) -> None:
         self.engine.synchronize_buffers()
         values = evaluation.running_metrics(
-            self.config, self.engine.module, self.validation, self.accelerator
+            self.config, self.engine.inference, self.validation, self.accelerator
         )
         self.tracker.log(self.done, {"epoch": epoch, **values})
         self.tracker.say(
@@ -225,34 +205,35 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         self.engine.synchronize_buffers()
-        if self.main:
-            progress = Progress(
-                step=self.done,
-                samples_per_perturbation=self.samples_per_perturbation,
-                world_size=self.accelerator.num_processes,
-                seconds=time.monotonic() - self.started,
-            )
-            checkpoint.save(
-                self.directory.checkpoints,
-                self.engine.module,
-                self.engine.optimizer,
-                progress,
-                self.config.train.keep_checkpoints,
-            )
-            self._record("running")
-        # A rank that left while rank 0 still writes would make the launcher end rank 0 as well.
-        self.accelerator.wait_for_everyone()
+        progress = Progress(
+            step=self.done,
+            samples_per_perturbation=self.samples_per_perturbation,
+            engine=self.config.train.engine,
+            world_size=self.accelerator.num_processes,
+            sharded=self.config.train.engine != "ddp",
+            seconds=time.monotonic() - self.started,
+        )
+        checkpoint.save(
+            self.directory.checkpoints,
+            self.step,
+            progress,
+            self.config.train.keep_checkpoints,
+            self.accelerator.process_index,
+            self.accelerator.wait_for_everyone,
+        )
+        self._record("running")
 
     def _finish(self) -> None:
         """The weights to use, and what they are worth."""
         seconds = time.monotonic() - self.started
         self.engine.synchronize_buffers()
+        weights = self.engine.full_weights()
         if self.main:
-            save_weights(self.engine.module, self.directory.weights_file)
+            save_weights(weights, self.directory.weights_file)
         if self.config.evaluate.at_end:
             metrics = evaluation.report(
                 self.config,
-                self.engine.module,
+                self.engine.inference,
                 self.validation,
                 self.accelerator,
                 self.directory.report,
@@ -275,15 +256,29 @@ class Trainer:
         path, passed_over = checkpoint.newest(self.directory.checkpoints)
         if path is None:
             return 0, 0.0, passed_over
-        progress = checkpoint.load(path, self.engine.module, self.engine.optimizer)
-        if progress.samples_per_perturbation != self.samples_per_perturbation:
+        progress = checkpoint.load_progress(path)
+        self._check_resumable(progress)
+        checkpoint.load(path, self.step, self.accelerator.process_index)
+        return progress.step, progress.seconds, passed_over
+
+    def _check_resumable(self, progress: Progress) -> None:
+        ranks, before = self.accelerator.num_processes, progress.world_size
+        if progress.sharded and before != ranks:
+            raise RunError(
+                f"{self.directory.path} was written by {before} ranks of {progress.engine}, each "
+                f"its own part, and {ranks} ranks run: go on with {before}, or begin another run"
+            )
+        own = self.samples_per_perturbation
+        if (
+            progress.samples_per_perturbation != own
+            and not self.config.sharpness.allow_other_samples
+        ):
             raise RunError(
                 f"{self.directory.path} perturbs with {progress.samples_per_perturbation} samples "
-                f"({progress.world_size} ranks), here it would be {self.samples_per_perturbation} "
-                f"({self.accelerator.num_processes} ranks): in sharpness.scope=rank that is "
-                "another algorithm. Go on with as many ranks as before, or begin another run"
+                f"({before} ranks), here it would be {own} ({ranks} ranks): in this scope that is "
+                f"another algorithm. Go on with {before} ranks, begin another run, or say "
+                "sharpness.allow_other_samples=true"
             )
-        return progress.step, progress.seconds, passed_over
 
     def _enter(self) -> object:
         state = None

@@ -24,7 +24,9 @@ def main(default_config: Path, description: str | None = None) -> None:
             if os.environ.get("RANK", "0") == "0":
                 print(configuration.to_yaml(config), end="")
             return
-        accelerator = distributed.start(config.train.precision, config.run.world_size)
+        accelerator = distributed.start(
+            config.train.engine, config.train.precision, config.run.world_size
+        )
     except (ConfigError, distributed.LaunchError) as error:
         sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     directory = RunDirectory(config.run.dir)

@@ -1,0 +1,101 @@
+"""From a configuration to network, engine, rule and step: where an engine is chosen."""
+
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from flatcal_dist.config import Config, SharpnessConfig
+from flatcal_dist.distributed import on_all_ranks
+from flatcal_dist.losses import cross_entropy
+from flatcal_dist.models import build
+from flatcal_dist.sharpness import ASAM, CSAM, SAM, Engine, LookSAM, SharpnessAwareStep
+from flatcal_dist.sharpness.engines import ReplicatedEngine
+from flatcal_dist.sharpness.scope import Scope
+from flatcal_dist.training.optimizers import build_optimizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_step(config: Config, accelerator: Accelerator) -> SharpnessAwareStep:
+    """Network, engine and step of a configuration, the same initial weights on every rank."""
+    torch.manual_seed(config.run.seed)
+    data, model, sharpness = config.data, config.model, config.sharpness
+    network = on_all_ranks(
+        lambda: build(model.name, model.num_classes, data.channels, data.image_size, model.options)
+    )
+    if model.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    network.train()
+    engine = build_engine(config, network, accelerator)
+    return on_all_ranks(
+        lambda: SharpnessAwareStep(
+            engine,
+            build_rule(sharpness),
+            loss=partial(
+                cross_entropy, reduction="none", label_smoothing=config.train.label_smoothing
+            ),
+            scope=sharpness.scope,
+            per_micro_batch=sharpness.per_micro_batch,
+            clip_norm=config.optimizer.clip_norm,
+        )
+    )
+
+
+def build_engine(config: Config, network: nn.Module, accelerator: Accelerator) -> Engine:
+    """The engine that `train.engine` names, around the network, with its optimizer."""
+    name, dtype = config.train.engine, DTYPES[config.train.precision]
+    if name == "ddp":
+        prepared = accelerator.prepare_model(network)  # device, autocast, DistributedDataParallel
+        return ReplicatedEngine(prepared, build_optimizer(config.optimizer, network), dtype)
+    if name == "fsdp2":
+        from flatcal_dist.sharpness.fsdp2 import ShardedEngine, shard
+
+        world_size = accelerator.num_processes
+        ranks = Scope.of(config.sharpness.scope, world_size).ranks
+        grouped = ranks if config.sharpness.rule != "none" and 1 < ranks < world_size else None
+        sharded = shard(network, accelerator.device, dtype, ranks_per_group=grouped)
+        return ShardedEngine(sharded, build_optimizer(config.optimizer, sharded), dtype)
+    from flatcal_dist.sharpness.zero import ZeroEngine, start_zero  # DeepSpeed takes seconds
+
+    network = network.to(accelerator.device)
+    optimizer = build_optimizer(config.optimizer, network)
+    stage = int(name.removeprefix("zero"))
+    return ZeroEngine(start_zero(network, optimizer, stage, dtype, config.optimizer.clip_norm))
+
+
+def build_rule(config: SharpnessConfig) -> SAM | None:
+    every = {} if config.every is None else {"every": config.every}
+    match config.rule:
+        case "none":
+            return None
+        case "sam":
+            return SAM(config.rho, **every)
+        case "csam":
+            return CSAM(config.rho, **every, gamma=config.gamma)
+        case "asam":
+            return ASAM(config.rho, **every, eta=config.eta)
+        case "looksam":
+            return LookSAM(config.rho, **every, alpha=config.alpha)
+
+
+def rho_at(config: SharpnessConfig, relative_rate: float) -> float:
+    """The length of the perturbation at a learning rate relative to its peak.
+
+    rho_schedule=learning_rate: rho_min + (rho - rho_min) * rate / peak (Zhuang et al., ICLR 2022).
+    """
+    if config.rho_schedule == "constant":
+        return config.rho
+    return config.rho_min + (config.rho - config.rho_min) * relative_rate
+
+
+def samples_per_perturbation(config: Config, world_size: int) -> int | None:
+    """m of m-sharpness; None without a perturbation."""
+    if config.sharpness.rule == "none":
+        return None
+    ranks = Scope.of(config.sharpness.scope, world_size).ranks
+    samples = config.data.global_batch_size * ranks // world_size
+    if config.sharpness.per_micro_batch and config.data.micro_batch_size:
+        return min(samples, config.data.micro_batch_size * ranks)
+    return samples
