@@ -1,0 +1,379 @@
+"""FSDP2: weights, gradients and optimizer state cut into shards over ranks (ZeRO-3's layout).
+
+Every rank holds its rows of each parameter in fp32. A forward or backward pass gathers the whole
+of a block from the shards, in the precision of the pass, and drops it again; so to perturb is to
+change shards while nothing whole is held, and the next forward pass sees it by itself.
+
+Public interface of torch.distributed.fsdp only; checked with torch 2.15.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from flatcal_dist.sharpness.engines import Displacement, measure, stack
+from flatcal_dist.sharpness.fsdp2_state import copied, copy_into, join, parameters_of, split
+from flatcal_dist.sharpness.loss_scale import LossScale
+from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
+from flatcal_dist.sharpness.scope import Scope
+
+STATISTICS = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # fmt: skip
+SMALLEST_BLOCK = 250_000  # parameters; 1 MB in fp32, below which a collective is mostly latency
+
+
+def shard(
+    network: nn.Module,
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+    ranks_per_group: int | None = None,
+    smallest_block: int = SMALLEST_BLOCK,
+) -> nn.Module:
+    """Shard a network in place; build the optimizer on its parameters afterwards.
+
+    Every rank begins with rank 0's weights and buffers. Gathered together are the parameters of
+    each block: a child of a Sequential or ModuleList with at least `smallest_block` parameters,
+    innermost first; and of all that remains. precision: of the passes; shards stay fp32, and
+    gradients are reduced in fp32. ranks_per_group: shard over consecutive groups of so many ranks,
+    each with all weights, instead of over all ranks.
+
+    Raises ValueError for what cannot be sharded so.
+    """
+    if not dist.is_initialized():
+        raise ValueError(
+            "FSDP2 needs a process group: launch with "
+            "accelerate launch --config_file configs/accelerate/*_fsdp2.yaml"
+        )
+    world_size = dist.get_world_size()
+    ranks = ranks_per_group or world_size
+    if world_size % ranks:
+        raise ValueError(f"groups of {ranks} ranks do not divide the {world_size} ranks that run")
+    network.to(device)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.data = weight.data.contiguous()  # no other layout (channels_last) has rows
+            dist.broadcast(weight, src=0)
+        for buffer in network.buffers():
+            dist.broadcast(buffer, src=0)
+    group = dist.group.WORLD if ranks == world_size else dist.new_subgroups(ranks)[0]
+    mesh = DeviceMesh.from_group(group, device.type)
+    policy = _policy(network, precision)
+    taken: set[nn.Parameter] = set()
+    for block in reversed(_candidates(network)):
+        own = [w for w in block.parameters() if w not in taken]
+        if sum(w.numel() for w in own) >= smallest_block:
+            taken |= set(fully_shard(block, mesh=mesh, mp_policy=policy).parameters())
+    # Not of the blocks: what comes after one takes its output in the precision of the pass.
+    output = None if precision == torch.float32 else torch.float32
+    return fully_shard(network, mesh=mesh, mp_policy=replace(policy, output_dtype=output))
+
+
+def _candidates(network: nn.Module) -> list[nn.Module]:
+    """Children of Sequential and ModuleList that compute something, outer before inner."""
+    containers = (nn.Sequential, nn.ModuleList)
+    children = [c for m in network.modules() if isinstance(m, containers) for c in m.children()]
+    return [c for c in dict.fromkeys(children) if not isinstance(c, (nn.ModuleList, nn.ModuleDict))]
+
+
+def _policy(network: nn.Module, compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
+    if compute_dtype == torch.float32:
+        return MixedPrecisionPolicy()
+    # Their statistics are fp32 buffers, and kernels want weight and statistics of one type.
+    norms = [m for m in network.modules() if isinstance(m, STATISTICS)]
+    whole = {id(w) for norm in norms for w in norm.parameters(recurse=False)}
+    options: dict[str, Any] = {}
+    if whole:
+        if "param_dtype_override_fn" not in {field.name for field in fields(MixedPrecisionPolicy)}:
+            raise ValueError(
+                f"FSDP2 of torch {torch.__version__} cannot keep batch norm in fp32 beside "
+                "low-precision weights; use a newer torch (2.15 can), fp32, or DDP"
+            )
+        options["param_dtype_override_fn"] = lambda w: torch.float32 if id(w) in whole else None
+    return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, **options)
+
+
+class ShardedEngine:
+    """A network sharded by `shard`, and an optimizer on its sharded parameters.
+
+    compute_dtype: the precision it was sharded with; torch.float16 scales losses. Perturbs for all
+    ranks; or, where it is sharded over groups of ranks, for each group by itself, since each group
+    holds all weights. Replicas (ranks of different groups with the same shard) then average their
+    gradients after the backward pass. One engine serves one scope.
+
+    While micro-batches accumulate, each rank holds a whole gradient in fp32.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = self.module = model
+        self.optimizer = optimizer
+        parameters = dict(model.named_parameters())
+        _refuse_unsharded(model, parameters, optimizer)
+        # Kept, and not looked up: while a block is gathered, the network has other parameters.
+        self.weights = {n: w for n, w in parameters.items() if w.requires_grad}
+        self.blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        first = next(iter(self.weights.values()))
+        self.device = first.to_local().device
+        self.world_size = dist.get_world_size()
+        self.group = first.device_mesh.get_group()
+        self.replicas = self._replicas(dist.get_process_group_ranks(self.group))
+        self.averaged = False  # the gradient that is there, over replicas
+        self.scope: Scope | None = None
+        self.compute_dtype = compute_dtype
+        self.scale = LossScale.start(compute_dtype)
+
+    def _replicas(self, ranks: list[int]) -> Scope:
+        """The ranks that hold the same shard as this one, as what can sum over them."""
+        size = len(ranks)
+        if ranks != list(range(ranks[0] // size * size, ranks[0] // size * size + size)):
+            raise ValueError(f"FSDP2 over groups of consecutive ranks only, not over {ranks}")
+        count = self.world_size // size
+        group = None
+        if 1 < count < self.world_size:
+            same = [list(range(i, self.world_size, size)) for i in range(size)]
+            group = dist.new_subgroups_by_enumeration(same)[0]
+        return Scope("replicas", count, count == self.world_size, group)
+
+    @property
+    def loss_scale(self) -> float:
+        return self.scale.value
+
+    @property
+    def inference(self) -> nn.Module:
+        return self.model
+
+    def reduces(self, scope: Scope) -> bool:
+        """Whether the ascent gradient of this scope is what a backward pass leaves in `shards`."""
+        return scope.everyone or scope.ranks == self.world_size // self.replicas.ranks
+
+    @property
+    def alone(self) -> bool:
+        """Whether each group perturbs by itself, so that its ascent gradient is not averaged."""
+        return self.scope is not None and not self.scope.everyone
+
+    def check(self, rule: SAM, scope: Scope, per_micro_batch: bool) -> None:
+        ranks = self.world_size // self.replicas.ranks
+        if per_micro_batch:
+            raise ValueError(
+                "per_micro_batch takes ascent gradients beside the one that accumulates, and FSDP2 "
+                "has one place for gradients; use DDP, or perturb once per step"
+            )
+        if not self.reduces(scope):
+            raise ValueError(
+                f"scope {scope.name!r} wants other weights in every {scope.ranks} of "
+                f"{self.world_size} ranks, but {ranks} ranks gather theirs from each other's "
+                "shards; use scope 'global', shard over groups of so many ranks "
+                "(ranks_per_group), or use DDP"
+            )
+        if self.scope is not None and self.scope.ranks != scope.ranks:
+            raise ValueError(
+                f"this engine already perturbs in scope {self.scope.name!r}; build another one for "
+                f"scope {scope.name!r}"
+            )
+        self.scope = scope
+
+    def zero_gradients(self) -> None:
+        for weight in self.weights.values():
+            weight.grad = None
+
+    @contextmanager
+    def accumulation(self, reduce: bool) -> Iterator[None]:
+        self.model.set_requires_gradient_sync(reduce)
+        try:
+            yield
+        except BaseException:
+            # Amid a pass blocks are gathered and gradients stashed where nothing else clears them.
+            self.model.reset_iter_state()
+            raise
+
+    def backward(self, loss: Tensor) -> None:
+        self.averaged = False
+        (loss * self.loss_scale).backward()
+
+    def shards(self) -> Shards:
+        if not self.alone:
+            self._average()
+        return self._held()
+
+    @torch.no_grad()
+    def _held(self) -> Shards:
+        held = {n: w for n, w in self.weights.items() if w.grad is not None}
+        weights = [w.to_local() for w in held.values()]
+        return Shards(list(held), weights, [w.grad.to_local() for w in held.values()])
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """The gradient over replicas, bit for bit the same on them."""
+        gradients = self._held().gradients
+        if self.replicas.ranks > 1 and gradients and not self.averaged:
+            self.replicas.sum_(gradients)
+            torch._foreach_div_(gradients, self.replicas.ranks)
+        self.averaged = True
+
+    def whole_weights(self) -> Shards:
+        raise ValueError("no rank of FSDP2 holds whole weights")
+
+    def total(self, part: Tensor) -> Tensor:
+        if self.alone:
+            part = part.detach().to(self.device, copy=True)
+            dist.all_reduce(part, group=self.group)
+            return part
+        return self._total_of_all(part)
+
+    def _total_of_all(self, part: Tensor) -> Tensor:
+        # Over replicas too, for one result: groups by themselves may sum in another order.
+        part = part.detach().to(self.device, copy=True)
+        dist.all_reduce(part)
+        return part / self.replicas.ranks
+
+    @contextmanager
+    def moved(self, shards: Shards) -> Iterator[Displacement]:
+        names, weights = list(shards.names), list(shards.weights)
+        with torch.no_grad():
+            before = [weight.clone() for weight in weights]
+
+        def displacement() -> tuple[Tensor, Tensor]:
+            self._average()
+            gradients = [self.weights[name].grad for name in names]
+            local = [g if g is None else g.to_local() for g in gradients]
+            return measure(weights, before, local, self.compute_dtype, self.total)
+
+        try:
+            with torch.no_grad():
+                self._drop_gathered()
+                if weights:
+                    torch._foreach_add_(weights, shards.gradients)
+            shards.gradients.clear()
+            yield displacement
+        finally:
+            with torch.no_grad():
+                self._drop_gathered()
+                if weights:
+                    torch._foreach_copy_(weights, before)
+
+    def _drop_gathered(self) -> None:
+        """So that the next forward pass gathers: the root stays whole after an evaluation."""
+        for block in self.blocks:
+            block.reshard()
+
+    def gradient_norm(self) -> Tensor:
+        self._average()
+        return self._total_of_all(squared_norm(self._held().gradients)).sqrt() / self.loss_scale
+
+    @torch.no_grad()
+    def update(self, norm: Tensor, clip_norm: float | None) -> None:
+        gradients = self._held().gradients
+        if self.scale.enabled and gradients:
+            torch._foreach_mul_(gradients, 1 / self.loss_scale)
+        if clip_norm is not None and gradients:
+            # As torch.nn.utils.clip_grads_with_norm_, which does not mix shards and a plain norm.
+            torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1))
+        self._drop_gathered()
+        self.optimizer.step()
+        self.zero_gradients()
+        self.scale.update(skipped=False)
+
+    def skip(self) -> None:
+        self.zero_gradients()
+        self.scale.update(skipped=True)
+
+    def sum(self, values: Sequence[Tensor | float]) -> list[float]:
+        total = stack(values, self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def synchronize_buffers(self) -> None:
+        for buffer in self.module.buffers():
+            dist.broadcast(buffer, src=0)
+
+    @torch.no_grad()
+    def full_weights(self) -> dict[str, Tensor]:
+        """Of rank 0 the state_dict, whole and on the CPU; of others none. Called by all ranks.
+
+        One parameter at a time is whole on the device.
+        """
+        self._drop_gathered()
+        whole = {}
+        for name, tensor in self.module.state_dict().items():
+            value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if dist.get_rank() == 0:
+                whole[name] = value.to("cpu", copy=True)
+        return whole
+
+    @torch.no_grad()
+    def local_state(self) -> dict[str, Any]:
+        """Copies on the CPU, for the same rank among as many ranks in the same groups."""
+        optimizer = self.optimizer.state_dict()
+        parameters = parameters_of(self.optimizer)
+        return {
+            "layout": self._layout(),
+            "weights": {n: copied(w.to_local()) for n, w in self.weights.items()},
+            "buffers": {n: copied(b) for n, b in self.module.named_buffers()},
+            "optimizer": {
+                "state": {i: split(s, parameters[i]) for i, s in optimizer["state"].items()},
+                "param_groups": optimizer["param_groups"],
+            },
+            "scale": dict(vars(self.scale)),
+        }
+
+    @torch.no_grad()
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for the state of another rank, layout or network."""
+        if state["layout"] != self._layout():
+            raise ValueError(
+                f"the state is of {state['layout']}, this is {self._layout()}; start from the full "
+                "weights, or with as many ranks"
+            )
+        self._drop_gathered()
+        copy_into({n: w.to_local() for n, w in self.weights.items()}, state["weights"])
+        copy_into(dict(self.module.named_buffers()), state["buffers"])
+        saved = state["optimizer"]
+        parameters = parameters_of(self.optimizer)
+        joined = {i: join(s, parameters[i]) for i, s in saved["state"].items()}
+        self.optimizer.load_state_dict({"state": joined, "param_groups": saved["param_groups"]})
+        self.scale = LossScale(**state["scale"])
+
+    def _layout(self) -> dict[str, int]:
+        return {
+            "rank": dist.get_rank(),
+            "world_size": self.world_size,
+            "ranks_per_group": self.world_size // self.replicas.ranks,
+        }
+
+
+def _refuse_unsharded(
+    model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise ValueError(
+            f"FSDP2 of torch {torch.__version__} cannot recover from an exception amid a pass; use "
+            "torch 2.13 or newer, or DDP"
+        )
+    if not isinstance(model, FSDPModule) or not all(
+        isinstance(w, DTensor) and w.device_mesh.ndim == 1 and w.dtype == torch.float32
+        for w in parameters.values()
+    ):
+        raise ValueError(
+            "ShardedEngine wants an fp32 network whose every parameter is sharded over a mesh of "
+            "one dimension, as flatcal_dist.sharpness.fsdp2.shard gives it"
+        )
+    own = {id(w) for w in parameters.values()}
+    if not all(id(w) in own for w in parameters_of(optimizer)):
+        raise ValueError(
+            "the optimizer holds parameters from before the network was sharded, which nothing "
+            "reads any more; build it after shard()"
+        )
