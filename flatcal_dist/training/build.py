@@ -1,5 +1,6 @@
 """From a configuration to network, engine, rule and step: where an engine is chosen."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,8 +19,15 @@ from flatcal_dist.training.optimizers import build_optimizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_step(config: Config, accelerator: Accelerator) -> SharpnessAwareStep:
-    """Network, engine and step of a configuration, the same initial weights on every rank."""
+def build_step(
+    config: Config,
+    accelerator: Accelerator,
+    wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
+) -> SharpnessAwareStep:
+    """Network, engine and step of a configuration, the same initial weights on every rank.
+
+    wrap: what to put around the network before an engine gets it.
+    """
     torch.manual_seed(config.run.seed)
     data, model, sharpness = config.data, config.model, config.sharpness
     network = on_all_ranks(
@@ -27,7 +35,7 @@ def build_step(config: Config, accelerator: Accelerator) -> SharpnessAwareStep:
     )
     if model.channels_last:
         network = network.to(memory_format=torch.channels_last)
-    network.train()
+    network = wrap(network).train()
     engine = build_engine(config, network, accelerator)
     return on_all_ranks(
         lambda: SharpnessAwareStep(
