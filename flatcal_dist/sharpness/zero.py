@@ -1,0 +1,287 @@
+"""The engine of DeepSpeed ZeRO, stages 1, 2 and 3.
+
+The forward pass uses one copy of the weights, the optimizer changes another, the fp32 master in
+parts over ranks. So a perturbation costs no memory: the copy that is used becomes master + e, and
+the master, which nothing but the optimizer writes, is what it goes back to.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from flatcal_dist.sharpness.engines import Displacement, measure, stack
+from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
+from flatcal_dist.sharpness.scope import Scope
+from flatcal_dist.sharpness.zero_parts import PartitionedState, PartitionedWeights, deepspeed
+from flatcal_dist.sharpness.zero_start import InPrecision, start_zero
+
+__all__ = ["ZeroEngine", "start_zero"]
+
+
+class WholeShards(Shards):
+    """All weights of the network, whole: for gradients that stay on a rank or a group."""
+
+
+class ZeroEngine:
+    """model: a DeepSpeed engine with ZeRO, as `start_zero` makes it.
+
+    Raises ValueError for what a user's own DeepSpeed configuration asks for and we do not do.
+    """
+
+    def __init__(self, model: "deepspeed.DeepSpeedEngine") -> None:
+        _refuse_configuration(model)
+        self.zero = model
+        self.stage = int(model.zero_optimization_stage())
+        self.precision: torch.dtype = model.optimizer.dtype
+        self.model = InPrecision(model, self.precision)
+        self.module: nn.Module = model.module
+        self.optimizer: torch.optim.Optimizer = model.optimizer.optimizer
+        self.device = torch.device(model.device)
+        self.world_size = dist.get_world_size()
+        self.layout = (PartitionedWeights if self.stage == 3 else PartitionedState)(model)
+        if any(part.master.data_ptr() == part.used.data_ptr() for part in self.layout.parts):
+            raise ValueError(
+                "this DeepSpeed keeps one copy of the weights where we count on two: use the "
+                "version in pyproject.toml, and start_zero"
+            )
+        # The parts of other ranks, as this rank uses them, may still be moved.
+        self.stale = False
+        self.reduced = True  # the last backward pass did, all gradients so far
+        self.whole = False  # gradients are those of `whole_weights`: nothing to sum over ranks
+        if model.optimizer.loss_scaler.dynamic:  # at its minimum: go on skipping, as others do
+            model.optimizer.loss_scaler.raise_error_at_min_scale = False
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self.zero.optimizer.loss_scale)
+
+    def check(self, rule: SAM, scope: Scope, per_micro_batch: bool) -> None:
+        if scope.everyone and not per_micro_batch:
+            return
+        asked = "per_micro_batch" if per_micro_batch else f"scope {scope.name!r}"
+        instead = "use scope 'global' without per_micro_batch, or DDP"
+        if self.stage == 3:
+            raise ValueError(
+                f"ZeRO-3 cannot do {asked}: a rank's own perturbation needs whole weights of its "
+                f"own, and each rank holds one part of weights that all use; {instead}, or ZeRO-1"
+            )
+        if self.precision != torch.float32:
+            raise ValueError(
+                f"ZeRO-{self.stage} in {self.precision} cannot do {asked}: a rank holds the fp32 "
+                f"master of its own part only, and a perturbation added to low-precision weights "
+                f"is mostly rounded away; {instead}, or ZeRO-1 in float32"
+            )
+        if per_micro_batch and self.stage == 2:
+            raise ValueError(
+                "ZeRO-2 cannot do per_micro_batch: it reduces the gradients of each micro-batch "
+                f"away before the step ends; {instead}, or ZeRO-1"
+            )
+
+    def zero_gradients(self) -> None:
+        self._refresh()
+        self.layout.clear_gradients()
+        self.whole = False
+
+    @contextmanager
+    def accumulation(self, reduce: bool) -> Iterator[None]:
+        # Stages 2 and 3 reduce each micro-batch, and are told when the last has been.
+        self.zero.set_gradient_accumulation_boundary(reduce)
+        self.reduced = reduce
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        self.zero.backward(loss, scale_wrt_gas=False)  # scales it in float16
+
+    def shards(self) -> Shards:
+        self.whole = False
+        parts = self.layout.parts
+        names, masters = [p.name for p in parts], [p.master for p in parts]
+        return Shards(names, masters, self.layout.gradients())
+
+    def whole_weights(self) -> Shards:
+        """Memory, of stages 1 and 2: the gradient and the weights before, whole, for a while."""
+        self.whole = True
+        weights = {n: w for n, w in self.module.named_parameters() if w.requires_grad}
+        return WholeShards(list(weights), list(weights.values()), [])
+
+    def total(self, part: Tensor) -> Tensor:
+        return part if self.whole else self._over_ranks(part)
+
+    def _over_ranks(self, part: Tensor) -> Tensor:
+        total = part.to(self.device, copy=True)  # of a rank without any part it is on the CPU
+        dist.all_reduce(total)
+        return total
+
+    @contextmanager
+    def moved(self, shards: Shards) -> Iterator[Displacement]:
+        if isinstance(shards, WholeShards):
+            with self._moved_whole(shards) as displacement:
+                yield displacement
+            return
+        parts = self.layout.parts
+        targets = list(shards.gradients)
+        shards.gradients.clear()
+
+        def displacement() -> tuple[Tensor, Tensor]:
+            now = targets if self.precision != torch.float32 else [p.used for p in parts]
+            masters = [p.master for p in parts]
+            gradients = self.layout.gradients()
+            return measure(now, masters, gradients, self.precision, self._over_ranks)
+
+        try:
+            with torch.no_grad():
+                if parts:
+                    # From the master: e added to bf16 weights would mostly be rounded away.
+                    torch._foreach_add_(targets, [p.master for p in parts])
+                    torch._foreach_copy_([p.used for p in parts], targets)
+                # They lie in DeepSpeed's buffers, which the next pass overwrites.
+                measurable = self.precision != torch.float32
+                targets = [t.clone() for t in targets] if measurable else []
+                self.layout.publish()
+            yield displacement
+        finally:
+            # No communication here: an error may be on this rank alone. DeepSpeed's step puts the
+            # master's parts of all ranks in place; whatever comes instead of it refreshes first.
+            with torch.no_grad():
+                self.layout.withdraw()
+            self.stale = True
+
+    @contextmanager
+    def _moved_whole(self, shards: Shards) -> Iterator[Displacement]:
+        weights = list(shards.weights)
+        with torch.no_grad():
+            before = [weight.clone() for weight in weights]
+
+        def displacement() -> tuple[Tensor, Tensor]:
+            gradients = [
+                deepspeed.utils.safe_get_full_grad(w) if self.reduced else w.grad for w in weights
+            ]
+            return measure(weights, before, gradients, self.precision)
+
+        try:
+            with torch.no_grad():
+                torch._foreach_add_(weights, shards.gradients)
+            shards.gradients.clear()
+            yield displacement
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(weights, before)
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Called by all ranks: nothing that the forward pass uses is moved any more."""
+        if self.stale:
+            self.layout.withdraw()
+            self.layout.publish()
+            self.stale = False
+
+    def gradient_norm(self) -> Tensor:
+        square = self._over_ranks(squared_norm(self.layout.gradients()))
+        return square.sqrt() / self.loss_scale
+
+    def update(self, norm: Tensor, clip_norm: float | None) -> None:
+        if (clip_norm or 0.0) != self.zero.gradient_clipping():
+            raise ValueError(
+                f"the step clips to {clip_norm}, but DeepSpeed, which does it, to "
+                f"{self.zero.gradient_clipping() or None}: give start_zero the same clip_norm"
+            )
+        self.zero.set_gradient_accumulation_boundary(True)
+        self.zero.step()
+        if not self.zero.was_step_applied():
+            self.stale = True
+            raise RuntimeError(
+                f"DeepSpeed skipped a step whose gradient norm, {float(norm)}, is finite"
+            )
+        self.stale = False  # the step has overwritten all parts
+        self.zero_gradients()
+
+    def skip(self) -> None:
+        self.zero_gradients()
+        if self.zero.optimizer.loss_scaler.dynamic:
+            self.zero.optimizer.loss_scaler.update_scale(True)
+
+    def sum(self, values: Sequence[Tensor | float]) -> list[float]:
+        return self._over_ranks(stack(values, self.device)).tolist()
+
+    def synchronize_buffers(self) -> None:
+        for buffer in self.module.buffers():
+            dist.broadcast(buffer, src=0)
+
+    @property
+    def inference(self) -> nn.Module:
+        self._refresh()
+        return self.model
+
+    @torch.no_grad()
+    def full_weights(self) -> dict[str, Tensor]:
+        """From the master, one parameter at a time; empty on other ranks than 0."""
+        first = dist.get_rank() == 0
+        full = {}
+        for name, weight in self.module.named_parameters(remove_duplicate=False):
+            if weight.requires_grad:
+                tensor = deepspeed.utils.safe_get_full_fp32_param(weight)
+                if first:
+                    full[name] = tensor.cpu()
+                continue
+            with self.layout.whole(weight):
+                if first:
+                    full[name] = weight.detach().float().to("cpu", copy=True)
+        kept = self.module.state_dict()
+        buffers = {name: kept[name] for name in kept if name not in full}
+        full |= {name: b.to("cpu", copy=True) for name, b in buffers.items()}
+        return {name: full[name] for name in kept} if first else {}
+
+    def local_state(self) -> dict[str, Any]:
+        scaler = vars(self.zero.optimizer.loss_scaler)
+        with self.layout.base_optimizer() as optimizer:
+            state = optimizer.state_dict()
+        return {
+            "masters": self.layout.masters,
+            "optimizer": state,
+            "scale": {k: v for k, v in scaler.items() if isinstance(v, int | float)},
+            "frozen": {name: self.layout.frozen(w) for name, w in self._frozen()},
+            "buffers": dict(self.module.named_buffers()),
+        }
+
+    @torch.no_grad()
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Called by all ranks, as many as saved it."""
+        for ours, theirs in zip(self.layout.masters, state["masters"], strict=True):
+            ours.copy_(theirs)
+        with self.layout.base_optimizer() as optimizer:
+            optimizer.load_state_dict(state["optimizer"])
+        vars(self.zero.optimizer.loss_scaler).update(state["scale"])
+        for name, weight in self._frozen():
+            self.layout.frozen(weight).copy_(state["frozen"][name])
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(state["buffers"][name])
+        self.stale = True
+        self._refresh()
+
+    def _frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((n, w) for n, w in self.module.named_parameters() if not w.requires_grad)
+
+
+def _refuse_configuration(model: "deepspeed.DeepSpeedEngine") -> None:
+    """Raises ValueError for what is not as `start_zero` sets it up."""
+    zero = model.optimizer
+    wrong = {
+        "a ZeRO stage other than 1, 2, 3": model.zero_optimization_stage() not in (1, 2, 3),
+        "offload": getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False),
+        "offload of parameters": getattr(zero, "offload_param", False),
+        "gradient_accumulation_steps above 1": model.gradient_accumulation_steps() != 1,
+        "gradients accumulated in less than fp32": getattr(
+            zero, "gradient_accumulation_dtype", None
+        )
+        != torch.float32,
+        "secondary partitions (hpZ)": getattr(zero, "zero_hpz_partition_size", 1) > 1,
+        "experts, or model or sequence parallelism": model.has_moe_layers
+        or model.dp_world_size != dist.get_world_size(),
+    }
+    for what, found in wrong.items():
+        if found:
+            raise ValueError(f"ZeroEngine does not do {what}; build the engine with start_zero")

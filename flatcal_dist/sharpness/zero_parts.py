@@ -1,0 +1,196 @@
+"""Where DeepSpeed ZeRO keeps weights and gradients: the one place that knows its internals.
+
+Both classes answer the same questions. Two copies of the weights exist: the master, in fp32 and in
+parts over ranks, which only the optimizer changes; and the one that the forward pass uses, in the
+precision of the network. DeepSpeed has no public way to change the second (its
+safe_set_full_fp32_param changes the first), so attributes without a promise are used. They are the
+same in DeepSpeed 0.18.9 and 0.19.8 (read), and tested with 0.19.8:
+
+  stages 1, 2  bit16_groups, bit16_groups_flat, parallel_partitioned_bit16_groups,
+               single_partition_of_fp32_groups, averaged_gradients, all_grad_tensors,
+               real_dp_process_group, nccl_start_alignment_factor, allgather_bucket_size;
+               of a parameter _hp_mapping and _index_in_param_group; all_gather_dp_groups
+  stage 3      fp16_groups, fp32_partitioned_groups_flat, grad_partitions_flat_buffer,
+               averaged_gradients, persistent_parameters, parameter_offload,
+               _set_fp32_optimizer_param_groups, _clear_fp32_optimizer_param_groups;
+               of a parameter ds_tensor, ds_numel, ds_process_group
+  both         optimizer, loss_scaler, dtype, gradient_accumulation_dtype
+  on CPUs      deepspeed.ops.__compatible_ops__
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if not torch.accelerator.is_available():
+    # Before the import, which settles what DeepSpeed runs on.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
+
+# On CPUs DeepSpeed would compile its own all-reduce over shared memory at the first start, which
+# takes minutes and a compiler, and hangs on processors without AVX2: gloo's does.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class Part(NamedTuple):
+    """This rank's part of one parameter: flat tensors of one length, views of DeepSpeed's own."""
+
+    name: str
+    master: Tensor  # fp32, what the optimizer changes
+    used: Tensor  # what the forward pass uses
+
+
+class PartitionedState:
+    """Stages 1 and 2: the weights that are used are whole on every rank, all else is in parts."""
+
+    def __init__(self, zero: deepspeed.DeepSpeedEngine) -> None:
+        self.zero = zero.optimizer
+        names = {parameter: name for name, parameter in zero.module.named_parameters()}
+        self.parameters: list[nn.Parameter] = []
+        self.parts: list[Part] = []
+        for number, group in enumerate(self.zero.bit16_groups):
+            mine = self.zero.parallel_partitioned_bit16_groups[number][self._rank(number)]
+            for parameter in group:
+                mapping = parameter._hp_mapping
+                if mapping is None:  # wholly on other ranks
+                    continue
+                where = mapping.get_hp_fragment_address()
+                used = mine.narrow(0, where.start, where.numel)
+                self.parameters.append(parameter)
+                self.parts.append(Part(names[parameter], mapping.get_hp_fragment().detach(), used))
+
+    def _rank(self, group: int) -> int:
+        return dist.get_rank(self.zero.real_dp_process_group[group])
+
+    @property
+    def masters(self) -> list[Tensor]:
+        return [flat.detach() for flat in self.zero.single_partition_of_fp32_groups]
+
+    def gradients(self) -> list[Tensor]:
+        """Of the parts, reduced, fp32, flat: views of what DeepSpeed's step will use."""
+        return [
+            p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1)
+            for p in self.parameters
+        ]
+
+    def clear_gradients(self) -> None:
+        """Those of zero_grad, and the parts already reduced, which it leaves to be added to."""
+        self.zero.zero_grad(set_to_none=True)
+        for group in range(len(self.zero.bit16_groups)):
+            self.zero.averaged_gradients[group] = None
+            self.zero.all_grad_tensors[group] = None
+
+    def publish(self) -> None:
+        """Let the forward pass of every rank see all parts that are used. Called by all ranks."""
+        all_gather_dp_groups(
+            groups_flat=self.zero.bit16_groups_flat,
+            partitioned_param_groups=self.zero.parallel_partitioned_bit16_groups,
+            dp_process_group=self.zero.real_dp_process_group,
+            start_alignment_factor=self.zero.nccl_start_alignment_factor,
+            allgather_bucket_size=self.zero.allgather_bucket_size,
+        )
+
+    def withdraw(self) -> None:
+        """This rank's parts back to the master's, without communication."""
+        masters = self.zero.single_partition_of_fp32_groups
+        for group, flat in enumerate(masters):
+            used = self.zero.parallel_partitioned_bit16_groups[group][self._rank(group)]
+            used.copy_(flat.detach())
+
+    def frozen(self, parameter: nn.Parameter) -> Tensor:
+        """What this rank holds of a parameter that is not trained."""
+        return parameter.detach()
+
+    def whole(self, parameter: nn.Parameter) -> Any:
+        """A context in which a parameter that is not trained is whole."""
+        return nullcontext()
+
+    @contextmanager
+    def base_optimizer(self) -> Iterator[torch.optim.Optimizer]:
+        """The user's optimizer, with the parameters that it has a state for."""
+        yield self.zero.optimizer
+
+
+class PartitionedWeights:
+    """Stage 3: the weights that are used are in parts as well, gathered module by module."""
+
+    def __init__(self, zero: deepspeed.DeepSpeedEngine) -> None:
+        self.zero = zero.optimizer
+        names = {parameter: name for name, parameter in zero.module.named_parameters()}
+        self.parameters = []
+        self.lengths = []
+        self.names = []
+        for group in self.zero.fp16_groups:
+            for parameter in group:
+                rank = dist.get_rank(parameter.ds_process_group)
+                size = parameter.ds_tensor.ds_numel
+                # The last parts are padded, with whatever was in memory: never to be read.
+                length = max(0, min(size, parameter.ds_numel - rank * size))
+                if length:
+                    self.parameters.append(parameter)
+                    self.lengths.append(length)
+                    self.names.append(names[parameter])
+
+    @property
+    def parts(self) -> list[Part]:
+        return [
+            Part(
+                name,
+                safe_get_local_fp32_param(parameter).detach().narrow(0, 0, length),
+                parameter.ds_tensor.detach().narrow(0, 0, length),
+            )
+            for name, parameter, length in zip(
+                self.names, self.parameters, self.lengths, strict=True
+            )
+        ]
+
+    @property
+    def masters(self) -> list[Tensor]:
+        return [flat.detach() for flat in self.zero.fp32_partitioned_groups_flat]
+
+    def gradients(self) -> list[Tensor]:
+        return [
+            safe_get_local_grad(parameter).narrow(0, 0, length)
+            for parameter, length in zip(self.parameters, self.lengths, strict=True)
+        ]
+
+    def clear_gradients(self) -> None:
+        """Those of zero_grad, and the buffer of parts: a parameter that a pass does not use would
+        keep there what the last pass left."""
+        self.zero.zero_grad(set_to_none=True)
+        self.zero.grad_partitions_flat_buffer.zero_()
+        self.zero.averaged_gradients = {}
+
+    def publish(self) -> None:
+        # What is gathered is a copy of the parts: give it up. Small parameters stay gathered
+        # between passes, so that they are gathered here, all at once, as DeepSpeed's step does.
+        self.zero.parameter_offload.partition_all_parameters()
+        if self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    def withdraw(self) -> None:
+        for part in self.parts:
+            part.used.copy_(part.master)
+        self.zero.parameter_offload.partition_all_parameters()
+
+    def frozen(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.ds_tensor.detach()
+
+    def whole(self, parameter: nn.Parameter) -> Any:
+        return deepspeed.zero.GatheredParameters([parameter])
+
+    @contextmanager
+    def base_optimizer(self) -> Iterator[torch.optim.Optimizer]:
+        self.zero._set_fp32_optimizer_param_groups()
+        try:
+            yield self.zero.optimizer
+        finally:
+            self.zero._clear_fp32_optimizer_param_groups()

@@ -1,0 +1,136 @@
+"""DeepSpeed ZeRO around a network, set up for two passes in each step, on GPUs or CPUs."""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from flatcal_dist.sharpness.zero_parts import deepspeed
+
+BUCKET = 2**25  # elements of one gradient reduction; DeepSpeed's 5e8 would be 2 GB of fp32
+
+
+def start_zero(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stage: int,
+    precision: torch.dtype = torch.float32,
+    clip_norm: float | None = None,
+) -> deepspeed.DeepSpeedEngine:
+    """ZeRO of the stage 1, 2 or 3; every rank gets the weights of rank 0.
+
+    optimizer: any of torch's, over the network's parameters; its state is partitioned.
+    precision: of weights in the forward pass; the master copy, the reduction of gradients and
+    their accumulation are fp32, float16 scales losses. clip_norm: of the gradient, the same that
+    the step is given.
+    Raises ValueError for another stage or precision, RuntimeError where float16 cannot run.
+    """
+    if stage not in (1, 2, 3):
+        raise ValueError(f"ZeRO has the stages 1, 2 and 3, not {stage}")
+    if precision not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"precision must be float32, bfloat16 or float16, not {precision}")
+    if precision == torch.float16 and not deepspeed.get_accelerator().is_fp16_supported():
+        raise RuntimeError(
+            "DeepSpeed does not run float16 on this machine; use bfloat16 (CPUs have it) or float32"
+        )
+    if not dist.is_initialized():
+        _join_alone()
+    if precision != torch.float32:
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                RunningStatisticsInFp32(module, precision)
+    zero, *_ = deepspeed.initialize(
+        model=network,
+        optimizer=optimizer,
+        config=configuration(stage, precision, clip_norm),
+        dist_init_required=False,
+    )
+    return zero
+
+
+def configuration(stage: int, precision: torch.dtype, clip_norm: float | None) -> dict[str, Any]:
+    """What DeepSpeed calls its configuration."""
+    return {
+        # We count samples and micro-batches ourselves, and say which micro-batch is the last.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip_norm or 0.0,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET},
+        "bf16": {"enabled": precision == torch.bfloat16},
+        "fp16": {
+            "enabled": precision == torch.float16,
+            "initial_scale_power": 16,
+            "loss_scale_window": 2000,
+            "hysteresis": 1,  # every skipped step halves the scale
+            "min_loss_scale": 1,
+        },
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    }
+
+
+def _join_alone() -> None:
+    """DeepSpeed wants a process group, of one process as well."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RuntimeError(
+            "ZeRO wants the ranks to have joined: call flatcal_dist.distributed.start, or "
+            "torch.distributed.init_process_group, first"
+        )
+    os.environ.setdefault("LOCAL_RANK", "0")
+    backend = deepspeed.get_accelerator().communication_backend_name()
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+class InPrecision(nn.Module):
+    """Casts what goes into the network to its precision, and what comes out to fp32."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, precision: torch.dtype) -> None:
+        super().__init__()
+        self.engine = engine
+        self.precision = precision
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.is_floating_point():
+            inputs = inputs.to(self.precision)
+        return self.engine(inputs).float()
+
+
+class RunningStatisticsInFp32:
+    """Keeps a batch norm's running statistics in fp32 although its weights are not.
+
+    torch wants both in one precision, and averages in bf16 stop moving a percent or two off:
+    a small step towards the batch's statistics is rounded away. So the layer averages into
+    zeros, which rounds momentum * batch relative to itself, and that is added here.
+    """
+
+    def __init__(self, module: nn.modules.batchnorm._BatchNorm, precision: torch.dtype) -> None:
+        self.precision = precision
+        self.kept: tuple[Tensor, Tensor] | None = None
+        module.register_forward_pre_hook(self._lend)
+        module.register_forward_hook(self._take_back, always_call=True)
+
+    def _lend(self, module: nn.Module, args: Any) -> None:
+        self.kept = module.running_mean, module.running_var
+        module.running_mean, module.running_var = (
+            torch.zeros_like(k, dtype=self.precision) if module.training else k.to(self.precision)
+            for k in self.kept
+        )
+
+    def _take_back(self, module: nn.Module, args: Any, output: Tensor | None) -> None:
+        if self.kept is None:
+            return
+        lent = module.running_mean, module.running_var
+        (module.running_mean, module.running_var), kept = self.kept, self.kept
+        self.kept = None
+        if output is None or not module.training:  # None: the layer raised
+            return
+        momentum = module.momentum
+        if momentum is None:  # a plain average over all batches
+            momentum = 1 / module.num_batches_tracked.item()
+        for ours, theirs in zip(kept, lent, strict=True):
+            ours.mul_(1 - momentum).add_(theirs)
