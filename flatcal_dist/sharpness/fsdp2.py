@@ -318,13 +318,12 @@ class ShardedEngine:
     def local_state(self) -> dict[str, Any]:
         """Copies on the CPU, for the same rank among as many ranks in the same groups."""
         optimizer = self.optimizer.state_dict()
-        parameters = parameters_of(self.optimizer)
         return {
             "layout": self._layout(),
             "weights": {n: copied(w.to_local()) for n, w in self.weights.items()},
             "buffers": {n: copied(b) for n, b in self.module.named_buffers()},
             "optimizer": {
-                "state": {i: split(s, parameters[i]) for i, s in optimizer["state"].items()},
+                "state": {i: split(s) for i, s in optimizer["state"].items()},
                 "param_groups": optimizer["param_groups"],
             },
             "scale": dict(vars(self.scale)),

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -17,6 +17,7 @@ def copied(tensor: Tensor) -> Tensor:
 
 
 def copy_into(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Raises ValueError where names or shapes differ, before anything is copied."""
     shapes = [{n: tuple(t.shape) for n, t in tensors.items()} for tensors in (own, saved)]
     if shapes[0] != shapes[1]:
         raise ValueError("the state is of another network: names or shapes differ")
@@ -24,29 +25,45 @@ def copy_into(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
         tensor.copy_(saved[name])
 
 
-def split(state: dict[str, Any], weight: DTensor) -> dict[str, dict[str, Any]]:
-    """Optimizer state of one parameter: what is sharded as it is, and the rest."""
+def split(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Optimizer state of one parameter: this rank's part of what is sharded, and the rest."""
     sharded, rest = {}, {}
     for key, value in state.items():
         if isinstance(value, DTensor):
-            if value.shape != weight.shape or value.placements != weight.placements:
-                raise ValueError(f"the optimizer's {key!r} is not sharded as its parameter is")
-            sharded[key] = copied(value.to_local())
+            sharded[key] = {
+                "local": copied(value.to_local()),
+                "shape": list(value.shape),
+                "stride": list(value.stride()),
+                "placement": _plain(key, value.placements[0]),
+            }
         else:
             rest[key] = copied(value) if isinstance(value, Tensor) else value
     return {"sharded": sharded, "rest": rest}
 
 
 def join(state: dict[str, dict[str, Any]], weight: DTensor) -> dict[str, Any]:
-    sharded = {
-        key: DTensor.from_local(
-            value.to(weight.to_local().device),
+    """The inverse, over the ranks that share the weight."""
+    kinds = {"shard": Shard, "replicate": Replicate, "partial": Partial}
+    device = weight.to_local().device
+    sharded = {}
+    for key, value in state["sharded"].items():
+        kind, *arguments = value["placement"]
+        sharded[key] = DTensor.from_local(
+            value["local"].to(device),
             weight.device_mesh,
-            weight.placements,
+            [kinds[kind](*arguments)],
             run_check=False,
-            shape=weight.shape,
-            stride=weight.stride(),
+            shape=torch.Size(value["shape"]),
+            stride=tuple(value["stride"]),
         )
-        for key, value in state["sharded"].items()
-    }
     return sharded | state["rest"]
+
+
+def _plain(key: str, placement: Placement) -> list[Any]:
+    if type(placement) is Shard:
+        return ["shard", placement.dim]
+    if type(placement) is Replicate:
+        return ["replicate"]
+    if type(placement) is Partial:
+        return ["partial", placement.reduce_op]
+    raise ValueError(f"the optimizer keeps {key!r} as {placement}, which cannot be saved by rank")

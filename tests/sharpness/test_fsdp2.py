@@ -10,10 +10,12 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -81,6 +83,10 @@ def same(a: dict, b: dict) -> bool:
 def far(a: dict, b: dict) -> float:
     assert a.keys() == b.keys()
     return largest_difference([a[n].float() for n in a], [b[n].float() for n in a])
+
+
+def timm_optimizer(name):
+    return partial(create_optimizer_v2, opt=name, lr=1e-2, weight_decay=0.05)
 
 
 def one_process(rule, steps=STEPS, network=None, optimizer=make_optimizer, **options):
@@ -290,10 +296,21 @@ def overflow(rank, world_size):
     return scales, all(untouched), result.skipped
 
 
+def other_optimizers(rank, world_size):
+    """Those that look at whole tensors, as LAMB at their norms, see them whole."""
+    distances = {}
+    for name in ("adamw", "lamb", "adafactor"):
+        make = timm_optimizer(name)
+        engine = sharded(optimizer=make)
+        train(sharp(engine, SAM(0.1)), rank, world_size)
+        distances[name] = far(whole(engine), one_process(SAM(0.1), optimizer=make))
+    return distances
+
+
 def round_trip(rank, world_size):
     """Save, load into another network that has already been used, go on: bit for bit."""
     outcome = []
-    for make in (make_optimizer, lambda n: torch.optim.AdamW(n.parameters(), lr=1e-2)):
+    for make in (make_optimizer, *map(timm_optimizer, ("adamw", "adafactor"))):
         engine = sharded(make_network(norm=True), torch.float16, make)
         engine.scale.value = 2.0**12
         train(sharp(engine, SAM(0.1)), rank, world_size)
@@ -390,7 +407,8 @@ def refusals(rank, world_size):
 
 ON_TWO = [
     trained, rho_zero, as_ddp, a_block_without_a_second_gradient, exceptions, bad_passes, clipped,
-    low_precision, overflow, round_trip, evaluation, weights_by_name, channels_last, refusals,
+    low_precision, overflow, other_optimizers, round_trip, evaluation, weights_by_name,
+    channels_last, refusals,
 ]  # fmt: skip
 
 
@@ -478,10 +496,15 @@ def test_fp16_overflow_halves_the_scale_once_a_step(two):
         assert not still
 
 
+def test_other_optimizers(two):
+    for outcome in two:
+        assert max(outcome["other_optimizers"].values()) < CLOSE
+
+
 def test_a_state_goes_on_bit_for_bit(two):
     for outcome in two:
         trips, refused = outcome["round_trip"]
-        assert trips == [(True, 2.0**12, True)] * 2
+        assert trips == [(True, 2.0**12, True)] * 3
         assert "start from the full weights" in refused
 
 
