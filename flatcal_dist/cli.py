@@ -3,7 +3,7 @@
 flatcal shard SOURCE DESTINATION --split train|validation
 flatcal index SHARDS
 flatcal evaluate RUN [--data SHARDS] [--output DIR]
-flatcal evaluate --model NAME --weights FILE --data SHARDS --output DIR [key.sub=value ...]
+flatcal evaluate --model NAME --weights FILE --data SHARDS --output DIR [--set key.sub=value ...]
 flatcal report RUN
 flatcal compare RUN RUN ... --output DIR
 flatcal environment
@@ -34,7 +34,10 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 
 def shard(arguments: argparse.Namespace) -> None:
+    arguments.destination = arguments.destination.expanduser()
     if arguments.source == "digits":
+        if arguments.shards is not None:
+            raise ValueError("the digits have a fixed number of shards: leave --shards out")
         print(prepare_digits(arguments.destination))
         return
     shards = shard_image_folder(
@@ -73,6 +76,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from flatcal_dist.evaluation_job import evaluate_model, evaluate_run  # loads torch and timm
 
     if arguments.directory is not None:
+        if arguments.model or arguments.weights or arguments.overrides:
+            raise ValueError(
+                "evaluate takes a RUN, or --model with --weights, --data and --output; not both"
+            )
         evaluate_run(arguments.directory, arguments.data, arguments.output)
     else:
         evaluate_model(

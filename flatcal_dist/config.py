@@ -132,7 +132,9 @@ class TrainConfig(Section):
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     log_every_steps: int = Field(50, ge=1)
-    validate_every_epochs: int | None = Field(1, ge=1, description="null: only at the end")
+    validate_every_epochs: int | None = Field(
+        1, ge=1, description="null: only the report at the end"
+    )
     checkpoint_every_epochs: int = Field(1, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
 
@@ -172,7 +174,8 @@ class Config(Section):
 
 
 # What may differ between two starts of one run: it changes where or how fast the run computes, or
-# who watches, not what it computes. Everything else belongs to the identity of the run.
+# who watches, not what it is meant to compute (batch norm and dropout do see the micro-batches).
+# Everything else belongs to the identity of the run.
 MAY_CHANGE = (
     "run.dir", "run.world_size", "data.workers", "data.micro_batch_size",
     "train.log_every_steps", "train.validate_every_epochs", "train.checkpoint_every_epochs",
@@ -308,10 +311,12 @@ def _merge(
     """Lay `values` over `into`, section by section; remember the source of every leaf."""
     for key, value in values.items():
         full = f"{path}.{key}" if path else str(key)
-        if isinstance(value, dict) and isinstance(into.get(key, {}), dict):
+        if value and isinstance(value, dict) and isinstance(into.get(key, {}), dict):
             _merge(into.setdefault(key, {}), value, origin, source, full)
         else:
             into[key] = value
+            for old in [key for key in origin if key.startswith(full + ".")]:
+                del origin[old]  # a whole section was replaced
             origin[full] = source[full] if isinstance(source, dict) else source
 
 

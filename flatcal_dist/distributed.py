@@ -5,7 +5,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -134,6 +134,8 @@ def meant_for_people(error: BaseException) -> bool:
 
 def describe(error: BaseException) -> str:
     """The message of an error meant for people as it is; any other with the name of its type."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command goes on"
     return str(error) if meant_for_people(error) else f"{type(error).__name__}: {error}"
 
 
@@ -152,10 +154,13 @@ def ending_together(
     except (Exception, KeyboardInterrupt) as error:
         rank = accelerator.process_index
         agreed = isinstance(error, FailedTogether)
-        if not meant_for_people(error):
+        if not (meant_for_people(error) or isinstance(error, KeyboardInterrupt)):
             traceback.print_exc()
         cause = describe(error)
-        first = directory.fail(cause, rank) if directory and directory.entered else cause
+        first = cause
+        if directory and directory.entered and not isinstance(error, KeyboardInterrupt):
+            with suppress(OSError, RuntimeError):  # a full disk must not hide what happened
+                first = directory.fail(cause, rank)
         if not agreed:
             print(f"error on rank {rank}: {cause}", file=sys.stderr)
             if first != cause and not first.endswith(cause):

@@ -94,10 +94,16 @@ def _preprocessing(name: str) -> list[str]:
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None:
         return []
+    if cfg.crop_mode != "center":
+        raise ConfigError(
+            f"timm evaluates {name} with crop mode '{cfg.crop_mode}', which is not supported: its "
+            "figures would not be the network's; choose a network evaluated on a centre crop"
+        )
+    size = (cfg.test_input_size or cfg.input_size)[-1]
     return [
-        f"data.image_size={cfg.input_size[-1]}",
+        f"data.image_size={size}",
         f"data.mean={list(cfg.mean)}",
         f"data.std={list(cfg.std)}",
-        f"data.crop_pct={cfg.crop_pct}",
+        f"data.crop_pct={min(cfg.test_crop_pct or cfg.crop_pct, 1.0)}",
         f"data.interpolation={cfg.interpolation}",
     ]

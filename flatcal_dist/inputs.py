@@ -38,8 +38,9 @@ def prepare(data: DataConfig) -> None:
                 "data.prepare=digits needs data.train to be one pattern or directory, not "
                 f"{data.train}"
             )
-        train = Path(data.train)
-        prepare_digits(train.parent if train.name.endswith(".tar") else train)
+        train = Path(data.train).expanduser()
+        is_pattern = train.suffix == ".tar" or any(sign in train.name for sign in "*?[{")
+        prepare_digits(train.parent if is_pattern else train)
 
 
 def open_index(data: DataConfig, split: str, classes: int) -> Index:
@@ -50,7 +51,10 @@ def open_index(data: DataConfig, split: str, classes: int) -> Index:
     try:
         shards = expand(pattern, split)
     except DataError as error:
-        raise DataError(f"data.{split}: {error}{HOW_TO_PREPARE}") from None
+        raise DataError(
+            f"data.{split}: {error} (Relative paths start at the working directory, {Path.cwd()}.)"
+            f"{HOW_TO_PREPARE}"
+        ) from None
     return load_index(shards, classes)
 
 

@@ -3,7 +3,10 @@
 config.yaml  environment.json  state.json  metrics.jsonl  checkpoints/  model.safetensors  report/
 """
 
+import fcntl
 import json
+import os
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +33,7 @@ class State:
 
 class RunDirectory:
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
@@ -60,9 +63,25 @@ class RunDirectory:
                 f"--config {self.config_file}"
             )
 
+    def check_data(self, identities: dict[str, str]) -> None:
+        """Whether the run was begun with this data. Raises RunError."""
+        file = self.path / "environment.json"
+        before = json.loads(file.read_text()) if file.exists() else {}
+        for key, identity in identities.items():
+            if before.get(key, identity) != identity:
+                raise RunError(
+                    f"{self.path} was begun with other data: {key} was {before[key][:16]}..., now "
+                    f"{identity[:16]}... (a hash of shards, labels and keys). Put the data back, "
+                    "or name another run.dir"
+                )
+
     def open(self, config: Config, environment: dict) -> State:
-        """Enter the run (one rank does): write what describes it, count the start."""
+        """Enter the run (one rank does): lock it, write what describes it, count the start.
+
+        Raises RunError while another job is in it.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._lock()
         state = self.state()
         state = State() if state is None else state
         if self.config_file.exists():
@@ -72,6 +91,24 @@ class RunDirectory:
         state.phase, state.cause = "running", None
         self.write(state)
         return state
+
+    def _lock(self) -> None:
+        """Hold the directory until this process ends, however it ends."""
+        self.lock = (self.path / ".lock").open("a+")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.seek(0)
+            raise RunError(
+                f"run.dir={self.path} is in use by another job ({self.lock.read().strip()}); "
+                "wait for it or end it, or name another run.dir"
+            ) from None
+        except OSError as error:  # a file system without locks
+            print(f"{self.path} cannot be locked ({error}): start one job in it only")
+            return
+        self.lock.truncate(0)
+        self.lock.write(f"host {socket.gethostname()}, process {os.getpid()}")
+        self.lock.flush()
 
     def state(self) -> State | None:
         """The recorded state, or None before the first start. Raises RunError if unreadable."""

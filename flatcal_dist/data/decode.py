@@ -35,8 +35,10 @@ def decode(data: bytes, channels: int, name: str) -> Tensor:
     except MemoryError:
         raise
     except Exception as error:  # a damaged file raises nearly anything in Pillow
+        unknown = isinstance(error, PIL.UnidentifiedImageError)  # whose text names an object
+        what = "no known format" if unknown else f"{type(error).__name__}: {error}"
         raise DataError(
-            f"{name} cannot be decoded as an image ({type(error).__name__}: {error}): its "
+            f"{name} cannot be decoded as an image ({what}): its "
             f"{len(data)} bytes are damaged, cut short, or of an unknown format. Replace the image "
             "and write its shard again, or leave the sample out."
         ) from error

@@ -25,12 +25,13 @@ MicroBatches = Sequence[tuple[Tensor, Tensor]]
 class StepResult:
     """What happened in one step. Losses are means over the global batch, norms of its gradients.
 
-    perturbed_loss, ascent_gradient_norm: None in a step without a perturbation; in a scope smaller
-    than all ranks the norm is the mean of the ranks' own. skipped: a value was not finite on some
-    rank in either pass, so no rank moved. stop: some rank passed stop=True. Only with
-    measure=True: cosine, between the perturbation (SAM's: the ascent gradient) and the descent
-    gradient; effective_rho, the length of the perturbation that the forward pass saw after
-    rounding to its precision; both means over the ranks.
+    loss and perturbed_loss are of the same objective, that of the ascent, at w and at w + e: their
+    difference is the sharpness. skipped: a value was not finite on some rank in either pass, so no
+    rank moved. stop: some rank passed stop=True. None in a step without a perturbation:
+    perturbed_loss and ascent_gradient_norm (of a scope smaller than all ranks, the mean of the
+    ranks' own norms). Only with measure=True: cosine, between the perturbation (SAM's: the ascent
+    gradient) and the descent gradient; effective_rho, the length of the perturbation that the
+    forward pass saw after rounding to its precision; both means over the ranks.
     """
 
     loss: float
@@ -198,7 +199,7 @@ class SharpnessAwareStep:
     ) -> Tensor:
         """Accumulate the gradient of share * (sum of losses); reduce it with the last micro-batch.
 
-        Returns the sum of this rank's losses, a float64 scalar.
+        Returns the sum of this rank's losses, those of the ascent, a float64 scalar.
         """
         # Inside somebody's outer autocast block the low-precision copies of the weights would
         # outlive the perturbation: pass two would silently see the weights of pass one.
@@ -206,9 +207,11 @@ class SharpnessAwareStep:
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         for number, (inputs, target) in enumerate(micro_batches, start=1):
             with self.engine.accumulation(reduce and number == len(micro_batches)):
-                losses = loss(self.engine.model(inputs), target).sum()
-                self.engine.backward(losses * share)
-            total += losses.detach()
+                logits = self.engine.model(inputs)
+                losses = loss(logits, target)
+                self.engine.backward(losses.sum() * share)
+            seen = losses if loss is self.loss else self.loss(logits.detach(), target)
+            total += seen.detach().sum()
         return total
 
     def _own_gradient(self, micro_batches: MicroBatches, share: float) -> tuple[Tensor, Shards]:

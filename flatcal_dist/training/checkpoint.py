@@ -71,7 +71,8 @@ def save(
         write_json(beside / "manifest.json", manifest)
         beside.rename(target)
         sync_directory(directory)
-        for old in sorted(directory.glob("step_*"))[:-keep]:
+        older = [p for p in sorted(directory.glob("step_*")) if p.name <= target.name]
+        for old in older[:-keep]:
             shutil.rmtree(old)
     # A rank that left while rank 0 still writes would make the launcher end rank 0 as well.
     wait_for_everyone()
@@ -88,6 +89,15 @@ def newest(directory: Path) -> tuple[Path | None, list[str]]:
         except CheckpointError as error:
             problems.append(str(error))
     return None, problems
+
+
+def set_aside(directory: Path, newest_whole: Path | None) -> None:
+    """Rename the damaged ones after `newest_whole`, so that they never count again."""
+    for path in directory.glob("step_*"):
+        if newest_whole is None or path.name > newest_whole.name:
+            aside = directory / f"damaged_{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def verify(path: Path) -> None:

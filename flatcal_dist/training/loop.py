@@ -5,6 +5,7 @@ claim the directory -> data -> network, engine, step -> resume -> steps -> weigh
 
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,7 @@ from flatcal_dist.data import Batch, Index, Position, optimizer_steps, steps_per
 from flatcal_dist.data.order import sample_seed
 from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.environment import describe_environment
-from flatcal_dist.run_directory import RunDirectory, RunError
+from flatcal_dist.run_directory import RunDirectory, RunError, State
 from flatcal_dist.sharpness import SharpnessAwareStep, StepResult
 from flatcal_dist.training import checkpoint
 from flatcal_dist.training.build import build_step, rho_at, samples_per_perturbation
@@ -42,7 +43,7 @@ def run(config: Config, directory: RunDirectory, accelerator: Accelerator) -> st
             for split in ("train", "validation")
         ]
     )
-    on_all_ranks(lambda: steps_per_epoch(len(train), config.data.global_batch_size))
+    on_all_ranks(lambda: inputs.batch_arithmetic(config, accelerator.num_processes, len(train)))
     step = build_step(config, accelerator)
     return Trainer(config, directory, accelerator, train, validation, step).run()
 
@@ -75,9 +76,14 @@ class Trainer:
 
     def run(self) -> str:
         """Enter the run directory, train to the end or until asked to stop, evaluate and report."""
-        self.done, self.seconds, passed_over = on_all_ranks(self._resume)
-        self.state = on_all_ranks(self._enter)
+        found, passed_over = on_all_ranks(self._find_checkpoint)
+        self.state = on_all_ranks(lambda: self._enter(found))
         self.directory.entered = True
+        self.done, self.seconds = 0, 0.0
+        if found is not None:
+            checkpoint.load(found, self.step, self.accelerator.process_index)
+            progress = checkpoint.load_progress(found)
+            self.done, self.seconds = progress.step, progress.seconds
         self.tracker = Tracker(
             self.config, self.directory.path, self.total_steps, self.done, self.main
         )
@@ -88,6 +94,10 @@ class Trainer:
             if phase == "finished":
                 self._finish()
             self._record(phase)
+        except KeyboardInterrupt:  # outside the steps: whatever is missing is done next time
+            self._record("preempted")
+            self.tracker.close(exit_code=1)
+            raise
         except BaseException:
             self.tracker.close(exit_code=1)
             raise
@@ -147,8 +157,9 @@ class Trainer:
         if self.skipped == MAX_SKIPPED:
             raise RunError(
                 f"no finite gradient in {MAX_SKIPPED} steps in a row, up to step {self.done}: "
-                "training has diverged. The last good checkpoint is kept; lower "
-                "optimizer.learning_rate or sharpness.rho, or lengthen optimizer.warmup_epochs"
+                "training has diverged. The checkpoint before these steps is kept. Begin another "
+                "run with a lower optimizer.learning_rate or sharpness.rho, or a longer "
+                "optimizer.warmup_epochs"
             )
         self.window_steps += 1
         if self.done % train.log_every_steps == 0 or self.done == self.total_steps:
@@ -157,10 +168,13 @@ class Trainer:
         end = self.done == self.total_steps
         if not end and left:
             return
+        paused = time.monotonic()
         if (every := train.validate_every_epochs) and (epoch % every == 0 or end):
             self._validate(epoch)
-        if epoch % train.checkpoint_every_epochs == 0 or end:
+        # While steps are skipped nothing new is worth keeping: the checkpoint before them is.
+        if (epoch % train.checkpoint_every_epochs == 0 or end) and not self.skipped:
             self._checkpoint()
+        self.window_start += time.monotonic() - paused  # speed is that of steps
 
     def _log(self, result: StepResult) -> None:
         """This step's own figures, which a resumed run repeats, and the speed since the last."""
@@ -251,15 +265,12 @@ class Trainer:
                 )
                 self.tracker.say(f"report: {self.directory.report / 'index.html'}")
 
-    def _resume(self) -> tuple[int, float, list[str]]:
-        """Fill network and optimizer from the newest whole checkpoint, if there is one."""
+    def _find_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint, if these ranks can go on from it; and what is damaged."""
         path, passed_over = checkpoint.newest(self.directory.checkpoints)
-        if path is None:
-            return 0, 0.0, passed_over
-        progress = checkpoint.load_progress(path)
-        self._check_resumable(progress)
-        checkpoint.load(path, self.step, self.accelerator.process_index)
-        return progress.step, progress.seconds, passed_over
+        if path is not None:
+            self._check_resumable(checkpoint.load_progress(path))
+        return path, passed_over
 
     def _check_resumable(self, progress: Progress) -> None:
         ranks, before = self.accelerator.num_processes, progress.world_size
@@ -280,18 +291,24 @@ class Trainer:
                 "sharpness.allow_other_samples=true"
             )
 
-    def _enter(self) -> object:
+    def _enter(self, found: Path | None) -> State | None:
+        """Claim the run directory; rank 0 does, and keeps its state."""
         state = None
         if self.main:
+            identities = {
+                "train_data": self.train.identity,
+                "validation_data": self.validation.identity,
+            }
+            self.directory.check_data(identities)
             environment = describe_environment() | {
                 "engine": self.config.train.engine,
                 "precision": self.config.train.precision,
                 "world_size": self.accelerator.num_processes,
                 "device": str(self.accelerator.device.type),
-                "train_data": self.train.identity,
-                "validation_data": self.validation.identity,
+                **identities,
             }
             state = self.directory.open(self.config, environment)
+            checkpoint.set_aside(self.directory.checkpoints, found)
         return state
 
     def _announce(self, passed_over: list[str]) -> None:

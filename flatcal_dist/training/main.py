@@ -1,6 +1,7 @@
 """What a recipe calls: command line -> ranks -> run; and how all of it ends."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,7 +17,10 @@ PREEMPTED = 75  # sysexits.h: a temporary failure, the same command goes on
 
 
 def main(default_config: Path, description: str | None = None) -> None:
-    """Train as a configuration says, evaluate, report. Exits with 0, 1 (error), 75 (preempted)."""
+    """Train as a configuration says, evaluate, report. Exits with 0, 1 (error), 75 (preempted).
+
+    Launchers turn both of the latter into 1: state.json in the run directory tells them apart.
+    """
     arguments = configuration.command_line(description, default_config).parse_args()
     try:
         config = configuration.load(arguments.config, arguments.overrides)
@@ -31,6 +35,7 @@ def main(default_config: Path, description: str | None = None) -> None:
         sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     directory = RunDirectory(config.run.dir)
     phase = "finished"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, outside the steps too
     with ending_together(accelerator, directory):
         if arguments.dry_run:
             dry_run(config, accelerator)

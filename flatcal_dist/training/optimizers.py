@@ -9,6 +9,8 @@ from torch import nn
 
 from flatcal_dist.config import OptimizerConfig
 
+OWN_KEYS = ("lr", "weight_decay", "momentum")
+
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer of this name; biases and norm weights are not decayed.
@@ -23,10 +25,12 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     options = dict(config.options)
     if config.name == "sgd":
         options.setdefault("nesterov", False)
-    known = inspect.signature(get_optimizer_info(config.name).opt_class).parameters
+    takes = inspect.signature(get_optimizer_info(config.name).opt_class).parameters
+    known = [key for key in takes if key not in ("params", "self", *OWN_KEYS)]
     if strange := [key for key in options if key not in known]:
         raise ValueError(
-            f"optimizer.options.{strange[0]}: {config.name} takes {', '.join(list(known)[1:])}"
+            f"optimizer.options.{strange[0]}: {config.name} takes {', '.join(known)} here; rate, "
+            "decay and momentum have keys of their own in the section optimizer"
         )
     return create_optimizer_v2(
         model,

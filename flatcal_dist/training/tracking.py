@@ -112,6 +112,10 @@ def _start_wandb(config: Config, path: Path) -> Any:
         id_file = path / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
+        mode = config.wandb.mode
+        if mode == "online" and not wandb.login(prompt=False):  # would ask, and wait
+            print("W&B has no key (wandb login): this run is recorded offline", file=sys.stderr)
+            mode = "offline"
         run = wandb.init(
             project=config.wandb.project,
             name=config.wandb.name or path.name,
@@ -119,7 +123,7 @@ def _start_wandb(config: Config, path: Path) -> Any:
             tags=config.wandb.tags,
             id=id_file.read_text().strip(),
             resume="allow",
-            mode=config.wandb.mode,
+            mode=mode,
             dir=str(path),
             config=config.model_dump(),
             settings=wandb.Settings(silent=True, console="off", init_timeout=60),

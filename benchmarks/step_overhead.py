@@ -1,0 +1,244 @@
+"""What a sharpness-aware step costs over a plain one: ours beside the usual ways, in one run.
+
+    python benchmarks/step_overhead.py [--network resnet18 vit_tiny_patch16_224] [--json FILE]
+    accelerate launch --config_file configs/accelerate/cpu_ddp.yaml benchmarks/step_overhead.py
+
+Every contender trains its own copy of one network on the same images, with the same SGD. Rounds are
+paired: in each, every contender takes one step, in a shuffled order; a ratio is the median over
+rounds of its time over the plain step's of the same round. Exact SAM cannot be under 2.0. Nothing
+is asserted. On a GPU when there is one, else on the CPU; peers that are not installed are left out.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flatcal_dist.distributed import start
+from flatcal_dist.losses import cross_entropy
+from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
+
+RATE, MOMENTUM, RHO = 0.01, 0.9, 0.05
+Step = Callable[[Tensor, Tensor], object]
+
+
+def plain(model: nn.Module) -> Step:
+    """Forward, backward, optimizer: the plain loop of any tutorial."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def ours(model: nn.Module, rule: SAM | None = SAM(RHO), scope: str = "global") -> Step:  # noqa: B008
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+    engine = ReplicatedEngine(model, optimizer)
+    step = SharpnessAwareStep(
+        engine, rule, scope=scope, loss=lambda z, y: cross_entropy(z, y, reduction="none")
+    )
+    world_size = engine.world_size
+    return lambda images, labels: step([(images, labels)], samples=len(labels) * world_size)
+
+
+def two_step_optimizer(model: nn.Module) -> Step:
+    """SAM as most users write it, after the widespread two-step optimizer (davda54/sam).
+
+    One tensor at a time; weights swapped by `.data`; batch norm switched off by its momentum for
+    the second pass. Written here from its description, not taken from there.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+
+    @torch.no_grad()
+    def ascend() -> dict[nn.Parameter, Tensor]:
+        old = {}
+        weights = [w for w in model.parameters() if w.grad is not None]
+        norm = torch.norm(torch.stack([w.grad.norm(p=2) for w in weights]), p=2)
+        for w in weights:
+            old[w] = w.data.clone()
+            w.add_(w.grad * (RHO / (norm + 1e-12)))
+        return old
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        old = ascend()
+        optimizer.zero_grad()
+        for m in norms:
+            m.momentum = 0.0
+        nn.functional.cross_entropy(model(images), labels).backward()
+        for m, momentum in zip(norms, momenta, strict=True):
+            m.momentum = momentum
+        for w, value in old.items():
+            w.data = value
+        optimizer.step()
+
+    return step
+
+
+def pytorch_optimizer_sam(model: nn.Module) -> Step:
+    """The SAM of the package pytorch_optimizer, used as its documentation shows."""
+    from pytorch_optimizer import SAM as PeerSAM
+
+    optimizer = PeerSAM(
+        model.parameters(), base_optimizer=torch.optim.SGD, rho=RHO, lr=RATE, momentum=MOMENTUM
+    )
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.first_step(zero_grad=True)
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.second_step(zero_grad=True)
+
+    return step
+
+
+def composer_sam(model: nn.Module) -> Step:
+    """The SAM optimizer of MosaicML Composer, driven by a closure as its trainer does."""
+    from composer.algorithms.sam import SAMOptimizer
+
+    base = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+    optimizer = SAMOptimizer(base, rho=RHO, interval=1)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        def closure(**_: object) -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images), labels)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure=closure)
+
+    return step
+
+
+CONTENDERS = {
+    "plain loop": plain,
+    "ours, no rule": lambda model: ours(model, None),
+    "ours, SAM": ours,
+    "ours, SAM in scope rank": lambda model: ours(model, scope="rank"),
+    "two-step optimizer, as usual": two_step_optimizer,
+    "pytorch_optimizer SAM": pytorch_optimizer_sam,
+    "Composer SAM": composer_sam,
+}
+
+
+def contenders(network: nn.Module, device: torch.device) -> dict[str, Step]:
+    steps = {}
+    for name, make in CONTENDERS.items():
+        model = copy.deepcopy(network).to(device).train()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            model = DistributedDataParallel(model)
+        try:
+            steps[name] = make(model)
+        except ImportError as error:
+            print(f"left out: {name} ({error})")
+    return steps
+
+
+def seconds(step: Step, images: Tensor, labels: Tensor) -> float:
+    if images.device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    step(images, labels)
+    if images.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_memory(step: Step, images: Tensor, labels: Tensor) -> float | None:
+    """MiB above what is held before, at the peak of one step; None on a CPU."""
+    if images.device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    seconds(step, images, labels)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def compare(name: str, arguments: argparse.Namespace, device: torch.device) -> dict[str, dict]:
+    torch.manual_seed(0)
+    options = {"img_size": arguments.image_size} if "vit" in name else {}
+    network = timm.create_model(name, num_classes=100, **options)
+    images = torch.randn(arguments.batch, 3, arguments.image_size, arguments.image_size)
+    images, labels = images.to(device), torch.randint(100, (arguments.batch,)).to(device)
+    steps = contenders(network, device)
+    for step in steps.values():  # warm up
+        for _ in range(3):
+            step(images, labels)
+    times: dict[str, list[float]] = {contender: [] for contender in steps}
+    order = random.Random(0)  # the same on every rank: they meet in collectives
+    gc.disable()
+    for _ in range(arguments.rounds):
+        for contender in order.sample(list(steps), len(steps)):
+            times[contender].append(seconds(steps[contender], images, labels))
+    gc.enable()
+    base = times["plain loop"]
+    rows = {}
+    for contender, values in times.items():
+        ratios = sorted(a / b for a, b in zip(values, base, strict=True))
+        rows[contender] = {
+            "ratio": statistics.median(ratios),
+            "quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
+            "milliseconds": 1000 * statistics.median(values),
+            "memory_mib": peak_memory(steps[contender], images, labels),
+        }
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--network", nargs="+", default=["resnet18", "vit_tiny_patch16_224"])
+    parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--batch", type=int, default=16, help="images per rank")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    accelerator = start("ddp", "fp32")
+    device = accelerator.device
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    outcome = {
+        "where": where,
+        "torch": torch.__version__,
+        "world_size": accelerator.num_processes,
+        "batch": arguments.batch,
+        "image_size": arguments.image_size,
+        "rounds": arguments.rounds,
+        "networks": {name: compare(name, arguments, device) for name in arguments.network},
+    }
+    if not accelerator.is_main_process:
+        return
+    for name, rows in outcome["networks"].items():
+        print(
+            f"\n{name}, {where}, {accelerator.num_processes} ranks, {arguments.batch} images each"
+        )
+        for contender, row in rows.items():
+            low, high = row["quartiles"]
+            memory = "" if row["memory_mib"] is None else f"  {row['memory_mib']:8.0f} MiB"
+            print(
+                f"  {contender:<30} {row['ratio']:.3f} x plain  ({low:.3f} to {high:.3f})"
+                f"  {row['milliseconds']:8.1f} ms{memory}"
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(outcome, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
