@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flatcal_dist.sharpness.engines import Displacement, measure, stack
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
-from flatcal_dist.sharpness.zero_parts import PartitionedState, PartitionedWeights, deepspeed
+from flatcal_dist.sharpness.zero_parts import Layout, deepspeed, layout_of
 from flatcal_dist.sharpness.zero_start import InPrecision, start_zero
 
 __all__ = ["ZeroEngine", "start_zero"]
@@ -36,13 +36,13 @@ class ZeroEngine:
         _refuse_configuration(model)
         self.zero = model
         self.stage = int(model.zero_optimization_stage())
-        self.precision: torch.dtype = model.optimizer.dtype
+        self.precision: torch.dtype = model.get_data_types()[0]
         self.model = InPrecision(model, self.precision)
         self.module: nn.Module = model.module
         self.optimizer: torch.optim.Optimizer = model.optimizer.optimizer
         self.device = torch.device(model.device)
         self.world_size = dist.get_world_size()
-        self.layout = (PartitionedWeights if self.stage == 3 else PartitionedState)(model)
+        self.layout: Layout = layout_of(model)
         if any(part.master.data_ptr() == part.used.data_ptr() for part in self.layout.parts):
             raise ValueError(
                 "this DeepSpeed keeps one copy of the weights where we count on two: use the "
@@ -52,12 +52,16 @@ class ZeroEngine:
         self.stale = False
         self.reduced = True  # the last backward pass did, all gradients so far
         self.whole = False  # gradients are those of `whole_weights`: nothing to sum over ranks
-        if model.optimizer.loss_scaler.dynamic:  # at its minimum: go on skipping, as others do
-            model.optimizer.loss_scaler.raise_error_at_min_scale = False
+        self.touched = False  # gradients were handed out, and may be changed
+        # In float16 only; at its minimum it is to go on skipping, as the other engines do.
+        scaler = getattr(model.optimizer, "loss_scaler", None)
+        self.scaler = scaler if getattr(scaler, "dynamic", False) else None
+        if self.scaler:
+            self.scaler.raise_error_at_min_scale = False
 
     @property
     def loss_scale(self) -> float:
-        return float(self.zero.optimizer.loss_scale)
+        return float(self.scaler.loss_scale) if self.scaler else 1.0
 
     def check(self, rule: SAM, scope: Scope, per_micro_batch: bool) -> None:
         if scope.everyone and not per_micro_batch:
@@ -84,7 +88,7 @@ class ZeroEngine:
     def zero_gradients(self) -> None:
         self._refresh()
         self.layout.clear_gradients()
-        self.whole = False
+        self.whole = self.touched = False
 
     @contextmanager
     def accumulation(self, reduce: bool) -> Iterator[None]:
@@ -97,7 +101,7 @@ class ZeroEngine:
         self.zero.backward(loss, scale_wrt_gas=False)  # scales it in float16
 
     def shards(self) -> Shards:
-        self.whole = False
+        self.whole, self.touched = False, True
         parts = self.layout.parts
         names, masters = [p.name for p in parts], [p.master for p in parts]
         return Shards(names, masters, self.layout.gradients())
@@ -189,6 +193,8 @@ class ZeroEngine:
                 f"the step clips to {clip_norm}, but DeepSpeed, which does it, to "
                 f"{self.zero.gradient_clipping() or None}: give start_zero the same clip_norm"
             )
+        if clip_norm is not None and self.touched:
+            self.layout.share_gradients()
         self.zero.set_gradient_accumulation_boundary(True)
         self.zero.step()
         if not self.zero.was_step_applied():
@@ -201,8 +207,8 @@ class ZeroEngine:
 
     def skip(self) -> None:
         self.zero_gradients()
-        if self.zero.optimizer.loss_scaler.dynamic:
-            self.zero.optimizer.loss_scaler.update_scale(True)
+        if self.scaler:
+            self.scaler.update_scale(True)
 
     def sum(self, values: Sequence[Tensor | float]) -> list[float]:
         return self._over_ranks(stack(values, self.device)).tolist()
@@ -236,7 +242,7 @@ class ZeroEngine:
         return {name: full[name] for name in kept} if first else {}
 
     def local_state(self) -> dict[str, Any]:
-        scaler = vars(self.zero.optimizer.loss_scaler)
+        scaler = vars(self.scaler) if self.scaler else {}
         with self.layout.base_optimizer() as optimizer:
             state = optimizer.state_dict()
         return {
@@ -254,7 +260,8 @@ class ZeroEngine:
             ours.copy_(theirs)
         with self.layout.base_optimizer() as optimizer:
             optimizer.load_state_dict(state["optimizer"])
-        vars(self.zero.optimizer.loss_scaler).update(state["scale"])
+        if self.scaler:
+            vars(self.scaler).update(state["scale"])
         for name, weight in self._frozen():
             self.layout.frozen(weight).copy_(state["frozen"][name])
         for name, buffer in self.module.named_buffers():
@@ -268,19 +275,15 @@ class ZeroEngine:
 
 def _refuse_configuration(model: "deepspeed.DeepSpeedEngine") -> None:
     """Raises ValueError for what is not as `start_zero` sets it up."""
-    zero = model.optimizer
     wrong = {
         "a ZeRO stage other than 1, 2, 3": model.zero_optimization_stage() not in (1, 2, 3),
-        "offload": getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False),
-        "offload of parameters": getattr(zero, "offload_param", False),
+        "offload": model.zero_offload_optimizer() or model.zero_offload_param(),
         "gradient_accumulation_steps above 1": model.gradient_accumulation_steps() != 1,
-        "gradients accumulated in less than fp32": getattr(
-            zero, "gradient_accumulation_dtype", None
-        )
-        != torch.float32,
-        "secondary partitions (hpZ)": getattr(zero, "zero_hpz_partition_size", 1) > 1,
+        "gradients accumulated in less than fp32": model.get_data_types()[1] != torch.float32,
+        "secondary partitions (hpZ)": model.zero_hpz_partition_size() > 1,
         "experts, or model or sequence parallelism": model.has_moe_layers
         or model.dp_world_size != dist.get_world_size(),
+        "a fixed loss scale": model.fp16_enabled() and not model.dynamic_loss_scale(),
     }
     for what, found in wrong.items():
         if found:

@@ -1,6 +1,6 @@
 """Where DeepSpeed ZeRO keeps weights and gradients: the one place that knows its internals.
 
-Both classes answer the same questions. Two copies of the weights exist: the master, in fp32 and in
+All classes answer the same questions. Two copies of the weights exist: the master, in fp32 and in
 parts over ranks, which only the optimizer changes; and the one that the forward pass uses, in the
 precision of the network. DeepSpeed has no public way to change the second (its
 safe_set_full_fp32_param changes the first), so attributes without a promise are used. They are the
@@ -10,11 +10,13 @@ same in DeepSpeed 0.18.9 and 0.19.8 (read), and tested with 0.19.8:
                single_partition_of_fp32_groups, averaged_gradients, all_grad_tensors,
                real_dp_process_group, nccl_start_alignment_factor, allgather_bucket_size;
                of a parameter _hp_mapping and _index_in_param_group; all_gather_dp_groups
+  1 in bf16    another class, with bf16_groups, bf16_groups_flat, bf16_partitioned_groups,
+               fp32_groups_flat_partition, fp32_groups_gradients_flat instead
   stage 3      fp16_groups, fp32_partitioned_groups_flat, grad_partitions_flat_buffer,
                averaged_gradients, persistent_parameters, parameter_offload,
                _set_fp32_optimizer_param_groups, _clear_fp32_optimizer_param_groups;
                of a parameter ds_tensor, ds_numel, ds_process_group
-  both         optimizer, loss_scaler, dtype, gradient_accumulation_dtype
+  all          optimizer, loss_scaler, dtype, gradient_accumulation_dtype
   on CPUs      deepspeed.ops.__compatible_ops__
 """
 
@@ -49,50 +51,65 @@ class Part(NamedTuple):
 
 
 class PartitionedState:
-    """Stages 1 and 2: the weights that are used are whole on every rank, all else is in parts."""
+    """Stages 1 and 2: the weights that are used are whole on every rank, all else is in parts.
+
+    By parameter group: groups (its parameters), flats (all weights that are used), pieces (views
+    of it by rank), masters (this rank's piece in fp32).
+    """
 
     def __init__(self, zero: deepspeed.DeepSpeedEngine) -> None:
         self.zero = zero.optimizer
+        self.ranks = [dist.get_rank(group) for group in self.zero.real_dp_process_group]
+        self._find()
         names = {parameter: name for name, parameter in zero.module.named_parameters()}
         self.parameters: list[nn.Parameter] = []
         self.parts: list[Part] = []
-        for number, group in enumerate(self.zero.bit16_groups):
-            mine = self.zero.parallel_partitioned_bit16_groups[number][self._rank(number)]
+        for group, pieces, rank in zip(self.groups, self.pieces, self.ranks, strict=True):
             for parameter in group:
                 mapping = parameter._hp_mapping
                 if mapping is None:  # wholly on other ranks
                     continue
                 where = mapping.get_hp_fragment_address()
-                used = mine.narrow(0, where.start, where.numel)
+                used = pieces[rank].narrow(0, where.start, where.numel)
                 self.parameters.append(parameter)
                 self.parts.append(Part(names[parameter], mapping.get_hp_fragment().detach(), used))
 
-    def _rank(self, group: int) -> int:
-        return dist.get_rank(self.zero.real_dp_process_group[group])
-
-    @property
-    def masters(self) -> list[Tensor]:
-        return [flat.detach() for flat in self.zero.single_partition_of_fp32_groups]
+    def _find(self) -> None:
+        self.groups = self.zero.bit16_groups
+        self.flats = self.zero.bit16_groups_flat
+        self.pieces = self.zero.parallel_partitioned_bit16_groups
+        self.masters = [flat.detach() for flat in self.zero.single_partition_of_fp32_groups]
 
     def gradients(self) -> list[Tensor]:
         """Of the parts, reduced, fp32, flat: views of what DeepSpeed's step will use."""
-        return [
-            p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1)
-            for p in self.parameters
-        ]
+        found = []
+        for parameter in self.parameters:
+            mapping = parameter._hp_mapping
+            gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+            where = mapping.lp_fragment_address
+            if gradient.numel() != where.numel:  # that of the whole parameter
+                gradient = gradient.narrow(0, where.start, where.numel)
+            found.append(gradient)
+        return found
+
+    def share_gradients(self) -> None:
+        """Let DeepSpeed's own norm, that it clips by, see what was changed in `gradients`."""
 
     def clear_gradients(self) -> None:
         """Those of zero_grad, and the parts already reduced, which it leaves to be added to."""
         self.zero.zero_grad(set_to_none=True)
-        for group in range(len(self.zero.bit16_groups)):
+        for group in range(len(self.groups)):
             self.zero.averaged_gradients[group] = None
             self.zero.all_grad_tensors[group] = None
 
     def publish(self) -> None:
         """Let the forward pass of every rank see all parts that are used. Called by all ranks."""
+        self._gather(self.flats, self.pieces)
+
+    def _gather(self, flats: list[Tensor], pieces: list[list[Tensor]]) -> None:
         all_gather_dp_groups(
-            groups_flat=self.zero.bit16_groups_flat,
-            partitioned_param_groups=self.zero.parallel_partitioned_bit16_groups,
+            groups_flat=flats,
+            partitioned_param_groups=pieces,
             dp_process_group=self.zero.real_dp_process_group,
             start_alignment_factor=self.zero.nccl_start_alignment_factor,
             allgather_bucket_size=self.zero.allgather_bucket_size,
@@ -100,10 +117,8 @@ class PartitionedState:
 
     def withdraw(self) -> None:
         """This rank's parts back to the master's, without communication."""
-        masters = self.zero.single_partition_of_fp32_groups
-        for group, flat in enumerate(masters):
-            used = self.zero.parallel_partitioned_bit16_groups[group][self._rank(group)]
-            used.copy_(flat.detach())
+        for pieces, rank, master in zip(self.pieces, self.ranks, self.masters, strict=True):
+            pieces[rank].copy_(master)
 
     def frozen(self, parameter: nn.Parameter) -> Tensor:
         """What this rank holds of a parameter that is not trained."""
@@ -117,6 +132,25 @@ class PartitionedState:
     def base_optimizer(self) -> Iterator[torch.optim.Optimizer]:
         """The user's optimizer, with the parameters that it has a state for."""
         yield self.zero.optimizer
+
+
+class PartitionedStateBf16(PartitionedState):
+    """Stage 1 in bf16: every rank has whole gradients too, in fp32."""
+
+    def _find(self) -> None:
+        self.groups = self.zero.bf16_groups
+        self.flats = self.zero.bf16_groups_flat
+        self.pieces = self.zero.bf16_partitioned_groups
+        self.masters = [flat.detach() for flat in self.zero.fp32_groups_flat_partition]
+
+    def share_gradients(self) -> None:
+        flats = self.zero.fp32_groups_gradients_flat
+        sizes = [master.numel() for master in self.masters]
+        pieces = [list(flat.split(size)) for flat, size in zip(flats, sizes, strict=True)]
+        self._gather(flats, pieces)
+
+    def clear_gradients(self) -> None:
+        self.zero.zero_grad(set_to_none=True)
 
 
 class PartitionedWeights:
@@ -162,6 +196,9 @@ class PartitionedWeights:
             for parameter, length in zip(self.parameters, self.lengths, strict=True)
         ]
 
+    def share_gradients(self) -> None:
+        pass
+
     def clear_gradients(self) -> None:
         """Those of zero_grad, and the buffer of parts: a parameter that a pass does not use would
         keep there what the last pass left."""
@@ -194,3 +231,14 @@ class PartitionedWeights:
             yield self.zero.optimizer
         finally:
             self.zero._clear_fp32_optimizer_param_groups()
+
+
+Layout = PartitionedState | PartitionedWeights
+
+
+def layout_of(zero: deepspeed.DeepSpeedEngine) -> Layout:
+    if hasattr(zero.optimizer, "fp16_groups"):
+        return PartitionedWeights(zero)
+    if hasattr(zero.optimizer, "bf16_groups"):
+        return PartitionedStateBf16(zero)
+    return PartitionedState(zero)
