@@ -12,19 +12,27 @@ ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 180  # seconds; a job that hangs fails the test
 
 
-def command(recipe: str, *arguments: str, processes: int = 2) -> list[str]:
+def command(
+    recipe: str, *arguments: str, processes: int = 2, launcher: str = "cpu_ddp"
+) -> list[str]:
     """`accelerate launch ... recipes/RECIPE.py`, or plain Python for one process."""
     script = [str(ROOT / f"recipes/{recipe}.py"), *map(str, arguments)]
     if processes == 1:
         return [sys.executable, *script]
-    config = ROOT / "configs/accelerate/cpu_ddp.yaml"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    return [*launcher, "--num_processes", str(processes), *script]
+    config = ROOT / f"configs/accelerate/{launcher}.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    return [*launch, "--num_processes", str(processes), *script]
 
 
-def launch(recipe: str, *arguments: str, processes: int = 2, cwd: Path | None = None):
+def launch(
+    recipe: str,
+    *arguments: str,
+    processes: int = 2,
+    launcher: str = "cpu_ddp",
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess:
     """Run to the end; the completed process, standard error joined to standard output."""
-    return run(command(recipe, *arguments, processes=processes), cwd)
+    return run(command(recipe, *arguments, processes=processes, launcher=launcher), cwd)
 
 
 def run(words: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess:

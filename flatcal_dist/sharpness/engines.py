@@ -32,6 +32,9 @@ class Engine(Protocol):
     def check(self, rule: SAM, scope: Scope, per_micro_batch: bool) -> None:
         """Raises ValueError, with reason and alternatives, for what this engine cannot do."""
 
+    def reduces(self, scope: Scope) -> bool:
+        """Whether the reduction of its backward pass gives the gradient of this scope."""
+
     def zero_gradients(self) -> None: ...
 
     def accumulation(self, reduce: bool) -> AbstractContextManager[None]:
@@ -120,6 +123,9 @@ class ReplicatedEngine:
 
     def check(self, rule: SAM, scope: Scope, per_micro_batch: bool) -> None:
         pass  # every rule, every scope
+
+    def reduces(self, scope: Scope) -> bool:
+        return scope.everyone
 
     def zero_gradients(self) -> None:
         self.module.zero_grad(set_to_none=True)

@@ -158,9 +158,9 @@ class SharpnessAwareStep:
         """The gradient at w + e, added to those of earlier units of this step."""
         engine, rule = self.engine, self.rule
         replay.begin()
-        # The engine's own reduction overlaps with the backward pass; it can only do it for all
-        # ranks, and only while no descent gradient is being accumulated.
-        overlapped = self.scope.everyone and not self.per_micro_batch
+        # The engine's own reduction overlaps with the backward pass; it can do it for some scopes
+        # only, and only while no descent gradient is being accumulated.
+        overlapped = engine.reduces(self.scope) and not self.per_micro_batch
         if overlapped:
             seen.loss = seen.loss + self._pass(micro_batches, self.loss, share)
             shards = engine.shards()
