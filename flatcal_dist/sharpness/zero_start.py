@@ -25,7 +25,8 @@ def start_zero(
     precision: of weights in the forward pass; the master copy, the reduction of gradients and
     their accumulation are fp32, float16 scales losses. clip_norm: of the gradient, the same that
     the step is given.
-    Raises ValueError for another stage or precision, RuntimeError where float16 cannot run.
+    Raises ValueError for another stage or precision and for a network that DeepSpeed cannot
+    hold, RuntimeError where float16 cannot run.
     """
     if stage not in (1, 2, 3):
         raise ValueError(f"ZeRO has the stages 1, 2 and 3, not {stage}")
@@ -34,6 +35,12 @@ def start_zero(
     if precision == torch.float16 and not deepspeed.get_accelerator().is_fp16_supported():
         raise RuntimeError(
             "DeepSpeed does not run float16 on this machine; use bfloat16 (CPUs have it) or float32"
+        )
+    numbers = [name for name, weight in network.named_parameters() if weight.dim() == 0]
+    if numbers:
+        raise ValueError(
+            f"DeepSpeed cannot hold parameters without a dimension, such as {numbers[0]}: give "
+            "them the shape [1], or use DDP or FSDP2"
         )
     if not dist.is_initialized():
         _join_alone()
@@ -114,14 +121,15 @@ class RunningStatisticsInFp32:
         module.register_forward_pre_hook(self._lend)
         module.register_forward_hook(self._take_back, always_call=True)
 
-    def _lend(self, module: nn.Module, args: Any) -> None:
+    def _lend(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor, ...]:
         self.kept = module.running_mean, module.running_var
         module.running_mean, module.running_var = (
             torch.zeros_like(k, dtype=self.precision) if module.training else k.to(self.precision)
             for k in self.kept
         )
+        return tuple(x.to(self.precision) for x in inputs)  # of a network that casts in between
 
-    def _take_back(self, module: nn.Module, args: Any, output: Tensor | None) -> None:
+    def _take_back(self, module: nn.Module, inputs: Any, output: Tensor | None) -> None:
         if self.kept is None:
             return
         lent = module.running_mean, module.running_var
