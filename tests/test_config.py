@@ -108,6 +108,18 @@ def test_a_missing_file_is_named(tmp_path):
         load(tmp_path / "nowhere.yaml")
 
 
+def test_an_empty_mapping_clears_what_was_inherited(file):
+    path = file(a="model: {options: {width: 1}}", b="inherits: a.yaml")
+    assert load(path, ["model.options={}"]).model.options == {}
+    assert load(path, ["model.options.depth=2"]).model.options == {"width": 1, "depth": 2}
+
+
+def test_an_error_names_the_last_to_write_the_value(file):
+    path = file(a="sharpness: {rho: 0.1}")
+    with pytest.raises(ConfigError, match=r"sharpness = 3 \(on the command line\)"):
+        load(path, ["sharpness=3"])
+
+
 def test_exponents_are_numbers(file):
     assert load(file(a="optimizer: {learning_rate: 1e-3}")).optimizer.learning_rate == 1e-3
 

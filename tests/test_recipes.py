@@ -207,6 +207,19 @@ def test_a_run_directory_of_another_configuration(finished, data):
     assert kept == {p.name: p.read_bytes() for p in finished.iterdir() if p.is_file()}
 
 
+def test_a_batch_that_leaves_a_rank_with_nothing(data, tmp_path):
+    done = launch(
+        "imagenet_sam", *digits("sam", tmp_path / "run", data, "data.global_batch_size=1")
+    )
+    refused(done, "leaves a rank with 0 samples")
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_takes_a_run_or_a_model(finished):
+    flatcal = [sys.executable, "-m", "flatcal_dist.cli", "evaluate", str(finished)]
+    refused(run([*flatcal, "--model", "mlp"]), "evaluate takes a RUN, or --model")
+
+
 def test_a_stale_index(own_data, tmp_path):
     with (own_data / "digits-train-0000.tar").open("ab") as file:
         file.write(bytes(512))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flatcal_dist.sharpness import ASAM, SAM, LookSAM, ReplicatedEngine, SharpnessAwareStep
+from flatcal_dist.sharpness import ASAM, CSAM, SAM, LookSAM, ReplicatedEngine, SharpnessAwareStep
 from tests.ranks import on_ranks
 from tests.sharpness.test_step import (
     CLOSE,
@@ -128,6 +128,12 @@ def test_rho_may_change_between_steps():
     step([make_batch(0)])
     one_step(SAM(0.3), theirs, make_batch(0))
     assert bit_equal(ours, theirs)
+
+
+def test_sharpness_is_of_one_objective_also_for_csam():
+    """perturbed_loss is cross-entropy at w + e, though CSAM descends its own loss there."""
+    results = [one_step(rule, make_network(), make_batch(0)) for rule in (SAM(0.2), CSAM(0.2))]
+    assert results[0].perturbed_loss == results[1].perturbed_loss > results[0].loss
 
 
 def test_measured_cosine_and_length_are_those_of_the_two_gradients():

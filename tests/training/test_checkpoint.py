@@ -85,6 +85,16 @@ def _flip_a_byte(path) -> None:
     path.write_bytes(content)
 
 
+def test_damaged_ones_do_not_count_when_old_ones_go(tmp_path):
+    """A run goes on from step 1 although 5 is there, damaged: what it saves then is kept."""
+    save(tmp_path, 1)
+    _flip_a_byte(save(tmp_path, 5) / "state_00000.pt")
+    checkpoint.set_aside(tmp_path, checkpoint.newest(tmp_path)[0])
+    save(tmp_path, 2, keep=1)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["damaged_step_00000005", "step_00000002"]
+
+
 def test_what_a_killed_save_left_is_no_checkpoint(tmp_path):
     (tmp_path / ".step_00000003.tmp").mkdir()
     (tmp_path / ".step_00000003.tmp/state_00000.pt").write_bytes(b"half")

@@ -1,6 +1,7 @@
 """The run directory and the log in it."""
 
 import json
+import os
 
 import pytest
 
@@ -38,8 +39,29 @@ def test_restarts_are_counted_and_the_first_cause_is_kept(config):
     assert directory.open(config, {}).restarts == 0
     assert directory.fail("disk full", rank=1) == "rank 1: disk full"
     assert directory.fail("connection closed", rank=0) == "rank 1: disk full"
+    directory.lock.close()
     state = directory.open(config, {})
     assert (state.restarts, state.phase, state.cause) == (1, "running", None)
+
+
+def test_a_second_job_is_refused_and_told_who_is_there(config):
+    first, second = RunDirectory(config.run.dir), RunDirectory(config.run.dir)
+    first.open(config, {})
+    with pytest.raises(
+        RunError, match=rf"in use by another job \(host .*, process {os.getpid()}\)"
+    ):
+        second.open(config, {})
+    first.lock.close()
+    assert second.open(config, {}).restarts == 1
+
+
+def test_other_data_is_refused(config):
+    directory = RunDirectory(config.run.dir)
+    directory.check_data({"train_data": "a" * 64})
+    directory.open(config, {"train_data": "a" * 64})
+    directory.check_data({"train_data": "a" * 64})
+    with pytest.raises(RunError, match="begun with other data: train_data was aaaa"):
+        directory.check_data({"train_data": "b" * 64})
 
 
 def test_an_unreadable_state_is_named(config):
