@@ -4,6 +4,7 @@ claim the directory -> data -> network, engine, step -> resume -> steps -> weigh
 """
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from flatcal_dist.training.checkpoint import Progress
 from flatcal_dist.training.optimizers import build_schedule
 from flatcal_dist.training.preemption import StopRequest
 from flatcal_dist.training.tracking import Tracker
+from flatcal_dist.training.traffic import counted
 from flatcal_dist.weights import save_weights
 
 MAX_SKIPPED = 50  # steps in a row without a finite gradient: the run has diverged, and says so
@@ -114,19 +116,23 @@ class Trainer:
         )
         self.window_start, self.window_steps, self.waited = time.monotonic(), 0, 0.0
         waiting_since = time.monotonic()
+        first = self.done + 1
         with StopRequest() as request:
             for micro_batches in optimizer_steps(batches):
                 self.waited += time.monotonic() - waiting_since
                 self._set_rates()
                 # Dropout and the like follow from (seed, rank, step): nothing to save or restore.
                 torch.manual_seed(sample_seed(config.run.seed, rank, self.done))
-                result = self.step(
+                take = partial(
+                    self.step,
                     [self._on_device(batch) for batch in micro_batches],
                     samples=self.batch_size,
                     stop=request.asked,
                     measure=(self.done + 1) % config.train.log_every_steps == 0,
                 )
                 self.done += 1
+                # By the third step DDP has arranged its buckets for good.
+                result = self._count_traffic(take) if self.done == first + 2 else take()
                 self._after_step(result)
                 if result.stop and self.done < self.total_steps:
                     self._checkpoint()
@@ -136,6 +142,14 @@ class Trainer:
                     return "preempted"
                 waiting_since = time.monotonic()
         return "finished"
+
+    def _count_traffic(self, take: Callable[[], StepResult]) -> StepResult:
+        result, collectives, sent = counted(take)
+        self.tracker.log(
+            self.done,
+            {"perf/collectives_per_step": collectives, "perf/collective_bytes_per_step": sent},
+        )
+        return result
 
     def _set_rates(self) -> None:
         """Learning rate and rho of this step, both functions of its number."""
