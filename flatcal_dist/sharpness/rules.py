@@ -156,14 +156,16 @@ class LookSAM(SAM):
     ) -> dict[str, Tensor]:
         """g_v by name, from a vector along g and the gradients of the descent.
 
-        `total` sums over the ranks. What only one pass used counts as zero in the other.
+        `total` sums over the ranks. What only one pass used counts as zero in the other. Without an
+        ascent gradient (it is zero, or rho is) there is nothing across it to remember: zero.
         """
         pairs = [(g_s, ascent[n]) for n, g_s in shards.by_name() if n in ascent]
         product = dot([a for a, _ in pairs], [b for _, b in pairs])
         along = total(torch.stack([product, squared_norm(list(ascent.values()))]))
         factor = torch.where(along[1] > 0, along[0] / along[1], 0.0)
+        known = (along[1] > 0).float()
         return {
-            name: g_s - factor * ascent[name] if name in ascent else g_s.clone()
+            name: known * (g_s - factor * ascent[name] if name in ascent else g_s)
             for name, g_s in shards.by_name()
         }
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.losses import csam_loss
-from flatcal_dist.sharpness import CSAM, SAM, ReplicatedEngine, SharpnessAwareStep
+from flatcal_dist.sharpness import CSAM, SAM, LookSAM, ReplicatedEngine, SharpnessAwareStep
 from tests.ranks import on_ranks
 
 RULES = {"none": None, "sam": SAM(0.1), "csam": CSAM(0.1, gamma=1.0)}
@@ -178,6 +178,18 @@ def test_rho_zero_is_the_plain_step_bit_for_bit():
         streams.append(torch.rand(3))
     assert bit_equal(plain, sharp)
     assert torch.equal(*streams)
+
+
+def test_looksam_without_a_perturbation_is_plain_bit_for_bit():
+    plain, look = make_network(), make_network()
+    steps = [
+        SharpnessAwareStep(ReplicatedEngine(network, make_optimizer(network)), rule)
+        for network, rule in ((plain, None), (look, LookSAM(0.0, every=2)))
+    ]
+    for number in range(STEPS):
+        for step in steps:
+            step([make_batch(number)])
+    assert bit_equal(plain, look)
 
 
 def test_gamma_zero_is_sam_bit_for_bit():
