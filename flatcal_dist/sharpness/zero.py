@@ -1,8 +1,10 @@
 """The engine of DeepSpeed ZeRO, stages 1, 2 and 3.
 
 The forward pass uses one copy of the weights, the optimizer changes another, the fp32 master in
-parts over ranks. So a perturbation costs no memory: the copy that is used becomes master + e, and
-the master, which nothing but the optimizer writes, is what it goes back to.
+parts over ranks. So a perturbation needs no backup: the copy that is used becomes master + e, and
+the master, which nothing but the optimizer writes, is what it goes back to. It costs one more
+gather of the weights that are used (in stage 3 of the small ones); in low precision a part of e in
+fp32 is kept until it has been measured.
 """
 
 from collections.abc import Iterator, Sequence
@@ -84,6 +86,9 @@ class ZeroEngine:
                 "ZeRO-2 cannot do per_micro_batch: it reduces the gradients of each micro-batch "
                 f"away before the step ends; {instead}, or ZeRO-1"
             )
+
+    def reduces(self, scope: Scope) -> bool:
+        return scope.everyone
 
     def zero_gradients(self) -> None:
         self._refresh()

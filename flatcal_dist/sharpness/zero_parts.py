@@ -3,8 +3,8 @@
 All classes answer the same questions. Two copies of the weights exist: the master, in fp32 and in
 parts over ranks, which only the optimizer changes; and the one that the forward pass uses, in the
 precision of the network. DeepSpeed has no public way to change the second (its
-safe_set_full_fp32_param changes the first), so attributes without a promise are used. They are the
-same in DeepSpeed 0.18.9 and 0.19.8 (read), and tested with 0.19.8:
+safe_set_full_fp32_param changes the first), so attributes without a promise are used, as they are
+in DeepSpeed 0.19.8:
 
   stages 1, 2  bit16_groups, bit16_groups_flat, parallel_partitioned_bit16_groups,
                single_partition_of_fp32_groups, averaged_gradients, all_grad_tensors,
@@ -16,7 +16,7 @@ same in DeepSpeed 0.18.9 and 0.19.8 (read), and tested with 0.19.8:
                averaged_gradients, persistent_parameters, parameter_offload,
                _set_fp32_optimizer_param_groups, _clear_fp32_optimizer_param_groups;
                of a parameter ds_tensor, ds_numel, ds_process_group
-  all          optimizer, loss_scaler, dtype, gradient_accumulation_dtype
+  all          optimizer, loss_scaler
   on CPUs      deepspeed.ops.__compatible_ops__
 """
 
@@ -46,6 +46,7 @@ class Part(NamedTuple):
     """This rank's part of one parameter: flat tensors of one length, views of DeepSpeed's own."""
 
     name: str
+    start: int  # in the whole parameter, flat
     master: Tensor  # fp32, what the optimizer changes
     used: Tensor  # what the forward pass uses
 
@@ -72,7 +73,9 @@ class PartitionedState:
                 where = mapping.get_hp_fragment_address()
                 used = pieces[rank].narrow(0, where.start, where.numel)
                 self.parameters.append(parameter)
-                self.parts.append(Part(names[parameter], mapping.get_hp_fragment().detach(), used))
+                start = mapping.lp_fragment_address.start
+                master = mapping.get_hp_fragment().detach()
+                self.parts.append(Part(names[parameter], start, master, used))
 
     def _find(self) -> None:
         self.groups = self.zero.bit16_groups
@@ -159,31 +162,26 @@ class PartitionedWeights:
     def __init__(self, zero: deepspeed.DeepSpeedEngine) -> None:
         self.zero = zero.optimizer
         names = {parameter: name for name, parameter in zero.module.named_parameters()}
-        self.parameters = []
-        self.lengths = []
-        self.names = []
+        self.cuts: list[tuple[str, nn.Parameter, int, int]] = []  # name, of what, start, length
         for group in self.zero.fp16_groups:
             for parameter in group:
-                rank = dist.get_rank(parameter.ds_process_group)
                 size = parameter.ds_tensor.ds_numel
+                start = dist.get_rank(parameter.ds_process_group) * size
                 # The last parts are padded, with whatever was in memory: never to be read.
-                length = max(0, min(size, parameter.ds_numel - rank * size))
-                if length:
-                    self.parameters.append(parameter)
-                    self.lengths.append(length)
-                    self.names.append(names[parameter])
+                length = min(size, parameter.ds_numel - start)
+                if length > 0:
+                    self.cuts.append((names[parameter], parameter, start, length))
 
     @property
     def parts(self) -> list[Part]:
         return [
             Part(
                 name,
+                start,
                 safe_get_local_fp32_param(parameter).detach().narrow(0, 0, length),
                 parameter.ds_tensor.detach().narrow(0, 0, length),
             )
-            for name, parameter, length in zip(
-                self.names, self.parameters, self.lengths, strict=True
-            )
+            for name, parameter, start, length in self.cuts
         ]
 
     @property
@@ -193,7 +191,7 @@ class PartitionedWeights:
     def gradients(self) -> list[Tensor]:
         return [
             safe_get_local_grad(parameter).narrow(0, 0, length)
-            for parameter, length in zip(self.parameters, self.lengths, strict=True)
+            for _, parameter, _, length in self.cuts
         ]
 
     def share_gradients(self) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flatcal_dist.sharpness.zero_parts import deepspeed
+from flatcal_dist.sharpness.zero_parts import deepspeed, layout_of
 
 BUCKET = 2**25  # elements of one gradient reduction; DeepSpeed's 5e8 would be 2 GB of fp32
 
@@ -48,13 +48,32 @@ def start_zero(
         for module in network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
                 RunningStatisticsInFp32(module, precision)
+    exact = {} if precision == torch.float32 else _of_rank_0(network)
     zero, *_ = deepspeed.initialize(
         model=network,
         optimizer=optimizer,
         config=configuration(stage, precision, clip_norm),
         dist_init_required=False,
     )
+    # DeepSpeed copies the master from weights that it has rounded; and a perturbation of weights
+    # that are exact in the low precision is rounded away, where others are moved on average.
+    for part in layout_of(zero).parts if exact else ():
+        whole = exact[part.name].flatten()
+        part.master.copy_(whole.narrow(0, part.start, part.master.numel()))
     return zero
+
+
+def _of_rank_0(network: nn.Module) -> dict[str, Tensor]:
+    """Its weights in fp32, before DeepSpeed rounds them."""
+    device = torch.device(deepspeed.get_accelerator().current_device_name())
+    weights = {
+        name: weight.detach().to(device, torch.float32, copy=True).contiguous()
+        for name, weight in network.named_parameters()
+        if weight.requires_grad
+    }
+    for weight in weights.values():
+        dist.broadcast(weight, src=0)
+    return weights
 
 
 def configuration(stage: int, precision: torch.dtype, clip_norm: float | None) -> dict[str, Any]:
