@@ -28,8 +28,11 @@ def verify(path, *arguments, processes=2):
     [
         ["sharpness.rule=csam"],
         ["sharpness.rule=asam", "sharpness.rho=0.5", "sharpness.scope=rank"],
-        ["sharpness.rule=sam", "sharpness.per_micro_batch=true", "sharpness.scope=rank"],
-        ["sharpness.rule=sam", "train.precision=bf16"],
+        pytest.param(
+            ["sharpness.rule=sam", "sharpness.per_micro_batch=true", "sharpness.scope=rank"],
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(["sharpness.rule=sam", "train.precision=bf16"], marks=pytest.mark.exhaustive),
     ],
     ids=lambda overrides: " ".join(o.split(".")[1] for o in overrides),
 )

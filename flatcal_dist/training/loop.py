@@ -75,6 +75,7 @@ class Trainer:
         self.main = accelerator.is_main_process
         self.samples_per_perturbation = samples_per_perturbation(config, accelerator.num_processes)
         self.skipped = 0
+        self.traffic: dict[str, int] = {}
 
     def run(self) -> str:
         """Enter the run directory, train to the end or until asked to stop, evaluate and report."""
@@ -144,11 +145,12 @@ class Trainer:
         return "finished"
 
     def _count_traffic(self, take: Callable[[], StepResult]) -> StepResult:
+        """Take a step, and count its collectives for the next record."""
         result, collectives, sent = counted(take)
-        self.tracker.log(
-            self.done,
-            {"perf/collectives_per_step": collectives, "perf/collective_bytes_per_step": sent},
-        )
+        self.traffic = {
+            "perf/collectives_per_step": collectives,
+            "perf/collective_bytes_per_step": sent,
+        }
         return result
 
     def _set_rates(self) -> None:
@@ -203,7 +205,9 @@ class Trainer:
             "perf/images_per_second": images_per_second,
             "perf/step_seconds": elapsed / self.window_steps,
             "perf/data_wait_fraction": self.waited / elapsed,
+            **self.traffic,
         }
+        self.traffic = {}
         if self.config.train.precision == "fp16":
             values["optim/loss_scale"] = result.loss_scale
         if result.perturbed_loss is not None:

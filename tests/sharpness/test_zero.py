@@ -820,6 +820,7 @@ def test_every_rule_and_accumulation_on_two_ranks():
     check_trained(on_ranks(2, trained_everything))
 
 
+@pytest.mark.exhaustive
 def test_four_ranks():
     check_trained(on_ranks(4, trained_on_four))
 
