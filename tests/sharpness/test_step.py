@@ -180,6 +180,26 @@ def test_rho_zero_is_the_plain_step_bit_for_bit():
     assert torch.equal(*streams)
 
 
+def test_csam_descends_its_own_loss_where_the_network_is_confident():
+    """Under p = 1/2, as at initialization, CSAM is SAM: here many samples are above."""
+    rule, network = CSAM(0.1, gamma=2.0), make_network()
+    with torch.no_grad():
+        network[4].weight.mul_(12)
+        inputs = make_batch(0)[0]
+        target = network(inputs).argmax(1)
+        p = F.softmax(network(inputs), dim=1).amax(1)
+    assert (p > 0.5).float().mean() > 0.3
+    expected = reference_gradient(network, inputs, target, rule)
+    as_sam = reference_gradient(network, inputs, target, SAM(0.1))
+    before = [w.detach().clone() for w in network.parameters()]
+    engine = ReplicatedEngine(network, torch.optim.SGD(network.parameters(), lr=1.0))
+    SharpnessAwareStep(engine, rule)([(inputs, target)])
+    taken = [b - w.detach() for b, w in zip(before, network.parameters(), strict=True)]
+    # Differences of weights of order 5 in float32, relative to the largest gradient.
+    assert largest_difference(taken, expected) < 1e-4
+    assert largest_difference(taken, as_sam) > 0.01
+
+
 def test_looksam_without_a_perturbation_is_plain_bit_for_bit():
     plain, look = make_network(), make_network()
     steps = [
