@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 120  # seconds without a word from any rank, after which the test fails
+TIMEOUT = 240  # seconds without a word from any rank, after which the test fails
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(["tests.preloaded"])
 
