@@ -19,9 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from flatcal_dist.sharpness.engines import Displacement, measure, stack
+from flatcal_dist.sharpness.engines import broadcast, stack
 from flatcal_dist.sharpness.fsdp2_state import copied, copy_into, join, parameters_of, split
 from flatcal_dist.sharpness.loss_scale import LossScale
+from flatcal_dist.sharpness.move import Backup, Displacement, measure
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 
@@ -62,9 +63,8 @@ def shard(
     with torch.no_grad():
         for weight in network.parameters():
             weight.data = weight.data.contiguous()  # no other layout (channels_last) has rows
-            dist.broadcast(weight, src=0)
-        for buffer in network.buffers():
-            dist.broadcast(buffer, src=0)
+        broadcast(network.parameters())
+        broadcast(network.buffers())
     group = dist.group.WORLD if ranks == world_size else dist.new_subgroups(ranks)[0]
     mesh = DeviceMesh.from_group(group, device.type)
     policy = _policy(network, precision)
@@ -135,6 +135,7 @@ class ShardedEngine:
         self.scope: Scope | None = None
         self.compute_dtype = compute_dtype
         self.scale = LossScale.start(compute_dtype)
+        self.backup = Backup()
 
     def _replicas(self, ranks: list[int]) -> Scope:
         """The ranks that hold the same shard as this one, as what can sum over them."""
@@ -243,27 +244,19 @@ class ShardedEngine:
     @contextmanager
     def moved(self, shards: Shards) -> Iterator[Displacement]:
         names, weights = list(shards.names), list(shards.weights)
-        with torch.no_grad():
-            before = [weight.clone() for weight in weights]
+        self._drop_gathered()
+        with self.backup.moved(shards) as before:
 
-        def displacement() -> tuple[Tensor, Tensor]:
-            self._average()
-            gradients = [self.weights[name].grad for name in names]
-            local = [g if g is None else g.to_local() for g in gradients]
-            return measure(weights, before, local, self.compute_dtype, self.total)
+            def displacement() -> tuple[Tensor, Tensor]:
+                self._average()
+                gradients = [self.weights[name].grad for name in names]
+                local = [g if g is None else g.to_local() for g in gradients]
+                return measure(weights, before, local, self.compute_dtype, self.total)
 
-        try:
-            with torch.no_grad():
+            try:
+                yield displacement
+            finally:
                 self._drop_gathered()
-                if weights:
-                    torch._foreach_add_(weights, shards.gradients)
-            shards.gradients.clear()
-            yield displacement
-        finally:
-            with torch.no_grad():
-                self._drop_gathered()
-                if weights:
-                    torch._foreach_copy_(weights, before)
 
     def _drop_gathered(self) -> None:
         """So that the next forward pass gathers: the root stays whole after an evaluation."""
@@ -277,8 +270,7 @@ class ShardedEngine:
     @torch.no_grad()
     def update(self, norm: Tensor, clip_norm: float | None) -> None:
         gradients = self._held().gradients
-        if self.scale.enabled and gradients:
-            torch._foreach_mul_(gradients, 1 / self.loss_scale)
+        self.scale.unscale_(gradients)
         if clip_norm is not None and gradients:
             # As torch.nn.utils.clip_grads_with_norm_, which does not mix shards and a plain norm.
             torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1))
@@ -297,8 +289,7 @@ class ShardedEngine:
         return total.tolist()
 
     def synchronize_buffers(self) -> None:
-        for buffer in self.module.buffers():
-            dist.broadcast(buffer, src=0)
+        broadcast(self.module.buffers())
 
     @torch.no_grad()
     def full_weights(self) -> dict[str, Tensor]:

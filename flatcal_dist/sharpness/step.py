@@ -78,6 +78,7 @@ class SharpnessAwareStep:
         self.loss: Loss = loss or _plain_cross_entropy
         self.taken = 0
         self.memory: dict[str, Tensor] | None = None
+        self.descent_loss = self.loss
         if rule:
             if rule.remembers and (per_micro_batch or not self.scope.everyone):
                 raise ValueError(

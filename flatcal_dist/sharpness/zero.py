@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flatcal_dist.sharpness.engines import Displacement, measure, stack
+from flatcal_dist.sharpness.engines import broadcast, stack
+from flatcal_dist.sharpness.move import Backup, Displacement, measure
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 from flatcal_dist.sharpness.zero_parts import Layout, deepspeed, layout_of
@@ -54,6 +55,7 @@ class ZeroEngine:
         self.stale = False
         self.reduced = True  # the last backward pass did, all gradients so far
         self.whole = False  # gradients are those of `whole_weights`: nothing to sum over ranks
+        self.backup = Backup()  # of scopes that move whole weights; no other move needs one
         self.touched = False  # gradients were handed out, and may be changed
         # In float16 only; at its minimum it is to go on skipping, as the other engines do.
         scaler = getattr(model.optimizer, "loss_scaler", None)
@@ -162,23 +164,16 @@ class ZeroEngine:
     @contextmanager
     def _moved_whole(self, shards: Shards) -> Iterator[Displacement]:
         weights = list(shards.weights)
-        with torch.no_grad():
-            before = [weight.clone() for weight in weights]
+        with self.backup.moved(shards) as before:
 
-        def displacement() -> tuple[Tensor, Tensor]:
-            gradients = [
-                deepspeed.utils.safe_get_full_grad(w) if self.reduced else w.grad for w in weights
-            ]
-            return measure(weights, before, gradients, self.precision)
+            def displacement() -> tuple[Tensor, Tensor]:
+                gradients = [
+                    deepspeed.utils.safe_get_full_grad(w) if self.reduced else w.grad
+                    for w in weights
+                ]
+                return measure(weights, before, gradients, self.precision)
 
-        try:
-            with torch.no_grad():
-                torch._foreach_add_(weights, shards.gradients)
-            shards.gradients.clear()
             yield displacement
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(weights, before)
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -219,8 +214,7 @@ class ZeroEngine:
         return self._over_ranks(stack(values, self.device)).tolist()
 
     def synchronize_buffers(self) -> None:
-        for buffer in self.module.buffers():
-            dist.broadcast(buffer, src=0)
+        broadcast(self.module.buffers())
 
     @property
     def inference(self) -> nn.Module:
