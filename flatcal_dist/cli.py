@@ -121,7 +121,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("directories", nargs="*", type=Path, metavar="RUN", help="runs, or RUN/checkpoints/step_N")
     add("--model", metavar="NAME", help="of timm, timm:NAME, torchvision:NAME, mlp; without RUN")
     add("--weights", type=Path, nargs="+", default=[], metavar="FILE",
-        help="safetensors or state_dict; left out: as published for timm:NAME, torchvision:NAME")  # fmt: skip
+        help="safetensors or state_dict; left out: what the library publishes")  # fmt: skip
     add("--data", action="append", default=[], metavar="[NAME=]DATA",
         help="shards or an ImageFolder tree; may be repeated; by default the run's. The first that "
         "is clean gives the temperature to the others. A NAME that is a kind demands it: imagenet, "

@@ -164,7 +164,7 @@ def _table(table: pa.Table) -> Any:
             return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
         values = column.to_numpy(zero_copy_only=False)
         if column.null_count and name.lower() not in IDS:
-            raise ValueError(f"column {name} has {column.null_count} empty cells")
+            raise ValueError(f"column {name} has {column.null_count} empty or NaN cells")
         return values
 
     return table.column_names, get

@@ -29,12 +29,12 @@ def class_folders(root: Path) -> list[str]:
 class TreeIndex:
     """The images of a tree, with what evaluation uses of an `Index`; sorted by folder and name.
 
-    folders: names of the classes. folder [n] int32: which of them each image is in.
+    folders: names of the classes. label: which of them each image is in, not a class of a network.
     """
 
     root: Path
     folders: tuple[str, ...]
-    folder: np.ndarray  # [n] i4
+    label: np.ndarray  # [n] i4
     names: np.ndarray  # [n] S: FOLDER/FILE
     keys_: np.ndarray  # [n] S: as in the shards made of this tree
     size: np.ndarray  # [n] i8: bytes
@@ -82,7 +82,7 @@ def open_tree(root: Path) -> TreeIndex:
     return TreeIndex(
         root=Path(root),
         folders=found.classes,
-        folder=found.label,
+        label=found.label,
         names=found.name,
         keys_=found.key,
         size=found.size,

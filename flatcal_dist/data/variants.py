@@ -295,7 +295,7 @@ def open_variant(variant: Variant, classes: int, real_file: Path | None = None) 
     if is_tree(variant.path):
         index = open_tree(Path(variant.path).expanduser())
         masked = (variant.base or variant.kind) in MASKED
-        label = _labels_of_folders(index, classes, masked)[index.folder]
+        label = _labels_of_folders(index, classes, masked)[index.label]
     else:
         index = _shards(variant.path, classes)
         label = index.label.astype(np.int64)
