@@ -8,6 +8,7 @@ import numpy as np
 
 from . import metrics, selective
 from .records import Records, Scores
+from .shift import real_figures
 from .statistics import LEVEL, RESAMPLES, STATISTICS, Bootstrap, Interval, bootstrap
 
 SCHEMA_VERSION = 1
@@ -69,6 +70,8 @@ def summarize(
         "images": len(records),
         "classes": records.classes,
         "top5_accuracy": top5,
+        "source": asdict(records.source),
+        "real": real_figures(records),
         **before,
         "temperature": records.temperature,
         "temperature_folds": list(records.fold_temperatures),

@@ -209,16 +209,20 @@ def _check_index(shard: Path, found: ShardIndex, report: Report) -> None:
         return
     try:
         stored = load_index([shard])
-        keys = stored.keys() == [key.decode("utf-8", "replace") for key in found.key.tolist()]
-        same = keys and all(
-            np.array_equal(getattr(stored, name), getattr(found, name))
-            for name in ("offset", "size", "header", "label")
-        )
-        text = f"it describes another shard: run `flatcal index {shard}` if the shard is right"
     except DataError as error:
-        same, text = False, str(error)
-    if not same:
+        report(Problem("index stale", "", str(error)))
+        return
+    keys = [key.decode("utf-8", "replace") for key in found.key.tolist()]
+    if stored.keys() != keys or not all(
+        np.array_equal(getattr(stored, name), getattr(found, name))
+        for name in ("offset", "size", "header", "label")
+    ):
+        text = f"it describes another shard: run `flatcal index {shard}` if the shard is right"
         report(Problem("index stale", "", text))
+        return
+    for i in np.flatnonzero(stored.content != found.content).tolist():
+        text = "its bytes are not those that were indexed: they were damaged since"
+        report(Problem("image not as indexed", keys[i], text))
 
 
 def _check_header(image: bytes, report: partial) -> bool:

@@ -1,4 +1,4 @@
-"""One pass over the headers of a WebDataset tar: where its images lie, and what is wrong with it.
+"""One pass over a WebDataset tar: where its images lie, their checksums, and what is wrong with it.
 
 Members are grouped into samples as webdataset groups them, at the first dot of the name. What
 webdataset would skip or mend in silence (a tar cut short, a sample without its image, two samples
@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 from webdataset.tariterators import base_plus_ext
 
 from flatcal_dist.data.errors import DataError
@@ -31,11 +32,17 @@ class ShardIndex:
     offset: np.ndarray  # [n] u8: first byte of the image
     size: np.ndarray  # [n] u4: bytes of the image
     header: np.ndarray  # [n] u4: CRC-32 of the image's tar header
+    content: np.ndarray  # [n] u4: `checksum` of the image's bytes
     label: np.ndarray  # [n] i4
     key: np.ndarray  # [n] S: the sample's name, UTF-8
 
     def __len__(self) -> int:
         return len(self.offset)
+
+
+def checksum(data: bytes | memoryview) -> int:
+    """32 bits of XXH3: some 50 GB/s, so that every read can be checked."""
+    return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
 
 
 class Problem(NamedTuple):
@@ -54,7 +61,7 @@ def _refuse(problem: Problem) -> None:
 
 
 def walk_shard(shard: Path, report: Report = _refuse) -> ShardIndex:
-    """Read the headers and labels of one tar.
+    """Read the headers, labels and, for their checksums, images of one tar.
 
     Raises DataError for a tar that cannot be read or is cut short, members of a sample that are
     not adjacent, a missing or second image, a missing label or one that is no integer, keys that
@@ -89,6 +96,7 @@ def walk_shard(shard: Path, report: Report = _refuse) -> ShardIndex:
         offset=np.array([sample.image.offset_data for sample in whole], np.uint64),
         size=np.array([sample.image.size for sample in whole], np.uint32),
         header=np.array([sample.header for sample in whole], np.uint32),
+        content=np.array([sample.content for sample in whole], np.uint32),
         label=np.array([int(sample.label) for sample in whole], np.int32),
         key=np.array([sample.key.encode() for sample in whole], np.bytes_),
     )
@@ -99,6 +107,7 @@ class _Sample:
     key: str
     image: tarfile.TarInfo | None = None
     header: int = 0
+    content: int = 0
     label: str | None = None
     suffixes: set[str] = field(default_factory=set)
     refused: bool = False  # a problem has been reported
@@ -178,6 +187,7 @@ def _add_image(
     sample.image = member
     tar.fileobj.seek(member.offset_data - BLOCK)
     sample.header = zlib.crc32(tar.fileobj.read(BLOCK))
+    sample.content = checksum(tar.fileobj.read(member.size))
 
 
 def _report_return(shard: Path, sample: _Sample, suffix: str, report: Report) -> None:

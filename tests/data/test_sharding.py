@@ -142,7 +142,7 @@ def test_resumed_shards_are_the_same(tree, tmp_path, monkeypatch):
     for split in ("train", None):
         with pytest.raises(DataError, match="has not written all 4 shards of split 'train'"):
             expand(stopped, split)
-    (stopped / "imagenet1k-train-0001.tar.index.npz").unlink()  # as if killed before it
+    (stopped / "imagenet1k-train-0001.tar.index").unlink()  # as if killed before it
     checksums = stopped / "imagenet1k-train.sha256"
     checksums.write_text(checksums.read_text()[:-30])  # and in the middle of a line
     (stopped / ".imagenet1k-train-0003.0123abcd.tar").write_bytes(b"half a shard")
@@ -251,7 +251,7 @@ def test_source_that_changes_or_vanishes_meanwhile(tree, tmp_path):
 def test_foreign_swapped_and_concurrent_shards_are_refused(tree, tmp_path):
     source, out = image_folder(tree), tmp_path / "out"
     shards = prepare_shards(source, out, "train", shards=4).shards
-    for suffix in ("", ".index.npz"):
+    for suffix in ("", ".index"):
         shutil.copy(f"{shards[0]}{suffix}", f"{shards[1]}{suffix}")
     with pytest.raises(DataError, match=r"0001\.tar does not hold the samples that were planned"):
         prepare_shards(source, out, "train", shards=4)
