@@ -83,8 +83,8 @@ def _checkpoint_weights(path: Path) -> Path:
     progress = checkpoint.load_progress(path)
     if progress.sharded:
         raise RunError(
-            f"{path} holds the parts of {progress.world_size} ranks of {progress.engine}, not whole "
-            "weights: evaluate the run itself, whose model.safetensors is whole"
+            f"{path} holds the parts of {progress.world_size} ranks of {progress.engine}, not "
+            "whole weights: evaluate the run itself, whose model.safetensors is whole"
         )
     return path / "state_00000.pt"
 

@@ -40,8 +40,8 @@ def settings(name: str, published: bool) -> list[str]:
     """How the library evaluates the network, as overrides of the configuration.
 
     published: the library's weights are used, so that its number of classes holds as well. No
-    settings for networks that are of neither library. Raises ConfigError for an unknown name and for
-    a preprocessing that we do not have.
+    settings for networks that are of neither library. Raises ConfigError for an unknown name and
+    for a preprocessing that we do not have.
     """
     library, own = split_library(name)
     if library == "torchvision":

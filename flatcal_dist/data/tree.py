@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.image_folder import image_folder
 
 
 def class_folders(root: Path) -> list[str]:
@@ -87,22 +88,4 @@ def open_tree(root: Path) -> TreeIndex:
         keys_=found.key,
         size=found.size,
         identity=digest.hexdigest(),
-    )
-
-
-def image_folder(root):
-    from types import SimpleNamespace
-    from flatcal_dist.data.image_folder import _files
-
-    root = Path(root)
-    fs = list(_files(root))
-    stems = [p.stem.replace(".", "_") for p, _ in fs]
-    if len(set(stems)) < len(stems):
-        stems = [f"{p.parent.name}_{s}" for (p, _), s in zip(fs, stems)]
-    return SimpleNamespace(
-        classes=tuple(class_folders(root)),
-        label=np.array([l for _, l in fs], np.int32),
-        key=np.array([s.encode() for s in stems]),
-        name=np.array([os.fsencode(f"{p.parent.name}/{p.name}") for p, _ in fs]),
-        size=np.array([p.stat().st_size for p, _ in fs]),
     )

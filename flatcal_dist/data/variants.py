@@ -16,7 +16,7 @@ NAME that is a kind demands it:
                             (Hendrycks et al., CVPR 2021 and ICCV 2021)
     imagenet_sketch         1,000 WordNet ids, files named sketch_0 and so on
     imagenet_c              CORRUPTION/SEVERITY/WNID/FILE as published, also below blur/, noise/ ...
-    imagenet_c_generated    corruptions applied by us to clean images; always named, never recognised
+    imagenet_c_generated    corruptions applied by us to clean images; never recognised
     plain                   anything else: a folder per class in the order of names, plain numbers
                             being the labels themselves; shards with labels of the network's classes
 

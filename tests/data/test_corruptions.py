@@ -3,6 +3,7 @@
 import io
 import pickle
 
+import imagecorruptions
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,8 +12,6 @@ from flatcal_dist.data.corruptions import COMMON, EXTRA, choose, corrupted_jpeg
 from flatcal_dist.data.decode import decode
 from flatcal_dist.data.variants import find, open_variant
 from tests.data.photographs import photograph, write_photographs
-
-imagecorruptions = pytest.importorskip("imagecorruptions")
 
 
 @pytest.fixture(scope="module")
