@@ -19,7 +19,7 @@ from flatcal_dist.data.stream import open_stream
 from flatcal_dist.data.streaming import _Piece, _read_piece
 from tests.web import Web, serving
 
-QUICK = Access(stall_timeout=0.3, retries=2, backoff=0.01)
+QUICK = Access(stall_timeout=60, retries=2, backoff=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,8 @@ def held(cache: ShardCache) -> list[str]:
     return sorted(name.partition("-")[2] for name in names)
 
 
-def test_a_shard_is_downloaded_once_and_whole(web: Web, origin, cache):
+def test_a_shard_is_downloaded_once_and_whole(web: Web, origin, tmp_path):
+    cache = ShardCache(tmp_path / "cache", Access(stall_timeout=1, retries=2, backoff=0.01))
     url = f"{web.url}/o-0001.tar"
     content = (origin / "o-0001.tar").read_bytes()
     web.script["o-0001.tar"] = ["cut", "stall"]
@@ -151,9 +152,8 @@ def test_a_dead_downloader_blocks_nobody(web, cache):
     """Killed in the middle, the lock in its hands and half a shard on the disk."""
     web.script["o-0003.tar"] = ["stall"]
     url = f"{web.url}/o-0003.tar"
-    patient = ShardCache(cache.directory, Access(stall_timeout=60))
     context = multiprocessing.get_context("fork")
-    process = context.Process(target=fetch, args=(patient, url), daemon=True)
+    process = context.Process(target=fetch, args=(cache, url), daemon=True)
     process.start()
     deadline = time.monotonic() + 60
     while not list(cache.directory.glob(".*.part")):
