@@ -1,7 +1,7 @@
 """Evaluation on every rank: each image is counted once, and the report is written by one rank."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from flatcal_dist.calibration.softmax import score_images
 from flatcal_dist.calibration.summary import About
 from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.data import DataError, Index
-from flatcal_dist.data.variants import DataSet, Variant, open_variant
+from flatcal_dist.data.variants import DataSet, Variant, local_shards, open_variant
 from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.files import write_atomically
@@ -215,6 +215,7 @@ def report_shift(
     output: Path,
     clean: Records | None,
     clean_identity: str,
+    open_shards: Callable[[str, int], Index] = local_shards,
 ) -> None:
     """Evaluate on data under shift with the temperature of the clean images, after `report`.
 
@@ -227,7 +228,7 @@ def report_shift(
     for variant in variants:
 
         def opened(variant: Variant = variant) -> DataSet:
-            data = open_variant(variant, config.model.num_classes)
+            data = open_variant(variant, config.model.num_classes, None, open_shards)
             other = first.setdefault(variant.name, data)
             if len(data.index) != len(other.index):
                 raise DataError(

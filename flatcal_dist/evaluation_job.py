@@ -5,7 +5,7 @@ it, and its temperature is applied to all others. A run's own validation data is
 none is named. One shifted data set alone, for a network without a run, gets a report of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,16 @@ from torch import nn
 from flatcal_dist import config as configuration
 from flatcal_dist import distributed, evaluation, inputs, pretrained
 from flatcal_dist.config import Config, ConfigError
-from flatcal_dist.data.variants import DataSet, Variant, find, of_index, open_variant
+from flatcal_dist.data import Index
+from flatcal_dist.data.variants import (
+    DataSet,
+    Variant,
+    find,
+    local_shards,
+    of_index,
+    open_variant,
+    path_of,
+)
 from flatcal_dist.distributed import ending_together, on_all_ranks
 from flatcal_dist.models import build
 from flatcal_dist.run_directory import RunDirectory, RunError
@@ -138,6 +147,8 @@ def _evaluate(networks: Sequence[Network], wanted: Wanted, needs_output: bool = 
     accelerator = distributed.start("ddp", networks[0].config.train.precision)
     with ending_together(accelerator):
         for network in networks:
+            for path in filter(inputs.remote, map(path_of, wanted.data)):
+                inputs.download(_on(network.config, path).data, accelerator, "validation")
             clean, shifted = on_all_ranks(lambda n=network: _sets(n.config, wanted))
             if needs_output and clean is not None:
                 raise RunError(
@@ -158,7 +169,10 @@ def _refuse_clashes(networks: Sequence[Network]) -> None:
 def _sets(config: Config, wanted: Wanted) -> tuple[Variant | None, list[Variant]]:
     """The clean data set (None: the run's own) and the others."""
     classes = config.model.num_classes
-    groups = [find(text, classes, wanted.corruptions, wanted.severities) for text in wanted.data]
+    groups = [
+        find(text, classes, wanted.corruptions, wanted.severities, _shards(config))
+        for text in wanted.data
+    ]
     names = [group[0].name for group in groups]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"two data sets are called {twice[0]}: write --data NAME=PATH")
@@ -176,6 +190,21 @@ def _sets(config: Config, wanted: Wanted) -> tuple[Variant | None, list[Variant]
     return first, [variant for variant in variants if variant is not first]
 
 
+def _shards(config: Config) -> Callable[[str, int], Index]:
+    """What opens shards: those from URLs have been downloaded into the configuration's cache."""
+
+    def opened(path: str, classes: int) -> Index:
+        if inputs.remote(path):
+            return inputs.open_index(_on(config, path).data, "validation", classes)
+        return local_shards(path, classes)
+
+    return opened
+
+
+def _on(config: Config, path: str) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update={"validation": path})})
+
+
 def _evaluate_one(
     network: Network,
     clean: Variant | None,
@@ -183,15 +212,16 @@ def _evaluate_one(
     wanted: Wanted,
     accelerator: Accelerator,
 ) -> None:
-    config = network.config
+    config, classes = network.config, network.config.model.num_classes
     module = _on_device(network, accelerator)
+    if clean is None:
+        inputs.download(config.data, accelerator, "validation")
 
     def opened() -> DataSet:
         if clean is not None:
-            return open_variant(clean, config.model.num_classes, wanted.real_file)
-        index = inputs.open_index(config.data, "validation", config.model.num_classes)
-        where = str(config.data.validation)
-        return of_index(index, where, config.model.num_classes, wanted.real_file)
+            return open_variant(clean, classes, wanted.real_file, _shards(config))
+        index = inputs.open_index(config.data, "validation", classes)
+        return of_index(index, str(config.data.validation), classes, wanted.real_file)
 
     data = on_all_ranks(opened)
     written = evaluation.report(
@@ -202,8 +232,9 @@ def _evaluate_one(
     if shifted:
         records = written[0] if written else None
         evaluation.report_shift(
-            config, module, shifted, accelerator, network.output, records, data.index.identity
-        )
+            config, module, shifted, accelerator, network.output, records, data.index.identity,
+            _shards(config),
+        )  # fmt: skip
     accelerator.print(network.output / "index.html")
 
 

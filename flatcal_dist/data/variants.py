@@ -24,7 +24,7 @@ A network of another number of classes has only the kinds plain, imagenet_c, ima
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,11 @@ KINDS = (
     "imagenet", "imagenet_v2", *MASKED, "imagenet_sketch", "imagenet_c", "imagenet_c_generated",
     "plain",
 )  # fmt: skip
+
+
+def local_shards(path: str, classes: int) -> Index:
+    """The index of shards on a file system. Raises DataError."""
+    return load_index(expand(path, "validation"), classes)
 
 
 @dataclass(frozen=True)
@@ -133,23 +138,24 @@ def find(
     classes: int,
     chosen_corruptions: Sequence[str] | None = None,
     severities: Sequence[int] | None = None,
+    open_shards: Callable[[str, int], Index] = local_shards,
 ) -> list[Variant]:
     """The data set that PATH or NAME=PATH means; of ImageNet-C one Variant per subset.
 
     classes: of the network. chosen_corruptions and severities narrow ImageNet-C, published or
-    generated. Raises DataError for a path that is not there, or data that are not of the kind
-    named, or of none that fits the network.
+    generated. open_shards(path, classes) gives the index of shards. Raises DataError for a path
+    that is not there, or data that are not of the kind named, or of none that fits the network.
     """
     name, path = _split(text)
     kind = name if name in KINDS and name != "plain" else None
     if kind == "imagenet_c_generated":
         corruptions.require_package()
-        base = recognise(path, classes)
+        base = recognise(path, classes, None, open_shards)
         if base == "imagenet_c":
             raise DataError(f"{path} is corrupted already: name clean images for {kind}")
         names, levels = corruptions.choose(chosen_corruptions, severities)
         return [Variant(kind, kind, path, c, s, base) for c in names for s in levels]
-    found = recognise(path, classes, kind)
+    found = recognise(path, classes, kind, open_shards)
     if kind and kind != found:
         raise DataError(f"{path} was named {kind}, but holds {_describe(found, classes)}")
     name = name or (found if found != "plain" else _stem(path))
@@ -171,6 +177,11 @@ def _split(text: str) -> tuple[str | None, str]:
     return name, path
 
 
+def path_of(text: str) -> str:
+    """The PATH of PATH or NAME=PATH."""
+    return _split(text)[1]
+
+
 def _stem(path: str) -> str:
     last = Path(path).name if is_tree(path) or Path(path).is_dir() else Path(path).parent.name
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", last).strip("_.-") or "data"
@@ -182,10 +193,12 @@ def is_tree(path: str) -> bool:
     return root.is_dir() and not (root / "_info.json").exists() and not any(root.glob("*.tar"))
 
 
-def recognise(path: str, classes: int, named: str | None = None) -> str:
+def recognise(
+    path: str, classes: int, named: str | None, open_shards: Callable[[str, int], Index]
+) -> str:
     """The kind of the data at `path`; `named` decides where the data leave it open."""
     if not is_tree(path):
-        labels = np.unique(_shards(path, classes).label)
+        labels = np.unique(open_shards(path, classes).label)
         return _kind_of_labels(path, labels, classes, named)
     root = Path(path).expanduser()
     folders = class_folders(root)
@@ -250,10 +263,6 @@ def _kind_of_labels(path: str, labels: np.ndarray, classes: int, named: str | No
     return named if named in SAME_FORM else "imagenet"
 
 
-def _shards(path: str, classes: int) -> Index:
-    return load_index(expand(path, "validation"), classes)
-
-
 def _corruption_folders(root: Path) -> dict[str, Path]:
     """The folder of each corruption in the published layout, at the top or in groups."""
     known = corruptions.COMMON + corruptions.EXTRA
@@ -286,7 +295,12 @@ def _published(
     return found
 
 
-def open_variant(variant: Variant, classes: int, real_file: Path | None = None) -> DataSet:
+def open_variant(
+    variant: Variant,
+    classes: int,
+    real_file: Path | None = None,
+    open_shards: Callable[[str, int], Index] = local_shards,
+) -> DataSet:
     """Find the images of a variant and give them labels. Raises DataError.
 
     ReaL labels come with ImageNet's validation images under their original names; a file given for
@@ -297,7 +311,7 @@ def open_variant(variant: Variant, classes: int, real_file: Path | None = None) 
         masked = (variant.base or variant.kind) in MASKED
         label = _labels_of_folders(index, classes, masked)[index.label]
     else:
-        index = _shards(variant.path, classes)
+        index = open_shards(variant.path, classes)
         label = index.label.astype(np.int64)
     kind = variant.base or variant.kind
     space = None
