@@ -22,9 +22,9 @@ from flatcal_dist.data.loader import Batches
 from flatcal_dist.data.order import micro_batch_count
 
 HOW_TO_PREPARE = """
-Prepare ImageNet (an ImageFolder tree, one folder a class) once, as WebDataset shards:
-  flatcal shard PATH/TO/train      data/imagenet --split train
-  flatcal shard PATH/TO/validation data/imagenet --split validation
+Prepare ImageNet once, as WebDataset shards, from its archives or trees of one folder a class:
+  flatcal shard ILSVRC2012_img_train.tar data/imagenet --split train
+  flatcal shard ILSVRC2012_img_val.tar   data/imagenet --split validation
 or name shards that you have, by pattern or directory, after `flatcal index SHARDS`:
   data.train=PATTERN data.validation=PATTERN
 Without any data, configs/digits/csam.yaml runs as it is, and --dry-run needs none."""
