@@ -16,10 +16,11 @@ from . import selective
 from .checks import BoolArray, FloatArray, confidence_and_correct, positive_integer
 from .metrics import equal_mass_edges
 from .smooth import SmoothSums
-from .softmax import Scores
+from .softmax import Scores, keep_memory
 
 LEVEL = 0.95
 RESAMPLES = 1000
+BATCH = 32  # of resamples that smooth ECE convolves at a time
 MEANS = ("accuracy", "nll", "brier", "signed_gap", "mean_entropy")
 OTHER_MEANS = ("mean_confidence", "top_label_brier", "mean_entropy_correct", "mean_entropy_wrong")
 BINNED = ("ece", "adaptive_ece", "adaptive_ece_100", "rmsce", "rmsce_debiased", "ks", "smooth_ece")
@@ -62,13 +63,19 @@ class _Ranked:
         tied = len(starts) < len(score)
         self.ends = np.append(starts[1:], len(score)) - 1 if tied else slice(None)
 
-    def __call__(self, weight: FloatArray) -> list[float]:
-        return self.of_sorted(weight[self.order])
+    def running(self, weight: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Images and wrong ones among the first k, k = 0 to N, of weights in falling order."""
+        accepted, errors = np.zeros(len(weight) + 1), np.zeros(len(weight) + 1)
+        np.cumsum(weight, out=accepted[1:])
+        np.cumsum(weight * self.wrong, out=errors[1:])
+        return accepted, errors
 
-    def of_sorted(self, weight: FloatArray) -> list[float]:
-        accepted, errors = np.cumsum(weight), np.cumsum(weight * self.wrong)
-        groups = selective.TieGroups(accepted[self.ends], errors[self.ends])
+    def figures(self, accepted: FloatArray, errors: FloatArray) -> list[float]:
+        groups = selective.TieGroups(accepted[1:][self.ends], errors[1:][self.ends])
         return [np.nan if (v := f(groups)) is None else v for f in RANKS.values()]
+
+    def __call__(self, weight: FloatArray) -> list[float]:
+        return self.figures(*self.running(weight[self.order]))
 
 
 class _Sorted:
@@ -90,11 +97,11 @@ class _Sorted:
         )
         self.columns = np.stack([correct, nll, brier, gap, entropy, confidence, gap**2], axis=1)
         self.entropy_correct = entropy * correct
-        self.correct, self.gap = correct, gap
+        self.gap = gap
         falling = -confidence
         edges = np.linspace(0.0, 1.0, bins + 1)[1:-1]
         self.cuts = [
-            np.searchsorted(falling, -inner[::-1], side="left")
+            np.concatenate([[0], np.searchsorted(falling, -inner[::-1]), [len(order)]])
             for inner in (edges, *(equal_mass_edges(confidence, m) for m in (bins, 100)))
         ]
         self.tie_starts = np.flatnonzero(np.append(True, np.diff(falling) > 0))
@@ -109,12 +116,12 @@ class _Sorted:
         entropy_right = w @ self.entropy_correct
         of_right = entropy_right / right if right else np.nan
         of_wrong = (entropy * n - entropy_right) / (n - right) if right < n else np.nan
-        drift = np.append(0.0, np.cumsum(w * self.gap))
-        equal, mass, mass_100 = (np.diff(drift[self._bounds(c)]) for c in self.cuts)
-        images = np.append(0.0, np.cumsum(w))
-        count = np.diff(images[self._bounds(self.cuts[0])])
-        hits = np.append(0.0, np.cumsum(w * self.correct))
-        hits = np.diff(hits[self._bounds(self.cuts[0])])
+        images, errors = self.ranked.running(w)
+        drift = np.zeros(len(w) + 1)
+        np.cumsum(w * self.gap, out=drift[1:])
+        equal, mass, mass_100 = (np.diff(drift[c]) for c in self.cuts)
+        count = np.diff(images[self.cuts[0]])
+        hits = count - np.diff(errors[self.cuts[0]])
         squares = equal**2 / np.maximum(count, 1)
         noise = hits * (count - hits) / np.maximum(count * (count - 1), 1)
         debiased = np.where(count > 1, squares - noise, 0.0)
@@ -123,12 +130,9 @@ class _Sorted:
             *(np.abs(part).sum() / n for part in (equal, mass, mass_100)),
             np.sqrt(squares.sum() / n), debiased.sum() / n,
             np.abs(drift[-1] - drift[self.tie_starts]).max() / n, np.nan,
-            *self.ranked.of_sorted(w),
+            *self.ranked.figures(images, errors),
         ]  # fmt: skip
-        return values, self.smooth.sums(w)
-
-    def _bounds(self, cuts: np.ndarray) -> np.ndarray:
-        return np.concatenate([[0], cuts, [len(self.gap)]])
+        return values, self.smooth.sums(w, drift, images)
 
 
 _SMOOTH = STATISTICS.index("smooth_ece")
@@ -201,6 +205,7 @@ def _percentile(point: float, replicates: FloatArray) -> Interval:
 def weights(images: int, resamples: int, seed: int) -> Iterator[FloatArray]:
     """How often each image is drawn: first once each, then in `resamples` draws."""
     positive_integer(resamples, "resamples")
+    keep_memory()
     yield np.ones(images)
     rng = np.random.default_rng(seed)
     for _ in range(resamples):
@@ -221,14 +226,15 @@ def bootstrap(
     positive_integer(resamples, "resamples")
     evaluate = [_Sorted(s, bins) for s in scores]
     table = np.empty((resamples + 1, len(scores), len(STATISTICS)))
-    for i, f in enumerate(evaluate):  # one after the other, so that its arrays stay in the cache
-        sums: list[FloatArray] = []
-        for row, weight in enumerate(weights(n, resamples, seed)):
+    sums: list[list[FloatArray]] = [[] for _ in scores]
+    for row, weight in enumerate(weights(n, resamples, seed)):
+        for i, f in enumerate(evaluate):
             table[row, i], smooth = f(weight)
-            sums.append(smooth)
-            if len(sums) == 32 or row == resamples:
-                table[row + 1 - len(sums) : row + 1, i, _SMOOTH] = f.smooth.errors(np.stack(sums))
-                sums.clear()
+            sums[i].append(smooth)
+            if len(sums[i]) == BATCH or row == resamples:
+                done = slice(row + 1 - len(sums[i]), row + 1)
+                table[done, i, _SMOOTH] = f.smooth.errors(np.stack(sums[i]))
+                sums[i].clear()
     return Bootstrap(table[0], table[1:])
 
 
