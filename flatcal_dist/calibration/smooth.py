@@ -8,6 +8,8 @@ from scipy.signal import fftconvolve
 
 from .checks import BoolArray, FloatArray, confidence_and_correct
 
+POINTS = 256  # of residuals that are kept for an interval
+
 
 @dataclass(frozen=True)
 class SmoothCurve:
@@ -129,7 +131,11 @@ class SmoothSums:
             part[:-1] += total - right
         return parts
 
-    def errors(self, sums: FloatArray) -> FloatArray:
-        """smECE [R] of sums [R, 2, cells + 1]."""
+    def errors(self, sums: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """smECE [R] of sums [R, 2, cells + 1], and the residuals [R, T] whose absolute values add
+        up to it, at `POINTS` points or fewer.
+        """
         images = _convolve(sums[:, 1], self.width).sum(axis=1)
-        return np.abs(_convolve(sums[:, 0], self.width)).sum(axis=1) / images
+        residual = _convolve(sums[:, 0], self.width) / images[:, None]
+        step = -(-residual.shape[1] // POINTS)
+        return np.abs(residual).sum(axis=1), residual[:, ::step] * step
