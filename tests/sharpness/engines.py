@@ -57,7 +57,19 @@ def make_engine(
     os.environ.setdefault("LOCAL_RANK", "0")
     _make_small(zero_start)
     built = optimizer(network)
-    return ZeroEngine(start_zero(network, built, int(kind[-1]), precision, clip_norm))
+    engine = ZeroEngine(start_zero(network, built, int(kind[-1]), precision, clip_norm))
+    _clear_padding(engine)
+    return engine
+
+
+def _clear_padding(engine: ZeroEngine) -> None:
+    """Stage 3 pads with what was in memory, and saves it: no two runs would save the same."""
+    kept = [part.master.clone() for part in engine.layout.parts]
+    with torch.no_grad():
+        for master in engine.layout.masters:
+            master.zero_()
+        for part, master in zip(engine.layout.parts, kept, strict=True):
+            part.master.copy_(master)
 
 
 def _make_small(module: ModuleType) -> None:
