@@ -165,10 +165,10 @@ class LookSAM(SAM):
         along = total(torch.stack([product, squared_norm(list(ascent.values()))]))
         factor = torch.where(along[1] > 0, along[0] / along[1], 0.0)
         known = (along[1] > 0).float()
-        return {
-            name: known * (g_s - factor * ascent[name] if name in ascent else g_s)
-            for name, g_s in shards.by_name()
-        }
+        across = {name: -factor * g for name, g in ascent.items()}
+        for name, g_s in shards.by_name():
+            across[name] = known * (g_s + across[name] if name in ascent else g_s)
+        return across
 
     def correct_(
         self, memory: dict[str, Tensor], shards: Shards, total: Callable[[Tensor], Tensor]
