@@ -9,7 +9,7 @@ import numpy as np
 from . import metrics, selective
 from .records import Records, Scores
 from .shift import real_figures
-from .statistics import LEVEL, RESAMPLES, STATISTICS, Bootstrap, Interval, bootstrap
+from .statistics import LEVEL, MEANS, RESAMPLES, Bootstrap, Interval, bootstrap
 
 SCHEMA_VERSION = 1
 CURVE_POINTS = 500
@@ -87,7 +87,7 @@ def _side(
 ) -> dict[str, Any]:
     confidence, correct, rank_by = scores.confidence, scores.correct, scores.log_confidence
     intervals = {
-        name: asdict(samples.interval(which, name)) for name in STATISTICS if name != "ece"
+        name: asdict(samples.interval(which, name)) for name in (*MEANS, *selective_names())
     }
     point = {name: interval["value"] for name, interval in intervals.items()}
     null = metrics.expected_calibration_error_null(confidence, correct, bins, resamples, seed)

@@ -15,7 +15,6 @@ import PIL
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from flatcal_dist.data.errors import BadImage, DataError
 
@@ -23,6 +22,10 @@ try:
     import simplejpeg
 except ImportError:  # no wheel for this machine
     simplejpeg = None
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # torchvision has announced to leave it to torchcodec
+    decode_jpeg = None
 
 # What shards hold, and what hides under a JPEG's name on the web. Pillow would also try formats
 # that start other programs, such as PostScript.
@@ -36,12 +39,13 @@ def choose_decoder(wanted: str = "auto") -> str:
 
     Raises DataError for one that is not installed.
     """
+    there = {"simplejpeg": simplejpeg, "torchvision": decode_jpeg, "pil": PIL}
     if wanted == "auto":
-        return "torchvision" if simplejpeg is None else "simplejpeg"
-    if wanted == "simplejpeg" and simplejpeg is None:
+        return next(name for name, found in there.items() if found is not None)
+    if there[wanted] is None:
         raise DataError(
-            "data.decoder=simplejpeg: the package simplejpeg is not installed; install it, or set "
-            "data.decoder=auto"
+            f"data.decoder={wanted}: the package {wanted} is not installed here, or decodes no "
+            "images any more; install it, or set data.decoder=auto"
         )
     return wanted
 
@@ -105,7 +109,9 @@ def _by_torchvision(
         if not _is_plain(space, channels):
             return None
         mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
     except (BadImage, MemoryError):
         raise
     except Exception:  # as in Pillow's own, below

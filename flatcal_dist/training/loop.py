@@ -241,6 +241,7 @@ class Trainer:
                 "optim/effective_rho": result.effective_rho,
             }
         self.tracker.log(self.done, values)
+        self._record("running")
         left = (self.total_steps - self.done) * elapsed / self.window_steps
         self.tracker.show(self.done, f"loss {result.loss:.4f}", images_per_second, left)
         self.window_start, self.window_steps, self.waited = time.monotonic(), 0, 0.0

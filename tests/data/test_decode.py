@@ -171,6 +171,8 @@ def test_auto_takes_what_is_there(monkeypatch):
     assert decode(encoded(photograph(0)[0], "jpeg"), 3, "x").shape[0] == 3
     with pytest.raises(DataError, match=r"data\.decoder=simplejpeg: .* not installed"):
         choose_decoder("simplejpeg")
+    monkeypatch.setattr(module, "decode_jpeg", None)
+    assert choose_decoder("auto") == "pil"
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
