@@ -1,9 +1,8 @@
 """One record per image: all that the report needs, without the logits."""
 
 import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,31 +12,28 @@ from numpy.typing import ArrayLike
 
 from flatcal_dist.files import write_atomically
 
-from .calibrators import fit_fold_temperatures
-from .checks import BoolArray, FloatArray, IntArray, logits_and_labels
-from .softmax import ImageScores, score_images
+from .calibrators import TemperatureScaling
+from .checks import BoolArray, FloatArray, IntArray, image_ids, logits_and_labels
+from .classwise import ClasswiseSums
+from .crossfit import FIVE_FOLDS, CrossFit, HoldOut, OutOfSample, fit_out_of_sample
+from .scores import NAMES, Tuning, confidence_scores, tune
+from .softmax import Scores, score_images
 
 METADATA_KEY = b"flatcal_dist.records"
 SCORES = ("log_confidence", "nll", "brier", "entropy")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What the network says of each image, before or after temperature scaling; all [N].
-
-    log_confidence ranks images (it does not saturate); `confidence` is its exponential. nll and
-    entropy in nats; brier over all classes, in [0, 2].
-    """
-
-    correct: BoolArray
-    log_confidence: FloatArray
-    nll: FloatArray
-    brier: FloatArray
-    entropy: FloatArray
-
-    @property
-    def confidence(self) -> FloatArray:
-        return np.exp(self.log_confidence)
+RANKING = "score_"  # before the names of the confidence scores
+SETTINGS = (
+    "classes",
+    "temperature",
+    "temperature_interval",
+    "fold_temperatures",
+    "fold_seed",
+    "calibration",
+    "fitted_images",
+    "own_temperature",
+    "classwise",
+    "logits_dtype",
+)
 
 
 @dataclass(frozen=True)
@@ -45,9 +41,17 @@ class Records:
     """One record per image, sorted by id.
 
     id: unique strings [N]. label, prediction, rank: int [N]; rank counts the classes placed
-    before the label, so rank 0 is correct. fold [N]: cross-fitting fold. before, after: scores
-    before and after temperature scaling, the latter with temperatures fitted on the other folds.
-    temperature: fitted on all images. fold_temperatures: the one that scores each fold.
+    before the label, so rank 0 is correct. fold [N]: cross-fitting fold, -1 where the image was
+    scored by a fit that saw other images altogether. before, after: scores before and after
+    temperature scaling, the latter with temperatures fitted without the image.
+    temperature: fitted on all images that may be fitted on; temperature_interval: its 95 %
+    interval over images. fold_temperatures: the one that scores each fold.
+    calibration: "cross-fit", "hold-out" (`fitted_images` others were fitted on and have no
+    record), or "elsewhere" (fitted on another data set, as for shifted images; own_temperature is
+    then what these images themselves would have asked for, a diagnostic alone).
+    ranking: the confidence scores of `scores.NAMES` [N] by name; compared [N]: the images that
+    `tuning` did not use, on which they are to be compared.
+    classwise: classwise and thresholded classwise ECE, before and after.
     """
 
     id: np.ndarray
@@ -57,10 +61,19 @@ class Records:
     fold: IntArray
     before: Scores
     after: Scores
+    ranking: dict[str, FloatArray]
+    compared: BoolArray
     classes: int
     temperature: float
+    temperature_interval: tuple[float, float] | None
     fold_temperatures: tuple[float | None, ...]
     fold_seed: int
+    calibration: str
+    fitted_images: int
+    own_temperature: float | None
+    tuning: Tuning
+    classwise: dict[str, float | None]
+    logits_dtype: str
 
     def __len__(self) -> int:
         return len(self.id)
@@ -81,44 +94,47 @@ class Records:
         logits: ArrayLike,
         *,
         expected: int | None = None,
-        folds: int = 5,
-        seed: int = 0,
+        split: CrossFit | HoldOut = FIVE_FOLDS,
+        clean: "Records | None" = None,
+        sources: Sequence[str] | None = None,
     ) -> "Records":
         """Build the records of logits [N, K] (floats), labels int [N] and ids [N].
 
-        expected: the number of images that the data set holds. ValueError if the number differs,
-        an id occurs twice (padding of a distributed loader was not removed), logits are not
-        finite or labels out of range. Seed and folds decide the cross-fitting folds.
+        expected: the number of images that the data set holds. split: how temperatures are kept
+        from the images that they score; after a hold-out the images fitted on have no record.
+        clean: records whose temperatures and tuning are used instead of those of these images;
+        sources [N]: ids of the images that these were made from, where they are called otherwise.
+        ValueError if the number differs, an id occurs twice (padding of a distributed loader was
+        not removed), logits are not finite or labels out of range.
         """
         z, y = logits_and_labels(logits, labels)
-        names = np.array([str(i) for i in ids])
-        if len(names) != len(z):
-            raise ValueError(f"ids and logits must have equal lengths, got {len(names)}, {len(z)}")
-        _refuse_duplicates(names)
+        names = image_ids(ids, len(z))
         if expected is not None and len(names) != expected:
             raise ValueError(
                 f"expected {expected} images, got {len(names)}: "
                 "every image must be evaluated exactly once, on whatever number of ranks"
             )
+        origin = names if sources is None else np.array([str(i) for i in sources])
+        if len(origin) != len(names):
+            raise ValueError(f"sources must have length {len(names)}, got {len(origin)}")
         order = np.argsort(names, kind="stable")  # so that no result depends on ranks or workers
-        names, z, y = names[order], z[order], y[order]
-        fit = fit_fold_temperatures(names.tolist(), z, y, folds, seed)
-        before = score_images(z, y)
-        # Dividing by T > 0 keeps the order of the classes; before rounding, so rank stays.
-        after = score_images(z, y, fit.per_image)
-        return cls(
-            id=names,
-            label=y,
-            prediction=before.prediction,
-            rank=before.rank,
-            fold=fit.fold,
-            before=_scores(before, before.correct),
-            after=_scores(after, before.correct),
-            classes=z.shape[1],
-            temperature=fit.temperature,
-            fold_temperatures=fit.per_fold,
-            fold_seed=seed,
+        if (order[1:] < order[:-1]).any():
+            names, origin, z, y = names[order], origin[order], z[order], y[order]
+        return _build(names, origin, z, y, split, clean)
+
+    def temperature_fit(self) -> OutOfSample:
+        """The temperatures, as what can score other images, such as shifted versions of these."""
+        if self.calibration != "cross-fit":
+            raise ValueError(
+                f"these records were calibrated by {self.calibration}; only cross-fitted ones can "
+                "calibrate other images"
+            )
+        per_fold = tuple(
+            None if t is None else TemperatureScaling.at(t) for t in self.fold_temperatures
         )
+        split = CrossFit(len(per_fold), self.fold_seed)
+        overall = TemperatureScaling.at(self.temperature)
+        return OutOfSample("temperature", split, overall, per_fold, frozenset(self.id.tolist()))
 
     def save(self, path: Path) -> None:
         """Write parquet: one row per image, scalars only; appears whole or not at all."""
@@ -129,16 +145,14 @@ class Records:
             "rank": self.rank.astype(np.int32),
             "correct": self.correct,
             "fold": self.fold.astype(np.int16),
+            "compared": self.compared,
         }
         for suffix, scores in (("", self.before), ("_after_temperature", self.after)):
             columns["confidence" + suffix] = scores.confidence
             columns |= {name + suffix: getattr(scores, name) for name in SCORES}
-        settings = {
-            "classes": self.classes,
-            "temperature": self.temperature,
-            "fold_temperatures": self.fold_temperatures,
-            "fold_seed": self.fold_seed,
-        }
+        columns |= {RANKING + name: score for name, score in self.ranking.items()}
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        settings["tuning"] = asdict(self.tuning)
         table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(settings)})
         with write_atomically(Path(path)) as temporary:
             pq.write_table(table, temporary, compression="zstd")
@@ -160,30 +174,74 @@ class Records:
             Scores(rank == 0, *(column(name + suffix, np.float64) for name in SCORES))
             for suffix in ("", "_after_temperature")
         )
+        settings["fold_temperatures"] = tuple(settings["fold_temperatures"])
+        if settings["temperature_interval"] is not None:
+            settings["temperature_interval"] = tuple(settings["temperature_interval"])
+        tuning = settings.pop("tuning")
         return cls(
-            id=np.array(table["id"].to_pylist()),
+            id=np.array(table["id"].to_pylist(), dtype=np.str_),
             label=column("label", np.int64),
             prediction=column("prediction", np.int64),
             rank=rank,
             fold=column("fold", np.int64),
             before=before,
             after=after,
-            classes=settings["classes"],
-            temperature=settings["temperature"],
-            fold_temperatures=tuple(settings["fold_temperatures"]),
-            fold_seed=settings["fold_seed"],
+            ranking={name: column(RANKING + name, np.float64) for name in NAMES},
+            compared=column("compared", np.bool_),
+            tuning=Tuning(**(tuning | {"split": HoldOut(**tuning["split"])})),
+            **settings,
         )
 
 
-def _scores(images: ImageScores, correct: BoolArray) -> Scores:
-    return Scores(correct, *(getattr(images, f.name) for f in fields(Scores)[1:]))
-
-
-def _refuse_duplicates(names: np.ndarray) -> None:
-    if len(np.unique(names)) == len(names):
-        return
-    repeated = [name for name, count in Counter(names.tolist()).items() if count > 1]
-    raise ValueError(
-        f"{len(repeated)} ids occur more than once, first {sorted(repeated)[0]!r}: "
-        "drop the padding of the distributed loader before building records"
+def _build(
+    names: np.ndarray,
+    source: np.ndarray,
+    z: np.ndarray,
+    y: IntArray,
+    split: CrossFit | HoldOut,
+    clean: Records | None,
+) -> Records:
+    calibration = "elsewhere" if clean else "cross-fit"
+    if clean:
+        fit, tuning, split = clean.temperature_fit(), clean.tuning, CrossFit(2, clean.fold_seed)
+    else:
+        fit = fit_out_of_sample("temperature", names.tolist(), z, y, split)
+        held_out = isinstance(split, HoldOut)
+        tuning = tune(names.tolist(), z, y, split if held_out else HoldOut(seed=split.seed))
+    if isinstance(split, HoldOut):
+        calibration = "hold-out"
+        kept = np.flatnonzero(fit.may_score(names.tolist()))
+        if not len(kept):
+            raise ValueError("the hold-out takes all images: none is left to score")
+        names, source, z, y = names[kept], source[kept], z[kept], y[kept]
+    sums = ClasswiseSums(z.shape[1]), ClasswiseSums(z.shape[1])
+    before = score_images(z, y, classwise=sums[0])
+    # Dividing by T > 0 keeps the order of the classes; before rounding, so rank stays.
+    after = score_images(z, y, fit.temperatures(source.tolist()), classwise=sums[1])
+    return Records(
+        id=names,
+        label=y,
+        prediction=before.prediction,
+        rank=before.rank,
+        fold=fit.fit_of(source.tolist()),
+        before=before.scores(),
+        after=after.scores(before.correct),
+        ranking=confidence_scores(z, before, tuning),
+        compared=~tuning.split.chosen(source.tolist()),
+        classes=z.shape[1],
+        temperature=fit.overall.temperature,
+        temperature_interval=None if clean else fit.overall.interval(),
+        fold_temperatures=tuple(None if f is None else f.temperature for f in fit.per_fold),
+        fold_seed=split.seed,
+        calibration=calibration,
+        fitted_images=0 if clean else len(fit.seen),
+        own_temperature=TemperatureScaling().fit(z, y).temperature if clean else None,
+        tuning=tuning,
+        classwise={
+            "classwise_ece": sums[0].error,
+            "thresholded_classwise_ece": sums[0].thresholded_error,
+            "classwise_ece_after_temperature": sums[1].error,
+            "thresholded_classwise_ece_after_temperature": sums[1].thresholded_error,
+        },
+        logits_dtype=str(z.dtype),
     )

@@ -1,5 +1,3 @@
-import warnings
-
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
@@ -7,9 +5,6 @@ from scipy.optimize import minimize_scalar
 from flatcal_dist.calibration.calibrators import (
     BOUNDS,
     TemperatureScaling,
-    cross_fit_temperature,
-    fit_fold_temperatures,
-    fold_of,
 )
 from flatcal_dist.calibration.metrics import negative_log_likelihood
 
@@ -77,63 +72,3 @@ def test_half_precision_logits_are_fitted_in_float64() -> None:
     half = logits.astype(np.float16)
     expected = TemperatureScaling().fit(half.astype(np.float64), labels).temperature
     assert TemperatureScaling().fit(half, labels).temperature == expected
-
-
-def test_no_image_is_scored_by_a_temperature_fitted_on_it() -> None:
-    ids, labels, logits = make_logits(300)
-    first = cross_fit_temperature(ids, logits, labels)
-    chosen = first.fold == 2
-    changed = np.where(chosen, (labels + 1) % 10, labels)
-    second = cross_fit_temperature(ids, logits, changed)
-    assert first.per_fold[2] == second.per_fold[2]
-    assert (first.logits[chosen] == second.logits[chosen]).all()
-    for f in (0, 1, 3, 4):
-        assert abs(first.per_fold[f] - second.per_fold[f]) > 1e-3
-    assert abs(first.temperature - second.temperature) > 1e-3
-
-
-def test_cross_fit_is_the_fit_on_the_other_folds() -> None:
-    ids, labels, logits = make_logits(300)
-    fit = cross_fit_temperature(ids, logits, labels, folds=3, seed=7)
-    for f in range(3):
-        others = fit.fold != f
-        alone = TemperatureScaling().fit(logits[others], labels[others]).temperature
-        assert fit.per_fold[f] == pytest.approx(alone, rel=1e-10)
-        expected = logits[~others].astype(np.float64) / fit.per_fold[f]
-        assert (fit.logits[~others] == expected).all()
-    overall = TemperatureScaling().fit(logits, labels).temperature
-    assert fit.temperature == pytest.approx(overall, rel=1e-12)
-
-
-def test_folds_depend_on_id_and_seed_alone() -> None:
-    ids = [f"n{i}" for i in range(1000)]
-    assert fold_of(["ILSVRC2012_val_00000001", "n1", "n2", "n3"]).tolist() == [2, 1, 1, 0]
-    assert (fold_of(ids)[::-1] == fold_of(ids[::-1])).all()
-    assert (fold_of(ids) != fold_of(ids, seed=1)).mean() > 0.7
-    assert (np.abs(np.bincount(fold_of(ids)) - 200) < 50).all()
-
-
-def test_tiny_sets() -> None:
-    with pytest.warns(RuntimeWarning):
-        fit = fit_fold_temperatures(["a"], np.array([[1.0, 0.0]]), np.array([0]))
-    assert sorted(t for t in fit.per_fold if t is not None) == [1.0]
-    assert fit.per_image.tolist() == [1.0]
-
-
-def test_refused() -> None:
-    ids, labels, logits = make_logits(10)
-    with pytest.raises(ValueError, match="unique"):
-        fit_fold_temperatures(["a"] * 10, logits, labels)
-    with pytest.raises(ValueError, match="equal lengths"):
-        fit_fold_temperatures(ids[:9], logits, labels)
-    with pytest.raises(ValueError, match="at least 2"):
-        fit_fold_temperatures(ids, logits, labels, folds=1)
-    with pytest.raises(ValueError, match="NaN"):
-        TemperatureScaling().fit(np.full((2, 2), np.nan), [0, 1])
-
-
-def test_no_warning_on_ordinary_logits() -> None:
-    ids, labels, logits = make_logits(100)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fit_fold_temperatures(ids, logits, labels)

@@ -6,6 +6,7 @@ from scipy.special import log_softmax as scipy_log_softmax
 from sklearn.metrics import brier_score_loss, log_loss
 
 from flatcal_dist.calibration import metrics
+from flatcal_dist.calibration.smooth import smooth_error_at
 from flatcal_dist.calibration.softmax import log_confidence, log_softmax, score_images
 
 from .synthetic import GOLDEN, golden_inputs, make_logits
@@ -38,7 +39,7 @@ def test_golden(name: str, metric: str) -> None:
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_smooth_at_fixed_width(name: str, metric: str) -> None:
     confidence, correct = golden_inputs(name)
-    value = metrics._smooth_error(confidence, correct.astype(bool), SMOOTH_WIDTHS[metric])
+    value = smooth_error_at(confidence, correct.astype(bool), SMOOTH_WIDTHS[metric])
     assert value == pytest.approx(GOLDEN[name]["expected"][metric], abs=3e-5)
 
 

@@ -85,11 +85,6 @@ def test_same_run_shows_no_difference(records: Records) -> None:
         assert not difference.excludes_zero
 
 
-def test_ece_has_no_percentile_interval(records: Records) -> None:
-    with pytest.raises(ValueError, match="null band"):
-        bootstrap([records.before], 5).interval(0, "ece")
-
-
 def test_ece_difference_is_spread_around_the_observed_one() -> None:
     # A calibrated network against an over-confident one: resampling inflates the first's ECE.
     random = np.random.default_rng(0)
