@@ -312,7 +312,7 @@ def test_image_folder_to_network_with_the_command(tmp_path):
 
 
 def test_index_command_indexes_shards_from_elsewhere(own_data):
-    for sidecar in own_data.glob("*.index.npz"):
+    for sidecar in own_data.glob("*.index"):
         sidecar.unlink()
     done = run([sys.executable, "-m", "flatcal_dist.cli", "index", str(own_data)])
     assert done.returncode == 0, done.stdout

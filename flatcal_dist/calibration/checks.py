@@ -46,11 +46,14 @@ def confidence_and_correct(
     return c, a
 
 
-def logits_and_labels(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, IntArray]:
+def logits_and_labels(
+    logits: ArrayLike, labels: ArrayLike, ids: ArrayLike | None = None
+) -> tuple[np.ndarray, IntArray]:
     """Return logits [N, K] in their own floating dtype and labels as int64 [N].
 
     Raises ValueError for wrong shapes, an empty input, NaN or infinite logits (or such beyond
-    `LARGEST_LOGIT`), and labels that are not integers in 0..K-1.
+    `LARGEST_LOGIT`), and labels that are not integers in 0..K-1; it calls images by their ids
+    where these are given.
     """
     z, y = np.asarray(logits), np.asarray(labels)
     if z.ndim != 2 or z.shape[1] < 2:
@@ -67,7 +70,8 @@ def logits_and_labels(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray,
     high, low = z.max(axis=1).astype(np.float64), z.min(axis=1).astype(np.float64)
     bad = np.flatnonzero(~(np.isfinite(high) & np.isfinite(low)))
     if len(bad):
-        raise ValueError(f"logits of {len(bad)} images are NaN or infinite, first at row {bad[0]}")
+        first = f"at row {bad[0]}" if ids is None else f"{np.asarray(ids)[bad[0]]!s}"
+        raise ValueError(f"logits of {len(bad)} images are NaN or infinite, first {first}")
     if max(high.max(), -low.min()) > LARGEST_LOGIT:
         raise ValueError(f"logits must lie within +-{LARGEST_LOGIT:g}, found {high.max():g}")
     if not np.issubdtype(y.dtype, np.integer):

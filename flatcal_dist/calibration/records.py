@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from flatcal_dist.files import write_atomically
 from .calibrators import TemperatureScaling
 from .checks import BoolArray, FloatArray, IntArray, image_ids, logits_and_labels
 from .classwise import ClasswiseSums
-from .crossfit import FIVE_FOLDS, CrossFit, HoldOut, OutOfSample, fit_out_of_sample
+from .crossfit import CrossFit, HoldOut, OutOfSample, fit_out_of_sample, fold_of
 from .scores import NAMES, Tuning, confidence_scores, tune
 from .softmax import Scores, score_images
 
@@ -28,12 +28,33 @@ SETTINGS = (
     "temperature_interval",
     "fold_temperatures",
     "fold_seed",
-    "calibration",
-    "fitted_images",
-    "own_temperature",
+    "held_out",
     "classwise",
     "logits_dtype",
 )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which images these are, and what was done to them.
+
+    name: of the data set. kind: as in `data.variants`. classes: the network's classes among which
+    it had to choose (ImageNet-A and -R: 200 of them, all other logits left out before the softmax);
+    labels and predictions of the records number this list. None: all classes. corruption, severity:
+    of ImageNet-C. generated: the corruption was applied by us, not published as files.
+    temperature_from: name of the data whose temperature scales these records; None: their own,
+    cross-fitted. own_temperature: fitted on all of these images, with their labels; where
+    temperature_from is set it is there to compare with, and scales nothing.
+    """
+
+    name: str | None = None
+    kind: str | None = None
+    classes: tuple[int, ...] | None = None
+    corruption: str | None = None
+    severity: int | None = None
+    generated: bool = False
+    temperature_from: str | None = None
+    own_temperature: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,17 +62,17 @@ class Records:
     """One record per image, sorted by id.
 
     id: unique strings [N]. label, prediction, rank: int [N]; rank counts the classes placed
-    before the label, so rank 0 is correct. fold [N]: cross-fitting fold, -1 where the image was
-    scored by a fit that saw other images altogether. before, after: scores before and after
-    temperature scaling, the latter with temperatures fitted without the image.
+    before the label, so rank 0 is correct. fold [N]: cross-fitting fold. before, after: scores
+    before and after temperature scaling, the latter with temperatures fitted without the image.
     temperature: fitted on all images that may be fitted on; temperature_interval: its 95 %
-    interval over images. fold_temperatures: the one that scores each fold.
-    calibration: "cross-fit", "hold-out" (`fitted_images` others were fitted on and have no
-    record), or "elsewhere" (fitted on another data set, as for shifted images; own_temperature is
-    then what these images themselves would have asked for, a diagnostic alone).
+    interval over images. fold_temperatures: the one that scores each fold; empty where, instead,
+    `held_out` images were fitted on, which have no record. Of images under shift
+    (`source.temperature_from`) all of these are those of the clean images. real [N], or None
+    where there are no ReaL labels: 1 if the prediction is one of the image's ReaL labels, 0 if
+    not, -1 if the image has none and stays out of figures on ReaL.
     ranking: the confidence scores of `scores.NAMES` [N] by name; compared [N]: the images that
-    `tuning` did not use, on which they are to be compared.
-    classwise: classwise and thresholded classwise ECE, before and after.
+    `tuning` did not use, on which they are to be compared. classwise: classwise and thresholded
+    classwise ECE, before and after. logits_dtype: of the logits as they came.
     """
 
     id: np.ndarray
@@ -63,17 +84,17 @@ class Records:
     after: Scores
     ranking: dict[str, FloatArray]
     compared: BoolArray
+    tuning: Tuning
     classes: int
     temperature: float
     temperature_interval: tuple[float, float] | None
     fold_temperatures: tuple[float | None, ...]
     fold_seed: int
-    calibration: str
-    fitted_images: int
-    own_temperature: float | None
-    tuning: Tuning
+    held_out: int
     classwise: dict[str, float | None]
     logits_dtype: str
+    source: Source = Source()
+    real: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.id)
@@ -94,40 +115,99 @@ class Records:
         logits: ArrayLike,
         *,
         expected: int | None = None,
-        split: CrossFit | HoldOut = FIVE_FOLDS,
+        folds: int = 5,
+        hold_out: float | None = None,
+        seed: int = 0,
         clean: "Records | None" = None,
-        sources: Sequence[str] | None = None,
+        source: Source = Source(),
+        real_labels: Sequence[Sequence[int]] | None = None,
     ) -> "Records":
         """Build the records of logits [N, K] (floats), labels int [N] and ids [N].
 
-        expected: the number of images that the data set holds. split: how temperatures are kept
-        from the images that they score; after a hold-out the images fitted on have no record.
-        clean: records whose temperatures and tuning are used instead of those of these images;
-        sources [N]: ids of the images that these were made from, where they are called otherwise.
-        ValueError if the number differs, an id occurs twice (padding of a distributed loader was
-        not removed), logits are not finite or labels out of range.
+        expected: the number of images that the data set holds. ValueError if the number differs,
+        an id occurs twice (padding of a distributed loader was not removed), logits are not
+        finite or labels out of range. Seed and folds decide the cross-fitting folds; hold_out:
+        instead, the share of the images that is fitted on and left out of the records.
+
+        clean: of images under shift, the same network's records of the clean ones, whose
+        temperatures are used (and whose folds): that of its fold for an image that is among the
+        clean ones (ImageNet-C), the overall one for any other. real_labels: per image the ReaL
+        labels, possibly none, in the same order as ids.
         """
-        z, y = logits_and_labels(logits, labels)
+        z = np.asarray(logits)
         names = image_ids(ids, len(z))
+        z, y = logits_and_labels(z, labels, names)
         if expected is not None and len(names) != expected:
             raise ValueError(
                 f"expected {expected} images, got {len(names)}: "
                 "every image must be evaluated exactly once, on whatever number of ranks"
             )
-        origin = names if sources is None else np.array([str(i) for i in sources])
-        if len(origin) != len(names):
-            raise ValueError(f"sources must have length {len(names)}, got {len(origin)}")
+        if real_labels is not None and len(real_labels) != len(z):
+            raise ValueError(
+                f"there are ReaL labels of {len(real_labels)} images, but {len(z)} images"
+            )
         order = np.argsort(names, kind="stable")  # so that no result depends on ranks or workers
-        if (order[1:] < order[:-1]).any():
-            names, origin, z, y = names[order], origin[order], z[order], y[order]
-        return _build(names, origin, z, y, split, clean)
+        names, y = names[order], y[order]
+        if (np.diff(order) != 1).any():  # a copy of 50,000 x 1,000 logits is 200 MB
+            z = z[order]
+        if clean is None:
+            split = HoldOut(hold_out, seed) if hold_out is not None else CrossFit(folds, seed)
+            fit = fit_out_of_sample("temperature", names.tolist(), z, y, split)
+            judged_apart = split if hold_out is not None else HoldOut(seed=seed)
+            tuning = tune(names.tolist(), z, y, judged_apart)
+        else:
+            fit, tuning = clean.temperature_fit(), clean.tuning
+            folds, seed = len(clean.fold_temperatures), clean.fold_seed
+            own = TemperatureScaling().fit(z, y).temperature
+            source = replace(
+                source, temperature_from=clean.source.name or "clean images", own_temperature=own
+            )
+        kept = fit.may_score(names.tolist())
+        if not kept.any():
+            raise ValueError("the hold-out takes all images: none is left to score")
+        if not kept.all():
+            order, names, z, y = order[kept], names[kept], z[kept], y[kept]
+        sums = ClasswiseSums(z.shape[1]), ClasswiseSums(z.shape[1])
+        before = score_images(z, y, classwise=sums[0])
+        # Dividing by T > 0 keeps the order of the classes; before rounding, so rank stays.
+        after = score_images(z, y, fit.temperatures(names.tolist()), classwise=sums[1])
+        return cls(
+            id=names,
+            label=y,
+            prediction=before.prediction,
+            rank=before.rank,
+            fold=fold_of(names.tolist(), folds, seed),
+            before=before.scores(),
+            after=after.scores(before.correct),
+            ranking=confidence_scores(z, before, tuning),
+            compared=~tuning.split.chosen(names.tolist()),
+            tuning=tuning,
+            classes=z.shape[1],
+            temperature=fit.overall.temperature,
+            temperature_interval=fit.overall.interval() if clean is None else None,
+            fold_temperatures=tuple(None if f is None else f.temperature for f in fit.per_fold),
+            fold_seed=seed,
+            held_out=int((~kept).sum()),
+            classwise={
+                "classwise_ece": sums[0].error,
+                "thresholded_classwise_ece": sums[0].thresholded_error,
+                "classwise_ece_after_temperature": sums[1].error,
+                "thresholded_classwise_ece_after_temperature": sums[1].thresholded_error,
+            },
+            logits_dtype=str(np.asarray(logits).dtype),
+            source=source,
+            real=_real(real_labels, order, before.prediction),
+        )
 
     def temperature_fit(self) -> OutOfSample:
-        """The temperatures, as what can score other images, such as shifted versions of these."""
-        if self.calibration != "cross-fit":
+        """The temperatures, as what can score other images, such as shifted versions of these.
+
+        ValueError unless they are cross-fitted on these images themselves.
+        """
+        if not self.fold_temperatures or self.source.temperature_from is not None:
             raise ValueError(
-                f"these records were calibrated by {self.calibration}; only cross-fitted ones can "
-                "calibrate other images"
+                "only records cross-fitted on their own images can calibrate others; "
+                "evaluate the clean images without hold_out and clean"
             )
         per_fold = tuple(
             None if t is None else TemperatureScaling.at(t) for t in self.fold_temperatures
@@ -147,12 +227,14 @@ class Records:
             "fold": self.fold.astype(np.int16),
             "compared": self.compared,
         }
+        if self.real is not None:
+            columns["real"] = self.real.astype(np.int8)
         for suffix, scores in (("", self.before), ("_after_temperature", self.after)):
             columns["confidence" + suffix] = scores.confidence
             columns |= {name + suffix: getattr(scores, name) for name in SCORES}
         columns |= {RANKING + name: score for name, score in self.ranking.items()}
         settings = {name: getattr(self, name) for name in SETTINGS}
-        settings["tuning"] = asdict(self.tuning)
+        settings |= {"tuning": asdict(self.tuning), "source": asdict(self.source)}
         table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(settings)})
         with write_atomically(Path(path)) as temporary:
             pq.write_table(table, temporary, compression="zstd")
@@ -177,7 +259,7 @@ class Records:
         settings["fold_temperatures"] = tuple(settings["fold_temperatures"])
         if settings["temperature_interval"] is not None:
             settings["temperature_interval"] = tuple(settings["temperature_interval"])
-        tuning = settings.pop("tuning")
+        tuning, source = settings.pop("tuning"), settings.pop("source")
         return cls(
             id=np.array(table["id"].to_pylist(), dtype=np.str_),
             label=column("label", np.int64),
@@ -189,59 +271,25 @@ class Records:
             ranking={name: column(RANKING + name, np.float64) for name in NAMES},
             compared=column("compared", np.bool_),
             tuning=Tuning(**(tuning | {"split": HoldOut(**tuning["split"])})),
+            source=_source(source),
+            real=column("real", np.int64) if "real" in table.column_names else None,
             **settings,
         )
 
 
-def _build(
-    names: np.ndarray,
-    source: np.ndarray,
-    z: np.ndarray,
-    y: IntArray,
-    split: CrossFit | HoldOut,
-    clean: Records | None,
-) -> Records:
-    calibration = "elsewhere" if clean else "cross-fit"
-    if clean:
-        fit, tuning, split = clean.temperature_fit(), clean.tuning, CrossFit(2, clean.fold_seed)
-    else:
-        fit = fit_out_of_sample("temperature", names.tolist(), z, y, split)
-        held_out = isinstance(split, HoldOut)
-        tuning = tune(names.tolist(), z, y, split if held_out else HoldOut(seed=split.seed))
-    if isinstance(split, HoldOut):
-        calibration = "hold-out"
-        kept = np.flatnonzero(fit.may_score(names.tolist()))
-        if not len(kept):
-            raise ValueError("the hold-out takes all images: none is left to score")
-        names, source, z, y = names[kept], source[kept], z[kept], y[kept]
-    sums = ClasswiseSums(z.shape[1]), ClasswiseSums(z.shape[1])
-    before = score_images(z, y, classwise=sums[0])
-    # Dividing by T > 0 keeps the order of the classes; before rounding, so rank stays.
-    after = score_images(z, y, fit.temperatures(source.tolist()), classwise=sums[1])
-    return Records(
-        id=names,
-        label=y,
-        prediction=before.prediction,
-        rank=before.rank,
-        fold=fit.fit_of(source.tolist()),
-        before=before.scores(),
-        after=after.scores(before.correct),
-        ranking=confidence_scores(z, before, tuning),
-        compared=~tuning.split.chosen(source.tolist()),
-        classes=z.shape[1],
-        temperature=fit.overall.temperature,
-        temperature_interval=None if clean else fit.overall.interval(),
-        fold_temperatures=tuple(None if f is None else f.temperature for f in fit.per_fold),
-        fold_seed=split.seed,
-        calibration=calibration,
-        fitted_images=0 if clean else len(fit.seen),
-        own_temperature=TemperatureScaling().fit(z, y).temperature if clean else None,
-        tuning=tuning,
-        classwise={
-            "classwise_ece": sums[0].error,
-            "thresholded_classwise_ece": sums[0].thresholded_error,
-            "classwise_ece_after_temperature": sums[1].error,
-            "thresholded_classwise_ece_after_temperature": sums[1].thresholded_error,
-        },
-        logits_dtype=str(z.dtype),
+def _source(stored: dict) -> Source:
+    classes = stored.get("classes")
+    return Source(**stored | {"classes": None if classes is None else tuple(classes)})
+
+
+def _real(
+    labels: Sequence[Sequence[int]] | None, order: IntArray, prediction: IntArray
+) -> IntArray | None:
+    """Whether each prediction is among its image's ReaL labels; -1 where there are none."""
+    if labels is None:
+        return None
+    found = (
+        int(guess in labels[image]) if len(labels[image]) else -1
+        for image, guess in zip(order.tolist(), prediction.tolist(), strict=True)
     )
+    return np.array(list(found), dtype=np.int64)

@@ -1,5 +1,6 @@
 """Confidence scores: what else than the largest probability can tell right answers from wrong."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -98,7 +99,11 @@ def tune(
     risks = [selective.aurc(score, images.correct) for score in _pnorms(z, POWERS)]
     best = int(np.argmin(risks))
     beaten = risks[best] < selective.aurc(images.log_confidence, images.correct)
-    temperature = TemperatureScaling().fit(z, y).temperature
+    scaling = TemperatureScaling()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # clamped: the few images ask for no T
+        scaling.fit(z, y)
+    temperature = 1.0 if scaling.standard_error is None else scaling.temperature
     return Tuning(temperature, POWERS[best] if beaten else None, len(rows), split)
 
 

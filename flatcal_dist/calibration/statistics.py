@@ -97,7 +97,7 @@ class _Sorted:
             np.searchsorted(falling, -inner[::-1], side="left")
             for inner in (edges, *(equal_mass_edges(confidence, m) for m in (bins, 100)))
         ]
-        self.tie_ends = np.flatnonzero(np.append(np.diff(falling) > 0, True))
+        self.tie_starts = np.flatnonzero(np.append(True, np.diff(falling) > 0))
         self.smooth = SmoothSums(confidence, correct)
 
     def __call__(self, weight: FloatArray) -> tuple[list[float], FloatArray]:
@@ -122,7 +122,7 @@ class _Sorted:
             accuracy, nll, brier, gap, entropy, confidence, square, of_right, of_wrong,
             *(np.abs(part).sum() / n for part in (equal, mass, mass_100)),
             np.sqrt(squares.sum() / n), debiased.sum() / n,
-            np.abs(drift[self.tie_ends + 1]).max() / n, np.nan,
+            np.abs(drift[-1] - drift[self.tie_starts]).max() / n, np.nan,
             *self.ranked.of_sorted(w),
         ]  # fmt: skip
         return values, self.smooth.sums(w)

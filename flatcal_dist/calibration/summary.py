@@ -8,7 +8,8 @@ import numpy as np
 
 from . import metrics, selective
 from .records import Records, Scores
-from .statistics import LEVEL, RESAMPLES, STATISTICS, Bootstrap, Interval, bootstrap
+from .shift import real_figures
+from .statistics import LEVEL, MEANS, RESAMPLES, Bootstrap, Interval, bootstrap
 
 SCHEMA_VERSION = 1
 CURVE_POINTS = 500
@@ -69,6 +70,8 @@ def summarize(
         "images": len(records),
         "classes": records.classes,
         "top5_accuracy": top5,
+        "source": asdict(records.source),
+        "real": real_figures(records),
         **before,
         "temperature": records.temperature,
         "temperature_folds": list(records.fold_temperatures),
@@ -84,7 +87,7 @@ def _side(
 ) -> dict[str, Any]:
     confidence, correct, rank_by = scores.confidence, scores.correct, scores.log_confidence
     intervals = {
-        name: asdict(samples.interval(which, name)) for name in STATISTICS if name != "ece"
+        name: asdict(samples.interval(which, name)) for name in (*MEANS, *selective_names())
     }
     point = {name: interval["value"] for name, interval in intervals.items()}
     null = metrics.expected_calibration_error_null(confidence, correct, bins, resamples, seed)

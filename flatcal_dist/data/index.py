@@ -1,39 +1,54 @@
 """A sidecar index per shard: WebDataset tars become random-access arrays of samples.
 
-`index_shard` walks the headers of one tar once and writes `SHARD.tar.index.npz` beside it (plain
-uncompressed arrays, no pickle). `load_index` joins the sidecars of many shards into an `Index`,
-whose `read` is one `pread` per image. The tar itself stays untouched, so anything that reads
-WebDataset shards still reads it.
+`index_shard` reads one tar once and writes `SHARD.tar.index` beside it: a header (`HEADER`) and a
+row per sample (`_rows`). `load_index` joins the sidecars of many shards into an `Index`, whose
+`read` is one `pread` per image. The tar itself stays untouched, so anything that reads WebDataset
+shards still reads it.
 
 What is guarded: a shard whose size changed since it was indexed is refused when the index is
-loaded; another shard of the same size in its place is refused at the read, because the tar header
-in front of every image must have the recorded checksum. Flipped bits inside an image are left to
-the decoder to notice.
+loaded, and so is a sidecar that does not have its own checksum; another shard of the same size in
+its place is refused at the read, because the tar header in front of every image must have the
+recorded checksum. So must the image: flipped bits in it, which decoders mostly turn into other
+pixels without a word, are a `BadImage`.
 """
 
 import hashlib
 import os
+import struct
 import tarfile
 import uuid
-import zipfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
+import xxhash
 
-from flatcal_dist.data.errors import DataError
-from flatcal_dist.data.walk import BLOCK, ShardIndex, walk_shard
+from flatcal_dist.data.errors import BadImage, DataError
+from flatcal_dist.data.walk import BLOCK, ShardIndex, checksum, walk_shard
 
-VERSION = 1
+VERSION = 2
+MAGIC = b"flatcal "
+# MAGIC; version, bytes of the tar, samples, bytes of a key; XXH3 of these and of the rows
+HEADER = struct.Struct("<8s4QQ")
+COLUMNS = {
+    "offset": "u8",
+    "size": "u4",
+    "header": "u4",
+    "content": "u4",
+    "label": "i4",
+    "shard": "i4",
+}
+READERS = 16  # threads that load sidecars: on network disks it is waiting that takes the time
 DESCRIPTORS = 512  # open shards per process; the usual limit for all files is 1024
 
 
 def sidecar(shard: Path) -> Path:
     """Where the index of `shard` lies."""
-    return shard.with_name(shard.name + ".index.npz")
+    return shard.with_name(shard.name + ".index")
 
 
 def index_shard(shard: Path) -> int:
@@ -43,41 +58,86 @@ def index_shard(shard: Path) -> int:
     """
     shard = Path(shard)
     found = walk_shard(shard)
+    rows = np.empty(len(found), _rows(found.key.dtype.itemsize))
+    for name in rows.dtype.names:
+        rows[name] = getattr(found, name)
+    about = (MAGIC, VERSION, found.tar_size, len(found), found.key.dtype.itemsize)
+    header = HEADER.pack(*about, _whole_checksum(about, rows))
     path = sidecar(shard)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:
-            np.savez(file, version=np.int64(VERSION), **vars(found))
+            file.write(header)
+            file.write(rows)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return len(found)
 
 
-@dataclass(frozen=True)
+def _rows(key_bytes: int) -> np.dtype:
+    numbers = [(name, f"<{kind}") for name, kind in COLUMNS.items() if name != "shard"]
+    return np.dtype([*numbers, ("key", f"S{key_bytes}")])
+
+
+def _whole_checksum(about: tuple, rows: np.ndarray | memoryview) -> int:
+    digest = xxhash.xxh3_64(HEADER.pack(*about, 0))
+    digest.update(rows)
+    return digest.intdigest()
+
+
 class Index:
     """All samples of some shards, numbered 0..n-1 in shard and tar order.
 
-    24 bytes a sample (31 MB for ImageNet), numpy only: cheap to fork and to pickle. Keys stay in
-    the sidecars until asked for. Reading is safe from several threads and after a fork.
+    shards: paths. lengths [shards] int64: samples of each. identity: SHA-256 over shard names,
+    sizes, labels and keys, which names the data in reports. Columns [n], by number of the sample:
+    offset (uint64), size (uint32), header, content (checksums, uint32), label, shard (int32).
+
+    28 bytes a sample (36 MB for ImageNet) in one block of memory, which worker processes share,
+    however they are started. Keys stay in the sidecars until asked for. Reading is safe from
+    several threads and after a fork.
     """
 
-    shards: tuple[Path, ...]
-    lengths: np.ndarray  # [shards] i8: samples of each shard
-    shard: np.ndarray  # [n] i4: number of the sample's shard
-    offset: np.ndarray  # [n] u8
-    size: np.ndarray  # [n] u4
-    header: np.ndarray  # [n] u4
-    label: np.ndarray  # [n] i4
-    identity: str  # SHA-256 over shard names, sizes, labels and keys: names the data in reports
+    def __init__(self, shards: Sequence[Path], parts: Sequence[ShardIndex], identity: str) -> None:
+        self.shards = tuple(shards)
+        self.identity = identity
+        self.lengths = np.array([len(part) for part in parts], np.int64)
+        samples = int(self.lengths.sum())
+        row = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())
+        self._memory = torch.empty(row * samples, dtype=torch.uint8)
+        self._lay_columns()
+        for name in COLUMNS:
+            if name != "shard":
+                np.concatenate([getattr(part, name) for part in parts], out=getattr(self, name))
+        self.shard[:] = np.repeat(np.arange(len(shards)), self.lengths)
+
+    def _lay_columns(self) -> None:
+        memory, samples, start = self._memory.numpy(), int(self.lengths.sum()), 0
+        for name, kind in COLUMNS.items():
+            end = start + np.dtype(kind).itemsize * samples
+            setattr(self, name, memory[start:end].view(kind))
+            start = end
+
+    def __getstate__(self) -> dict:
+        # Multiprocessing hands tensors on as shared memory. It would move this one there in place
+        # and leave the columns pointing at nothing: move it first, into a new block.
+        if not self._memory.is_shared():
+            self._memory = torch.empty_like(self._memory).share_memory_().copy_(self._memory)
+            self._lay_columns()
+        return {name: value for name, value in vars(self).items() if name not in COLUMNS}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._lay_columns()
 
     def __len__(self) -> int:
         return len(self.offset)
 
-    def read(self, sample: int) -> bytes:
+    def read(self, sample: int) -> memoryview:
         """The encoded image of one sample.
 
-        Raises DataError if the shard cannot be read or is not the one that was indexed.
+        Raises DataError if the shard cannot be read or is not the one that was indexed, BadImage
+        if it is, and the bytes of the image are not those that were indexed.
         """
         shard = self.shards[self.shard[sample]]
         size, start = int(self.size[sample]), int(self.offset[sample]) - BLOCK
@@ -85,14 +145,37 @@ class Index:
         error: OSError | None = None
         for attempt in range(2):
             try:
-                data = os.pread(_open(shard).number, BLOCK + size, start)
+                data = memoryview(os.pread(_open(shard).number, BLOCK + size, start))
             except OSError as failure:
-                error, data = failure, b""
-            if len(data) == BLOCK + size and zlib.crc32(memoryview(data)[:BLOCK]) == expected:
-                return data[BLOCK:]
+                error, data = failure, memoryview(b"")
+            if len(data) == BLOCK + size and zlib.crc32(data[:BLOCK]) == expected:
+                break
             if attempt == 0:
                 _open.cache_clear()  # the shard may have been replaced, or its mount gone stale
-        raise self._read_error(sample, shard, data, error)
+        else:
+            raise self._read_error(sample, shard, bytes(data), error)
+        if checksum(data[BLOCK:]) != self.content[sample]:
+            raise BadImage(
+                f"its {size} bytes are not those that were indexed (their checksum differs): they "
+                "were damaged on the disk or on the way"
+            )
+        return data[BLOCK:]
+
+    def announce(self, samples: Iterable[int]) -> None:
+        """Tell the system that these will be read soon, so that it fetches them side by side."""
+        if not hasattr(os, "posix_fadvise"):  # macOS
+            return
+        for sample in samples:
+            try:
+                shard = _open(self.shards[self.shard[sample]]).number
+            except OSError:
+                continue  # reading it will say what is wrong
+            start, size = int(self.offset[sample]) - BLOCK, int(self.size[sample]) + BLOCK
+            os.posix_fadvise(shard, start, size, os.POSIX_FADV_WILLNEED)
+
+    def name(self, sample: int) -> str:
+        """SHARD: the image of sample 'KEY', for messages."""
+        return f"{self.shards[self.shard[sample]]}: the image of sample {self.key(sample)!r}"
 
     def _read_error(self, sample: int, shard: Path, data: bytes, error: OSError | None):
         try:
@@ -148,14 +231,15 @@ def _open(path: Path) -> _Descriptor:
 def load_index(shards: Sequence[Path], classes: int | None = None) -> Index:
     """Join the sidecars of `shards`, in the order given.
 
-    Raises DataError if a shard or its sidecar is missing, if a shard is not the size it had when
-    it was indexed, if a label lies outside [0, classes) (not checked for None), or if two
+    Raises DataError if a shard or its sidecar is missing or damaged, if a shard is not the size it
+    had when it was indexed, if a label lies outside [0, classes) (not checked for None), or if two
     samples have the same key.
     """
     shards = tuple(Path(shard) for shard in shards)
     if not shards:
         raise DataError("No shards were given. Name a directory or pattern that holds some.")
-    parts = [_load_sidecar(shard) for shard in shards]
+    with ThreadPoolExecutor(READERS) as pool:
+        parts = list(pool.map(_load_sidecar, shards))
     digest = hashlib.sha256()
     for shard, part in zip(shards, parts, strict=True):
         if classes is not None:
@@ -164,17 +248,7 @@ def load_index(shards: Sequence[Path], classes: int | None = None) -> Index:
         digest.update(part.label.astype("<i4").tobytes())
         digest.update(b"\0".join(part.key.tolist()))
     _check_keys(shards, parts)
-    lengths = np.array([len(part) for part in parts], np.int64)
-    return Index(
-        shards=shards,
-        lengths=lengths,
-        shard=np.repeat(np.arange(len(shards), dtype=np.int32), lengths),
-        offset=np.concatenate([part.offset for part in parts]),
-        size=np.concatenate([part.size for part in parts]),
-        header=np.concatenate([part.header for part in parts]),
-        label=np.concatenate([part.label for part in parts]),
-        identity=digest.hexdigest(),
-    )
+    return Index(shards, parts, digest.hexdigest())
 
 
 def _load_sidecar(shard: Path) -> ShardIndex:
@@ -184,27 +258,31 @@ def _load_sidecar(shard: Path) -> ShardIndex:
     except FileNotFoundError:
         raise DataError(f"{shard}: no such shard. Check the pattern or the directory.") from None
     try:
-        with np.load(sidecar(shard), allow_pickle=False) as file:
-            stored = dict(file)
+        stored = sidecar(shard).read_bytes()
     except FileNotFoundError:
         raise DataError(
             f"{shard} has no index: expected {sidecar(shard).name} beside it. {again}"
         ) from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except OSError as error:
         raise DataError(f"{sidecar(shard)} cannot be read ({error}). {again}") from error
-    version = int(stored.pop("version", -1))
+    if len(stored) < HEADER.size or not stored.startswith(MAGIC):
+        raise DataError(f"{sidecar(shard)} is cut short or no index at all. {again}")
+    *about, expected = HEADER.unpack_from(stored)
+    _, version, recorded, samples, key_bytes = about
     if version != VERSION:
         raise DataError(
             f"{sidecar(shard)} has format {version}, expected {VERSION}: another version of "
             f"this program wrote it. {again}"
         )
-    recorded = int(stored.pop("tar_size"))
+    if _whole_checksum(tuple(about), memoryview(stored)[HEADER.size :]) != expected:
+        raise DataError(f"{sidecar(shard)} is damaged (its checksum differs). {again}")
     if tar_size != recorded:
         raise DataError(
             f"{shard} has {tar_size} bytes, but had {recorded} when it was indexed: the index is "
             f"stale, or the shard was not copied whole. {again}"
         )
-    return ShardIndex(tar_size=recorded, **stored)
+    rows = np.frombuffer(stored, _rows(key_bytes), samples, HEADER.size)
+    return ShardIndex(tar_size=recorded, **{name: rows[name] for name in rows.dtype.names})
 
 
 def _check_labels(shard: Path, part: ShardIndex, classes: int) -> None:
@@ -220,6 +298,10 @@ def _check_labels(shard: Path, part: ShardIndex, classes: int) -> None:
 
 
 def _check_keys(shards: tuple[Path, ...], parts: list[ShardIndex]) -> None:
+    """Every key once. Sorting hashes takes a tenth of the time of sorting keys."""
+    hashes = np.sort(np.concatenate([_hashes(part.key) for part in parts]))
+    if (hashes[1:] != hashes[:-1]).all():
+        return
     keys = np.concatenate([part.key for part in parts])
     by_name = np.argsort(keys, kind="stable")
     ordered = keys[by_name]
@@ -232,3 +314,14 @@ def _check_keys(shards: tuple[Path, ...], parts: list[ShardIndex]) -> None:
             f"{shards[second]} ({len(twice)} such keys): records are kept by key, so every sample "
             "needs its own. Take one of the shards out, or write them with unique keys."
         )
+
+
+def _hashes(keys: np.ndarray) -> np.ndarray:
+    """A 64-bit number for each of the keys [n] S; the same for a key stored in more bytes."""
+    width = -(-keys.dtype.itemsize // 8)
+    words = keys.astype(f"S{8 * width}").view("<u8").reshape(len(keys), width)
+    hashes = np.zeros(len(keys), np.uint64)
+    for word, factor in zip(words.T, np.random.Philox(key=0).random_raw(width), strict=True):
+        mixed = (word ^ (word >> np.uint64(29))) * (factor | np.uint64(1))
+        hashes += mixed ^ (mixed >> np.uint64(32))
+    return hashes

@@ -5,7 +5,8 @@ import pytest
 
 from flatcal_dist.calibration import metrics, selective
 from flatcal_dist.calibration.records import Records, Scores
-from flatcal_dist.calibration.statistics import STATISTICS, bootstrap
+from flatcal_dist.calibration.smooth import smooth_curve, smooth_error_at
+from flatcal_dist.calibration.statistics import RANKS, STATISTICS, bootstrap
 
 from .synthetic import make_records
 
@@ -15,20 +16,58 @@ def resampled(scores: Scores, chosen: np.ndarray) -> Scores:
 
 
 def direct(scores: Scores) -> dict[str, float]:
-    """Every statistic by the public functions, on images that stand there in full."""
-    pair = scores.log_confidence, scores.correct
+    """Every statistic by the public functions, on images that stand there in full.
+
+    Adaptive bins and the width of the kernel are those of the images before resampling: see
+    `test_figures_with_choices_of_their_own`.
+    """
+    rank_by, correct, confidence = scores.log_confidence, scores.correct, scores.confidence
+    table = metrics.reliability_bins(confidence, correct)
+    variance = np.nan_to_num(table.accuracy * (1 - table.accuracy)) / np.maximum(table.count - 1, 1)
+    squares = np.nan_to_num(table.accuracy - table.mean_confidence) ** 2 - variance
     return {
-        "accuracy": scores.correct.mean(),
+        "accuracy": correct.mean(),
         "nll": scores.nll.mean(),
         "brier": scores.brier.mean(),
-        "signed_gap": metrics.signed_gap(scores.confidence, scores.correct),
+        "signed_gap": metrics.signed_gap(confidence, correct),
         "mean_entropy": scores.entropy.mean(),
-        "ece": metrics.expected_calibration_error(scores.confidence, scores.correct),
-    } | {
-        name: getattr(selective, name)(*pair)
-        for name in STATISTICS
-        if hasattr(selective, name) and name not in ("ece",)
-    }
+        "mean_confidence": confidence.mean(),
+        "top_label_brier": metrics.top_label_brier_score(confidence, correct),
+        "mean_entropy_correct": scores.entropy[correct].mean(),
+        "mean_entropy_wrong": scores.entropy[~correct].mean(),
+        "ece": metrics.expected_calibration_error(confidence, correct),
+        "rmsce": metrics.root_mean_square_calibration_error(confidence, correct),
+        "rmsce_debiased": (table.count * squares)[table.count > 1].sum() / len(correct),
+        "ks": metrics.kolmogorov_smirnov_error(confidence, correct),
+        "coverage_at_95_accuracy": selective.coverage_at_risk(rank_by, correct, 0.05),
+        "coverage_at_99_accuracy": selective.coverage_at_risk(rank_by, correct, 0.01),
+        "risk_at_80_coverage": selective.risk_at_coverage(rank_by, correct, 0.8),
+    } | {name: getattr(selective, name)(rank_by, correct) for name in RANKS if "cover" not in name}
+
+
+def test_figures_with_choices_of_their_own(records: Records) -> None:
+    scores = records.before
+    samples = bootstrap([scores], resamples=3, seed=5)
+    inner = metrics.equal_mass_edges(scores.confidence, 15)
+    width = smooth_curve(scores.confidence, scores.correct).width
+    rng = np.random.default_rng(5)
+    draws = [np.arange(400), *(rng.integers(400, size=400) for _ in range(3))]
+    for chosen, row in zip(draws, (samples.point[0], *samples.replicates[:, 0]), strict=True):
+        confidence, correct = scores.confidence[chosen], scores.correct[chosen]
+        index = np.searchsorted(inner, confidence, side="left")
+        gaps = [(confidence - correct)[index == m].sum() for m in range(len(inner) + 1)]
+        expected = np.abs(gaps).sum() / 400
+        assert row[STATISTICS.index("adaptive_ece")] == pytest.approx(expected, abs=1e-12)
+        expected = smooth_error_at(confidence, correct, width)
+        assert row[STATISTICS.index("smooth_ece")] == pytest.approx(expected, abs=1e-10)
+    pair = scores.confidence, scores.correct
+    for bins, name in ((15, "adaptive_ece"), (100, "adaptive_ece_100")):
+        expected = metrics.adaptive_calibration_error(*pair, bins)
+        assert samples.interval(0, name).value == pytest.approx(expected, abs=1e-12)
+    expected = metrics.smooth_calibration_error(*pair)
+    assert samples.interval(0, "smooth_ece").value == pytest.approx(expected, abs=1e-12)
+    expected = metrics.root_mean_square_calibration_error(*pair, debiased=True)
+    assert samples.interval(0, "rmsce_debiased").value == pytest.approx(expected, abs=1e-12)
 
 
 def test_replicates_are_the_metrics_of_resampled_images(records: Records) -> None:
@@ -37,11 +76,11 @@ def test_replicates_are_the_metrics_of_resampled_images(records: Records) -> Non
     for replicate in samples.replicates:
         chosen = rng.integers(len(records), size=len(records))
         for which, scores in enumerate((records.before, records.after)):
-            expected = direct(resampled(scores, chosen))
-            for m, name in enumerate(STATISTICS):
-                assert replicate[which, m] == pytest.approx(expected[name], abs=1e-10), name
-    for m, name in enumerate(STATISTICS):
-        assert samples.point[0, m] == pytest.approx(direct(records.before)[name], abs=1e-12)
+            for name, expected in direct(resampled(scores, chosen)).items():
+                m = STATISTICS.index(name)
+                assert replicate[which, m] == pytest.approx(expected, abs=1e-10), name
+    for name, expected in direct(records.before).items():
+        assert samples.point[0, STATISTICS.index(name)] == pytest.approx(expected, abs=1e-12)
 
 
 def test_ties_are_kept_together() -> None:
@@ -50,9 +89,9 @@ def test_ties_are_kept_together() -> None:
     samples = bootstrap([coarse], resamples=2, seed=1)
     rng = np.random.default_rng(1)
     for replicate in samples.replicates:
-        expected = direct(resampled(coarse, rng.integers(100, size=100)))
-        for m, name in enumerate(STATISTICS):
-            assert replicate[0, m] == pytest.approx(expected[name], abs=1e-10), name
+        chosen = rng.integers(100, size=100)
+        for name, expected in direct(resampled(coarse, chosen)).items():
+            assert replicate[0, STATISTICS.index(name)] == pytest.approx(expected, abs=1e-10), name
 
 
 def test_intervals_are_those_of_the_normal_approximation() -> None:

@@ -1,4 +1,4 @@
-"""Small shards of random images, written once; and tars made by hand to be refused."""
+"""Shards of random images and of photographs, written once; tars made by hand to be refused."""
 
 import io
 import tarfile
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from photographs import write_photographs
 from PIL import Image
 
-from flatcal_dist.data import Index, Sample, load_index, write_shards
+from flatcal_dist.data import Index, Sample, load_index, shard_image_folder, write_shards
 
 
 def png(seed: int, height: int = 12, width: int = 10) -> bytes:
@@ -33,6 +34,18 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="session")
 def index(shards: list[Path]) -> Index:
     return load_index(shards, classes=7)
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ImageFolder tree of 89 photographs in 10 classes (photographs.py). Leave it as it is."""
+    return write_photographs(tmp_path_factory.mktemp("photographs"))
+
+
+@pytest.fixture(scope="session")
+def photograph_shards(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """These as five shards, imagenet1k-train-{0000..0004}.tar. Leave them as they are, too."""
+    return shard_image_folder(photographs, tmp_path_factory.mktemp("wds"), "train", shards=5)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import webdataset
 from conftest import make_samples, png
 
 from flatcal_dist.data import DataError, Sample, index_shard, load_index, write_shards
+from flatcal_dist.data.errors import BadImage
 from flatcal_dist.data.index import _open, sidecar
 
 SAMPLE = (("a.png", b"image a"), ("a.cls", b"1"))
@@ -30,8 +31,7 @@ def test_read_gives_the_images(index):
 
 
 def test_index_is_compact_and_pickles(index):
-    arrays = [index.shard, index.offset, index.size, index.header, index.label]
-    assert sum(array.itemsize for array in arrays) * 1_281_167 < 64e6
+    assert index._memory.numel() / len(index) * 1_281_167 < 64e6
     copy = pickle.loads(pickle.dumps(index))
     assert copy.read(30) == png(30)
 
@@ -154,7 +154,7 @@ def test_load_refusals(tar):
     with pytest.raises(DataError, match=r"index is stale.*`flatcal index "):
         load_index([shard])
     sidecar(other).write_bytes(sidecar(other).read_bytes()[:-30])
-    with pytest.raises(DataError, match=r"cannot be read.*`flatcal index "):
+    with pytest.raises(DataError, match=r"cut short.*`flatcal index "):
         load_index([other])
     other.unlink()
     with pytest.raises(DataError, match=r"u\.tar: no such shard"):
@@ -164,10 +164,48 @@ def test_load_refusals(tar):
 def test_sidecar_of_another_format_is_refused(tar):
     shard = tar(*SAMPLE)
     index_shard(shard)
-    stored = dict(np.load(sidecar(shard)))
-    np.savez(sidecar(shard), **(stored | {"version": 99}))
-    with pytest.raises(DataError, match="has format 99, expected 1"):
+    other = bytearray(sidecar(shard).read_bytes())
+    other[8] = 99
+    sidecar(shard).write_bytes(other)
+    with pytest.raises(DataError, match="has format 99, expected 2"):
         load_index([shard])
+    sidecar(shard).write_bytes(b"a\tb\n" * 100)
+    with pytest.raises(DataError, match="no index at all"):
+        load_index([shard])
+
+
+def test_every_flipped_byte_of_a_sidecar_is_noticed(tar):
+    shard = tar(*SAMPLE, *OTHER)
+    index_shard(shard)
+    path = sidecar(shard)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        with pytest.raises(DataError, match=r"t\.tar.*`flatcal index "):
+            load_index([shard])
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"t\.tar.*`flatcal index "):
+            load_index([shard])
+
+
+def test_every_flipped_byte_of_an_image_is_noticed(tar):
+    shard = tar(*SAMPLE, *OTHER)
+    index_shard(shard)
+    index = load_index([shard])
+    whole = shard.read_bytes()
+    start = int(index.offset[1])
+    assert whole[start : start + 7] == b"image b"
+    for place in range(start, start + 7):
+        shard.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(BadImage, match="not those that were indexed"):
+            index.read(1)
+        assert index.read(0) == b"image a"
+
+
+def test_announcing_changes_nothing(index):
+    index.announce(range(50))
+    assert [index.read(i) for i in (0, 49)] == [png(0), png(49)]
 
 
 def test_swapped_shards_are_noticed_at_the_read(tmp_path):

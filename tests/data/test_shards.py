@@ -126,7 +126,7 @@ def test_expand_patterns(tmp_path):
     paths = [tmp_path / f"a-{i:04d}.tar" for i in range(12)]
     for path in paths:
         path.touch()
-    (tmp_path / "a-0000.tar.index.npz").touch()
+    (tmp_path / "a-0000.tar.index").touch()
     (tmp_path / ".a-0000.tar").touch()
     assert expand(tmp_path) == expand(str(tmp_path)) == paths
     assert expand(f"{tmp_path}/a-*.tar") == expand(f"{tmp_path}/a-*") == paths

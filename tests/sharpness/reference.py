@@ -1,0 +1,240 @@
+"""The step as the papers have it, in one process and by a plain loop; and what it is compared on.
+
+Nothing here calls the package but for the numbers in a rule. The network is sure of most samples
+from the first step on, so that CSAM is not SAM; no sample may come near CSAM's jump at p = 1/2,
+where rounding decides between two losses.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from flatcal_dist.sharpness import ASAM, CSAM, SAM, LookSAM
+
+SAMPLES, STEPS, CLASSES = 24, 5, 5
+RULES = {
+    "none": None,
+    "sam": SAM(0.1),
+    "csam": CSAM(0.1, gamma=1.0),
+    "asam": ASAM(0.5),
+    "looksam": LookSAM(0.1, every=2),
+}
+
+# Rounding of float32 sums in another order, relative to the largest weight: measured up to 3e-7
+# over these steps; a wrong scope, scale, loss or restore is off by 1e-3 or more.
+CLOSE = 1e-6
+JUMP = 1e-4  # nearer to p = 1/2 than this, a comparison would be one of rounding
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
+
+def make_network(noise: float = 0.0, norm: bool = False) -> nn.Sequential:
+    """noise: the probability of dropout, and that of drop-path. norm: with batch norm."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 16), nn.BatchNorm1d(16) if norm else nn.Identity(), nn.GELU()]
+    network = nn.Sequential(*layers, nn.Dropout(noise), DropPath(noise), nn.Linear(16, CLASSES))
+    with torch.no_grad():
+        network[-1].weight.mul_(12)
+    return network
+
+
+def make_batch(number: int) -> tuple[Tensor, Tensor]:
+    """Three of four labels are what the network says before training, the others by chance."""
+    generator = torch.Generator().manual_seed(100 + number)
+    inputs = torch.randn(SAMPLES, 6, generator=generator)
+    target = torch.randint(CLASSES, (SAMPLES,), generator=generator)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        own = make_network()(inputs).argmax(1)
+    return inputs, torch.where(torch.arange(SAMPLES) % 4 > 0, own, target)
+
+
+def make_optimizer(network: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
+    weights = [w for w in network.parameters() if w.requires_grad]
+    return torch.optim.SGD(weights, lr=lr, momentum=0.9, weight_decay=1e-3)
+
+
+def my_part(rank: int, world_size: int, number: int, micro_batches: int = 1) -> Pairs:
+    """A rank's micro-batches of a batch; 24 samples do not divide by 5."""
+    inputs, target = (t.tensor_split(world_size)[rank] for t in make_batch(number))
+    parts = inputs.tensor_split(micro_batches), target.tensor_split(micro_batches)
+    return list(zip(*parts, strict=True))
+
+
+def train(step, rank, world_size, micro_batches=1, numbers=range(STEPS), measure=False) -> list:
+    """Our step on this rank's parts; what it reports."""
+    return [
+        step(my_part(rank, world_size, number, micro_batches), measure=measure)
+        for number in numbers
+    ]
+
+
+def reference(
+    rule: SAM | None,
+    ranks: int = 1,
+    scope: int | None = None,
+    micro_batches: int = 1,
+    *,
+    network: Callable[[], nn.Module] = make_network,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = make_optimizer,
+    numbers: Iterable[int] = range(STEPS),
+    per_micro_batch: bool = False,
+    clip_norm: float | None = None,
+    seen: list[Tensor] | None = None,
+) -> list[dict[str, Tensor]]:
+    """The state_dict of each rank after these steps.
+
+    `scope` consecutive ranks perturb together, all when None. Each rank has batch statistics, and a
+    random stream (seeded 1 + rank), of its own. seen: gets p of the true class at w + e, by step.
+    """
+    copies = [network() for _ in range(ranks)]
+    optimizers = [optimizer(copy) for copy in copies]
+    streams = [torch.Generator().manual_seed(1 + rank).get_state() for rank in range(ranks)]
+    kept: list[Tensor] = []
+    for step, number in enumerate(numbers):
+        parts = [my_part(rank, ranks, number, micro_batches) for rank in range(ranks)]
+        units = zip(*parts, strict=True) if per_micro_batch else [parts]
+        total = None
+        perturbs = rule is not None and step % rule.every == 0
+        for unit in units:
+            batches = [[pairs] if per_micro_batch else pairs for pairs in unit]
+            if not perturbs:
+                g, streams = _gradient(copies, batches, F.cross_entropy, streams)
+            else:
+                g, kept, streams = _sharp(rule, copies, batches, streams, scope or ranks, seen)
+            total = g if total is None else add(total, g)
+        if isinstance(rule, LookSAM) and not perturbs:
+            ratio = rule.alpha * norm(total) / norm(kept)
+            total = [None if g is None else g + ratio * v for g, v in zip(total, kept, strict=True)]
+        for copy, optimizer in zip(copies, optimizers, strict=True):
+            for w, g in zip(trained(copy), total, strict=True):
+                w.grad = None if g is None else g.clone()
+            if clip_norm is not None:
+                nn.utils.clip_grad_norm_(copy.parameters(), clip_norm)
+            optimizer.step()
+    return [copy.state_dict() for copy in copies]
+
+
+def _sharp(rule, copies, batches, streams, scope, seen):
+    """The gradient at w + e; LookSAM's part of it across the first; streams after one pass."""
+    moves = []
+    for first in range(0, len(copies), scope):
+        group = slice(first, first + scope)
+        g, _ = _gradient(copies[group], batches[group], F.cross_entropy, streams[group])
+        names = [n for n, w in copies[first].named_parameters() if w.requires_grad]
+        moves += [perturbation(rule, names, trained(copies[first]), g)] * scope
+    # Each rank's buffers are now those of one clean pass, and its stream is still that before it.
+    buffers = [[b.clone() for b in copy.buffers()] for copy in copies]
+    before = [[w.detach().clone() for w in trained(copy)] for copy in copies]
+    with torch.no_grad():
+        for copy, move in zip(copies, moves, strict=True):
+            for w, e in zip(trained(copy), move, strict=True):
+                w += e
+    confidences: list[Tensor] = []
+    loss = F.cross_entropy
+    if isinstance(rule, CSAM):
+
+        def loss(logits, target, reduction):
+            return literal_csam(logits, target, rule.gamma, confidences)
+
+    g_s, streams = _gradient(copies, batches, loss, streams)
+    with torch.no_grad():
+        for copy, old, clean in zip(copies, before, buffers, strict=True):
+            for w, b in zip([*trained(copy), *copy.buffers()], [*old, *clean], strict=True):
+                w.copy_(b)
+    if seen is not None:
+        seen.append(torch.cat(confidences))
+    across = []
+    if isinstance(rule, LookSAM):
+        g = [torch.zeros_like(w) if x is None else x for w, x in zip(before[0], g, strict=True)]
+        full = [torch.zeros_like(a) if b is None else b for a, b in zip(g, g_s, strict=True)]
+        product = sum(float((a.double() * b).sum()) for a, b in zip(full, g, strict=True))
+        across = [a - product / norm(g) ** 2 * b for a, b in zip(full, g, strict=True)]
+    return g_s, across, streams
+
+
+def _gradient(copies, batches, loss, streams):
+    """Of the losses of these ranks, over all samples of the batch; and each rank's stream after."""
+    total, after = None, []
+    for copy, pairs, stream in zip(copies, batches, streams, strict=True):
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(stream)
+            value = sum(loss(copy(x), y, reduction="none").sum() for x, y in pairs) / SAMPLES
+            after.append(torch.get_rng_state())
+        g = torch.autograd.grad(value, trained(copy), allow_unused=True)
+        total = list(g) if total is None else add(total, g)
+    return total, after
+
+
+def perturbation(rule: SAM, names, weights, gradient) -> list[Tensor]:
+    """e of one group of ranks: SAM's rho g / ||g||, ASAM's rho T^2 g / ||T g||."""
+    g = [torch.zeros_like(w) if x is None else x for w, x in zip(weights, gradient, strict=True)]
+    t = [
+        w.detach().abs() + rule.eta
+        if isinstance(rule, ASAM) and name.endswith("weight")
+        else torch.ones_like(w)
+        for name, w in zip(names, weights, strict=True)
+    ]
+    length = norm([a * b for a, b in zip(t, g, strict=True)])
+    return [rule.rho * a * a * b / length for a, b in zip(t, g, strict=True)]
+
+
+def literal_csam(logits, target, gamma, confidences=None) -> Tensor:
+    """Losses by the formula; no sample near its jump."""
+    p = F.softmax(logits, dim=1)[torch.arange(len(target)), target]
+    assert (p - 0.5).abs().min() > JUMP, "choose other batches: rounding decides which loss it is"
+    if confidences is not None:
+        confidences.append(p.detach())
+    return torch.where(p <= 0.5, -p.log(), -((1 + p) ** -gamma) * p.log())
+
+
+def trained(network: nn.Module) -> list[nn.Parameter]:
+    return [w for w in network.parameters() if w.requires_grad]
+
+
+def add(a, b) -> list[Tensor | None]:
+    """Gradients; None where neither has one."""
+    return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
+
+
+def norm(tensors: Iterable[Tensor | None]) -> float:
+    return math.sqrt(sum(float((t.double() ** 2).sum()) for t in tensors if t is not None))
+
+
+def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest difference, over the largest weight; whole numbers must be equal."""
+    assert a.keys() == b.keys()
+    real = [n for n in b if b[n].is_floating_point()]
+    assert all(torch.equal(a[n], b[n]) for n in b if n not in real)
+    scale = max(float(b[n].abs().max()) for n in real)
+    return max(float((a[n].float() - b[n].float()).abs().max()) for n in real) / scale
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def bits(tensors: dict[str, Tensor]) -> bytes:
+    return b"".join(
+        t.detach().flatten().view(torch.uint8).numpy().tobytes() for t in tensors.values()
+    )
+
+
+class LeavesOutABlock(nn.Module):
+    """Its second forward pass does not use `b`, none uses `spare`, and some of it is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 6).requires_grad_(False)
+        self.a, self.b, self.spare = (nn.Linear(6, CLASSES) for _ in range(3))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.first(x)
+        return 5 * self.a(x) + (self.b(x) if self.calls % 2 else 0)
