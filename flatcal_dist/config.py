@@ -71,6 +71,28 @@ class DataConfig(Section):
     shuffle_window: int = Field(
         65536, ge=1, description="images shuffled together; shards are read about this far apart"
     )
+    reader: Literal["auto", "indexed", "streaming"] = Field(
+        "auto", description="of `train`; auto: streaming for URLs and commands, indexed for paths"
+    )
+    epoch_samples: int | None = Field(
+        None, ge=1, description="streaming: images of an epoch; by default _info.json counts them"
+    )
+    shuffle_buffer: int = Field(
+        2048, ge=1, description="streaming: encoded images that a worker holds, to shuffle them"
+    )
+    cache: str | None = Field(
+        None, description="directory that keeps shards from URLs; reader=indexed downloads all"
+    )
+    cache_limit: int | None = Field(None, ge=1, description="GiB; what was unused longest goes")
+    stall_timeout: float = Field(
+        30.0, gt=0, le=60, description="seconds without a byte until a URL is opened again"
+    )
+    retries: int = Field(
+        5, ge=0, le=6, description="of a shard's URL, with pauses that double from half a second"
+    )
+    allow_pipe: bool = Field(
+        False, description="whether `pipe:COMMAND` as a shard's name may run that command"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "DataConfig":
@@ -177,7 +199,8 @@ class Config(Section):
 # who watches, not what it is meant to compute (batch norm and dropout do see the micro-batches).
 # Everything else belongs to the identity of the run.
 MAY_CHANGE = (
-    "run.dir", "run.world_size", "data.workers", "data.micro_batch_size",
+    "run.dir", "run.world_size", "data.workers", "data.micro_batch_size", "data.cache",
+    "data.cache_limit", "data.stall_timeout", "data.retries", "data.allow_pipe",
     "train.log_every_steps", "train.validate_every_epochs", "train.checkpoint_every_epochs",
     "train.keep_checkpoints", "sharpness.allow_other_samples", "evaluate", "wandb",
 )  # fmt: skip

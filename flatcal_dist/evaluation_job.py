@@ -75,6 +75,7 @@ def _evaluate(config: Config, weights: Path, output: Path, seconds: float | None
             return network.to(accelerator.device)
 
         network = on_all_ranks(prepared)
+        inputs.download(data, accelerator, "validation")
         index = on_all_ranks(lambda: inputs.open_index(data, "validation", model.num_classes))
         evaluation.report(
             config, network, index, accelerator, output,

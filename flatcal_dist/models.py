@@ -7,6 +7,8 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
+from flatcal_dist.config import ConfigError
+
 
 class MLP(nn.Module):
     """A multilayer perceptron on flattened pixels, with GELU: smooth in its weights."""
@@ -32,7 +34,7 @@ def build(
 ) -> nn.Module:
     """The network `name`, for images [N, channels, image_size, image_size].
 
-    Raises ValueError for an unknown name or options that the network does not take.
+    Raises ConfigError for an unknown name or options that the network does not take.
     """
     try:
         if name == "mlp":
@@ -40,10 +42,10 @@ def build(
         if not timm.is_model(name):
             near = difflib.get_close_matches(name, ["mlp", *timm.list_models()], n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"model.name={name} is neither 'mlp' nor a network of timm{hint}")
+            raise ConfigError(f"model.name={name} is neither 'mlp' nor a network of timm{hint}")
         return timm.create_model(name, num_classes=num_classes, in_chans=channels, **options)
     except TypeError as error:
-        raise ValueError(
+        raise ConfigError(
             f"model.options={options} does not fit model.name={name}: {error}"
         ) from None
 

@@ -1,6 +1,6 @@
 """Engines: what of a step differs by how weights and gradients are laid out over ranks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.sharpness.loss_scale import LossScale
-from flatcal_dist.sharpness.rules import SAM, Shards, dot, squared_norm
+from flatcal_dist.sharpness.move import Backup, Displacement, measure
+from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
-
-Displacement = Callable[[], tuple[Tensor, Tensor]]  # cosine with the gradient, and length
 
 
 class Engine(Protocol):
@@ -116,6 +115,7 @@ class ReplicatedEngine:
         self.world_size = dist.get_world_size(model.process_group) if self.distributed else 1
         self.compute_dtype = compute_dtype
         self.scale = LossScale.start(compute_dtype)
+        self.backup = Backup()
 
     @property
     def loss_scale(self) -> float:
@@ -150,31 +150,14 @@ class ReplicatedEngine:
     @contextmanager
     def moved(self, shards: Shards) -> Iterator[Displacement]:
         weights = list(shards.weights)
-        with torch.no_grad():
-            before = [weight.clone() for weight in weights]
-
-        def displacement() -> tuple[Tensor, Tensor]:
-            return measure(weights, before, [w.grad for w in weights], self.compute_dtype)
-
-        try:
-            with torch.no_grad():
-                if weights:
-                    torch._foreach_add_(weights, shards.gradients)
-            shards.gradients.clear()
-            yield displacement
-        finally:
-            # A copy: w + e - e is not w in floating point, and with an e of its own on each rank
-            # the replicas would drift apart. What was moved comes back, with a gradient or without.
-            with torch.no_grad():
-                if weights:
-                    torch._foreach_copy_(weights, before)
+        with self.backup.moved(shards) as before:
+            yield lambda: measure(weights, before, [w.grad for w in weights], self.compute_dtype)
 
     def gradient_norm(self) -> Tensor:
         return squared_norm(self.shards().gradients).to(self.device).sqrt() / self.loss_scale
 
     def update(self, norm: Tensor, clip_norm: float | None) -> None:
-        if self.scale.enabled:
-            torch._foreach_mul_(self.shards().gradients, 1 / self.loss_scale)
+        self.scale.unscale_(self.shards().gradients)
         if clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.weights.values(), clip_norm, norm)
         self.optimizer.step()
@@ -193,8 +176,7 @@ class ReplicatedEngine:
 
     def synchronize_buffers(self) -> None:
         if self.distributed:
-            for buffer in self.module.buffers():
-                dist.broadcast(buffer, group=self.model.process_group, group_src=0)
+            broadcast(self.module.buffers(), self.model.process_group)
 
     @property
     def inference(self) -> nn.Module:
@@ -221,27 +203,7 @@ def stack(values: Sequence[Tensor | float], device: torch.device) -> Tensor:
     return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
 
 
-@torch.no_grad()
-def measure(
-    moved: Sequence[Tensor],
-    before: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    compute_dtype: torch.dtype,
-    total: Callable[[Tensor], Tensor] = lambda part: part,
-) -> tuple[Tensor, Tensor]:
-    """Cosine between moved - before and the gradients; length of the move after rounding.
-
-    One tensor's difference is held at a time. A parameter without a gradient counts as zero there.
-    """
-    parts = torch.zeros(4, dtype=torch.float64, device=moved[0].device if moved else None)
-    for now, then, gradient in zip(moved, before, gradients, strict=True):
-        e = now - then
-        seen = now.to(compute_dtype).float() - then.to(compute_dtype).float()
-        parts[1] += squared_norm([e])
-        parts[3] += squared_norm([seen])
-        if gradient is not None:
-            parts[0] += dot([e], [gradient])
-            parts[2] += squared_norm([gradient])
-    product, e_square, g_square, seen_square = total(parts)
-    lengths = (e_square * g_square).sqrt()
-    return torch.where(lengths > 0, product / lengths, 0.0), seen_square.sqrt()
+def broadcast(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Those of the first rank to all ranks of the group (None: all that run), in place."""
+    for tensor in tensors:
+        dist.broadcast(tensor, group=group, group_src=0)

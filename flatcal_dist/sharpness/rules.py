@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flatcal_dist.losses import csam_loss
+from flatcal_dist.sharpness.errors import StepError
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits [N, K], target [N]) -> losses [N]
 
@@ -46,7 +47,7 @@ class SAM:
 
     One norm over all parameters. every: perturb in each `every`-th step only, from the first on
     (periodic SAM), the others are plain steps.
-    Raises ValueError for a rho that is negative or not finite, or `every` below 1.
+    Raises StepError for a rho that is negative or not finite, or `every` below 1.
     """
 
     rho: float
@@ -55,9 +56,9 @@ class SAM:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.rho) and self.rho >= 0):
-            raise ValueError(f"rho must be finite and not negative, got {self.rho}")
+            raise StepError(f"rho must be finite and not negative, got {self.rho}")
         if self.every < 1:
-            raise ValueError(f"every must be at least 1, got {self.every}")
+            raise StepError(f"every must be at least 1, got {self.every}")
 
     def perturbs_at(self, step: int) -> bool:
         return step % self.every == 0
@@ -78,7 +79,7 @@ class CSAM(SAM):
     """Calibrated SAM (Tan et al., ICLR 2026, arXiv 2505.23866).
 
     SAM's perturbation, from plain cross-entropy; the descent gradient is that of `csam_loss` at
-    w + e. gamma 0 is SAM. Raises ValueError for gamma outside [0, 2].
+    w + e. gamma 0 is SAM. Raises StepError for gamma outside [0, 2].
     """
 
     gamma: float = 1.0
@@ -86,7 +87,7 @@ class CSAM(SAM):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.gamma <= 2:
-            raise ValueError(f"gamma must lie in [0, 2], got {self.gamma}")
+            raise StepError(f"gamma must lie in [0, 2], got {self.gamma}")
 
     def descent_loss(self, loss: Loss) -> Loss:
         if self.gamma == 0:
@@ -107,7 +108,7 @@ class ASAM(SAM):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (math.isfinite(self.eta) and self.eta >= 0):
-            raise ValueError(f"eta must be finite and not negative, got {self.eta}")
+            raise StepError(f"eta must be finite and not negative, got {self.eta}")
 
     def squared_norm(self, shards: Shards) -> Tensor:
         scaled = [
@@ -149,7 +150,7 @@ class LookSAM(SAM):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise ValueError(f"alpha must be finite and not negative, got {self.alpha}")
+            raise StepError(f"alpha must be finite and not negative, got {self.alpha}")
 
     def remember(
         self, ascent: dict[str, Tensor], shards: Shards, total: Callable[[Tensor], Tensor]

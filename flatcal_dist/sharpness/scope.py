@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from flatcal_dist.sharpness.errors import StepError
+
 BUCKET = 64 * 2**20  # bytes of one reduction
 
 
@@ -24,7 +26,7 @@ class Scope:
     def of(cls, scope: str | int, world_size: int) -> "Scope":
         """From "global", "rank", "node" or a number of ranks.
 
-        Raises ValueError for another name, or groups that do not divide the world.
+        Raises StepError for another name, or groups that do not divide the world.
         """
         sizes = {
             "global": world_size,
@@ -33,11 +35,11 @@ class Scope:
         }
         ranks = scope if isinstance(scope, int) else sizes.get(scope)
         if ranks is None or ranks < 1:
-            raise ValueError(
+            raise StepError(
                 f"scope must be one of {', '.join(sizes)} or a number of ranks, not {scope!r}"
             )
         if world_size % ranks:
-            raise ValueError(
+            raise StepError(
                 f"scope {scope!r} makes groups of {ranks} ranks, which do not divide the "
                 f"{world_size} ranks that run; choose a divisor, or scope 'global' or 'rank'"
             )

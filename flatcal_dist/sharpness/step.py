@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flatcal_dist.losses import cross_entropy
 from flatcal_dist.sharpness.engines import Engine
+from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.replay import SameFunctionTwice
 from flatcal_dist.sharpness.rules import SAM, Loss, Shards
 from flatcal_dist.sharpness.scope import Scope
@@ -56,7 +57,7 @@ class SharpnessAwareStep:
     smaller m again. clip_norm: of the descent gradient. `rho` and `taken` (steps so far) may be
     set between steps; `memory` is what the rule keeps, or None.
 
-    Raises ValueError, with the alternatives, for what rule, scope and engine cannot do together.
+    Raises StepError, with the alternatives, for what rule, scope and engine cannot do together.
     """
 
     def __init__(
@@ -78,9 +79,10 @@ class SharpnessAwareStep:
         self.loss: Loss = loss or _plain_cross_entropy
         self.taken = 0
         self.memory: dict[str, Tensor] | None = None
+        self.descent_loss = self.loss
         if rule:
             if rule.remembers and (per_micro_batch or not self.scope.everyone):
-                raise ValueError(
+                raise StepError(
                     f"{type(rule).__name__} compares the two gradients of a step, so both must be "
                     "of all ranks: use scope 'global' without per_micro_batch, or SAM"
                 )

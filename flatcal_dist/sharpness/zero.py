@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flatcal_dist.sharpness.engines import Displacement, measure, stack
+from flatcal_dist.sharpness.engines import broadcast, stack
+from flatcal_dist.sharpness.errors import StepError
+from flatcal_dist.sharpness.move import Backup, Displacement, measure
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 from flatcal_dist.sharpness.zero_parts import Layout, deepspeed, layout_of
@@ -31,7 +33,7 @@ class WholeShards(Shards):
 class ZeroEngine:
     """model: a DeepSpeed engine with ZeRO, as `start_zero` makes it.
 
-    Raises ValueError for what a user's own DeepSpeed configuration asks for and we do not do.
+    Raises StepError for what a user's own DeepSpeed configuration asks for and we do not do.
     """
 
     def __init__(self, model: "deepspeed.DeepSpeedEngine") -> None:
@@ -46,7 +48,7 @@ class ZeroEngine:
         self.world_size = dist.get_world_size()
         self.layout: Layout = layout_of(model)
         if any(part.master.data_ptr() == part.used.data_ptr() for part in self.layout.parts):
-            raise ValueError(
+            raise StepError(
                 "this DeepSpeed keeps one copy of the weights where we count on two: use the "
                 "version in pyproject.toml, and start_zero"
             )
@@ -54,6 +56,7 @@ class ZeroEngine:
         self.stale = False
         self.reduced = True  # the last backward pass did, all gradients so far
         self.whole = False  # gradients are those of `whole_weights`: nothing to sum over ranks
+        self.backup = Backup()  # of scopes that move whole weights; no other move needs one
         self.touched = False  # gradients were handed out, and may be changed
         # In float16 only; at its minimum it is to go on skipping, as the other engines do.
         scaler = getattr(model.optimizer, "loss_scaler", None)
@@ -71,18 +74,18 @@ class ZeroEngine:
         asked = "per_micro_batch" if per_micro_batch else f"scope {scope.name!r}"
         instead = "use scope 'global' without per_micro_batch, or DDP"
         if self.stage == 3:
-            raise ValueError(
+            raise StepError(
                 f"ZeRO-3 cannot do {asked}: a rank's own perturbation needs whole weights of its "
                 f"own, and each rank holds one part of weights that all use; {instead}, or ZeRO-1"
             )
         if self.precision != torch.float32:
-            raise ValueError(
+            raise StepError(
                 f"ZeRO-{self.stage} in {self.precision} cannot do {asked}: a rank holds the fp32 "
                 f"master of its own part only, and a perturbation added to low-precision weights "
                 f"is mostly rounded away; {instead}, or ZeRO-1 in float32"
             )
         if per_micro_batch and self.stage == 2:
-            raise ValueError(
+            raise StepError(
                 "ZeRO-2 cannot do per_micro_batch: it reduces the gradients of each micro-batch "
                 f"away before the step ends; {instead}, or ZeRO-1"
             )
@@ -162,23 +165,16 @@ class ZeroEngine:
     @contextmanager
     def _moved_whole(self, shards: Shards) -> Iterator[Displacement]:
         weights = list(shards.weights)
-        with torch.no_grad():
-            before = [weight.clone() for weight in weights]
+        with self.backup.moved(shards) as before:
 
-        def displacement() -> tuple[Tensor, Tensor]:
-            gradients = [
-                deepspeed.utils.safe_get_full_grad(w) if self.reduced else w.grad for w in weights
-            ]
-            return measure(weights, before, gradients, self.precision)
+            def displacement() -> tuple[Tensor, Tensor]:
+                gradients = [
+                    deepspeed.utils.safe_get_full_grad(w) if self.reduced else w.grad
+                    for w in weights
+                ]
+                return measure(weights, before, gradients, self.precision)
 
-        try:
-            with torch.no_grad():
-                torch._foreach_add_(weights, shards.gradients)
-            shards.gradients.clear()
             yield displacement
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(weights, before)
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -194,7 +190,7 @@ class ZeroEngine:
 
     def update(self, norm: Tensor, clip_norm: float | None) -> None:
         if (clip_norm or 0.0) != self.zero.gradient_clipping():
-            raise ValueError(
+            raise StepError(
                 f"the step clips to {clip_norm}, but DeepSpeed, which does it, to "
                 f"{self.zero.gradient_clipping() or None}: give start_zero the same clip_norm"
             )
@@ -219,8 +215,7 @@ class ZeroEngine:
         return self._over_ranks(stack(values, self.device)).tolist()
 
     def synchronize_buffers(self) -> None:
-        for buffer in self.module.buffers():
-            dist.broadcast(buffer, src=0)
+        broadcast(self.module.buffers())
 
     @property
     def inference(self) -> nn.Module:
@@ -279,7 +274,7 @@ class ZeroEngine:
 
 
 def _refuse_configuration(model: "deepspeed.DeepSpeedEngine") -> None:
-    """Raises ValueError for what is not as `start_zero` sets it up."""
+    """Raises StepError for what is not as `start_zero` sets it up."""
     wrong = {
         "a ZeRO stage other than 1, 2, 3": model.zero_optimization_stage() not in (1, 2, 3),
         "offload": model.zero_offload_optimizer() or model.zero_offload_param(),
@@ -292,4 +287,4 @@ def _refuse_configuration(model: "deepspeed.DeepSpeedEngine") -> None:
     }
     for what, found in wrong.items():
         if found:
-            raise ValueError(f"ZeroEngine does not do {what}; build the engine with start_zero")
+            raise StepError(f"ZeroEngine does not do {what}; build the engine with start_zero")

@@ -65,7 +65,9 @@ def _scaled(count: float) -> str:
 
 
 def _images(config: Config) -> int | None:
-    """The number of training images, where there are any already."""
+    """The number of training images, where it can be known from this machine alone."""
+    if inputs.remote(config.data.train or []):
+        return config.data.epoch_samples
     try:
         return len(inputs.open_index(config.data, "train", config.model.num_classes))
     except DataError:

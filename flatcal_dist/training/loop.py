@@ -15,6 +15,7 @@ from flatcal_dist import evaluation, inputs
 from flatcal_dist.config import Config
 from flatcal_dist.data import Batch, Index, Position, optimizer_steps, steps_per_epoch
 from flatcal_dist.data.order import sample_seed
+from flatcal_dist.data.stream import Stream
 from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.run_directory import RunDirectory, RunError, State
@@ -39,11 +40,13 @@ def run(config: Config, directory: RunDirectory, accelerator: Accelerator) -> st
         accelerator.print(f"{directory.path} is finished already")
         return "finished"
     on_all_ranks(lambda: accelerator.is_main_process and inputs.prepare(config.data))
+    inputs.download(config.data, accelerator, "train", "validation")
+    classes = config.model.num_classes
     train, validation = on_all_ranks(
-        lambda: [
-            inputs.open_index(config.data, split, config.model.num_classes)
-            for split in ("train", "validation")
-        ]
+        lambda: (
+            inputs.open_training(config.data, classes),
+            inputs.open_index(config.data, "validation", classes),
+        )
     )
     on_all_ranks(lambda: inputs.batch_arithmetic(config, accelerator.num_processes, len(train)))
     step = build_step(config, accelerator)
@@ -58,7 +61,7 @@ class Trainer:
         config: Config,
         directory: RunDirectory,
         accelerator: Accelerator,
-        train: Index,
+        train: Index | Stream,
         validation: Index,
         step: SharpnessAwareStep,
     ) -> None:
@@ -220,6 +223,7 @@ class Trainer:
                 "optim/effective_rho": result.effective_rho,
             }
         self.tracker.log(self.done, values)
+        self._record("running")
         left = (self.total_steps - self.done) * elapsed / self.window_steps
         self.tracker.show(self.done, f"loss {result.loss:.4f}", images_per_second, left)
         self.window_start, self.window_steps, self.waited = time.monotonic(), 0, 0.0
@@ -323,6 +327,7 @@ class Trainer:
                 "precision": self.config.train.precision,
                 "world_size": self.accelerator.num_processes,
                 "device": str(self.accelerator.device.type),
+                "train_order": inputs.promise(self.train),
                 **identities,
             }
             state = self.directory.open(self.config, environment)
@@ -335,6 +340,7 @@ class Trainer:
             say(f"passed over a checkpoint: {problem}")
         at = f", going on after step {self.done}" if self.done else ""
         say(f"run directory: {self.directory.path}{at}")
+        say(inputs.promise(self.train))
         say(inputs.batch_arithmetic(self.config, self.accelerator.num_processes, len(self.train)))
 
     def _record(self, phase: str) -> None:

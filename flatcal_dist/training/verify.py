@@ -27,6 +27,8 @@ def main(description: str | None = None) -> None:
     arguments = parser.parse_args()
     try:
         config = configuration.load(arguments.config, arguments.overrides)
+        if arguments.fault == "objective" and config.sharpness.rule != "csam":
+            raise ConfigError("--fault objective breaks CSAM's loss: use it with rule csam")
         train = config.train
         accelerator = distributed.start(train.engine, train.precision, config.run.world_size)
     except (ConfigError, distributed.LaunchError) as error:
