@@ -24,11 +24,12 @@ from flatcal_dist.calibration.compare import write_comparison
 from flatcal_dist.calibration.report import render_report
 from flatcal_dist.data import DataError, expand, image_folder, prepare_digits, prepare_shards
 from flatcal_dist.data.archives import ilsvrc_archive
+from flatcal_dist.data.findings import print_validation
 from flatcal_dist.data.index import index_shard
 from flatcal_dist.data.parallel import in_parallel, usable_cores
 from flatcal_dist.data.sharding import Encoding
 from flatcal_dist.data.sources import TORCHVISION, Source, torchvision_set
-from flatcal_dist.data.validation import print_validation, validate_shards
+from flatcal_dist.data.validation import validate_shards
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.files import write_json
 

@@ -37,9 +37,9 @@ from flatcal_dist.distributed import on_all_ranks
 DOWNLOAD_ROUND = 60  # seconds; far below the time after which a collective gives up
 
 HOW_TO_PREPARE = """
-Prepare ImageNet (an ImageFolder tree, one folder a class) once, as WebDataset shards:
-  flatcal shard PATH/TO/train      data/imagenet --split train
-  flatcal shard PATH/TO/validation data/imagenet --split validation
+Prepare ImageNet once, as WebDataset shards, from its archives or trees of one folder a class:
+  flatcal shard ILSVRC2012_img_train.tar data/imagenet --split train
+  flatcal shard ILSVRC2012_img_val.tar   data/imagenet --split validation
 or name shards that you have, by pattern or directory, after `flatcal index SHARDS`:
   data.train=PATTERN data.validation=PATTERN
 Without any data, configs/digits/csam.yaml runs as it is, and --dry-run needs none."""

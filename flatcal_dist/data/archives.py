@@ -65,7 +65,8 @@ def _train(tar: Path, members: list[Member], devkit: Path | None, workers: int) 
     for label, wnid in enumerate(wnids):
         if not parts[label]:
             raise DataError(f"{tar}: the class {wnid}.tar is empty. Download it again.")
-        images += [(f"{wnid}/{name}", start, size) for name, start, size in parts[label]]
+        for name, start, size in parts[label]:
+            images.append((f"{wnid}/{name.rpartition('/')[2]}", start, size))
         labels += [label] * len(parts[label])
     return _source(tar, "ILSVRC2012 train archive", wnids, images, labels)
 

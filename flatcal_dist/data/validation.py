@@ -1,10 +1,8 @@
 """Checking shards before a cluster's time is spent on them: every problem is found, none hidden.
 
-Each shard is read once, whole, in a process of its own: its SHA-256 if one was recorded, its
+Each shard is read whole, in a process of its own: its SHA-256 if one was recorded, its
 members, its index, and of each image the bytes' hash and the header (format, colours, size,
 orientation). A sample of the images, or all, is decoded as training would.
-
-An ERROR is what would stop a run, lose samples or mislabel them; a WARNING is worth a look.
 """
 
 import hashlib
@@ -12,96 +10,26 @@ import io
 import json
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from rich.text import Text
 
 from flatcal_dist.data.decode import decode
 from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.findings import Validation
 from flatcal_dist.data.index import load_index, sidecar
 from flatcal_dist.data.order import shuffled
 from flatcal_dist.data.parallel import in_parallel
 from flatcal_dist.data.walk import Problem, Report, ShardIndex, walk_shard
 
-EXAMPLES = 5  # of each finding are kept
 ORIENTATION = 0x0112  # EXIF tag
-
-# What is no error. Every other kind of problem is one.
-WARNINGS = {
-    "index missing",
-    "image not JPEG",
-    "image CMYK",
-    "image gray",
-    "image rotated by EXIF",
-    "image huge",
-    "image twice",
-    "image twice, other label",
-    "class without images",
-    "not ImageNet's counts",
-}
-
 IMAGENET_TRAIN, IMAGENET_VALIDATION = 1_281_167, 50_000  # images (Russakovsky et al. 2015, table 2)
-
-
-@dataclass
-class Finding:
-    """All problems of one kind."""
-
-    kind: str
-    count: int = 0
-    examples: list[dict[str, str]] = field(default_factory=list)  # shard, key, text
-
-    @property
-    def severity(self) -> str:
-        return "warning" if self.kind in WARNINGS else "error"
-
-
-@dataclass
-class Validation:
-    """What was looked at, and what was found."""
-
-    shards: int = 0
-    images: int = 0
-    bytes: int = 0  # of the images
-    decoded: int = 0  # images
-    checksums: int = 0  # shards whose recorded SHA-256 was compared
-    labels: Counter = field(default_factory=Counter)  # images by label
-    findings: dict[str, Finding] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, shard: Path | str, problem: Problem, count: int = 1) -> None:
-        finding = self.findings.setdefault(problem.kind, Finding(problem.kind))
-        finding.count += count
-        if len(finding.examples) < EXAMPLES:
-            text = problem.text.removeprefix(f"{shard}: ")
-            example = {"shard": str(shard), "key": problem.key, "text": text}
-            finding.examples.append(example)
-
-    @property
-    def errors(self) -> int:
-        return sum(f.count for f in self.findings.values() if f.severity == "error")
-
-    def sorted(self) -> list[Finding]:
-        return sorted(self.findings.values(), key=lambda f: (f.severity, -f.count, f.kind))
-
-    def to_json(self) -> dict[str, Any]:
-        simple = ("shards", "images", "bytes", "decoded", "checksums", "notes")
-        return {
-            **{name: getattr(self, name) for name in simple},
-            "errors": self.errors,
-            "labels": {str(label): count for label, count in sorted(self.labels.items())},
-            "findings": [{"severity": f.severity, **vars(f)} for f in self.sorted()],
-        }
 
 
 @dataclass
@@ -359,35 +287,3 @@ def _note_imagenet(found: Validation, indexes: list[ShardIndex]) -> None:
     found.notes.append(text)
     if (found.images, counts[0], counts[-1], len(counts)) != (images, low, high, 1000):
         found.add("", Problem("not ImageNet's counts", "", text))
-
-
-def print_validation(found: Validation, console: Console) -> None:
-    """The findings as a table, worst first, and a line of what was looked at."""
-    if found.findings:
-        table = Table(title="Findings", title_justify="left", expand=True)
-        for name in ("finding", "severity", "count"):
-            table.add_column(name, justify="right" if name == "count" else "left", no_wrap=True)
-        table.add_column("first examples: shard, key, what", ratio=1, overflow="fold")
-        for finding in found.sorted():
-            lines = [
-                " ".join(filter(None, (Path(e["shard"]).name, e["key"], e["text"].split(". ")[0])))
-                for e in finding.examples[:3]
-            ]
-            table.add_row(
-                Text(finding.kind), finding.severity, f"{finding.count:,}", Text("\n".join(lines))
-            )
-        console.print(table)
-    counts = found.labels.values()
-    console.print(
-        f"{found.shards} shards, {found.images:,} whole samples ({found.bytes / 1e9:.2f} GB of "
-        f"images), {len(counts)} classes of {min(counts, default=0):,} to "
-        f"{max(counts, default=0):,}; {found.decoded:,} decoded, {found.checksums} checksums "
-        "compared.",
-        highlight=False,
-    )
-    for note in found.notes:
-        console.print(note, highlight=False)
-    warned = sum(f.count for f in found.findings.values()) - found.errors
-    console.print(
-        f"{found.errors:,} errors, {warned:,} warnings.", style="red" if found.errors else "green"
-    )
