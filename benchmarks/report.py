@@ -59,7 +59,7 @@ def torch_uncertainty(ids: list[str], labels: np.ndarray, logits: np.ndarray, fo
         "brier": tu.BrierScore(num_classes=k),
         "ece": tu.CalibrationError(task="multiclass", num_classes=k, num_bins=15),
         "adaptive": tu.AdaptiveCalibrationError(task="multiclass", num_classes=k, num_bins=15),
-        "smooth": tu.SmoothCalibrationError(task="multiclass", num_classes=k),
+        "smooth": tu.SmoothCalibrationError(),
         "aurc": tu.AURC(),
         "augrc": tu.AUGRC(),
         "coverage": tu.CovAt5Risk(),
@@ -125,7 +125,7 @@ def make_logits(images: int, classes: int, folder: Path) -> None:
         part = slice(start, min(start + 2000, images))
         z = rng.standard_normal((len(labels[part]), classes), dtype=np.float32)
         z[np.arange(len(z)), labels[part]] += 5 + 2.2 * rng.standard_normal(len(z))
-        logits[part] = 1.9 * z
+        logits[part] = 3.3 * z
     logits.flush()
     np.save(folder / "labels.npy", labels)
 

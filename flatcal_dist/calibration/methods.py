@@ -171,7 +171,10 @@ def verdict(comparison: dict[str, Any]) -> list[str]:
             f"All runs are seeds of one method ({name}): there is nothing to hold it against, but "
             "its spread from one training to the next."
         ]
-    sentences = [_sentence(METRICS[key], comparison["differences"]) for key in COMPARED]
+    rows = comparison["differences"]
+    sentences = [_sentence(METRICS[key], rows, "before") for key in COMPARED]
+    after = (_sentence(METRICS[key], rows, "after") for key in ("nll", "ece"))
+    sentences += [f"After temperature scaling, {sentence}" for sentence in after]
     tested = [d["before"]["accuracy"]["over_seeds"] for d in comparison["differences"]]
     if None not in tested:
         fewest = min(d["seeds"] for d in tested)
@@ -183,20 +186,20 @@ def verdict(comparison: dict[str, Any]) -> list[str]:
         )
     else:
         rest = "Differences hold for these networks; another training seed may turn them."
-    count = len(COMPARED) * len(tested)
-    if count > 10:
+    count = len(sentences) * len(tested)
+    if count >= 20:
         rest += (
-            f" These are {count} comparisons at 95 %: some {count / 20:.0f} would be found by "
-            "chance if there were no difference at all."
+            f" These are {count} comparisons at 95 %: expect some {count / 20:.0f} to be found by "
+            "chance where there is no difference."
         )
     return [*sentences, rest]
 
 
-def _sentence(metric: Metric, rows: Sequence[dict[str, Any]]) -> str:
+def _sentence(metric: Metric, rows: Sequence[dict[str, Any]], side: str) -> str:
     claims: dict[str, list[str]] = {}
     silent = []
     for row in rows:
-        d = row["before"][metric.key]
+        d = row[side][metric.key]
         if d["shown"]:
             direction = "higher" if d["value"] > 0 else "lower"
             judged = metric.judge(d["value"])

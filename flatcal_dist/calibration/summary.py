@@ -238,16 +238,9 @@ def _number(value: float) -> float | None:
 
 
 def interval_of(side: dict[str, Any], name: str) -> Interval:
-    """The interval of one metric of a side of `metrics.json`, to print beside its value.
-
-    An error of calibration holds what chance adds, its interval does not: where the value itself
-    lies outside, the interval would only puzzle, and the null band tells more.
-    """
+    """The interval of one metric of a side of `metrics.json`."""
     limits = side["intervals"].get(name, {"low": None, "high": None})
-    interval = Interval(side[name], limits["low"], limits["high"])
-    if None not in vars(interval).values() and not interval.low <= interval.value <= interval.high:
-        return Interval(interval.value, None, None)
-    return interval
+    return Interval(side[name], limits["low"], limits["high"])
 
 
 def _conventions(records: Records, bins: int, resamples: int, seed: int) -> dict[str, Any]:
@@ -287,7 +280,8 @@ def _conventions(records: Records, bins: int, resamples: int, seed: int) -> dict
         "folds": len(records.fold_temperatures),
         "fold_seed": records.fold_seed,
         "intervals": f"{100 * LEVEL:.0f} % bootstrap over images, percentiles; of errors of "
-        "calibration, which resampling inflates, reflected about the value and cut off at 0",
+        "calibration, which chance inflates, by test inversion: they hold the error without "
+        "chance, begin at 0 unless calibration is refuted, and may lie below the value",
         "ece_null": "ECE of a perfectly calibrated network with these confidences",
         "resamples": resamples,
         "seed": seed,

@@ -18,7 +18,7 @@ from flatcal_dist.calibration.naming import METRICS
 from flatcal_dist.calibration.palette import PALETTE
 from flatcal_dist.calibration.records import Records
 from flatcal_dist.calibration.report import render_report, write_report
-from flatcal_dist.calibration.statistics import BIASED
+from flatcal_dist.calibration.statistics import BINNED
 from flatcal_dist.calibration.summary import About, summarize
 from flatcal_dist.calibration.verdict import verdict
 
@@ -191,7 +191,7 @@ def test_metrics_json(report: Path, records: Records) -> None:
         curve = side["risk_coverage"]
         assert len(curve["coverage"]) == len(curve["risk"]) <= 1000
         assert curve["coverage"][-1] == 1
-        for name in set(side["intervals"]) - set(BIASED):
+        for name in set(side["intervals"]) - set(BINNED):
             limits = side["intervals"][name]
             assert limits["low"] - 1e-9 <= side[name] <= limits["high"] + 1e-9, name
 
