@@ -26,7 +26,7 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 class TestTorchUncertainty:
-    @pytest.fixture(autouse=True, scope="class")
+    @pytest.fixture(autouse=True)
     def library(self):
         pytest.importorskip("torch_uncertainty", exc_type=ImportError)
 
@@ -102,7 +102,7 @@ class TestTorchUncertainty:
 
 
 class TestRelplot:
-    @pytest.fixture(autouse=True, scope="class")
+    @pytest.fixture(autouse=True)
     def library(self):
         pytest.importorskip("relplot", exc_type=ImportError)
 
@@ -124,7 +124,7 @@ class TestRelplot:
 
 
 class TestUncertaintyCalibration:
-    @pytest.fixture(autouse=True, scope="class")
+    @pytest.fixture(autouse=True)
     def library(self):
         pytest.importorskip("calibration", exc_type=ImportError)
 
@@ -160,7 +160,7 @@ class TestUncertaintyCalibration:
 
 
 class TestMapie:
-    @pytest.fixture(autouse=True, scope="class")
+    @pytest.fixture(autouse=True)
     def library(self):
         pytest.importorskip("mapie", exc_type=ImportError)
 
