@@ -57,8 +57,8 @@ def _risk_at(curve: dict[str, list[float]], coverage: float) -> float:
 
 def training(curves: dict[str, list[Any]]) -> str:
     names = {
-        "entropy": "entropy", "entropy_correct": "entropy of correct predictions",
-        "entropy_wrong": "entropy of wrong predictions", "accuracy": "accuracy",
+        "mean_entropy": "entropy", "mean_entropy_correct": "entropy of correct predictions",
+        "mean_entropy_wrong": "entropy of wrong predictions", "accuracy": "accuracy",
         "auroc": "AUROC", "ece": "ECE",
     }  # fmt: skip
     moves = []

@@ -186,9 +186,9 @@ def draw_training(curves: dict[str, list[Any]], title: str) -> Figure:
         figure = Figure(figsize=(9.6, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2)
         lines = (
-            (left, "entropy", "all", "ink", "o"),
-            (left, "entropy_correct", "correct", "blue", "s"),
-            (left, "entropy_wrong", "wrong", "vermillion", "^"),
+            (left, "mean_entropy", "all", "ink", "o"),
+            (left, "mean_entropy_correct", "correct", "blue", "s"),
+            (left, "mean_entropy_wrong", "wrong", "vermillion", "^"),
             (right, "accuracy", "accuracy", "ink", "o"),
             (right, "auroc", "AUROC", "green", "D"),
             (right, "ece", "ECE", "purple", "v"),

@@ -6,7 +6,7 @@ from typing import Any
 PREFIX = "val/"
 COLUMNS = (
     "accuracy", "nll", "ece", "signed_gap", "auroc", "aurc",
-    "entropy", "entropy_correct", "entropy_wrong",
+    "mean_entropy", "mean_entropy_correct", "mean_entropy_wrong",
 )  # fmt: skip
 
 

@@ -18,8 +18,8 @@ TRAINING = [
     *(
         {
             "step": 10 * e, "epoch": e, "val/accuracy": 0.5 + 0.04 * e, "val/auroc": 0.9 - 0.01 * e,
-            "val/entropy": 1.2 / e, "val/entropy_correct": 1 / e, "val/entropy_wrong": 2 / e,
-            "val/ece": None if e == 2 else 0.02 * e,
+            "val/mean_entropy": 1.2 / e, "val/mean_entropy_correct": 1 / e,
+            "val/mean_entropy_wrong": 2 / e, "val/ece": None if e == 2 else 0.02 * e,
         }
         for e in range(1, 6)
     ),

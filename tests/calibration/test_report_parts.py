@@ -192,7 +192,7 @@ def test_training_curves() -> None:
     found = training_curves([*TRAINING, again])
     assert found["epoch"] == [1, 2, 3, 4, 5]
     assert found["accuracy"][1] == 0.99  # the last record of an epoch counts
-    assert found["entropy"] == [1.2, None, 1.2 / 3, 0.3, 0.24]
+    assert found["mean_entropy"] == [1.2, None, 1.2 / 3, 0.3, 0.24]
     assert "nll" not in found
     assert training_curves([{"step": 1, "train/loss": 2.0}]) is None
 
