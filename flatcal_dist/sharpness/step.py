@@ -28,11 +28,12 @@ class StepResult:
 
     loss and perturbed_loss are of the same objective, that of the ascent, at w and at w + e: their
     difference is the sharpness. skipped: a value was not finite on some rank in either pass, so no
-    rank moved. stop: some rank passed stop=True. None in a step without a perturbation:
-    perturbed_loss and ascent_gradient_norm (of a scope smaller than all ranks, the mean of the
-    ranks' own norms). Only with measure=True: cosine, between the perturbation (SAM's: the ascent
-    gradient) and the descent gradient; effective_rho, the length of the perturbation that the
-    forward pass saw after rounding to its precision; both means over the ranks.
+    rank moved. stop: some rank passed stop=True. noted: sum of the ranks' `note`. None in a step
+    without a perturbation: perturbed_loss and ascent_gradient_norm (of a scope smaller than all
+    ranks, the mean of the ranks' own norms). Only with measure=True: cosine, between the
+    perturbation (SAM's: the ascent gradient) and the descent gradient; effective_rho, the length of
+    the perturbation that the forward pass saw after rounding to its precision; both means over the
+    ranks.
     """
 
     loss: float
@@ -41,6 +42,7 @@ class StepResult:
     gradient_norm: float
     skipped: bool
     stop: bool
+    noted: float
     loss_scale: float
     cosine: float | None = None
     effective_rho: float | None = None
@@ -95,13 +97,14 @@ class SharpnessAwareStep:
         *,
         samples: int | None = None,
         stop: bool = False,
+        note: float = 0.0,
         measure: bool = False,
     ) -> StepResult:
         """Take the step on this rank's (inputs, target) pairs.
 
         samples: size of the global batch over all ranks and micro-batches; one more small reduction
         finds it when it is not given. stop: this rank wishes to end; the result tells all ranks.
-        measure: also cosine and effective_rho.
+        note: a number of this rank that all are to learn of. measure: also cosine, effective_rho.
         """
         engine = self.engine
         if samples is None:
@@ -120,8 +123,8 @@ class SharpnessAwareStep:
             else:
                 self._plain_gradient(micro_batches, share, seen)
             norm = engine.gradient_norm()
-            total = self._agree(seen, norm, stop)
-            skipped = total[-2] > 0
+            total = self._agree(seen, norm, stop, note)
+            skipped = total[-3] > 0
             if skipped:
                 replay.undo()
                 engine.skip()
@@ -138,7 +141,8 @@ class SharpnessAwareStep:
             effective_rho=total[4] / over if perturbs and measure else None,
             gradient_norm=total[5] / engine.world_size,
             skipped=skipped,
-            stop=total[-1] > 0,
+            stop=total[-2] > 0,
+            noted=total[-1],
             loss_scale=engine.loss_scale,
         )
 
@@ -242,11 +246,11 @@ class SharpnessAwareStep:
         self.scope.sum_(shards.gradients)
         return total, shards
 
-    def _agree(self, seen: "Seen", norm: Tensor, stop: bool) -> list[float]:
-        """Sums over ranks of everything seen, then how many ranks must skip, and wish to stop."""
+    def _agree(self, seen: "Seen", norm: Tensor, stop: bool, note: float) -> list[float]:
+        """Sums over ranks: of all seen, of ranks that must skip, and wish to stop, and of notes."""
         mine = torch.stack([*seen.numbers(), norm.double()])
         skip = 1 - mine.isfinite().all().double()
-        return self.engine.sum([*mine, skip, float(stop)])
+        return self.engine.sum([*mine, skip, float(stop), float(note)])
 
 
 class Seen:

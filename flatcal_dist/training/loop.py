@@ -22,6 +22,7 @@ from flatcal_dist.environment import describe_environment
 from flatcal_dist.run_directory import RunDirectory, RunError, State
 from flatcal_dist.sharpness import SharpnessAwareStep, StepResult
 from flatcal_dist.training import checkpoint
+from flatcal_dist.training.bad_samples import BadSamples
 from flatcal_dist.training.build import build_step, rho_at, samples_per_perturbation
 from flatcal_dist.training.checkpoint import Progress
 from flatcal_dist.training.optimizers import build_schedule
@@ -49,6 +50,7 @@ def run(config: Config, directory: RunDirectory, accelerator: Accelerator) -> st
             inputs.open_index(config.data, "validation", classes),
         )
     )
+    inputs.agree_on_decoder(config.data)
     on_all_ranks(lambda: inputs.batch_arithmetic(config, accelerator.num_processes, len(train)))
     step = build_step(config, accelerator)
     return Trainer(config, directory, accelerator, train, validation, step).run()
@@ -76,6 +78,7 @@ class Trainer:
             config.optimizer, self.engine.optimizer, self.total_steps, self.epoch_steps
         )
         self.normalize = inputs.normalization(config.data).to(accelerator.device)
+        self.mixing = inputs.mixing(config.data, config.model.num_classes)
         self.main = accelerator.is_main_process
         self.samples_per_perturbation = samples_per_perturbation(config, accelerator.num_processes)
         self.skipped = 0
@@ -96,6 +99,15 @@ class Trainer:
         )
         try:
             self._announce(passed_over)
+            self.bad_samples = BadSamples(
+                self.directory.bad_samples_file,
+                self.train,
+                self.epoch_steps,
+                self.config.data.max_bad_samples,
+                self.done,
+                self.main,
+                self.tracker.say,
+            )
             self.started = time.monotonic() - self.seconds
             phase = self._train() if self.done < self.total_steps else "finished"
             if phase == "finished":
@@ -128,16 +140,20 @@ class Trainer:
                 self._set_rates()
                 # Dropout and the like follow from (seed, rank, step): nothing to save or restore.
                 torch.manual_seed(sample_seed(config.run.seed, rank, self.done))
+                replaced = [one for batch in micro_batches for one in batch.replaced]
                 take = partial(
                     self.step,
                     [self._on_device(batch) for batch in micro_batches],
                     samples=self.batch_size,
                     stop=request.asked,
+                    note=len(replaced),
                     measure=(self.done + 1) % config.train.log_every_steps == 0,
                 )
                 self.done += 1
                 # By the third step DDP has arranged its buckets for good.
                 result = self._count_traffic(take) if self.done == first + 2 else take()
+                if result.noted:
+                    self.bad_samples.add(replaced)
                 self._after_step(result)
                 if result.stop and self.done < self.total_steps:
                     self._checkpoint()
@@ -167,9 +183,13 @@ class Trainer:
     def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.accelerator.device
         images = self.normalize(batch.images.to(device, non_blocking=True))
+        target = batch.labels.to(device, non_blocking=True)
+        if self.mixing is not None:
+            seed = self.config.run.seed
+            images, target = self.mixing(images, target, batch.samples, seed, batch.epoch)
         if self.config.model.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return images, batch.labels.to(device, non_blocking=True)
+        return images, target
 
     def _after_step(self, result: StepResult) -> None:
         train = self.config.train
@@ -206,6 +226,7 @@ class Trainer:
             "optim/learning_rate": self.engine.optimizer.param_groups[0]["lr"],
             "optim/gradient_norm": result.gradient_norm,
             "optim/skipped": int(result.skipped),
+            "data/replaced": self.bad_samples.replaced,
             "perf/images_per_second": images_per_second,
             "perf/step_seconds": elapsed / self.window_steps,
             "perf/data_wait_fraction": self.waited / elapsed,
@@ -325,8 +346,9 @@ class Trainer:
                 "train_data": self.train.identity,
                 "validation_data": self.validation.identity,
             }
-            self.directory.check_data(identities)
-            environment = describe_environment() | {
+            environment = describe_environment(self.config.data.decoder)
+            self.directory.check_data(identities, environment["decoder"])
+            environment |= {
                 "engine": self.config.train.engine,
                 "precision": self.config.train.precision,
                 "world_size": self.accelerator.num_processes,
