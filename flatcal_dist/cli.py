@@ -3,9 +3,10 @@
 flatcal shard SOURCE DESTINATION --split train|validation
 flatcal index SHARDS
 flatcal validate SHARDS [--split NAME] [--decode N|all] [--classes K] [--json FILE]
-flatcal evaluate RUN [--data SHARDS] [--output DIR]
-flatcal evaluate --model NAME --weights FILE --data SHARDS --output DIR [--set key.sub=value ...]
+flatcal evaluate RUN [RUN ...] [--data [NAME=]DATA ...] [--output DIR]
+flatcal evaluate --model NAME [--weights FILE] --data DATA --output DIR [--set key.sub=value ...]
 flatcal report RUN
+flatcal report LOGITS.npz|.parquet|.csv [--output DIR]
 flatcal compare RUN RUN ... --output DIR
 flatcal environment
 """
@@ -21,7 +22,9 @@ from pathlib import Path
 from rich.console import Console
 
 from flatcal_dist.calibration.compare import write_comparison
-from flatcal_dist.calibration.report import render_report
+from flatcal_dist.calibration.imported import read_file
+from flatcal_dist.calibration.report import render_report, write_report
+from flatcal_dist.calibration.summary import About
 from flatcal_dist.data import DataError, expand, image_folder, prepare_digits, prepare_shards
 from flatcal_dist.data.archives import ilsvrc_archive
 from flatcal_dist.data.findings import print_validation
@@ -124,6 +127,16 @@ def _number_or_all(text: str) -> int | None:
 
 
 def report(arguments: argparse.Namespace) -> None:
+    if arguments.directory.is_file():
+        output = arguments.output or arguments.directory.with_name(
+            f"{arguments.directory.stem}_report"
+        )
+        about = About(title=arguments.directory.stem, data=arguments.directory.name)
+        write_report(read_file(arguments.directory), output, about)
+        print(output / "index.html")
+        return
+    if arguments.output is not None:
+        raise ValueError("--output is for a file of logits; a run's report stays in its directory")
     directory = arguments.directory / "report"
     render_report(directory if directory.is_dir() else arguments.directory)
     print(directory / "index.html")
@@ -139,36 +152,54 @@ def environment(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from flatcal_dist.evaluation_job import evaluate_model, evaluate_run  # loads torch and timm
+    from flatcal_dist.evaluation_job import Wanted, evaluate_model, evaluate_runs  # loads torch
 
-    if arguments.directory is not None:
+    wanted = Wanted(
+        data=arguments.data,
+        corruptions=arguments.corruptions.split(",") if arguments.corruptions else None,
+        severities=_severities(arguments.severities),
+        real_file=arguments.real,
+        save_logits=arguments.save_logits,
+    )
+    if arguments.directories:
         if arguments.model or arguments.weights or arguments.overrides:
             raise ValueError(
                 "evaluate takes a RUN, or --model with --weights, --data and --output; not both"
             )
-        evaluate_run(arguments.directory, arguments.data, arguments.output)
+        evaluate_runs(arguments.directories, wanted, arguments.output)
     else:
         evaluate_model(
-            arguments.model,
-            arguments.weights,
-            arguments.data,
-            arguments.output,
-            arguments.overrides,
+            arguments.model, arguments.weights, wanted, arguments.output, arguments.overrides
         )
 
 
+def _severities(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"--severities={text}: expected numbers of 1 to 5, such as 1,3,5")
+    return [int(part) for part in parts]
+
+
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", nargs="?", type=Path, metavar="RUN", help="a run directory")
-    parser.add_argument("--model", metavar="NAME", help="a network of timm, or mlp; without RUN")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, or a state_dict")
-    parser.add_argument(
-        "--data", metavar="SHARDS", help="pattern or directory; by default the run's"
-    )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="by default RUN/report")
-    parser.add_argument(
-        "--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value",
-        help="with --model: configuration, such as model.num_classes=100",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("directories", nargs="*", type=Path, metavar="RUN", help="runs, or RUN/checkpoints/step_N")
+    add("--model", metavar="NAME", help="of timm, timm:NAME, torchvision:NAME, mlp; without RUN")
+    add("--weights", type=Path, nargs="+", default=[], metavar="FILE",
+        help="safetensors or state_dict; left out: what the library publishes")  # fmt: skip
+    add("--data", action="append", default=[], metavar="[NAME=]DATA",
+        help="shards or an ImageFolder tree; may be repeated; by default the run's. The first that "
+        "is clean gives the temperature to the others. A NAME that is a kind demands it: imagenet, "
+        "imagenet_v2, imagenet_a, imagenet_r, imagenet_sketch, imagenet_c, or imagenet_c_generated "
+        "to corrupt clean images")  # fmt: skip
+    add("--corruptions", metavar="LIST", help="of ImageNet-C: fog,snow; or common, extra, all")
+    add("--severities", metavar="LIST", help="of ImageNet-C: 1,3,5; by default all five")
+    add("--real", type=Path, metavar="FILE", help="ReaL labels; by default those that timm ships")
+    add("--save-logits", action="store_true", help="write the clean images' logits.npz as well")
+    add("--output", type=Path, metavar="DIR", help="by default RUN/report")
+    add("--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value",
+        help="with --model: configuration, such as model.num_classes=100")  # fmt: skip
     parser.set_defaults(run=evaluate)
 
 
@@ -230,8 +261,13 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("evaluate", help="evaluate weights and write the report")
     )
 
-    add = commands.add_parser("report", help="write the page and figures again from the records")
-    add.add_argument("directory", type=Path, metavar="RUN")
+    add = commands.add_parser(
+        "report", help="the page again from the records; or a report on a file of logits"
+    )
+    add.add_argument("directory", type=Path, metavar="RUN|FILE")
+    add.add_argument(
+        "--output", type=Path, metavar="DIR", help="with FILE: by default FILE_report beside it"
+    )
     add.set_defaults(run=report)
 
     add = commands.add_parser("compare", help="compare runs, image by image")

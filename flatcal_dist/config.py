@@ -145,7 +145,7 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    name: str = Field("resnet50", description="'mlp', or any network of timm")
+    name: str = Field("resnet50", description="'mlp', any network of timm, torchvision:NAME")
     num_classes: int = Field(1000, ge=2)
     options: dict[str, Any] = Field({}, description="passed to the builder of the network")
     channels_last: bool = Field(False, description="memory format; faster for convolutions on GPU")

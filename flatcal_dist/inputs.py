@@ -32,7 +32,7 @@ from flatcal_dist.data.index import sidecar
 from flatcal_dist.data.loader import Batches
 from flatcal_dist.data.order import micro_batch_count
 from flatcal_dist.data.remote import Access, is_remote
-from flatcal_dist.data.stream import Stream, describe, list_shards, open_stream
+from flatcal_dist.data.stream import Stream, checksums, list_shards, open_stream
 from flatcal_dist.data.streaming import streaming_loader
 from flatcal_dist.distributed import on_all_ranks
 
@@ -166,8 +166,9 @@ def _to_download(
         if pattern is None or not remote(pattern) or (split == "train" and streams(data)):
             continue
         urls = [n for n in list_shards(pattern, split, access(data)) if is_remote(n)]
-        known, cache = describe(urls, access(data)), _cache(data, f"data.{split}")
-        found += [(cache, url, known[url][1] if url in known else None) for url in urls]
+        cache = _cache(data, f"data.{split}")
+        digests = checksums(urls, access(data))
+        found += [(cache, url, digest) for url, digest in zip(urls, digests, strict=True)]
     return found
 
 

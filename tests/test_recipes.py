@@ -146,14 +146,18 @@ def _untimed(record: dict) -> dict:
 
 
 def test_a_finished_network_is_evaluated_alike_on_any_number_of_ranks(finished, data, tmp_path):
-    for processes in (1, 2):
+    """By its weights and by its last checkpoint, both in one job of two processes."""
+    last = finished / "checkpoints/step_00000024"
+    for processes, networks in ((1, [finished]), (2, [finished, last])):
         output = tmp_path / str(processes)
-        done = launch("evaluate", finished, "--data", data, "--output", output, processes=processes)
+        done = launch(
+            "evaluate", *networks, "--data", data, "--output", output, processes=processes
+        )
         assert done.returncode == 0, done.stdout
-    one, two = (Records.load(tmp_path / n / "records.parquet") for n in ("1", "2"))
-    own = Records.load(finished / "report/records.parquet")
+    folders = ("1", "2/finished", "2/finished_step_00000024")
+    one, *others = (Records.load(tmp_path / f / "records.parquet") for f in folders)
     assert len(one) == 997
-    for records in (two, own):
+    for records in (*others, Records.load(finished / "report/records.parquet")):
         assert np.array_equal(one.id, records.id)
         assert np.array_equal(one.before.nll, records.before.nll), "bit for bit"
         assert np.array_equal(one.after.log_confidence, records.after.log_confidence)

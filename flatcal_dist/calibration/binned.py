@@ -18,7 +18,7 @@ from .metrics import equal_width_index
 from .softmax import ImageScores, score_images
 
 # Cells are even in log(c / (1 - c)), which resolves confidences near 1 as finely as others.
-LOWEST, HIGHEST = -12.0, 40.0
+LOWEST, HIGHEST = -12.0, 100.0
 SUMS = ("images", "not_finite", "correct", "top5", "nll", "brier", "entropy", "entropy_correct")
 BIN_SUMS = ("images", "confidence", "correct")
 
@@ -58,7 +58,7 @@ class BinnedEvaluation:
     bins: of ECE, as in the report. cells: of the histograms of confidence.
     """
 
-    def __init__(self, bins: int = 15, cells: int = 8192) -> None:
+    def __init__(self, bins: int = 15, cells: int = 16384) -> None:
         self.bins = positive_integer(bins, "bins")
         self.cells = positive_integer(cells, "cells")
         self.state = np.zeros(len(SUMS) + len(BIN_SUMS) * bins + 2 * cells)

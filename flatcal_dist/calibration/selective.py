@@ -36,23 +36,36 @@ class TieGroups:
 
     @cached_property
     def size(self) -> FloatArray:
-        return np.diff(self.accepted, prepend=0.0)
+        return _steps(self.accepted)
 
     @cached_property
     def errors(self) -> FloatArray:
-        return np.diff(self.accepted_errors, prepend=0.0)
+        return _steps(self.accepted_errors)
 
-    @property
+    @cached_property
     def images(self) -> int:
         return int(self.accepted[-1])
 
-    @property
+    @cached_property
     def wrong(self) -> int:
         return int(self.accepted_errors[-1])
 
     @property
     def right(self) -> int:
         return self.images - self.wrong
+
+    @cached_property
+    def aurc(self) -> float:
+        """In a group of m images, g wrong, after N images, E wrong, the expected sum of risks is
+        sum_j (E + j g/m)/(N + j) = g + (H_{N+m} - H_N)(E - N g/m).
+        """
+        if len(self.size) == self.images and (self.size == 1).all():
+            return float((self.accepted_errors / self.accepted).mean())
+        harmonic = _steps(_harmonic(self.images)[self.accepted.astype(np.int64)])
+        share = self.errors / np.maximum(self.size, 1)
+        before = self.accepted - self.size
+        risks = harmonic @ (self.accepted_errors - self.errors - before * share)
+        return float((self.wrong + risks) / self.images)
 
 
 def tie_groups(confidence: ArrayLike, correct: ArrayLike) -> TieGroups:
@@ -76,19 +89,15 @@ def _harmonic(n: int) -> FloatArray:
     return np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, n + 1))])
 
 
+def _steps(running: FloatArray) -> FloatArray:
+    """The summands of a running sum."""
+    steps = running.copy()
+    steps[1:] -= running[:-1]
+    return steps
+
+
 def groups_aurc(groups: TieGroups) -> float:
-    """AURC of tie groups. In a group of m images, g wrong, after N images, E wrong, the expected
-    sum of risks is sum_j (E + j g/m)/(N + j) = g + (H_{N+m} - H_N)(E - N g/m).
-    """
-    size, accepted, after = groups.size, groups.accepted, groups.accepted_errors
-    if (size == 1).all():
-        return float((after / accepted).mean())
-    size = np.maximum(size, 1)
-    before, errors = np.append(0.0, accepted[:-1]), groups.errors
-    table = _harmonic(groups.images)[accepted.astype(np.int64)]
-    harmonic = np.diff(table, prepend=0.0)
-    risks = errors + harmonic * (after - errors - before * errors / size)
-    return float(risks.sum() / groups.images)
+    return groups.aurc
 
 
 def optimal_aurc(images: int, wrong: int) -> float:
@@ -98,7 +107,7 @@ def optimal_aurc(images: int, wrong: int) -> float:
 
 
 def groups_eaurc(groups: TieGroups) -> float:
-    return groups_aurc(groups) - optimal_aurc(groups.images, groups.wrong)
+    return groups.aurc - optimal_aurc(groups.images, groups.wrong)
 
 
 def groups_naurc(groups: TieGroups) -> float | None:
@@ -106,7 +115,7 @@ def groups_naurc(groups: TieGroups) -> float | None:
     chance = groups.wrong / groups.images
     if groups.wrong == 0 or groups.right == 0:
         return None
-    return float((groups_aurc(groups) - best) / (chance - best))
+    return float((groups.aurc - best) / (chance - best))
 
 
 def groups_augrc(groups: TieGroups) -> float:
@@ -137,8 +146,8 @@ def _found_success(groups: TieGroups) -> tuple[FloatArray, FloatArray]:
 
 def _found_error(groups: TieGroups) -> tuple[FloatArray, FloatArray]:
     """Wrong images found and images seen, from the least sure on."""
-    found = groups.wrong - np.append(0.0, groups.accepted_errors[:-1])
-    seen = groups.images - np.append(0.0, groups.accepted[:-1])
+    found = groups.wrong - groups.accepted_errors + groups.errors
+    seen = groups.images - groups.accepted + groups.size
     return found[::-1], seen[::-1]
 
 
@@ -146,7 +155,7 @@ def _average_precision(found: FloatArray, seen: FloatArray) -> float | None:
     if found[-1] == 0:
         return None
     precision = found / np.maximum(seen, 1)
-    return float(np.diff(found, prepend=0.0) @ precision / found[-1])
+    return float(_steps(found) @ precision / found[-1])
 
 
 def _trapezoid_precision(found: FloatArray, seen: FloatArray) -> float | None:
@@ -207,7 +216,7 @@ def eaurc(
         raise ValueError(f"optimum must be 'exact' or 'continuous', got {optimum!r}")
     accuracy = groups.right / groups.images
     best = 1 - accuracy + (accuracy * np.log(accuracy) if accuracy > 0 else 0.0)
-    return float(groups_aurc(groups) - best)
+    return float(groups.aurc - best)
 
 
 def naurc(confidence: ArrayLike, correct: ArrayLike) -> float | None:

@@ -8,6 +8,8 @@ from scipy.signal import fftconvolve
 
 from .checks import BoolArray, FloatArray, confidence_and_correct
 
+POINTS = 256  # of residuals that are kept for an interval
+
 
 @dataclass(frozen=True)
 class SmoothCurve:
@@ -113,17 +115,27 @@ class SmoothSums:
         # Images of cell k are those from bounds[k + 1] on, up to bounds[k].
         self.bounds = np.searchsorted(-left, -np.arange(self.cells + 1) + 0.5, side="left")
 
-    def sums(self, weight: FloatArray) -> FloatArray:
-        """Sums of weight times gap, and of weight, at the nodes of the grid: [2, cells + 1]."""
-        parts = []
-        for each in (weight * self.gap, weight):
-            total = np.append(0.0, np.cumsum(each))[self.bounds]
-            right = np.append(0.0, np.cumsum(each * self.right_share))[self.bounds]
-            total, right = total[:-1] - total[1:], right[:-1] - right[1:]
-            parts.append(np.append(total - right, 0.0) + np.append(0.0, right))
-        return np.stack(parts)
+    def sums(self, weight: FloatArray, drift: FloatArray, images: FloatArray) -> FloatArray:
+        """Sums of weight times gap, and of weight, at the nodes of the grid: [2, cells + 1].
 
-    def errors(self, sums: FloatArray) -> FloatArray:
-        """smECE [R] of sums [R, 2, cells + 1]."""
+        drift, images: their running sums [N + 1], which the caller has.
+        """
+        shared, parts = weight * self.right_share, np.empty((2, self.cells + 1))
+        for part, running, each in zip(
+            parts, (drift, images), (shared * self.gap, shared), strict=True
+        ):
+            total = running[self.bounds]
+            right = np.append(0.0, np.cumsum(each))[self.bounds]
+            total, right = total[:-1] - total[1:], right[:-1] - right[1:]
+            part[0], part[1:] = 0.0, right
+            part[:-1] += total - right
+        return parts
+
+    def errors(self, sums: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """smECE [R] of sums [R, 2, cells + 1], and the residuals [R, T] whose absolute values add
+        up to it, at `POINTS` points or fewer.
+        """
         images = _convolve(sums[:, 1], self.width).sum(axis=1)
-        return np.abs(_convolve(sums[:, 0], self.width)).sum(axis=1) / images
+        residual = _convolve(sums[:, 0], self.width) / images[:, None]
+        step = -(-residual.shape[1] // POINTS)
+        return np.abs(residual).sum(axis=1), residual[:, ::step] * step

@@ -6,20 +6,21 @@ those see `seeds`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import binom, norm
 
-from . import selective
+from . import inflated, selective
 from .checks import BoolArray, FloatArray, confidence_and_correct, positive_integer
 from .metrics import equal_mass_edges
 from .smooth import SmoothSums
-from .softmax import Scores
+from .softmax import Scores, keep_memory
 
 LEVEL = 0.95
 RESAMPLES = 1000
+BATCH = 32  # of resamples that smooth ECE convolves at a time
 MEANS = ("accuracy", "nll", "brier", "signed_gap", "mean_entropy")
 OTHER_MEANS = ("mean_confidence", "top_label_brier", "mean_entropy_correct", "mean_entropy_wrong")
 BINNED = ("ece", "adaptive_ece", "adaptive_ece_100", "rmsce", "rmsce_debiased", "ks", "smooth_ece")
@@ -37,7 +38,15 @@ RANKS: dict[str, Callable[[selective.TieGroups], float | None]] = {
     "risk_at_80_coverage": lambda g: selective.groups_risk_at_coverage(g, 0.8),
 }
 STATISTICS = (*MEANS, *OTHER_MEANS, *BINNED, *RANKS)
-BIASED = BINNED  # resampling adds its own noise to that of the bins
+NORMS = {  # of the gaps that make up an error, see `inflated`
+    "ece": inflated.absolute,
+    "adaptive_ece": inflated.absolute,
+    "adaptive_ece_100": inflated.absolute,
+    "rmsce": inflated.euclidean,
+    "ks": inflated.largest,
+    "smooth_ece": inflated.absolute,
+}
+DRIFT_POINTS = 256  # at which the running sum of KS is kept for its interval
 
 
 @dataclass(frozen=True)
@@ -62,13 +71,19 @@ class _Ranked:
         tied = len(starts) < len(score)
         self.ends = np.append(starts[1:], len(score)) - 1 if tied else slice(None)
 
-    def __call__(self, weight: FloatArray) -> list[float]:
-        return self.of_sorted(weight[self.order])
+    def running(self, weight: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Images and wrong ones among the first k, k = 0 to N, of weights in falling order."""
+        accepted, errors = np.zeros(len(weight) + 1), np.zeros(len(weight) + 1)
+        np.cumsum(weight, out=accepted[1:])
+        np.cumsum(weight * self.wrong, out=errors[1:])
+        return accepted, errors
 
-    def of_sorted(self, weight: FloatArray) -> list[float]:
-        accepted, errors = np.cumsum(weight), np.cumsum(weight * self.wrong)
-        groups = selective.TieGroups(accepted[self.ends], errors[self.ends])
+    def figures(self, accepted: FloatArray, errors: FloatArray) -> list[float]:
+        groups = selective.TieGroups(accepted[1:][self.ends], errors[1:][self.ends])
         return [np.nan if (v := f(groups)) is None else v for f in RANKS.values()]
+
+    def __call__(self, weight: FloatArray) -> list[float]:
+        return self.figures(*self.running(weight[self.order]))
 
 
 class _Sorted:
@@ -90,18 +105,25 @@ class _Sorted:
         )
         self.columns = np.stack([correct, nll, brier, gap, entropy, confidence, gap**2], axis=1)
         self.entropy_correct = entropy * correct
-        self.correct, self.gap = correct, gap
+        self.gap = gap
         falling = -confidence
         edges = np.linspace(0.0, 1.0, bins + 1)[1:-1]
         self.cuts = [
-            np.searchsorted(falling, -inner[::-1], side="left")
+            np.concatenate([[0], np.searchsorted(falling, -inner[::-1]), [len(order)]])
             for inner in (edges, *(equal_mass_edges(confidence, m) for m in (bins, 100)))
         ]
         self.tie_starts = np.flatnonzero(np.append(True, np.diff(falling) > 0))
         self.smooth = SmoothSums(confidence, correct)
+        share = np.maximum(np.diff(self.cuts[0]), 1) / len(order)
+        self.root_share = np.sqrt(share)
+        # Resampled from n images, a bin's gap varies (n - 1) / n times as much as it should.
+        counts = [np.diff(cut) for cut in (*self.cuts, self.cuts[0])]
+        self.noise = [np.sqrt(n / np.maximum(n - 1, 1)) for n in counts]
+        places = np.linspace(0, len(self.tie_starts) - 1, DRIFT_POINTS).round().astype(np.int64)
+        self.drift_points = self.tie_starts[np.unique(places)]
 
-    def __call__(self, weight: FloatArray) -> tuple[list[float], FloatArray]:
-        """The statistics, NaN for smooth ECE, whose sums are the second value."""
+    def __call__(self, weight: FloatArray) -> tuple[list[float], FloatArray, list[FloatArray]]:
+        """The statistics, NaN for smooth ECE; its sums; and the gaps of the others of `NORMS`."""
         w = weight[self.ranked.order]
         n = w.sum()
         accuracy, nll, brier, gap, entropy, confidence, square = w @ self.columns / n
@@ -109,26 +131,25 @@ class _Sorted:
         entropy_right = w @ self.entropy_correct
         of_right = entropy_right / right if right else np.nan
         of_wrong = (entropy * n - entropy_right) / (n - right) if right < n else np.nan
-        drift = np.append(0.0, np.cumsum(w * self.gap))
-        equal, mass, mass_100 = (np.diff(drift[self._bounds(c)]) for c in self.cuts)
-        images = np.append(0.0, np.cumsum(w))
-        count = np.diff(images[self._bounds(self.cuts[0])])
-        hits = np.append(0.0, np.cumsum(w * self.correct))
-        hits = np.diff(hits[self._bounds(self.cuts[0])])
+        images, errors = self.ranked.running(w)
+        drift = np.zeros(len(w) + 1)
+        np.cumsum(w * self.gap, out=drift[1:])
+        equal, mass, mass_100 = (np.diff(drift[c]) for c in self.cuts)
+        count = np.diff(images[self.cuts[0]])
+        hits = count - np.diff(errors[self.cuts[0]])
         squares = equal**2 / np.maximum(count, 1)
         noise = hits * (count - hits) / np.maximum(count * (count - 1), 1)
         debiased = np.where(count > 1, squares - noise, 0.0)
+        rising = drift[-1] - drift
         values = [
             accuracy, nll, brier, gap, entropy, confidence, square, of_right, of_wrong,
             *(np.abs(part).sum() / n for part in (equal, mass, mass_100)),
             np.sqrt(squares.sum() / n), debiased.sum() / n,
-            np.abs(drift[-1] - drift[self.tie_starts]).max() / n, np.nan,
-            *self.ranked.of_sorted(w),
+            np.abs(rising[self.tie_starts]).max() / n, np.nan,
+            *self.ranked.figures(images, errors),
         ]  # fmt: skip
-        return values, self.smooth.sums(w)
-
-    def _bounds(self, cuts: np.ndarray) -> np.ndarray:
-        return np.concatenate([[0], cuts, [len(self.gap)]])
+        gaps = [equal, mass, mass_100, equal / self.root_share, rising[self.drift_points]]
+        return values, self.smooth.sums(w, drift, images), [g / n for g in gaps]
 
 
 _SMOOTH = STATISTICS.index("smooth_ece")
@@ -140,25 +161,33 @@ class Bootstrap:
 
     point [S, M] on the images themselves; replicates [R, S, M] on resamples; NaN where undefined.
     statistics: the M names. "rmsce_debiased" is kept as its square, which may be negative.
+    gaps: for each of `NORMS` and of the S scores the gaps [R + 1, D], first those of the images
+    themselves.
     """
 
     point: FloatArray
     replicates: FloatArray
     statistics: tuple[str, ...] = STATISTICS
+    gaps: dict[str, list[FloatArray]] = field(default_factory=dict)
 
     def interval(self, which: int, statistic: str) -> Interval:
         """95 % interval of one statistic.
 
-        Percentiles of the resamples; for errors of calibration, which resampling inflates, the
-        resamples are reflected about the value (basic bootstrap) and cut off at 0. Reaching 0
-        there is no proof of calibration: for that see the null band.
+        Percentiles of the resamples. Errors of calibration are inflated by noise: theirs is that
+        of `inflated`, begins at 0 unless calibration is refuted, and may lie below the value.
+        In simulations of 1,000 images they hold the truth in 93 to 99 % of cases; that of KS, and
+        of adaptive ECE over 100 bins of 10 images, in 85 to 97 %.
+        The debiased RMSCE is not inflated, only its resamples are: they are shifted to its square.
         """
         m = self.statistics.index(statistic)
         point, replicates = self.point[which, m], self.replicates[:, which, m]
-        if statistic in BIASED:
-            reflected = _percentile(point, 2 * point - replicates)
-            root = statistic == "rmsce_debiased"
-            return Interval(*(_above_zero(v, root) for v in vars(reflected).values()))
+        if statistic in NORMS:
+            seen, *resampled = self.gaps[statistic][which]
+            limits = inflated.interval(seen, np.array(resampled), NORMS[statistic], LEVEL)
+            return Interval(float(point), *limits)
+        if statistic == "rmsce_debiased":
+            shifted = _percentile(point, replicates - replicates.mean() + point)
+            return Interval(*(float(np.sqrt(max(v, 0.0))) for v in vars(shifted).values()))
         interval = _percentile(point, replicates)
         # All images correct, or a single one: resampling knows no other outcome, which is no proof.
         return Interval(interval.value, None, None) if interval.low == interval.high else interval
@@ -175,17 +204,11 @@ class Bootstrap:
             values = np.sqrt(np.maximum(values, 0.0))
         point, *replicates = values[:, which] - values[:, baseline]
         replicates = np.array(replicates)
-        if statistic in BIASED:
+        if statistic in BINNED:
             replicates = replicates - replicates.mean() + point
         interval = _percentile(point, replicates)
         alike = interval.low == interval.high and point != 0
         return Interval(interval.value, None, None) if alike else interval
-
-
-def _above_zero(value: float | None, root: bool) -> float | None:
-    if value is None:
-        return None
-    return float(np.sqrt(max(value, 0.0))) if root else max(value, 0.0)
 
 
 def _percentile(point: float, replicates: FloatArray) -> Interval:
@@ -201,6 +224,7 @@ def _percentile(point: float, replicates: FloatArray) -> Interval:
 def weights(images: int, resamples: int, seed: int) -> Iterator[FloatArray]:
     """How often each image is drawn: first once each, then in `resamples` draws."""
     positive_integer(resamples, "resamples")
+    keep_memory()
     yield np.ones(images)
     rng = np.random.default_rng(seed)
     for _ in range(resamples):
@@ -221,15 +245,25 @@ def bootstrap(
     positive_integer(resamples, "resamples")
     evaluate = [_Sorted(s, bins) for s in scores]
     table = np.empty((resamples + 1, len(scores), len(STATISTICS)))
-    for i, f in enumerate(evaluate):  # one after the other, so that its arrays stay in the cache
-        sums: list[FloatArray] = []
-        for row, weight in enumerate(weights(n, resamples, seed)):
-            table[row, i], smooth = f(weight)
-            sums.append(smooth)
-            if len(sums) == 32 or row == resamples:
-                table[row + 1 - len(sums) : row + 1, i, _SMOOTH] = f.smooth.errors(np.stack(sums))
-                sums.clear()
-    return Bootstrap(table[0], table[1:])
+    sums: list[list[FloatArray]] = [[] for _ in scores]
+    gaps: dict[str, list[list[FloatArray]]] = {name: [[] for _ in scores] for name in NORMS}
+    for row, weight in enumerate(weights(n, resamples, seed)):
+        for i, f in enumerate(evaluate):
+            table[row, i], smooth, parts = f(weight)
+            for name, part in zip(NORMS, parts, strict=False):  # smooth ECE, the last, comes below
+                gaps[name][i].append(part)
+            sums[i].append(smooth)
+            if len(sums[i]) == BATCH or row == resamples:
+                done = slice(row + 1 - len(sums[i]), row + 1)
+                table[done, i, _SMOOTH], residuals = f.smooth.errors(np.stack(sums[i]))
+                gaps["smooth_ece"][i].extend(residuals)
+                sums[i].clear()
+    kept = {name: [np.array(rows) for rows in by_scores] for name, by_scores in gaps.items()}
+    for i, f in enumerate(evaluate):
+        for name, factor in zip(NORMS, f.noise, strict=False):  # of those in bins
+            seen = kept[name][i][0]
+            kept[name][i] = seen + (kept[name][i] - seen) * factor
+    return Bootstrap(table[0], table[1:], STATISTICS, kept)
 
 
 def rank_bootstrap(

@@ -7,14 +7,12 @@ ends. So any number of ranks, workers and jobs may share a directory. A URL's co
 never to change: shards that do need another name.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +20,7 @@ from typing import BinaryIO
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.index import sidecar
 from flatcal_dist.data.remote import Access, RemoteFile, base_name
+from flatcal_dist.data.shards import locked
 from flatcal_dist.data.walk import BLOCK
 from flatcal_dist.files import sync_directory, write_json
 
@@ -53,7 +52,9 @@ class ShardCache:
             return file
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_name(f".{path.name}.lock")):
+            lock = path.with_name(f".{path.name}.lock")
+            lock.touch()
+            with locked(lock):
                 if (file := self._whole(path)) is not None:
                     return file  # another process was quicker
                 self._download(url, path, sha256)
@@ -137,12 +138,3 @@ def _problem(size: int, end: bytes, found: str, sha256: str | None) -> str | Non
     if size % BLOCK or len(end) < BLOCK or end.strip(b"\0"):
         return f"its {size:,} bytes do not end like a tar"
     return None
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; none where the file system has no locks (then work is done twice)."""
-    with path.open("wb") as file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

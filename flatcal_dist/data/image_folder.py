@@ -16,6 +16,9 @@ IMAGENET_SHARDS = {"train": 1024, "validation": 64}  # about 140 and 100 MB each
 def image_folder(root: Path) -> Files:
     """The images ROOT/CLASS/*; labels count the folders by name, as timm and torchvision do.
 
+    Folders that are all plain numbers count in their own order: those of ImageNet-V2, 0 to 999, are
+    class numbers, of which torchvision's order of texts (0, 1, 10, 100, ...) makes others.
+
     Raises DataError for a tree without class folders, a folder without images, empty files, a
     file that is neither JPEG, PNG nor WebP, and two images that differ only in their extension.
     """
@@ -25,6 +28,8 @@ def image_folder(root: Path) -> Files:
     with os.scandir(root) as entries:
         classes = sorted(entry.name for entry in entries if entry.is_dir())
     classes = [name for name in classes if not name.startswith(".")]
+    if all(name.isascii() and name.isdigit() for name in classes):
+        classes.sort(key=int)
     if not classes:
         raise DataError(f"{root} holds no folders; expected one folder of images per class.")
     names, sizes, times, labels = [], [], [], []

@@ -1,13 +1,14 @@
 """Shards without random access, and how many of their samples make an epoch.
 
-A stream has no index. Counts come from the `_info.json` beside the shards (see shards.py: splits ->
-name -> filenames, shard_lengths, and sha256 if you like), or from `data.epoch_samples`.
+A stream has no index. Counts come from the `_info.json` beside the shards, which `flatcal shard`
+writes, or from `data.epoch_samples`.
 """
 
 import hashlib
-import itertools
 import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from flatcal_dist.data.cache import ShardCache
@@ -30,7 +31,7 @@ class Stream:
 
     shards: tuple[str, ...]  # URLs, commands or paths
     lengths: tuple[int, ...] | None  # samples of each shard, where `_info.json` tells
-    sha256: tuple[str | None, ...]  # of each shard, where `_info.json` tells
+    sha256: tuple[str | None, ...]  # of each shard, where a file beside it tells
     samples: int
     classes: int
     access: Access
@@ -80,13 +81,12 @@ def open_stream(
     Nothing else is read, and that need not exist if `epoch_samples` is given. Raises DataError.
     """
     shards = list_shards(pattern, split, access)
-    known = describe(shards, access)
-    lengths = [known[s][0] for s in shards] if all(s in known for s in shards) else None
+    lengths = _lengths(shards, access)
     _check_counts(lengths, epoch_samples)
     return Stream(
         shards=tuple(shards),
         lengths=tuple(lengths) if lengths else None,
-        sha256=tuple(known[s][1] if s in known else None for s in shards),
+        sha256=tuple(checksums(shards, access) if cache else [None] * len(shards)),
         samples=epoch_samples or sum(lengths),
         classes=classes,
         access=access,
@@ -112,7 +112,7 @@ def list_shards(pattern: str | Sequence[str], split: str, access: Access) -> lis
                     f"{shown(directory)}_info.json lists no split {split!r}, only "
                     f"{', '.join(splits) or 'none'}. Name the shards by pattern."
                 )
-            shards += [directory + name for name, _, _ in splits[split]]
+            shards += [directory + name for name, _ in splits[split]]
         else:
             shards += expand_urls(one, access)
     return list(dict.fromkeys(shards))
@@ -131,37 +131,48 @@ def _check_counts(lengths: list[int] | None, epoch_samples: int | None) -> None:
         )
 
 
-Description = tuple[str, int, str | None]  # a shard's file name, samples and SHA-256
-
-
-def describe(shards: Sequence[str], access: Access) -> dict[str, tuple[int, str | None]]:
-    """Samples and SHA-256 of the shards that an `_info.json` in their own directory lists."""
-    places = {s: "".join(s.partition("?")[0].rpartition("/")[:2]) for s in shards}
-    places = {s: place for s, place in places.items() if not s.startswith("pipe:")}
-    listed: dict[tuple[str, str], tuple[int, str | None]] = {}
-    for place in dict.fromkeys(places.values()):
+def _lengths(shards: Sequence[str], access: Access) -> list[int] | None:
+    """Samples of every shard by the `_info.json` beside it; None unless all are listed."""
+    listed: dict[str, int] = {}
+    for place in dict.fromkeys(_place(shard) for shard in shards):
         try:
-            splits = _read_info(place, access)
+            splits = _read_info(place, access) if place else {}
         except NotThere:
             continue
-        listed |= {(place, name): rest for rows in splits.values() for name, *rest in rows}
-    found = {s: listed.get((place, base_name(s))) for s, place in places.items()}
-    return {s: tuple(rest) for s, rest in found.items() if rest is not None}
+        listed |= {place + name: length for rows in splits.values() for name, length in rows}
+    found = [listed.get(_place(shard) + base_name(shard)) for shard in shards]
+    return None if None in found else found
 
 
-def _read_info(directory: str, access: Access) -> dict[str, list[Description]]:
-    """Splits of the `_info.json` of a directory (a URL or path with its slash)."""
+def checksums(shards: Sequence[str], access: Access) -> list[str | None]:
+    """SHA-256 of shards by the file beside them, PREFIX.sha256 for PREFIX-0000.tar and so on."""
+    files = [re.sub(r"-\d+\.tar$", ".sha256", base_name(shard)) for shard in shards]
+    recorded: dict[str, str] = {}
+    for place, file in dict.fromkeys(zip(map(_place, shards), files, strict=True)):
+        if not place or not file.endswith(".sha256"):
+            continue
+        with suppress(NotThere):
+            text = read_small(place + file, access).decode("utf-8", "replace")
+            found = re.findall(r"^([0-9a-f]{64}) [ *](.+)$", text, re.MULTILINE)
+            recorded |= {place + name: digest for digest, name in found}
+    return [recorded.get(_place(shard) + base_name(shard)) for shard in shards]
+
+
+def _place(shard: str) -> str:
+    """The directory of a shard with its slash; "" for a command."""
+    if shard.startswith("pipe:"):
+        return ""
+    return (shard.partition("?")[0].rpartition("/")[0] or ".") + "/"
+
+
+def _read_info(directory: str, access: Access) -> dict[str, list[tuple[str, int]]]:
+    """File names and samples by split, from the `_info.json` of a directory (with its slash)."""
     content = read_small(f"{directory}_info.json", access)
     try:
         return {
             str(split): [
-                (str(name), int(length), sha256)
-                for name, length, sha256 in zip(
-                    about["filenames"],
-                    about["shard_lengths"],
-                    about.get("sha256") or itertools.repeat(None, len(about["filenames"])),
-                    strict=True,
-                )
+                (str(name), int(length))
+                for name, length in zip(about["filenames"], about["shard_lengths"], strict=True)
             ]
             for split, about in json.loads(content)["splits"].items()
         }

@@ -16,6 +16,7 @@ from flatcal_dist.config import Config
 from flatcal_dist.data import Batch, Index, Position, optimizer_steps, steps_per_epoch
 from flatcal_dist.data.order import sample_seed
 from flatcal_dist.data.stream import Stream
+from flatcal_dist.data.variants import of_index
 from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.run_directory import RunDirectory, RunError, State
@@ -288,16 +289,19 @@ class Trainer:
         if self.main:
             save_weights(weights, self.directory.weights_file)
         if self.config.evaluate.at_end:
-            metrics = evaluation.report(
-                self.config,
+            config = self.config
+            where, classes = str(config.data.validation), config.model.num_classes
+            written = evaluation.report(
+                config,
                 self.engine.inference,
-                self.validation,
+                of_index(self.validation, where, classes),
                 self.accelerator,
                 self.directory.report,
                 weights_file=self.directory.weights_file,
                 training_seconds=seconds,
             )
-            if metrics is not None:
+            if written is not None:
+                _, metrics = written
                 self.tracker.log(
                     self.done,
                     {

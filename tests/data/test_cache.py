@@ -97,14 +97,14 @@ def test_what_came_wrong_is_asked_for_once_more(web, origin, cache):
         fetch(cache, f"{web.url}/o-0003.tar", sha256=good)
 
 
-def test_info_with_sha256_is_checked_while_streaming(tmp_path, cache):
+def test_recorded_checksums_are_checked_while_streaming(tmp_path, cache):
+    """By the file that is written beside the shards."""
     write_shards(make_samples(12), tmp_path, "s", split="train", samples_per_shard=6)
-    path = tmp_path / "_info.json"
-    info = json.loads(path.read_text())
-    wrong = "0" * 64
-    digest = hashlib.sha256((tmp_path / "s-0000.tar").read_bytes()).hexdigest()
-    info["splits"]["train"]["sha256"] = [digest, wrong]
-    path.write_text(json.dumps(info))
+    path = tmp_path / "s.sha256"
+    digest = hashlib.sha256((tmp_path / "s-0001.tar").read_bytes()).hexdigest()
+    assert digest in path.read_text()
+    wrong = digest[::-1]
+    path.write_text(path.read_text().replace(digest, wrong))
     with serving(tmp_path) as web:
         stream = open_stream(f"{web.url}/", "train", 7, QUICK, cache=cache)
         assert len(list(_read_piece(stream, _Piece(0, 0, 6)))) == 6

@@ -171,11 +171,11 @@ def test_names_are_not_rewritten_from_the_environment(monkeypatch):
 
 
 class _Store(MemoryFileSystem):
-    """An object store whose reads fail now and then, as clients of stores do: not by OSError."""
+    """An object store whose reads fail as those of stores do: not by OSError; or end too early."""
 
     protocol = "s3"
     store: dict = {}  # noqa: RUF012
-    failures = itertools.count()
+    reads = itertools.count()
 
     def open(self, path, mode="rb", **options):
         if mode == "wb":
@@ -184,9 +184,10 @@ class _Store(MemoryFileSystem):
         inner = file.read
 
         def read(size=-1):
-            if next(self.failures) == 2:
+            number = next(self.reads)
+            if number == 2:
                 raise RuntimeError("EndpointConnectionError")
-            return inner(size)
+            return b"" if number == 4 else inner(size)
 
         return _File(read, file)
 
