@@ -27,7 +27,7 @@ from flatcal_dist.training.build import build_step, rho_at, samples_per_perturba
 from flatcal_dist.training.checkpoint import Progress
 from flatcal_dist.training.optimizers import build_schedule
 from flatcal_dist.training.preemption import StopRequest
-from flatcal_dist.training.tracking import Tracker
+from flatcal_dist.training.tracking import Tracker, read_metrics
 from flatcal_dist.training.traffic import counted
 from flatcal_dist.weights import save_weights
 
@@ -147,7 +147,7 @@ class Trainer:
                     samples=self.batch_size,
                     stop=request.asked,
                     note=len(replaced),
-                    measure=(self.done + 1) % config.train.log_every_steps == 0,
+                    measure=self._sharpness_is_due(),
                 )
                 self.done += 1
                 # By the third step DDP has arranged its buckets for good.
@@ -172,6 +172,14 @@ class Trainer:
             "perf/collective_bytes_per_step": sent,
         }
         return result
+
+    def _sharpness_is_due(self) -> bool:
+        """Whether this step is the last one with a perturbation before the next regular record."""
+        rule, every = self.step.rule, self.config.train.log_every_steps
+        if rule is None or not rule.perturbs_at(self.done):
+            return False
+        record = min((self.done // every + 1) * every, self.total_steps)
+        return not any(rule.perturbs_at(step) for step in range(self.done + 1, record))
 
     def _set_rates(self) -> None:
         """Learning rate and rho of this step, both functions of its number."""
@@ -204,6 +212,8 @@ class Trainer:
         self.window_steps += 1
         if self.done % train.log_every_steps == 0 or self.done == self.total_steps:
             self._log(result)
+        elif result.cosine is not None:  # the regular record's own step has no perturbation
+            self.tracker.log(self.done, self._sharpness(result))
         epoch, left = divmod(self.done, self.epoch_steps)
         end = self.done == self.total_steps
         if not end and left:
@@ -215,6 +225,19 @@ class Trainer:
         if (epoch % train.checkpoint_every_epochs == 0 or end) and not self.skipped:
             self._checkpoint()
         self.window_start += time.monotonic() - paused  # speed is that of steps
+
+    def _sharpness(self, result: StepResult) -> dict[str, float | None]:
+        """What only a step with a perturbation has."""
+        if result.perturbed_loss is None:
+            return {}
+        return {
+            "train/perturbed_loss": result.perturbed_loss,
+            "train/sharpness": result.perturbed_loss - result.loss,
+            "optim/ascent_gradient_norm": result.ascent_gradient_norm,
+            "optim/gradient_cosine": result.cosine,
+            "optim/rho": self.step.rho,
+            "optim/effective_rho": result.effective_rho,
+        }
 
     def _log(self, result: StepResult) -> None:
         """This step's own figures, which a resumed run repeats, and the speed since the last."""
@@ -235,15 +258,7 @@ class Trainer:
         self.traffic = {}
         if self.config.train.precision == "fp16":
             values["optim/loss_scale"] = result.loss_scale
-        if result.perturbed_loss is not None:
-            values |= {
-                "train/perturbed_loss": result.perturbed_loss,
-                "train/sharpness": result.perturbed_loss - result.loss,
-                "optim/ascent_gradient_norm": result.ascent_gradient_norm,
-                "optim/gradient_cosine": result.cosine,
-                "optim/rho": self.step.rho,
-                "optim/effective_rho": result.effective_rho,
-            }
+        values |= self._sharpness(result)
         self.tracker.log(self.done, values)
         self._record("running")
         left = (self.total_steps - self.done) * elapsed / self.window_steps
@@ -299,6 +314,7 @@ class Trainer:
                 self.directory.report,
                 weights_file=self.directory.weights_file,
                 training_seconds=seconds,
+                training=read_metrics(self.directory.metrics_file) if self.tracker.active else (),
             )
             if written is not None:
                 _, metrics = written
