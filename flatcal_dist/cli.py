@@ -8,6 +8,7 @@ flatcal evaluate --model NAME [--weights FILE] --data DATA --output DIR [--set k
 flatcal report RUN
 flatcal report LOGITS.npz|.parquet|.csv [--output DIR]
 flatcal compare RUN RUN ... --output DIR
+flatcal sync RUN [RUN ...] [--dry-run]
 flatcal environment
 """
 
@@ -147,6 +148,12 @@ def compare(arguments: argparse.Namespace) -> None:
     print(arguments.output / "index.html")
 
 
+def sync(arguments: argparse.Namespace) -> None:
+    from flatcal_dist.sync import sync as send
+
+    send(arguments.directories, arguments.dry_run)
+
+
 def environment(arguments: argparse.Namespace) -> None:
     print(json.dumps(describe_environment(), indent=1))
 
@@ -274,6 +281,11 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("directories", type=Path, nargs="+", metavar="RUN")
     add.add_argument("--output", type=Path, required=True, metavar="DIR")
     add.set_defaults(run=compare)
+
+    add = commands.add_parser("sync", help="send runs that were recorded offline to W&B")
+    add.add_argument("directories", type=Path, nargs="+", metavar="RUN")
+    add.add_argument("--dry-run", action="store_true", help="say what would be sent")
+    add.set_defaults(run=sync)
 
     add = commands.add_parser("environment", help="versions, code, devices")
     add.set_defaults(run=environment)
