@@ -9,6 +9,8 @@ flatcal report RUN
 flatcal report LOGITS.npz|.parquet|.csv [--output DIR]
 flatcal compare RUN RUN ... --output DIR
 flatcal status RUN [RUN ...] [--json]
+
+flatcal sync RUN [RUN ...] [--dry-run]
 flatcal environment
 """
 
@@ -159,6 +161,12 @@ def status(arguments: argparse.Namespace) -> None:
         states.print_status(found, Console())
 
 
+def sync(arguments: argparse.Namespace) -> None:
+    from flatcal_dist.sync import sync as send
+
+    send(arguments.directories, arguments.dry_run)
+
+
 def environment(arguments: argparse.Namespace) -> None:
     print(json.dumps(describe_environment(), indent=1))
 
@@ -291,6 +299,11 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("directories", type=Path, nargs="+", metavar="RUN")
     add.add_argument("--json", action="store_true")
     add.set_defaults(run=status)
+
+    add = commands.add_parser("sync", help="send runs that were recorded offline to W&B")
+    add.add_argument("directories", type=Path, nargs="+", metavar="RUN")
+    add.add_argument("--dry-run", action="store_true", help="say what would be sent")
+    add.set_defaults(run=sync)
 
     add = commands.add_parser("environment", help="versions, code, devices")
     add.set_defaults(run=environment)
