@@ -4,7 +4,6 @@ A failed import here would be passed over in silence and cost seconds in every r
 """
 
 import accelerate  # noqa: F401
-import deepspeed.runtime.zero.muon.muon_optimizer  # which it would import with its first engine
 import pytest  # noqa: F401
 import timm.layers
 import timm.optim  # noqa: F401
