@@ -2,9 +2,11 @@
 
 flatcal shard SOURCE DESTINATION --split train|validation
 flatcal index SHARDS
-flatcal evaluate RUN [--data SHARDS] [--output DIR]
-flatcal evaluate --model NAME --weights FILE --data SHARDS --output DIR [--set key.sub=value ...]
+flatcal validate SHARDS [--split NAME] [--decode N|all] [--classes K] [--json FILE]
+flatcal evaluate RUN [RUN ...] [--data [NAME=]DATA ...] [--output DIR]
+flatcal evaluate --model NAME [--weights FILE] --data DATA --output DIR [--set key.sub=value ...]
 flatcal report RUN
+flatcal report LOGITS.npz|.parquet|.csv [--output DIR]
 flatcal compare RUN RUN ... --output DIR
 flatcal environment
 """
@@ -12,14 +14,27 @@ flatcal environment
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from flatcal_dist.calibration.compare import write_comparison
-from flatcal_dist.calibration.report import render_report
-from flatcal_dist.data import expand, index_shard, prepare_digits, shard_image_folder
+from flatcal_dist.calibration.imported import read_file
+from flatcal_dist.calibration.report import render_report, write_report
+from flatcal_dist.calibration.summary import About
+from flatcal_dist.data import DataError, expand, image_folder, prepare_digits, prepare_shards
+from flatcal_dist.data.archives import ilsvrc_archive
+from flatcal_dist.data.findings import print_validation
+from flatcal_dist.data.index import index_shard
+from flatcal_dist.data.parallel import in_parallel, usable_cores
+from flatcal_dist.data.sharding import Encoding
+from flatcal_dist.data.sources import TORCHVISION, Source, torchvision_set
+from flatcal_dist.data.validation import validate_shards
 from flatcal_dist.environment import describe_environment
+from flatcal_dist.files import write_json
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,28 +51,92 @@ def run_command(arguments: argparse.Namespace) -> None:
 def shard(arguments: argparse.Namespace) -> None:
     arguments.destination = arguments.destination.expanduser()
     if arguments.source == "digits":
-        if arguments.shards is not None:
-            raise ValueError("the digits have a fixed number of shards: leave --shards out")
+        given = {name: getattr(arguments, name) for name in ("shards", "max_edge", "quality")}
+        if any(value is not None for value in given.values()):
+            raise ValueError(f"the digits are always the same: leave --{', --'.join(given)} out")
         print(prepare_digits(arguments.destination))
         return
-    shards = shard_image_folder(
-        Path(arguments.source),
-        arguments.destination,
-        arguments.split,
-        prefix=arguments.prefix,
-        shards=arguments.shards,
-        seed=arguments.seed,
-    )
-    print(f"{len(shards)} shards in {arguments.destination}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers end in order
+    try:
+        written = prepare_shards(
+            _source(arguments),
+            arguments.destination,
+            arguments.split,
+            prefix=arguments.prefix,
+            shards=arguments.shards,
+            seed=arguments.seed,
+            encoding=Encoding(arguments.max_edge, arguments.quality),
+            workers=arguments.workers,
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        sys.exit("interrupted: finished shards are kept, the same command writes the others")
+    if written.copied:
+        print(
+            f"{len(written.copied)} images could not be decoded and were copied as they are: "
+            + ", ".join(written.copied[:20])
+            + (", ..." if len(written.copied) > 20 else "")
+        )
+    resumed = f", {written.resumed} of them were there already" if written.resumed else ""
+    print(f"{len(written.shards)} shards in {arguments.destination}{resumed}")
+
+
+def _source(arguments: argparse.Namespace) -> Source:
+    if arguments.source in TORCHVISION:
+        if arguments.root is None:
+            raise ValueError(f"{arguments.source} needs --root, the directory torchvision keeps")
+        return torchvision_set(arguments.source, arguments.root.expanduser(), arguments.split)
+    path = Path(arguments.source).expanduser()
+    if path.is_dir():
+        return image_folder(path)
+    return ilsvrc_archive(path, arguments.split, arguments.devkit, arguments.workers)
 
 
 def index(arguments: argparse.Namespace) -> None:
     shards = expand(arguments.shards)
-    images = sum(index_shard(path) for path in shards)
-    print(f"{len(shards)} shards indexed, {images:,} images")
+    done = dict(in_parallel(_index, [(path,) for path in shards], arguments.workers))
+    if refused := [text for _, text in sorted(done.items()) if isinstance(text, str)]:
+        raise ValueError(f"{len(refused)} shards cannot be indexed:\n" + "\n".join(refused))
+    print(f"{len(shards)} shards indexed, {sum(done.values()):,} images")
+
+
+def _index(path: Path) -> int | str:
+    try:
+        return index_shard(path)
+    except DataError as error:
+        return str(error)
+
+
+def validate(arguments: argparse.Namespace) -> None:
+    found = validate_shards(
+        expand(arguments.shards, arguments.split, missing=True),
+        classes=arguments.classes,
+        decode_images=arguments.decode,
+        workers=arguments.workers,
+        progress=True,
+    )
+    print_validation(found, Console())
+    if arguments.json is not None:
+        write_json(arguments.json, found.to_json())
+    if found.errors:
+        sys.exit(1)
+
+
+def _number_or_all(text: str) -> int | None:
+    return None if text == "all" else int(text)
 
 
 def report(arguments: argparse.Namespace) -> None:
+    if arguments.directory.is_file():
+        output = arguments.output or arguments.directory.with_name(
+            f"{arguments.directory.stem}_report"
+        )
+        about = About(title=arguments.directory.stem, data=arguments.directory.name)
+        write_report(read_file(arguments.directory), output, about)
+        print(output / "index.html")
+        return
+    if arguments.output is not None:
+        raise ValueError("--output is for a file of logits; a run's report stays in its directory")
     directory = arguments.directory / "report"
     render_report(directory if directory.is_dir() else arguments.directory)
     print(directory / "index.html")
@@ -73,36 +152,54 @@ def environment(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from flatcal_dist.evaluation_job import evaluate_model, evaluate_run  # loads torch and timm
+    from flatcal_dist.evaluation_job import Wanted, evaluate_model, evaluate_runs  # loads torch
 
-    if arguments.directory is not None:
+    wanted = Wanted(
+        data=arguments.data,
+        corruptions=arguments.corruptions.split(",") if arguments.corruptions else None,
+        severities=_severities(arguments.severities),
+        real_file=arguments.real,
+        save_logits=arguments.save_logits,
+    )
+    if arguments.directories:
         if arguments.model or arguments.weights or arguments.overrides:
             raise ValueError(
                 "evaluate takes a RUN, or --model with --weights, --data and --output; not both"
             )
-        evaluate_run(arguments.directory, arguments.data, arguments.output)
+        evaluate_runs(arguments.directories, wanted, arguments.output)
     else:
         evaluate_model(
-            arguments.model,
-            arguments.weights,
-            arguments.data,
-            arguments.output,
-            arguments.overrides,
+            arguments.model, arguments.weights, wanted, arguments.output, arguments.overrides
         )
 
 
+def _severities(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"--severities={text}: expected numbers of 1 to 5, such as 1,3,5")
+    return [int(part) for part in parts]
+
+
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", nargs="?", type=Path, metavar="RUN", help="a run directory")
-    parser.add_argument("--model", metavar="NAME", help="a network of timm, or mlp; without RUN")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, or a state_dict")
-    parser.add_argument(
-        "--data", metavar="SHARDS", help="pattern or directory; by default the run's"
-    )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="by default RUN/report")
-    parser.add_argument(
-        "--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value",
-        help="with --model: configuration, such as model.num_classes=100",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("directories", nargs="*", type=Path, metavar="RUN", help="runs, or RUN/checkpoints/step_N")
+    add("--model", metavar="NAME", help="of timm, timm:NAME, torchvision:NAME, mlp; without RUN")
+    add("--weights", type=Path, nargs="+", default=[], metavar="FILE",
+        help="safetensors or state_dict; left out: what the library publishes")  # fmt: skip
+    add("--data", action="append", default=[], metavar="[NAME=]DATA",
+        help="shards or an ImageFolder tree; may be repeated; by default the run's. The first that "
+        "is clean gives the temperature to the others. A NAME that is a kind demands it: imagenet, "
+        "imagenet_v2, imagenet_a, imagenet_r, imagenet_sketch, imagenet_c, or imagenet_c_generated "
+        "to corrupt clean images")  # fmt: skip
+    add("--corruptions", metavar="LIST", help="of ImageNet-C: fog,snow; or common, extra, all")
+    add("--severities", metavar="LIST", help="of ImageNet-C: 1,3,5; by default all five")
+    add("--real", type=Path, metavar="FILE", help="ReaL labels; by default those that timm ships")
+    add("--save-logits", action="store_true", help="write the clean images' logits.npz as well")
+    add("--output", type=Path, metavar="DIR", help="by default RUN/report")
+    add("--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value",
+        help="with --model: configuration, such as model.num_classes=100")  # fmt: skip
     parser.set_defaults(run=evaluate)
 
 
@@ -113,26 +210,64 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     add = commands.add_parser("shard", help="write WebDataset shards, with their index")
-    add.add_argument("source", metavar="SOURCE", help="an ImageFolder tree, or 'digits'")
+    add.add_argument(
+        "source", metavar="SOURCE",
+        help="an ImageFolder tree, ILSVRC2012_img_train.tar or _val.tar, cifar10, cifar100, digits",
+    )  # fmt: skip
     add.add_argument("destination", type=Path, metavar="DESTINATION")
     add.add_argument("--split", choices=("train", "validation"), default="train")
     add.add_argument(
-        "--prefix", default="imagenet1k", help="shards are named PREFIX-SPLIT-0000.tar"
+        "--prefix", help="shards are named PREFIX-SPLIT-0000.tar; by default imagenet1k or cifar..."
     )
-    add.add_argument("--shards", type=int, help="their number; by default 1024, validation 64")
+    add.add_argument(
+        "--shards", type=int, help="their number; by default 1024, validation 64 (CIFAR 20 and 4)"
+    )
     add.add_argument("--seed", type=int, default=0, help="of the order in which images are written")
+    add.add_argument(
+        "--max-edge", type=int, metavar="PIXELS",
+        help="scale larger images down and encode them again; others are copied",
+    )  # fmt: skip
+    add.add_argument(
+        "--quality", type=int,
+        help="of images encoded again, 90 by default; without --max-edge all are",
+    )  # fmt: skip
+    add.add_argument(
+        "--devkit", type=Path, metavar="PATH",
+        help="with ILSVRC2012_img_val.tar: ILSVRC2012_devkit_t12.tar.gz, or a directory with "
+        "meta.mat and the ground truth; by default what lies beside the tar",
+    )  # fmt: skip
+    add.add_argument("--root", type=Path, metavar="DIR", help="with cifar10, cifar100: their place")
+    _workers(add)
     add.set_defaults(run=shard)
 
     add = commands.add_parser("index", help="index shards written elsewhere")
     add.add_argument("shards", metavar="SHARDS", help="directory or pattern")
+    _workers(add)
     add.set_defaults(run=index)
+
+    add = commands.add_parser("validate", help="look for all that is wrong with shards")
+    add.add_argument("shards", metavar="SHARDS", help="directory or pattern")
+    add.add_argument("--split", help="of a directory that several splits share")
+    add.add_argument(
+        "--decode", type=_number_or_all, default=1000, metavar="N|all",
+        help="how many images to decode, 1000 by default",
+    )  # fmt: skip
+    add.add_argument("--classes", type=int, metavar="K", help="labels must be 0 to K-1")
+    add.add_argument("--json", type=Path, metavar="FILE", help="write the findings there, too")
+    _workers(add)
+    add.set_defaults(run=validate)
 
     evaluate_arguments(
         commands.add_parser("evaluate", help="evaluate weights and write the report")
     )
 
-    add = commands.add_parser("report", help="write the page and figures again from the records")
-    add.add_argument("directory", type=Path, metavar="RUN")
+    add = commands.add_parser(
+        "report", help="the page again from the records; or a report on a file of logits"
+    )
+    add.add_argument("directory", type=Path, metavar="RUN|FILE")
+    add.add_argument(
+        "--output", type=Path, metavar="DIR", help="with FILE: by default FILE_report beside it"
+    )
     add.set_defaults(run=report)
 
     add = commands.add_parser("compare", help="compare runs, image by image")
@@ -143,6 +278,13 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("environment", help="versions, code, devices")
     add.set_defaults(run=environment)
     return parser
+
+
+def _workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=int, default=usable_cores(), metavar="N",
+        help="processes; by default the usable cores. The result is the same",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,109 +1,266 @@
-"""Evaluation as a job of its own, on one process or under `accelerate launch`."""
+"""Evaluation as a job of its own, on one process or under `accelerate launch`.
 
-from collections.abc import Sequence
+Of the data sets named, the first that is not a shifted one is the clean one: the report is about
+it, and its temperature is applied to all others. A run's own validation data is the clean one where
+none is named. One shifted data set alone, for a network without a run, gets a report of its own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import timm
+from accelerate import Accelerator
 from torch import nn
 
 from flatcal_dist import config as configuration
-from flatcal_dist import distributed, evaluation, inputs
+from flatcal_dist import distributed, evaluation, inputs, pretrained
 from flatcal_dist.config import Config, ConfigError
+from flatcal_dist.data import Index
+from flatcal_dist.data.variants import (
+    DataSet,
+    Variant,
+    find,
+    local_shards,
+    of_index,
+    open_variant,
+    path_of,
+)
 from flatcal_dist.distributed import ending_together, on_all_ranks
 from flatcal_dist.models import build
 from flatcal_dist.run_directory import RunDirectory, RunError
+from flatcal_dist.training import checkpoint
+from flatcal_dist.training.tracking import read_metrics
 from flatcal_dist.weights import load_weights
 
 
-def evaluate_run(run: Path, data: str | None = None, output: Path | None = None) -> None:
-    """Write the report of a run's model.safetensors, on its own validation shards or on `data`."""
-    directory = RunDirectory(run)
+@dataclass(frozen=True)
+class Wanted:
+    """What to evaluate on.
+
+    data: PATH or NAME=PATH each, see `data.variants`. corruptions, severities: of ImageNet-C, by
+    default all that there are. real_file: other ReaL labels than timm's. save_logits: also write
+    the clean images' logits.
+    """
+
+    data: Sequence[str] = ()
+    corruptions: Sequence[str] | None = None
+    severities: Sequence[int] | None = None
+    real_file: Path | None = None
+    save_logits: bool = False
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to evaluate: weights from a file, or for None those that its library publishes."""
+
+    title: str
+    config: Config
+    weights: Path | None
+    output: Path
+    seconds: float | None = None
+    log: Path | None = None  # of its training, for the curves in the report
+
+
+def evaluate_runs(runs: Sequence[Path], wanted: Wanted, output: Path | None = None) -> None:
+    """Write the report of each run's model.safetensors, or of a checkpoint RUN/checkpoints/step_N.
+
+    Into RUN/report, or RUN/report_step_N; with `output` into that directory, one folder each if
+    there are several.
+    """
+    networks = [_of_run(run) for run in runs]
+    if output is not None:
+        networks = [_into(output, network, len(networks) > 1) for network in networks]
+    _evaluate(networks, wanted, needs_output=output is None)
+
+
+def _of_run(run: Path) -> Network:
+    step = run.name if run.parent.name == "checkpoints" else None
+    directory = RunDirectory(run.parent.parent if step else run)
     if not directory.config_file.exists():
-        raise RunError(f"{run} is not a run directory: it has no config.yaml")
+        raise RunError(f"{directory.path} is not a run directory: it has no config.yaml")
+    config = configuration.load(directory.config_file)
+    title = directory.path.name
+    if step is not None:
+        weights = _checkpoint_weights(run)
+        output = directory.path / f"report_{step}"
+        return Network(f"{title} {step}", config, weights, output, log=directory.metrics_file)
     if not directory.weights_file.exists():
         raise RunError(f"{run} has no model.safetensors yet: training writes it at its end")
-    if data is not None and output is None:
-        raise RunError(
-            "--data also needs --output: RUN/report is for the run's own validation data"
-        )
-    config = configuration.load(directory.config_file)
-    if data is not None:
-        config = _on(config, data)
     seconds = state.seconds if (state := directory.state()) else None
-    _evaluate(config, directory.weights_file, output or directory.report, seconds)
+    return Network(
+        title, config, directory.weights_file, directory.report, seconds, directory.metrics_file
+    )
+
+
+def _checkpoint_weights(path: Path) -> Path:
+    checkpoint.verify(path)
+    progress = checkpoint.load_progress(path)
+    if progress.sharded:
+        raise RunError(
+            f"{path} holds the parts of {progress.world_size} ranks of {progress.engine}, not "
+            "whole weights: evaluate the run itself, whose model.safetensors is whole"
+        )
+    return path / "state_00000.pt"
 
 
 def evaluate_model(
     name: str | None,
-    weights: Path | None,
-    data: str | None,
+    weights: Sequence[Path],
+    wanted: Wanted,
     output: Path | None,
     overrides: Sequence[str] = (),
 ) -> None:
-    """Write the report of any weights of a network, on any indexed shards.
+    """Write the report of any weights of a network.
 
-    Image size, crop and normalization are those that timm records for the network, unless
-    overrides say otherwise.
+    name: of timm (or "mlp"), timm:NAME or torchvision:NAME; the latter two without weights have
+    those that the library publishes. Image size, crop and normalization are the library's for this
+    network, unless overrides say otherwise.
     """
+    published = name is not None and ":" in name and not weights
     missing = [
         option
-        for option, value in (
+        for option, there in (
             ("--model", name),
-            ("--weights", weights),
-            ("--data", data),
+            ("--weights", weights or published),
+            ("--data", wanted.data),
             ("--output", output),
         )
-        if value is None
+        if not there
     ]
     if missing:
-        raise ConfigError(f"evaluate needs a run directory, or also {', '.join(missing)}")
-    defaults = [f"model.name={name}", f"data.validation={data}", *_preprocessing(name)]
-    config = configuration.load(None, [*defaults, *overrides])
-    _evaluate(config, weights, output)
-
-
-def _evaluate(config: Config, weights: Path, output: Path, seconds: float | None = None) -> None:
-    accelerator = distributed.start("ddp", config.train.precision)
-    model, data = config.model, config.data
-    with ending_together(accelerator):
-
-        def prepared() -> nn.Module:
-            network = build(
-                model.name, model.num_classes, data.channels, data.image_size, model.options
-            )
-            load_weights(network, weights)
-            return network.to(accelerator.device)
-
-        network = on_all_ranks(prepared)
-        index = on_all_ranks(lambda: inputs.open_index(data, "validation", model.num_classes))
-        evaluation.report(
-            config, network, index, accelerator, output,
-            weights_file=weights, training_seconds=seconds,
-        )  # fmt: skip
-        accelerator.print(output / "index.html")
-
-
-def _on(config: Config, data: str) -> Config:
-    return config.model_copy(update={"data": config.data.model_copy(update={"validation": data})})
-
-
-def _preprocessing(name: str) -> list[str]:
-    """timm's evaluation settings of a network, as overrides; none for others' networks."""
-    if not timm.is_model(name):
-        return []
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is None:
-        return []
-    if cfg.crop_mode != "center":
-        raise ConfigError(
-            f"timm evaluates {name} with crop mode '{cfg.crop_mode}', which is not supported: its "
-            "figures would not be the network's; choose a network evaluated on a centre crop"
-        )
-    size = (cfg.test_input_size or cfg.input_size)[-1]
-    return [
-        f"data.image_size={size}",
-        f"data.mean={list(cfg.mean)}",
-        f"data.std={list(cfg.std)}",
-        f"data.crop_pct={min(cfg.test_crop_pct or cfg.crop_pct, 1.0)}",
-        f"data.interpolation={cfg.interpolation}",
+        hint = ""
+        if name and "--weights" in missing:
+            hint = f" (--model timm:{name} has the weights that timm publishes)"
+        raise ConfigError(f"evaluate needs a run directory, or also {', '.join(missing)}{hint}")
+    settings = pretrained.settings(name, published)
+    config = configuration.load(None, [f"model.name={name}", *settings, *overrides])
+    networks = [
+        Network(file.stem if file else name, config, file, output) for file in weights or [None]
     ]
+    if len(networks) > 1:
+        networks = [_into(output, network, True) for network in networks]
+    _evaluate(networks, wanted)
+
+
+def _into(output: Path, network: Network, several: bool) -> Network:
+    target = output / network.title.replace(" ", "_") if several else output
+    return Network(network.title, network.config, network.weights, target, network.seconds)
+
+
+def _evaluate(networks: Sequence[Network], wanted: Wanted, needs_output: bool = False) -> None:
+    _refuse_clashes(networks)
+    accelerator = distributed.start("ddp", networks[0].config.train.precision)
+    with ending_together(accelerator):
+        for network in networks:
+            for path in filter(inputs.remote, map(path_of, wanted.data)):
+                inputs.download(_on(network.config, path).data, accelerator, "validation")
+            clean, shifted = on_all_ranks(lambda n=network: _sets(n.config, wanted))
+            if needs_output and clean is not None:
+                raise RunError(
+                    "other clean data also needs --output: RUN/report is for the run's own "
+                    "validation data"
+                )
+            _evaluate_one(network, clean, shifted, wanted, accelerator)
+
+
+def _refuse_clashes(networks: Sequence[Network]) -> None:
+    outputs = [network.output for network in networks]
+    if twice := [path for path in outputs if outputs.count(path) > 1]:
+        raise ConfigError(f"two reports would go to {twice[0]}: evaluate them one at a time")
+    if len({network.config.train.precision for network in networks}) > 1:
+        raise ConfigError("these runs have different train.precision: evaluate them one at a time")
+
+
+def _sets(config: Config, wanted: Wanted) -> tuple[Variant | None, list[Variant]]:
+    """The clean data set (None: the run's own) and the others."""
+    classes = config.model.num_classes
+    groups = [
+        find(text, classes, wanted.corruptions, wanted.severities, _shards(config))
+        for text in wanted.data
+    ]
+    names = [group[0].name for group in groups]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"two data sets are called {twice[0]}: write --data NAME=PATH")
+    first = next((group[0] for group in groups if not group[0].shifted), None)
+    variants = [variant for group in groups for variant in group]
+    if first is None and config.data.validation is None and variants:
+        if len(variants) > 1 or variants[0].corruption:
+            raise ConfigError(
+                f"{', '.join(names)}: name clean data as well, such as --data imagenet=PATH, whose "
+                "temperature is applied to these"
+            )
+        first = variants[0]
+    if any(v.generated or v.kind == "imagenet_c" for v in variants) and config.data.channels != 3:
+        raise ConfigError("the corruptions of ImageNet-C need data.channels=3")
+    return first, [variant for variant in variants if variant is not first]
+
+
+def _shards(config: Config) -> Callable[[str, int], Index]:
+    """What opens shards: those from URLs have been downloaded into the configuration's cache."""
+
+    def opened(path: str, classes: int) -> Index:
+        if inputs.remote(path):
+            return inputs.open_index(_on(config, path).data, "validation", classes)
+        return local_shards(path, classes)
+
+    return opened
+
+
+def _on(config: Config, path: str) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update={"validation": path})})
+
+
+def _evaluate_one(
+    network: Network,
+    clean: Variant | None,
+    shifted: Sequence[Variant],
+    wanted: Wanted,
+    accelerator: Accelerator,
+) -> None:
+    config, classes = network.config, network.config.model.num_classes
+    module = _on_device(network, accelerator)
+    if clean is None:
+        inputs.download(config.data, accelerator, "validation")
+
+    def opened() -> DataSet:
+        if clean is not None:
+            return open_variant(clean, classes, wanted.real_file, _shards(config))
+        index = inputs.open_index(config.data, "validation", classes)
+        return of_index(index, str(config.data.validation), classes, wanted.real_file)
+
+    data = on_all_ranks(opened)
+    written = evaluation.report(
+        config, module, data, accelerator, network.output,
+        title=network.title, weights_file=network.weights, training_seconds=network.seconds,
+        training=_log(network, accelerator),
+        logits_file=network.output / "logits.npz" if wanted.save_logits else None,
+    )  # fmt: skip
+    if shifted:
+        records = written[0] if written else None
+        evaluation.report_shift(
+            config, module, shifted, accelerator, network.output, records, data.index.identity,
+            _shards(config),
+        )  # fmt: skip
+    accelerator.print(network.output / "index.html")
+
+
+def _log(network: Network, accelerator: Accelerator) -> list[dict]:
+    """The records of the training, on rank 0."""
+    if network.log is None or not accelerator.is_main_process:
+        return []
+    return read_metrics(network.log)
+
+
+def _on_device(network: Network, accelerator: Accelerator) -> nn.Module:
+    model, data = network.config.model, network.config.data
+
+    def built() -> nn.Module:
+        if network.weights is None:
+            return pretrained.build_pretrained(model.name, data.channels, model.options)
+        module = build(model.name, model.num_classes, data.channels, data.image_size, model.options)
+        load_weights(module, network.weights)
+        return module
+
+    if network.weights is None:  # one process of a machine fetches, the others find it there
+        on_all_ranks(lambda: built() if accelerator.is_local_main_process else None)
+    return on_all_ranks(built).to(accelerator.device)

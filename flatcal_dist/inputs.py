@@ -1,30 +1,47 @@
 """From the configuration's data section to indexes and loaders, for training and evaluation."""
 
+import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from flatcal_dist.config import Config, DataConfig
 from flatcal_dist.data import (
     Augmentation,
     DataError,
     Index,
+    Mixing,
     Normalize,
     Position,
+    describe_decoder,
     evaluation_loader,
     evaluation_transform,
     expand,
+    index_shard,
     load_index,
     prepare_digits,
     steps_per_epoch,
     training_loader,
     training_transform,
 )
+from flatcal_dist.data.cache import ShardCache
+from flatcal_dist.data.index import sidecar
 from flatcal_dist.data.loader import Batches
 from flatcal_dist.data.order import micro_batch_count
+from flatcal_dist.data.remote import Access, is_remote
+from flatcal_dist.data.stream import Stream, checksums, list_shards, open_stream
+from flatcal_dist.data.streaming import streaming_loader
+from flatcal_dist.distributed import on_all_ranks
+
+DOWNLOAD_ROUND = 60  # seconds; far below the time after which a collective gives up
 
 HOW_TO_PREPARE = """
-Prepare ImageNet (an ImageFolder tree, one folder a class) once, as WebDataset shards:
-  flatcal shard PATH/TO/train      data/imagenet --split train
-  flatcal shard PATH/TO/validation data/imagenet --split validation
+Prepare ImageNet once, as WebDataset shards, from its archives or trees of one folder a class:
+  flatcal shard ILSVRC2012_img_train.tar data/imagenet --split train
+  flatcal shard ILSVRC2012_img_val.tar   data/imagenet --split validation
 or name shards that you have, by pattern or directory, after `flatcal index SHARDS`:
   data.train=PATTERN data.validation=PATTERN
 Without any data, configs/digits/csam.yaml runs as it is, and --dry-run needs none."""
@@ -33,7 +50,7 @@ Without any data, configs/digits/csam.yaml runs as it is, and --dry-run needs no
 def prepare(data: DataConfig) -> None:
     """Write the embedded data set where `data.train` expects it, unless it is there."""
     if data.prepare == "digits":
-        if not isinstance(data.train, str):
+        if not isinstance(data.train, str) or is_remote(data.train):
             raise DataError(
                 "data.prepare=digits needs data.train to be one pattern or directory, not "
                 f"{data.train}"
@@ -44,10 +61,17 @@ def prepare(data: DataConfig) -> None:
 
 
 def open_index(data: DataConfig, split: str, classes: int) -> Index:
-    """The index of the shards that `data.train` or `data.validation` names. Raises DataError."""
+    """The index of the shards that `data.train` or `data.validation` names. Raises DataError.
+
+    Shards from URLs have to be in the cache already (see `download`).
+    """
     pattern = getattr(data, split)
     if pattern is None:
         raise DataError(f"data.{split} names no shards.{HOW_TO_PREPARE}")
+    if remote(pattern):
+        cache = _cache(data, f"data.{split}")
+        names = list_shards(pattern, split, access(data))
+        return load_index([cache.path(n) if is_remote(n) else Path(n) for n in names], classes)
     try:
         shards = expand(pattern, split)
     except DataError as error:
@@ -56,6 +80,106 @@ def open_index(data: DataConfig, split: str, classes: int) -> Index:
             f"{HOW_TO_PREPARE}"
         ) from None
     return load_index(shards, classes)
+
+
+def agree_on_decoder(data: DataConfig) -> None:
+    """Called by all ranks. Raises FailedTogether unless they have the decoder, and the same."""
+    mine = on_all_ranks(lambda: describe_decoder(data.decoder))
+    found = sorted(set(gather_object([mine])))
+
+    def check() -> None:
+        if len(found) > 1:
+            raise DataError(
+                f"the ranks would decode images by different decoders ({', '.join(found)}): "
+                "install the same packages on all machines, or set data.decoder=pil"
+            )
+
+    on_all_ranks(check)
+
+
+def open_training(data: DataConfig, classes: int) -> Index | Stream:
+    """The training data, by the reader that `data.reader` asks for. Raises DataError."""
+    if not streams(data):
+        return open_index(data, "train", classes)
+    cache = _cache(data, "data.train") if data.cache else None
+    return open_stream(data.train, "train", classes, access(data), data.epoch_samples, cache)
+
+
+def streams(data: DataConfig) -> bool:
+    """Whether training reads its shards from front to back."""
+    if data.train is None:
+        return False
+    return data.reader == "streaming" or (data.reader == "auto" and remote(data.train))
+
+
+def remote(pattern: str | list[str]) -> bool:
+    """Whether any of these shards is a URL or a command."""
+    return any(is_remote(one) for one in ([pattern] if isinstance(pattern, str) else pattern))
+
+
+def access(data: DataConfig) -> Access:
+    return Access(
+        stall_timeout=data.stall_timeout, retries=data.retries, allow_pipe=data.allow_pipe
+    )
+
+
+def _cache(data: DataConfig, key: str) -> ShardCache:
+    if data.cache is None:
+        raise DataError(
+            f"{key} is read in any order, which shards from URLs allow only once they are here: "
+            "name a directory for them, data.cache=DIRECTORY."
+        )
+    limit = data.cache_limit << 30 if data.cache_limit else None
+    return ShardCache(Path(data.cache).expanduser(), access(data), limit)
+
+
+def download(data: DataConfig, accelerator: Accelerator, *splits: str) -> None:
+    """Bring shards from URLs that will be read in any order into the cache, and index them.
+
+    All ranks take part, each beginning with its own share; in rounds, so that none waits in a
+    collective for as long as a download takes. Raises FailedTogether.
+    """
+    todo = on_all_ranks(lambda: _to_download(data, splits))
+    first = len(todo) * accelerator.process_index // accelerator.num_processes
+    todo = todo[first:] + todo[:first]
+
+    def some() -> int:
+        until = time.monotonic() + DOWNLOAD_ROUND
+        while todo and time.monotonic() < until:
+            cache, url, sha256 = todo[0]
+            cache.open(url, sha256).close()
+            if not sidecar(cache.path(url)).exists():
+                index_shard(cache.path(url))
+            del todo[0]
+        return len(todo)
+
+    while left := max(gather_object([on_all_ranks(some)])):
+        accelerator.print(f"downloading: {left:,} shards to go")
+
+
+def _to_download(
+    data: DataConfig, splits: Sequence[str]
+) -> list[tuple[ShardCache, str, str | None]]:
+    found = []
+    for split in splits:
+        pattern = getattr(data, split)
+        if pattern is None or not remote(pattern) or (split == "train" and streams(data)):
+            continue
+        urls = [n for n in list_shards(pattern, split, access(data)) if is_remote(n)]
+        cache = _cache(data, f"data.{split}")
+        digests = checksums(urls, access(data))
+        found += [(cache, url, digest) for url, digest in zip(urls, digests, strict=True)]
+    return found
+
+
+def promise(train: Index | Stream) -> str:
+    """What may be relied on in the order of the training data, in words."""
+    if isinstance(train, Stream):
+        return train.promise
+    return (
+        "indexed reader: every epoch visits each image at most once, in an order that depends on "
+        "run.seed and the epoch alone; a run resumes exactly, on any number of ranks and workers"
+    )
 
 
 def micro_batch_size(data: DataConfig, world_size: int) -> int:
@@ -68,6 +192,13 @@ def batch_arithmetic(config: Config, world_size: int, images: int | None) -> str
     data, train = config.data, config.train
     size = data.global_batch_size
     count = micro_batch_count(size, micro_batch_size(data, world_size), world_size)
+    if mixing(data, config.model.num_classes) and size % (2 * world_size * count):
+        raise DataError(
+            f"data.mixup and data.cutmix mix pairs of images, but {size} images on {world_size} "
+            f"ranks in {count} micro-batches each are not an even number per micro-batch: make "
+            f"data.global_batch_size a multiple of {2 * world_size * count}, or choose another "
+            "data.micro_batch_size"
+        )
     share = f"{size / world_size:g}"
     text = (
         f"a step takes {size} images: {world_size} rank{'s' * (world_size > 1)} x {share} images, "
@@ -85,11 +216,19 @@ def batch_arithmetic(config: Config, world_size: int, images: int | None) -> str
 
 
 def training_batches(
-    config: Config, index: Index, start: Position, rank: int, world_size: int, pin_memory: bool
+    config: Config,
+    train: Index | Stream,
+    start: Position,
+    rank: int,
+    world_size: int,
+    pin_memory: bool,
 ) -> Batches:
     data = config.data
-    return training_loader(
-        index,
+    if isinstance(train, Stream):
+        loader = partial(streaming_loader, train, buffer=data.shuffle_buffer)
+    else:
+        loader = partial(training_loader, train, window=data.shuffle_window)
+    return loader(
         seed=config.run.seed,
         global_batch_size=data.global_batch_size,
         micro_batch_size=micro_batch_size(data, world_size),
@@ -100,7 +239,8 @@ def training_batches(
         start=start,
         rank=rank,
         world_size=world_size,
-        window=data.shuffle_window,
+        decoder=data.decoder,
+        max_pixels=data.max_pixels,
         workers=data.workers,
         pin_memory=pin_memory,
     )
@@ -115,6 +255,8 @@ def evaluation_batches(
         batch_size=config.evaluate.batch_size,
         transform=evaluation_transform(augmentation(data), data.image_size),
         channels=data.channels,
+        decoder=data.decoder,
+        max_pixels=data.max_pixels,
         rank=rank,
         world_size=world_size,
         workers=data.workers,
@@ -134,4 +276,16 @@ def augmentation(data: DataConfig) -> Augmentation:
         flip=data.flip,
         interpolation=data.interpolation,
         crop_pct=data.crop_pct,
+        auto_augment=data.auto_augment,
+        magnitude=data.auto_augment_magnitude,
+        operations=data.auto_augment_operations,
+        color_jitter=data.color_jitter,
+        random_erasing=data.random_erasing,
+        fill=tuple(round(255 * mean) for mean in data.mean),
     )
+
+
+def mixing(data: DataConfig, classes: int) -> Mixing | None:
+    if not (data.mixup or data.cutmix):
+        return None
+    return Mixing(classes, data.mixup, data.cutmix, data.mix_probability)

@@ -1,11 +1,14 @@
-"""Networks by name: the literature's small ones, and all of timm's."""
+"""Networks by name: the literature's small ones, and all of timm's and torchvision's."""
 
 import difflib
 from itertools import pairwise
 from typing import Any
 
 import timm
+import torchvision.models
 from torch import Tensor, nn
+
+from flatcal_dist.config import ConfigError
 
 
 class MLP(nn.Module):
@@ -32,20 +35,47 @@ def build(
 ) -> nn.Module:
     """The network `name`, for images [N, channels, image_size, image_size].
 
-    Raises ValueError for an unknown name or options that the network does not take.
+    Raises ConfigError for an unknown name or options that the network does not take.
     """
     try:
         if name == "mlp":
             return MLP(channels, image_size, num_classes, **options)
-        if not timm.is_model(name):
-            near = difflib.get_close_matches(name, ["mlp", *timm.list_models()], n=3, cutoff=0.5)
+        library, own = split_library(name)
+        if library == "torchvision":
+            return _torchvision(own.partition(".")[0], num_classes, channels, options)
+        if not timm.is_model(own):
+            near = difflib.get_close_matches(own, ["mlp", *timm.list_models()], n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"model.name={name} is neither 'mlp' nor a network of timm{hint}")
-        return timm.create_model(name, num_classes=num_classes, in_chans=channels, **options)
+            raise ConfigError(f"model.name={name} is neither 'mlp' nor a network of timm{hint}")
+        return timm.create_model(own, num_classes=num_classes, in_chans=channels, **options)
     except TypeError as error:
-        raise ValueError(
+        raise ConfigError(
             f"model.options={options} does not fit model.name={name}: {error}"
         ) from None
+
+
+def split_library(name: str) -> tuple[str, str]:
+    """ "timm:NAME", "torchvision:NAME" or NAME as (library, NAME); timm where none is named."""
+    library, colon, own = name.rpartition(":")
+    if colon and library not in ("timm", "torchvision"):
+        raise ConfigError(f"model.name={name}: expected NAME, timm:NAME or torchvision:NAME")
+    return (library or "timm"), own
+
+
+def check_torchvision(name: str) -> None:
+    """Raise ConfigError unless torchvision has this classification network."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigError(f"model.name: torchvision has no classification network {name!r}{hint}")
+
+
+def _torchvision(name: str, num_classes: int, channels: int, options: dict[str, Any]) -> nn.Module:
+    check_torchvision(name)
+    if channels != 3:
+        raise ConfigError(f"torchvision's networks take 3 channels, not data.channels={channels}")
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
 
 
 def parameter_count(model: nn.Module) -> int:

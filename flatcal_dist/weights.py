@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from flatcal_dist.files import write_atomically
 
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's
-NESTED = ("state_dict", "model")  # where training scripts keep weights in their checkpoints
+# Where training scripts, and our checkpoints of replicated engines, keep the weights.
+NESTED = ("state_dict", "model", "engine", "weights")
 
 
 class WeightsError(ValueError):
@@ -66,6 +67,15 @@ def load_weights(module: nn.Module, path: Path) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and values of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> dict[str, Tensor]:

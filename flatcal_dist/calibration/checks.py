@@ -1,11 +1,17 @@
 """What every function of this package accepts; the errors say what was expected."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+StringArray = np.ndarray[tuple[int, ...], np.dtype[np.str_]]
+
+LARGEST_LOGIT = 1e100  # beyond it differences, and their products with 1/T, overflow
 
 
 def confidence_and_correct(
@@ -45,8 +51,9 @@ def logits_and_labels(
 ) -> tuple[np.ndarray, IntArray]:
     """Return logits [N, K] in their own floating dtype and labels as int64 [N].
 
-    Raises ValueError for wrong shapes, an empty input, NaN or infinite logits, and labels that
-    are not integers in 0..K-1; it calls images by their ids where these are given.
+    Raises ValueError for wrong shapes, an empty input, NaN or infinite logits (or such beyond
+    `LARGEST_LOGIT`), and labels that are not integers in 0..K-1; it calls images by their ids
+    where these are given.
     """
     z, y = np.asarray(logits), np.asarray(labels)
     if z.ndim != 2 or z.shape[1] < 2:
@@ -55,12 +62,18 @@ def logits_and_labels(
         raise ValueError(f"labels must have shape [{len(z)}] to match the logits, got {y.shape}")
     if len(z) == 0:
         raise ValueError("logits are empty: at least one image is needed")
-    if not np.issubdtype(z.dtype, np.floating):
+    if z.dtype.kind not in "fiu":
+        raise ValueError(f"logits must be real numbers, got dtype {z.dtype}")
+    if z.dtype.kind != "f":
         z = z.astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(z).all(axis=1))
+    # A NaN shows in the largest of its row, and no [N, K] mask is needed.
+    high, low = z.max(axis=1).astype(np.float64), z.min(axis=1).astype(np.float64)
+    bad = np.flatnonzero(~(np.isfinite(high) & np.isfinite(low)))
     if len(bad):
         first = f"at row {bad[0]}" if ids is None else f"{np.asarray(ids)[bad[0]]!s}"
         raise ValueError(f"logits of {len(bad)} images are NaN or infinite, first {first}")
+    if max(high.max(), -low.min()) > LARGEST_LOGIT:
+        raise ValueError(f"logits must lie within +-{LARGEST_LOGIT:g}, found {high.max():g}")
     if not np.issubdtype(y.dtype, np.integer):
         raise ValueError(f"labels must be integers, got dtype {y.dtype}")
     y = y.astype(np.int64)
@@ -70,6 +83,21 @@ def logits_and_labels(
             f"found {y.min()} to {y.max()}"
         )
     return z, y
+
+
+def image_ids(ids: Sequence[str], images: int) -> StringArray:
+    """Return ids as N strings, or raise ValueError if their number is wrong or one occurs twice."""
+    names = np.array([str(i) for i in ids], dtype=np.str_)
+    if len(names) != images:
+        raise ValueError(f"ids and logits must have equal lengths, got {len(names)} and {images}")
+    if len(np.unique(names)) < len(names):
+        repeated = sorted(name for name, n in Counter(names.tolist()).items() if n > 1)
+        raise ValueError(
+            f"ids must be unique, but {len(repeated)} ids occur more than once, first "
+            f"{repeated[0]!r}: drop the padding of the distributed loader, and name every image "
+            "once, or it would be counted twice and fitted on while scored"
+        )
+    return names
 
 
 def positive_integer(value: int, name: str) -> int:

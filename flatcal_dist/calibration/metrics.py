@@ -10,10 +10,37 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.signal import fftconvolve
 
-from .checks import BoolArray, FloatArray, IntArray, confidence_and_correct, positive_integer
+from .checks import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    confidence_and_correct,
+    logits_and_labels,
+    positive_integer,
+)
+from .classwise import ClasswiseSums
+from .smooth import smooth_calibration_error
 from .softmax import score_images
+
+__all__ = [
+    "CalibrationNull",
+    "ReliabilityBins",
+    "adaptive_calibration_error",
+    "brier_score",
+    "classwise_calibration_error",
+    "expected_calibration_error",
+    "expected_calibration_error_null",
+    "kolmogorov_smirnov_error",
+    "maximum_calibration_error",
+    "negative_log_likelihood",
+    "reliability_bins",
+    "root_mean_square_calibration_error",
+    "signed_gap",
+    "smooth_calibration_error",
+    "thresholded_classwise_calibration_error",
+    "top_label_brier_score",
+]
 
 
 @dataclass(frozen=True)
@@ -56,11 +83,18 @@ def equal_width_index(confidence: FloatArray, bins: int) -> IntArray:
 
 
 def equal_mass_edges(confidence: FloatArray, bins: int) -> FloatArray:
-    """Inner edges of bins of about N / bins images, midway between the neighbours at each cut."""
+    """Inner edges of bins of about N / bins images, midway between the neighbours at each cut.
+
+    No bin is empty: where many confidences are equal, there are fewer bins.
+    """
     c = np.sort(confidence)
-    sizes = np.array([len(part) for part in np.array_split(c, min(bins, len(c)))])
+    parts = min(bins, len(c))
+    sizes = np.full(parts, len(c) // parts)
+    sizes[: len(c) % parts] += 1
     cuts = np.cumsum(sizes)[:-1]
-    return np.unique((c[cuts - 1] + c[cuts]) / 2)
+    edges = np.unique((c[cuts - 1] + c[cuts]) / 2)
+    below = np.searchsorted(c, edges, side="right")
+    return edges[np.diff(np.append(below, len(c))) > 0]
 
 
 def reliability_bins(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> ReliabilityBins:
@@ -113,15 +147,28 @@ def maximum_calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: i
 
 
 def root_mean_square_calibration_error(
-    confidence: ArrayLike, correct: ArrayLike, bins: int = 15
+    confidence: ArrayLike, correct: ArrayLike, bins: int = 15, *, debiased: bool = False
 ) -> float:
     """RMSCE = sqrt(sum_m (n_m / N) (accuracy_m - mean confidence_m)^2) over bins of equal width.
 
-    Source: Kumar et al., Verified Uncertainty Calibration (NeurIPS 2019), definition 2.3.
+    debiased: from each square the variance of the accuracy, accuracy_m (1 - accuracy_m) /
+    (n_m - 1), is taken away, bins of one image count 0, and the sum is cut off at 0; so that a
+    calibrated network shows about 0 however few images there are.
+    Source: Kumar et al., Verified Uncertainty Calibration (NeurIPS 2019), definition 2.3 and
+    section 4.1; Roelofs et al., Mitigating Bias in Calibration Error Estimation (AISTATS 2022).
     """
     table = reliability_bins(confidence, correct, bins)
+    return float(np.sqrt(max(_mean_square(table, debiased), 0.0)))
+
+
+def _mean_square(table: ReliabilityBins, debiased: bool) -> float:
     square = np.nan_to_num(table.accuracy - table.mean_confidence) ** 2
-    return float(np.sqrt(table.count @ square / table.count.sum()))
+    if debiased:
+        noise = np.nan_to_num(table.accuracy * (1 - table.accuracy)) / np.maximum(
+            table.count - 1, 1
+        )
+        square = np.where(table.count > 1, square - noise, 0.0)
+    return float(table.count @ square / table.count.sum())
 
 
 def kolmogorov_smirnov_error(confidence: ArrayLike, correct: ArrayLike) -> float:
@@ -134,43 +181,6 @@ def kolmogorov_smirnov_error(confidence: ArrayLike, correct: ArrayLike) -> float
     drift = np.cumsum((c - a)[order]) / len(c)
     group_end = np.append(np.diff(c[order]) > 0, True)
     return float(np.abs(drift[group_end]).max())
-
-
-def smooth_calibration_error(confidence: ArrayLike, correct: ArrayLike) -> float:
-    """smECE: the fixed point s = smECE_s, where smECE_s is the integral over t in [0, 1] of
-    |sum_i K_s(t, c_i) (c_i - a_i)| / (integral of sum_i K_s(t, c_i)).
-
-    K_s is the Gaussian of width s reflected at 0 and 1. Resolution, reflection and kernel support
-    follow the authors' implementation, so that values compare with published ones: s is searched
-    by ten bisections from 1, and images at exactly 0 or 1 have no mirror image.
-    Source: Blasiok and Nakkiran, Smooth ECE (ICLR 2024), section 3.
-    """
-    c, a = confidence_and_correct(confidence, correct)
-    low, high = 0.0, 1.0
-    for _ in range(10):  # smECE_s falls with s, so the crossing is unique
-        middle = (low + high) / 2
-        low, high = (low, middle) if _smooth_error(c, a, middle) < middle else (middle, high)
-    return _smooth_error(c, a, high)
-
-
-def _smooth_error(c: FloatArray, a: BoolArray, width: float) -> float:
-    """smECE_s at one kernel width s."""
-    cells = int(max(1000, 10 / width))
-    place = c * cells
-    left = np.minimum(place.astype(np.int64), cells - 1)
-    right_share = place - left
-    kernel = np.exp(-0.5 * (np.arange(-(cells // 2), cells // 2 + 1) / cells / width) ** 2)
-
-    def smooth(weight: FloatArray) -> FloatArray:
-        grid = np.bincount(left, weights=(1 - right_share) * weight, minlength=cells + 1)
-        grid += np.bincount(left + 1, weights=right_share * weight, minlength=cells + 1)
-        mirrored = np.concatenate([grid[:0:-1], grid, grid[-2::-1]])
-        return fftconvolve(mirrored, kernel, mode="same")[cells : 2 * cells + 1]
-
-    at = np.linspace(0.0, 1.0, max(200, int(np.ceil(10 / width))))
-    nodes = np.linspace(0.0, 1.0, cells + 1)
-    residual = np.interp(at, nodes, smooth(c - a))
-    return float(np.abs(residual).sum() / np.interp(at, nodes, smooth(np.ones(len(c)))).sum())
 
 
 def signed_gap(confidence: ArrayLike, correct: ArrayLike) -> float:
@@ -193,6 +203,42 @@ def brier_score(logits: ArrayLike, labels: ArrayLike) -> float:
     Source: Brier, Verification of forecasts expressed in terms of probability (1950).
     """
     return float(score_images(logits, labels).brier.mean())
+
+
+def top_label_brier_score(confidence: ArrayLike, correct: ArrayLike) -> float:
+    """Mean of (c_i - a_i)^2, in [0, 1]: of the predicted class alone, see `corp_decomposition`."""
+    c, a = confidence_and_correct(confidence, correct)
+    return float(np.mean((c - a) ** 2))
+
+
+def classwise_calibration_error(logits: ArrayLike, labels: ArrayLike, bins: int = 15) -> float:
+    """Mean over classes k of sum_m (n_mk / N) |share of class k - mean p_k|, right-closed bins.
+
+    logits [N, K], labels int [N]. Small by construction where there are many classes, because
+    nearly all entries lie near 0 in the first bin. Source: Kull et al., Beyond temperature
+    scaling (NeurIPS 2019), definition 2; static calibration error of Nixon et al. (2019).
+    """
+    return _classwise(logits, labels, bins, None).error
+
+
+def thresholded_classwise_calibration_error(
+    logits: ArrayLike, labels: ArrayLike, bins: int = 15, threshold: float | None = None
+) -> float | None:
+    """Classwise calibration error over the entries with p_k > threshold (1 / K unless given).
+
+    Every class is weighted by its own number of such entries; mean over the classes that have
+    any, None if none has. Source: Nixon et al. (2019), section 3.4.
+    """
+    return _classwise(logits, labels, bins, threshold).thresholded_error
+
+
+def _classwise(
+    logits: ArrayLike, labels: ArrayLike, bins: int, threshold: float | None
+) -> ClasswiseSums:
+    z, y = logits_and_labels(logits, labels)
+    sums = ClasswiseSums(z.shape[1], bins, threshold)
+    score_images(z, y, classwise=sums)
+    return sums
 
 
 def expected_calibration_error_null(

@@ -1,9 +1,8 @@
 """One record per image: all that the report needs, without the logits."""
 
 import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,31 +12,26 @@ from numpy.typing import ArrayLike
 
 from flatcal_dist.files import write_atomically
 
-from .calibrators import FoldTemperatures, TemperatureScaling, fit_fold_temperatures, fold_of
-from .checks import BoolArray, FloatArray, IntArray, logits_and_labels
-from .softmax import ImageScores, score_images
+from .calibrators import TemperatureScaling
+from .checks import BoolArray, FloatArray, IntArray, image_ids, logits_and_labels
+from .classwise import ClasswiseSums
+from .crossfit import CrossFit, HoldOut, OutOfSample, fit_out_of_sample, fold_of
+from .scores import NAMES, Tuning, confidence_scores, tune
+from .softmax import Scores, score_images
 
 METADATA_KEY = b"flatcal_dist.records"
 SCORES = ("log_confidence", "nll", "brier", "entropy")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What the network says of each image, before or after temperature scaling; all [N].
-
-    log_confidence ranks images (it does not saturate); `confidence` is its exponential. nll and
-    entropy in nats; brier over all classes, in [0, 2].
-    """
-
-    correct: BoolArray
-    log_confidence: FloatArray
-    nll: FloatArray
-    brier: FloatArray
-    entropy: FloatArray
-
-    @property
-    def confidence(self) -> FloatArray:
-        return np.exp(self.log_confidence)
+RANKING = "score_"  # before the names of the confidence scores
+SETTINGS = (
+    "classes",
+    "temperature",
+    "temperature_interval",
+    "fold_temperatures",
+    "fold_seed",
+    "held_out",
+    "classwise",
+    "logits_dtype",
+)
 
 
 @dataclass(frozen=True)
@@ -69,11 +63,16 @@ class Records:
 
     id: unique strings [N]. label, prediction, rank: int [N]; rank counts the classes placed
     before the label, so rank 0 is correct. fold [N]: cross-fitting fold. before, after: scores
-    before and after temperature scaling, the latter with temperatures fitted on the other folds.
-    temperature: fitted on all images. fold_temperatures: the one that scores each fold. Of images
-    under shift (`source.temperature_from`) both are those of the clean images. real [N], or None
+    before and after temperature scaling, the latter with temperatures fitted without the image.
+    temperature: fitted on all images that may be fitted on; temperature_interval: its 95 %
+    interval over images. fold_temperatures: the one that scores each fold; empty where, instead,
+    `held_out` images were fitted on, which have no record. Of images under shift
+    (`source.temperature_from`) all of these are those of the clean images. real [N], or None
     where there are no ReaL labels: 1 if the prediction is one of the image's ReaL labels, 0 if
     not, -1 if the image has none and stays out of figures on ReaL.
+    ranking: the confidence scores of `scores.NAMES` [N] by name; compared [N]: the images that
+    `tuning` did not use, on which they are to be compared. classwise: classwise and thresholded
+    classwise ECE, before and after. logits_dtype: of the logits as they came.
     """
 
     id: np.ndarray
@@ -83,10 +82,17 @@ class Records:
     fold: IntArray
     before: Scores
     after: Scores
+    ranking: dict[str, FloatArray]
+    compared: BoolArray
+    tuning: Tuning
     classes: int
     temperature: float
+    temperature_interval: tuple[float, float] | None
     fold_temperatures: tuple[float | None, ...]
     fold_seed: int
+    held_out: int
+    classwise: dict[str, float | None]
+    logits_dtype: str
     source: Source = Source()
     real: IntArray | None = None
 
@@ -110,6 +116,7 @@ class Records:
         *,
         expected: int | None = None,
         folds: int = 5,
+        hold_out: float | None = None,
         seed: int = 0,
         clean: "Records | None" = None,
         source: Source = Source(),
@@ -119,55 +126,95 @@ class Records:
 
         expected: the number of images that the data set holds. ValueError if the number differs,
         an id occurs twice (padding of a distributed loader was not removed), logits are not
-        finite or labels out of range. Seed and folds decide the cross-fitting folds.
+        finite or labels out of range. Seed and folds decide the cross-fitting folds; hold_out:
+        instead, the share of the images that is fitted on and left out of the records.
 
         clean: of images under shift, the same network's records of the clean ones, whose
         temperatures are used (and whose folds): that of its fold for an image that is among the
         clean ones (ImageNet-C), the overall one for any other. real_labels: per image the ReaL
         labels, possibly none, in the same order as ids.
         """
-        names, z = np.array([str(i) for i in ids]), np.asarray(logits)
-        if len(names) != len(z):
-            raise ValueError(f"ids and logits must have equal lengths, got {len(names)}, {len(z)}")
+        z = np.asarray(logits)
+        names = image_ids(ids, len(z))
         z, y = logits_and_labels(z, labels, names)
-        _refuse_duplicates(names)
         if expected is not None and len(names) != expected:
             raise ValueError(
                 f"expected {expected} images, got {len(names)}: "
                 "every image must be evaluated exactly once, on whatever number of ranks"
             )
+        if real_labels is not None and len(real_labels) != len(z):
+            raise ValueError(
+                f"there are ReaL labels of {len(real_labels)} images, but {len(z)} images"
+            )
         order = np.argsort(names, kind="stable")  # so that no result depends on ranks or workers
-        names, z, y = names[order], z[order], y[order]
+        names, y = names[order], y[order]
+        if (np.diff(order) != 1).any():  # a copy of 50,000 x 1,000 logits is 200 MB
+            z = z[order]
         if clean is None:
-            fit = fit_fold_temperatures(names.tolist(), z, y, folds, seed)
-            per_image = fit.per_image
+            split = HoldOut(hold_out, seed) if hold_out is not None else CrossFit(folds, seed)
+            fit = fit_out_of_sample("temperature", names.tolist(), z, y, split)
+            judged_apart = split if hold_out is not None else HoldOut(seed=seed)
+            tuning = tune(names.tolist(), z, y, judged_apart)
         else:
+            fit, tuning = clean.temperature_fit(), clean.tuning
             folds, seed = len(clean.fold_temperatures), clean.fold_seed
-            fold = fold_of(names.tolist(), folds, seed)
-            fit = FoldTemperatures(fold, clean.fold_temperatures, clean.temperature)
-            per_image = np.where(np.isin(names, clean.id), fit.per_image, clean.temperature)
             own = TemperatureScaling().fit(z, y).temperature
             source = replace(
                 source, temperature_from=clean.source.name or "clean images", own_temperature=own
             )
-        before = score_images(z, y)
+        kept = fit.may_score(names.tolist())
+        if not kept.any():
+            raise ValueError("the hold-out takes all images: none is left to score")
+        if not kept.all():
+            order, names, z, y = order[kept], names[kept], z[kept], y[kept]
+        sums = ClasswiseSums(z.shape[1]), ClasswiseSums(z.shape[1])
+        before = score_images(z, y, classwise=sums[0])
         # Dividing by T > 0 keeps the order of the classes; before rounding, so rank stays.
-        after = score_images(z, y, per_image)
+        after = score_images(z, y, fit.temperatures(names.tolist()), classwise=sums[1])
         return cls(
             id=names,
             label=y,
             prediction=before.prediction,
             rank=before.rank,
-            fold=fit.fold,
-            before=_scores(before, before.correct),
-            after=_scores(after, before.correct),
+            fold=fold_of(names.tolist(), folds, seed),
+            before=before.scores(),
+            after=after.scores(before.correct),
+            ranking=confidence_scores(z, before, tuning),
+            compared=~tuning.split.chosen(names.tolist()),
+            tuning=tuning,
             classes=z.shape[1],
-            temperature=fit.temperature,
-            fold_temperatures=fit.per_fold,
+            temperature=fit.overall.temperature,
+            temperature_interval=fit.overall.interval() if clean is None else None,
+            fold_temperatures=tuple(None if f is None else f.temperature for f in fit.per_fold),
             fold_seed=seed,
+            held_out=int((~kept).sum()),
+            classwise={
+                "classwise_ece": sums[0].error,
+                "thresholded_classwise_ece": sums[0].thresholded_error,
+                "classwise_ece_after_temperature": sums[1].error,
+                "thresholded_classwise_ece_after_temperature": sums[1].thresholded_error,
+            },
+            logits_dtype=str(np.asarray(logits).dtype),
             source=source,
             real=_real(real_labels, order, before.prediction),
         )
+
+    def temperature_fit(self) -> OutOfSample:
+        """The temperatures, as what can score other images, such as shifted versions of these.
+
+        ValueError unless they are cross-fitted on these images themselves.
+        """
+        if not self.fold_temperatures or self.source.temperature_from is not None:
+            raise ValueError(
+                "only records cross-fitted on their own images can calibrate others; "
+                "evaluate the clean images without hold_out and clean"
+            )
+        per_fold = tuple(
+            None if t is None else TemperatureScaling.at(t) for t in self.fold_temperatures
+        )
+        split = CrossFit(len(per_fold), self.fold_seed)
+        overall = TemperatureScaling.at(self.temperature)
+        return OutOfSample("temperature", split, overall, per_fold, frozenset(self.id.tolist()))
 
     def save(self, path: Path) -> None:
         """Write parquet: one row per image, scalars only; appears whole or not at all."""
@@ -178,19 +225,16 @@ class Records:
             "rank": self.rank.astype(np.int32),
             "correct": self.correct,
             "fold": self.fold.astype(np.int16),
+            "compared": self.compared,
         }
         if self.real is not None:
             columns["real"] = self.real.astype(np.int8)
         for suffix, scores in (("", self.before), ("_after_temperature", self.after)):
             columns["confidence" + suffix] = scores.confidence
             columns |= {name + suffix: getattr(scores, name) for name in SCORES}
-        settings = {
-            "classes": self.classes,
-            "temperature": self.temperature,
-            "fold_temperatures": self.fold_temperatures,
-            "fold_seed": self.fold_seed,
-            "source": asdict(self.source),
-        }
+        columns |= {RANKING + name: score for name, score in self.ranking.items()}
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        settings |= {"tuning": asdict(self.tuning), "source": asdict(self.source)}
         table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(settings)})
         with write_atomically(Path(path)) as temporary:
             pq.write_table(table, temporary, compression="zstd")
@@ -212,25 +256,25 @@ class Records:
             Scores(rank == 0, *(column(name + suffix, np.float64) for name in SCORES))
             for suffix in ("", "_after_temperature")
         )
+        settings["fold_temperatures"] = tuple(settings["fold_temperatures"])
+        if settings["temperature_interval"] is not None:
+            settings["temperature_interval"] = tuple(settings["temperature_interval"])
+        tuning, source = settings.pop("tuning"), settings.pop("source")
         return cls(
-            id=np.array(table["id"].to_pylist()),
+            id=np.array(table["id"].to_pylist(), dtype=np.str_),
             label=column("label", np.int64),
             prediction=column("prediction", np.int64),
             rank=rank,
             fold=column("fold", np.int64),
             before=before,
             after=after,
-            classes=settings["classes"],
-            temperature=settings["temperature"],
-            fold_temperatures=tuple(settings["fold_temperatures"]),
-            fold_seed=settings["fold_seed"],
-            source=_source(settings.get("source", {})),
+            ranking={name: column(RANKING + name, np.float64) for name in NAMES},
+            compared=column("compared", np.bool_),
+            tuning=Tuning(**(tuning | {"split": HoldOut(**tuning["split"])})),
+            source=_source(source),
             real=column("real", np.int64) if "real" in table.column_names else None,
+            **settings,
         )
-
-
-def _scores(images: ImageScores, correct: BoolArray) -> Scores:
-    return Scores(correct, *(getattr(images, f.name) for f in fields(Scores)[1:]))
 
 
 def _source(stored: dict) -> Source:
@@ -244,20 +288,8 @@ def _real(
     """Whether each prediction is among its image's ReaL labels; -1 where there are none."""
     if labels is None:
         return None
-    if len(labels) != len(order):
-        raise ValueError(f"there are ReaL labels of {len(labels)} images, but {len(order)} images")
     found = (
         int(guess in labels[image]) if len(labels[image]) else -1
         for image, guess in zip(order.tolist(), prediction.tolist(), strict=True)
     )
     return np.array(list(found), dtype=np.int64)
-
-
-def _refuse_duplicates(names: np.ndarray) -> None:
-    if len(np.unique(names)) == len(names):
-        return
-    repeated = [name for name, count in Counter(names.tolist()).items() if count > 1]
-    raise ValueError(
-        f"{len(repeated)} ids occur more than once, first {sorted(repeated)[0]!r}: "
-        "drop the padding of the distributed loader before building records"
-    )

@@ -21,26 +21,32 @@ from .checks import FloatArray, IntArray, confidence_and_correct
 class TieGroups:
     """Images grouped by equal score, most confident first: how many, and how many are wrong.
 
-    A bootstrap resample is another `size` and `errors` over the same groups, zeros included.
+    accepted, accepted_errors [G]: images accepted after each group, and the wrong ones of them,
+    as whole numbers in float64. A bootstrap resample is another pair over the same groups, in
+    which groups may be empty; a histogram of scores is one, too.
     """
 
-    size: IntArray
-    errors: IntArray
+    accepted: FloatArray
+    accepted_errors: FloatArray
+
+    @classmethod
+    def of(cls, size: ArrayLike, errors: ArrayLike) -> "TieGroups":
+        """From the number of images and of wrong ones in each group."""
+        return cls(np.cumsum(size, dtype=np.float64), np.cumsum(errors, dtype=np.float64))
 
     @cached_property
-    def accepted(self) -> IntArray:
-        """Images accepted after each group."""
-        return np.cumsum(self.size)
+    def size(self) -> FloatArray:
+        return _steps(self.accepted)
 
     @cached_property
-    def accepted_errors(self) -> IntArray:
-        return np.cumsum(self.errors)
+    def errors(self) -> FloatArray:
+        return _steps(self.accepted_errors)
 
-    @property
+    @cached_property
     def images(self) -> int:
         return int(self.accepted[-1])
 
-    @property
+    @cached_property
     def wrong(self) -> int:
         return int(self.accepted_errors[-1])
 
@@ -48,13 +54,26 @@ class TieGroups:
     def right(self) -> int:
         return self.images - self.wrong
 
+    @cached_property
+    def aurc(self) -> float:
+        """In a group of m images, g wrong, after N images, E wrong, the expected sum of risks is
+        sum_j (E + j g/m)/(N + j) = g + (H_{N+m} - H_N)(E - N g/m).
+        """
+        if len(self.size) == self.images and (self.size == 1).all():
+            return float((self.accepted_errors / self.accepted).mean())
+        harmonic = _steps(_harmonic(self.images)[self.accepted.astype(np.int64)])
+        share = self.errors / np.maximum(self.size, 1)
+        before = self.accepted - self.size
+        risks = harmonic @ (self.accepted_errors - self.errors - before * share)
+        return float((self.wrong + risks) / self.images)
+
 
 def tie_groups(confidence: ArrayLike, correct: ArrayLike) -> TieGroups:
     """Sort by falling score and gather equal scores."""
     c, a = confidence_and_correct(confidence, correct, probability=False)
     order, starts = tie_order(c)
-    size = np.diff(np.append(starts, len(c)))
-    return TieGroups(size, np.add.reduceat((~a[order]).astype(np.int64), starts))
+    ends = np.append(starts[1:], len(c)) - 1
+    return TieGroups(ends + 1.0, np.cumsum(~a[order], dtype=np.float64)[ends])
 
 
 def tie_order(confidence: FloatArray) -> tuple[IntArray, IntArray]:
@@ -70,41 +89,46 @@ def _harmonic(n: int) -> FloatArray:
     return np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, n + 1))])
 
 
+def _steps(running: FloatArray) -> FloatArray:
+    """The summands of a running sum."""
+    steps = running.copy()
+    steps[1:] -= running[:-1]
+    return steps
+
+
 def groups_aurc(groups: TieGroups) -> float:
-    """AURC of tie groups. In a group of m images, g wrong, after N images, E wrong, the expected
-    sum of risks is sum_j (E + j g/m)/(N + j) = g + (H_{N+m} - H_N)(E - N g/m).
-    """
-    size, errors = groups.size, groups.errors
-    before, wrong_before = groups.accepted - size, groups.accepted_errors - errors
-    table = _harmonic(groups.images)
-    harmonic = np.where(
-        size == 1, 1.0 / np.maximum(groups.accepted, 1), table[groups.accepted] - table[before]
-    )
-    share = errors / np.maximum(size, 1)
-    return float((errors + harmonic * (wrong_before - before * share)).sum() / groups.images)
+    return groups.aurc
 
 
-def _optimal_aurc(groups: TieGroups) -> float:
+def optimal_aurc(images: int, wrong: int) -> float:
     """AURC when every correct image stands before every wrong one."""
-    sizes = np.array([groups.right, groups.wrong])
-    return groups_aurc(TieGroups(sizes, np.array([0, groups.wrong])))
+    right = images - wrong
+    return float((wrong - right * (_harmonic(images)[images] - _harmonic(images)[right])) / images)
 
 
 def groups_eaurc(groups: TieGroups) -> float:
-    return groups_aurc(groups) - _optimal_aurc(groups)
+    return groups.aurc - optimal_aurc(groups.images, groups.wrong)
+
+
+def groups_naurc(groups: TieGroups) -> float | None:
+    best = optimal_aurc(groups.images, groups.wrong)
+    chance = groups.wrong / groups.images
+    if groups.wrong == 0 or groups.right == 0:
+        return None
+    return float((groups.aurc - best) / (chance - best))
 
 
 def groups_augrc(groups: TieGroups) -> float:
-    before = groups.accepted_errors - groups.errors
-    area = (groups.size * (before + groups.accepted_errors)).sum() / 2
+    area = groups.size @ (2 * groups.accepted_errors - groups.errors) / 2
     return float(area / groups.images**2)
 
 
 def groups_auroc(groups: TieGroups) -> float | None:
-    if groups.wrong == 0 or groups.right == 0:
+    wrong, right = groups.wrong, groups.right
+    if wrong == 0 or right == 0:
         return None
-    wrong_below = groups.wrong - groups.accepted_errors + groups.errors / 2
-    return float(((groups.size - groups.errors) * wrong_below).sum() / groups.wrong / groups.right)
+    wrong_below = wrong - groups.accepted_errors + groups.errors / 2
+    return float((groups.size - groups.errors) @ wrong_below / wrong / right)
 
 
 def groups_fpr_at_95_tpr(groups: TieGroups) -> float | None:
@@ -115,15 +139,26 @@ def groups_fpr_at_95_tpr(groups: TieGroups) -> float | None:
     return float(groups.accepted_errors[np.argmax(enough)] / groups.wrong)
 
 
-def _average_precision(positive: IntArray, size: IntArray) -> float | None:
-    found, seen = np.cumsum(positive), np.cumsum(size)
+def _found_success(groups: TieGroups) -> tuple[FloatArray, FloatArray]:
+    """Correct images found and images seen, from the surest on."""
+    return groups.accepted - groups.accepted_errors, groups.accepted
+
+
+def _found_error(groups: TieGroups) -> tuple[FloatArray, FloatArray]:
+    """Wrong images found and images seen, from the least sure on."""
+    found = groups.wrong - groups.accepted_errors + groups.errors
+    seen = groups.images - groups.accepted + groups.size
+    return found[::-1], seen[::-1]
+
+
+def _average_precision(found: FloatArray, seen: FloatArray) -> float | None:
     if found[-1] == 0:
         return None
-    return float((positive * found / np.maximum(seen, 1)).sum() / found[-1])
+    precision = found / np.maximum(seen, 1)
+    return float(_steps(found) @ precision / found[-1])
 
 
-def _trapezoid_precision(positive: IntArray, size: IntArray) -> float | None:
-    found, seen = np.cumsum(positive), np.cumsum(size)
+def _trapezoid_precision(found: FloatArray, seen: FloatArray) -> float | None:
     if found[-1] == 0:
         return None
     recall = np.append(0.0, found / found[-1])
@@ -131,11 +166,28 @@ def _trapezoid_precision(positive: IntArray, size: IntArray) -> float | None:
 
 
 def groups_aupr_success(groups: TieGroups) -> float | None:
-    return _average_precision(groups.size - groups.errors, groups.size)
+    return _average_precision(*_found_success(groups))
 
 
 def groups_aupr_error(groups: TieGroups) -> float | None:
-    return _average_precision(groups.errors[::-1], groups.size[::-1])
+    return _average_precision(*_found_error(groups))
+
+
+def groups_risk_at_coverage(groups: TieGroups, coverage: float) -> float:
+    """Risk of the ceil(coverage N) most confident images, in expectation over ties."""
+    k = max(1, int(np.ceil(coverage * groups.images - 1e-9)))
+    g = int(np.searchsorted(groups.accepted, k))
+    missing = groups.accepted[g] - k
+    errors, size = groups.errors[g], groups.size[g]
+    return float((groups.accepted_errors[g] - missing * errors / size) / k)
+
+
+def groups_coverage_at_risk(groups: TieGroups, risk: float) -> float:
+    """Largest coverage that a threshold can give at no more than this risk; 0.0 if none can."""
+    allowed = (groups.accepted_errors <= (risk + 1e-12) * groups.accepted) & (groups.accepted > 0)
+    if not allowed.any():
+        return 0.0
+    return float(groups.accepted[len(allowed) - 1 - np.argmax(allowed[::-1])] / groups.images)
 
 
 def aurc(confidence: ArrayLike, correct: ArrayLike) -> float:
@@ -164,7 +216,15 @@ def eaurc(
         raise ValueError(f"optimum must be 'exact' or 'continuous', got {optimum!r}")
     accuracy = groups.right / groups.images
     best = 1 - accuracy + (accuracy * np.log(accuracy) if accuracy > 0 else 0.0)
-    return float(groups_aurc(groups) - best)
+    return float(groups.aurc - best)
+
+
+def naurc(confidence: ArrayLike, correct: ArrayLike) -> float | None:
+    """NAURC = (AURC - AURC*) / (err - AURC*): 0 for the oracle, 1 for a random order; None if all
+    are correct or all wrong. Compares networks of unlike accuracy. AURC* is the exact optimum.
+    Source: Cattelan and Silva, How to Fix a Broken Confidence Estimator (UAI 2024), equation 9.
+    """
+    return groups_naurc(tie_groups(confidence, correct))
 
 
 def augrc(confidence: ArrayLike, correct: ArrayLike) -> float:
@@ -202,7 +262,7 @@ def aupr_success(
     failure-prediction papers print. Source: Hendrycks and Gimpel (ICLR 2017), section 2.
     """
     groups = tie_groups(confidence, correct)
-    return _area(method)(groups.size - groups.errors, groups.size)
+    return _area(method)(*_found_success(groups))
 
 
 def aupr_error(
@@ -214,7 +274,7 @@ def aupr_error(
     correct. Options as in `aupr_success`.
     """
     groups = tie_groups(confidence, correct)
-    return _area(method)(groups.errors[::-1], groups.size[::-1])
+    return _area(method)(*_found_error(groups))
 
 
 def _area(method: str):
@@ -237,20 +297,14 @@ def risk_at_coverage(confidence: ArrayLike, correct: ArrayLike, coverage: float)
     """Risk of the ceil(coverage N) most confident images, in expectation over ties."""
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage must lie in (0, 1], got {coverage}")
-    groups = tie_groups(confidence, correct)
-    k = max(1, int(np.ceil(coverage * groups.images - 1e-9)))
-    g = int(np.searchsorted(groups.accepted, k))
-    missing = int(groups.accepted[g]) - k
-    return float((groups.accepted_errors[g] - missing * groups.errors[g] / groups.size[g]) / k)
+    return groups_risk_at_coverage(tie_groups(confidence, correct), coverage)
 
 
 def coverage_at_risk(confidence: ArrayLike, correct: ArrayLike, risk: float) -> float:
     """Largest coverage that a threshold can give at no more than this risk; 0.0 if none can."""
     if not 0 <= risk <= 1:
         raise ValueError(f"risk must lie in [0, 1], got {risk}")
-    coverage, achieved = risk_coverage_curve(confidence, correct)
-    allowed = np.flatnonzero(achieved <= risk + 1e-12)
-    return float(coverage[allowed[-1]]) if len(allowed) else 0.0
+    return groups_coverage_at_risk(tie_groups(confidence, correct), risk)
 
 
 def threshold_at_risk(confidence: ArrayLike, correct: ArrayLike, risk: float) -> float | None:

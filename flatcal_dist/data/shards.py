@@ -7,16 +7,16 @@ directory holds: `timm.data.create_dataset("wds/NAME", root=DIRECTORY, split=SPL
 """
 
 import fcntl
+import hashlib
 import itertools
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import webdataset
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -24,6 +24,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.index import index_shard
 from flatcal_dist.data.walk import IMAGES
+from flatcal_dist.files import write_atomically, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -60,25 +61,30 @@ def write_shards(
             f"{directory} already holds {len(old)} files of {prefix!r} shards ({old[0].name}, ...)"
             ": old and new ones would mix. Delete them or choose another directory."
         )
-    shards, lengths, seen = [], [], set()
+    shards, lengths, seen, digests = [], [], set(), {}
     remaining = iter(samples)
     while head := list(itertools.islice(remaining, 1)):
         rest = itertools.islice(remaining, samples_per_shard - 1)
         shard = directory / f"{prefix}-{len(shards):04d}.tar"
-        _write_shard(itertools.chain(head, rest), shard, seen)
+        digests[shard.name] = write_shard(itertools.chain(head, rest), shard, seen)
         lengths.append(index_shard(shard))
         shards.append(shard)
     if not shards:
         raise DataError(f"There were no samples to write as {prefix!r} shards into {directory}.")
-    _add_to_info(directory, split, shards, lengths)
+    write_checksums(directory / f"{prefix}.sha256", digests)
+    add_to_info(directory, split, shards, lengths)
     return shards
 
 
-def _write_shard(samples: Iterable[Sample], shard: Path, seen: set[str]) -> None:
+def write_shard(samples: Iterable[Sample], shard: Path, seen: set[str]) -> str:
+    """Write one shard, whole or not at all, and return its SHA-256; `seen` gets its keys."""
+    digest = hashlib.sha256()
     with (
-        _appearing_whole(shard) as temporary,
+        write_atomically(shard) as temporary,
         temporary.open("wb") as file,
-        webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as writer,
+        webdataset.TarWriter(
+            _Hashing(file, digest), encoder=False, mtime=0, user="", group=""
+        ) as writer,
     ):
         for sample in samples:
             _check_sample(sample, seen)
@@ -92,44 +98,70 @@ def _write_shard(samples: Iterable[Sample], shard: Path, seen: set[str]) -> None
                     "json": json.dumps(about, sort_keys=True).encode(),
                 }
             )
+    return digest.hexdigest()
+
+
+class _Hashing:
+    """A file to write to that feeds a digest with all that passes."""
+
+    def __init__(self, file: BinaryIO, digest: Any):
+        self.file, self.digest = file, digest
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
 
 
 def _check_sample(sample: Sample, seen: set[str]) -> None:
-    key = sample.key
-    if not key or any(c in ".\\/" or not c.isprintable() for c in key):
-        raise DataError(
-            f"{key!r} cannot be a key: it must be a plain name without dots (WebDataset cuts names "
-            "at the first one) and slashes. Use letters, digits, - and _."
-        )
-    if len(key.encode()) > 90:  # with its extension, a tar header has room for 100 bytes
-        raise DataError(f"The key {key!r} is too long for a tar: use 90 bytes or fewer.")
-    if key in seen:
-        raise DataError(f"The key {key!r} occurs twice. Give every sample its own key.")
+    check_key(sample.key)
+    if sample.key in seen:
+        raise DataError(f"The key {sample.key!r} occurs twice. Give every sample its own key.")
     if sample.extension not in IMAGES:
         raise DataError(
-            f"Sample {key!r} has the image extension {sample.extension!r}, expected one of "
+            f"Sample {sample.key!r} has the image extension {sample.extension!r}, expected one of "
             f"{', '.join(IMAGES)}. Convert the image to one of these formats first."
         )
 
 
+def check_key(key: str, where: str = "") -> None:
+    """Raise DataError, which begins with `where`, if `key` cannot be a sample's name in a tar."""
+    if not key or any(c in ".\\/" or not c.isprintable() for c in key):
+        raise DataError(
+            f"{where}{key!r} cannot be a key: it must be a plain name without dots (WebDataset "
+            "cuts names at the first one) and slashes. Use letters, digits, - and _."
+        )
+    if len(key.encode()) > 90:  # with its extension, a tar header has room for 100 bytes
+        raise DataError(f"{where}the key {key!r} is too long for a tar: use 90 bytes or fewer.")
+
+
+def write_checksums(path: Path, digests: dict[str, str]) -> None:
+    """SHA-256 by file name, in the form that `sha256sum -c` checks."""
+    write_text(path, "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
+
+
 @contextmanager
-def _appearing_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it at the end and gone after an error."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock on a file or directory; False where the file system has none.
+
+    Raises BlockingIOError if another process has it and `wait` is off.
+    """
+    handle = os.open(path, os.O_RDONLY)
     try:
-        yield temporary
-        temporary.replace(path)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            raise
+        except OSError:
+            held = False
+        yield held
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
 
 
-def _add_to_info(directory: Path, split: str, shards: list[Path], lengths: list[int]) -> None:
+def add_to_info(directory: Path, split: str, shards: list[Path], lengths: list[int]) -> None:
     """Merge one split into `_info.json`, whose other splits stay."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        # Splits are often written at the same time; not every file system can lock, though.
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    with locked(directory):  # splits are often written at the same time
         path = directory / "_info.json"
         info = json.loads(path.read_text()) if path.exists() else {}
         splits = info.setdefault("splits", {})
@@ -140,13 +172,12 @@ def _add_to_info(directory: Path, split: str, shards: list[Path], lengths: list[
             "shard_lengths": lengths,
         }
         info["splits"] = dict(sorted(splits.items()))
-        with _appearing_whole(path) as temporary:
-            temporary.write_text(json.dumps(info, indent=1) + "\n")
-    finally:
-        os.close(handle)
+        write_json(path, info)
 
 
-def expand(pattern: str | Path | Sequence[str | Path], split: str | None = None) -> list[Path]:
+def expand(
+    pattern: str | Path | Sequence[str | Path], split: str | None = None, *, missing: bool = False
+) -> list[Path]:
     """The shards that a directory, a glob, a brace pattern or a list of these names.
 
     The order is stable: lists and braces as written, directories and globs by name; a shard
@@ -154,22 +185,23 @@ def expand(pattern: str | Path | Sequence[str | Path], split: str | None = None)
     directory stands for that split of its `_info.json`, or without one for the shards named
     `*-SPLIT-*.tar` if there are any; otherwise for all of its shards.
 
-    Raises DataError if a pattern matches nothing, a shard named outright or by braces is
-    missing, or a directory's `_info.json` has splits but not this one.
+    Raises DataError if a pattern matches nothing, a directory's `_info.json` has splits but not
+    this one, `flatcal shard` has not finished there, or, unless `missing` are asked for too, a
+    shard named outright, by braces or in `_info.json` is not there.
     """
     if isinstance(pattern, str | Path):
         pattern = [pattern]
     found: dict[Path, None] = {}
     for one in pattern:
-        found.update(dict.fromkeys(_expand(str(one), split)))
+        found.update(dict.fromkeys(_expand(str(one), split, missing)))
     if not found:
         raise DataError("No shards were named. Give a directory, a pattern or a list of them.")
     return list(found)
 
 
-def _expand(pattern: str, split: str | None) -> list[Path]:
+def _expand(pattern: str, split: str | None, missing: bool) -> list[Path]:
     if Path(pattern).expanduser().exists():  # also a name that happens to hold * or {
-        return _tars(Path(pattern).expanduser(), split)
+        return _tars(Path(pattern).expanduser(), split, missing)
     try:
         names = list(braceexpand(pattern))
     except UnbalancedBracesError as error:
@@ -178,7 +210,7 @@ def _expand(pattern: str, split: str | None) -> list[Path]:
     for name in names:
         path = Path(name).expanduser()
         if path.exists():
-            found += _tars(path, split)
+            found += _tars(path, split, missing)
         elif has_magic(name):
             # A glob is meant for shards: what lies beside them (indexes) is not asked for.
             paths = map(Path, glob(str(path)))  # noqa: PTH207 (Path.glob wants a fixed root)
@@ -186,6 +218,8 @@ def _expand(pattern: str, split: str | None) -> list[Path]:
             if not matches:
                 raise DataError(f"The shard pattern {name!r} matches no .tar file. Check the path.")
             found += matches
+        elif missing and path.suffix == ".tar":
+            found.append(path)
         else:
             raise DataError(
                 f"{path}: no such shard or directory (from the pattern {pattern!r}). Check the "
@@ -194,19 +228,41 @@ def _expand(pattern: str, split: str | None) -> list[Path]:
     return found
 
 
-def _tars(path: Path, split: str | None) -> list[Path]:
+def _tars(path: Path, split: str | None, missing: bool) -> list[Path]:
     if not path.is_dir():
         return [path]
+    _refuse_unfinished(path, split)
     info = path / "_info.json"
     if split is not None and info.exists():
-        return _split_of(path, split, info)
+        return _split_of(path, split, info, missing)
     shards = sorted(p for p in path.glob("*.tar") if not p.name.startswith("."))
     if not shards:
         raise DataError(f"The directory {path} holds no .tar file. Check the path, or shard first.")
     return [p for p in shards if split and f"-{split}-" in p.name] or shards
 
 
-def _split_of(directory: Path, split: str, info: Path) -> list[Path]:
+def _refuse_unfinished(directory: Path, split: str | None) -> None:
+    """`flatcal shard` plans a split beforehand, and names it in `_info.json` when it is whole."""
+    info = directory / "_info.json"
+    for path in sorted(directory.glob("*.plan.json")):
+        try:
+            plan = json.loads(path.read_text())
+            finished = json.loads(info.read_text())["splits"] if info.exists() else {}
+            unfinished = plan["split"] not in finished and split in (None, plan["split"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path} or {info.name} beside it cannot be read ({error!r}). Run `flatcal shard` "
+                "again, or name the shards by pattern instead of by directory."
+            ) from error
+        if unfinished:
+            raise DataError(
+                f"{directory}: `flatcal shard` has not written all {plan['shards']} shards of "
+                f"split {plan['split']!r} yet. Run the same command again: it goes on where it "
+                "stopped."
+            )
+
+
+def _split_of(directory: Path, split: str, info: Path, missing: bool) -> list[Path]:
     try:
         splits = json.loads(info.read_text())["splits"]
         names = {name: list(about["filenames"]) for name, about in splits.items()}
@@ -221,9 +277,10 @@ def _split_of(directory: Path, split: str, info: Path) -> list[Path]:
             "into the directory, or name its shards by pattern instead of by directory."
         )
     shards = [directory / name for name in names[split]]
-    if missing := [shard.name for shard in shards if not shard.exists()]:
+    absent = [shard.name for shard in shards if not shard.exists()]
+    if absent and not missing:
         raise DataError(
-            f"{info} lists {missing[0]} ({len(missing)} such shards) in split {split!r}, but it is "
+            f"{info} lists {absent[0]} ({len(absent)} such shards) in split {split!r}, but it is "
             "not there. Copy the shards again, or name those that are there by pattern."
         )
     return shards

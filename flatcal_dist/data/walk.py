@@ -9,8 +9,10 @@ import os
 import re
 import tarfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -43,38 +45,60 @@ def checksum(data: bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
 
 
-def walk_shard(shard: Path) -> ShardIndex:
+class Problem(NamedTuple):
+    """Something wrong with a shard."""
+
+    kind: str
+    key: str  # of the sample or the member; may be empty
+    text: str
+
+
+Report = Callable[[Problem], None]
+
+
+def _refuse(problem: Problem) -> None:
+    raise DataError(problem.text)
+
+
+def walk_shard(shard: Path, report: Report = _refuse) -> ShardIndex:
     """Read the headers, labels and, for their checksums, images of one tar.
 
     Raises DataError for a tar that cannot be read or is cut short, members of a sample that are
     not adjacent, a missing or second image, a missing label or one that is no integer, keys that
-    occur twice, and absolute or `..` names.
+    occur twice, and absolute or `..` names. With another `report`, each of these is told to it
+    instead, and the index holds the samples that are free of them.
     """
+    samples: dict[str, _Sample] = {}
+    tar_size = 0
     try:
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            samples = _group(shard, tar)
-            _check_end(shard, tar)
             tar_size = os.fstat(file.fileno()).st_size
+            _group(shard, tar, samples, report)
+            _check_end(shard, tar, report)
     except FileNotFoundError:
-        raise DataError(f"{shard}: no such shard. Check the pattern or the directory.") from None
+        text = f"{shard}: no such shard. Check the pattern or the directory."
+        report(Problem("shard missing", "", text))
     except (OSError, EOFError, tarfile.TarError) as error:
-        raise DataError(
+        text = (
             f"{shard} cannot be read as an uncompressed tar ({error}): it is damaged, cut short "
             "or of another format. Write or download it again, then index it."
-        ) from error
-    if not samples:
-        raise DataError(f"{shard} holds no samples. Delete it or write it again.")
-    offset, size, header, content, label, key = zip(
-        *(s.row(shard) for s in samples.values()), strict=True
-    )
+        )
+        report(Problem("shard unreadable", "", text))
+        if samples:
+            samples.popitem()  # the one it was reading
+    else:
+        if not samples:
+            text = f"{shard} holds no samples. Delete it or write it again."
+            report(Problem("shard empty", "", text))
+    whole = [sample for sample in samples.values() if sample.is_whole(shard, report)]
     return ShardIndex(
         tar_size=tar_size,
-        offset=np.array(offset, np.uint64),
-        size=np.array(size, np.uint32),
-        header=np.array(header, np.uint32),
-        content=np.array(content, np.uint32),
-        label=np.array(label, np.int32),
-        key=np.array([k.encode() for k in key]),
+        offset=np.array([sample.image.offset_data for sample in whole], np.uint64),
+        size=np.array([sample.image.size for sample in whole], np.uint32),
+        header=np.array([sample.header for sample in whole], np.uint32),
+        content=np.array([sample.content for sample in whole], np.uint32),
+        label=np.array([int(sample.label) for sample in whole], np.int32),
+        key=np.array([sample.key.encode() for sample in whole], np.bytes_),
     )
 
 
@@ -86,95 +110,122 @@ class _Sample:
     content: int = 0
     label: str | None = None
     suffixes: set[str] = field(default_factory=set)
+    refused: bool = False  # a problem has been reported
 
-    def row(self, shard: Path) -> tuple[int, int, int, int, int, str]:
+    def is_whole(self, shard: Path, report: Report) -> bool:
+        if self.refused:
+            return False
         if self.image is None:
-            raise DataError(
+            kind = "image missing"
+            text = (
                 f"{shard}: sample {self.key!r} has no image: expected one member "
                 f"{self.key}.{{{','.join(IMAGES)}}}, found only {sorted(self.suffixes)}. "
                 "Write the shard again."
             )
-        if self.label is None:
-            raise DataError(
+        elif self.label is None:
+            kind = "label missing"
+            text = (
                 f"{shard}: sample {self.key!r} has no label: expected a member {self.key}.cls "
                 f"with an integer, found only {sorted(self.suffixes)}. Write the shard again."
             )
-        if not re.fullmatch(r"-?\d{1,9}", self.label):
-            raise DataError(
+        elif not re.fullmatch(r"-?\d{1,9}", self.label, re.ASCII):
+            kind = "label not a number"
+            text = (
                 f"{shard}: the label of sample {self.key!r} is {self.label!r}, but {self.key}.cls "
                 "must hold one decimal integer. Write the shard again with class numbers."
             )
-        image = self.image
-        return (
-            image.offset_data, image.size, self.header, self.content, int(self.label), self.key,
-        )  # fmt: skip
+        else:
+            return True
+        report(Problem(kind, self.key, text))
+        return False
 
 
-def _group(shard: Path, tar: tarfile.TarFile) -> dict[str, _Sample]:
-    """The samples of a tar by key, members grouped as webdataset does (at the first dot)."""
-    samples: dict[str, _Sample] = {}
+def _group(shard: Path, tar: tarfile.TarFile, samples: dict[str, _Sample], report: Report) -> None:
+    """Gather the samples of a tar by key, members grouped as webdataset does (at the first dot)."""
     current: _Sample | None = None
     for member in tar:
         path = PurePosixPath(member.name)
         if path.is_absolute() or ".." in path.parts:
-            raise DataError(
+            text = (
                 f"{shard}: member {member.name!r} has an absolute name or one with '..', which "
                 "no honest shard holds. Write the shard again with plain names."
             )
+            report(Problem("unsafe name", member.name, text))
+            continue
         key, suffix = base_plus_ext(member.name)
         if not member.isreg() or key is None or re.match(r"__[^/]*__($|/)", member.name):
             continue  # directories, dotless files, shard metadata: webdataset skips them too
         suffix = suffix.lower()
         if current is None or key != current.key:
             if key in samples:
-                _refuse_return(shard, samples[key], suffix)
-            current = samples[key] = _Sample(key)
-        if suffix in current.suffixes:
-            _refuse_return(shard, current, suffix)
+                _report_return(shard, samples[key], suffix, report)
+            current = samples.setdefault(key, _Sample(key))
+        elif suffix in current.suffixes:
+            _report_return(shard, current, suffix, report)
         current.suffixes.add(suffix)
         if suffix in IMAGES:
-            if current.image is not None:
-                raise DataError(
-                    f"{shard}: sample {key!r} has several images "
-                    f"({current.image.name!r} and {member.name!r}), expected one. Keys end at the "
-                    "first dot of a name: write the shard again with keys that have no dot."
-                )
-            if member.issparse() or member.size == 0:
-                raise DataError(f"{shard}: image {member.name!r} is empty or sparse. Mend it.")
-            current.image = member
-            tar.fileobj.seek(member.offset_data - BLOCK)
-            current.header = zlib.crc32(tar.fileobj.read(BLOCK))
-            current.content = checksum(tar.fileobj.read(member.size))
+            _add_image(shard, current, member, tar, report)
         elif suffix == "cls":
             current.label = tar.extractfile(member).read(64).decode("ascii", "replace").strip()
-    return samples
 
 
-def _refuse_return(shard: Path, sample: _Sample, suffix: str) -> None:
+def _add_image(
+    shard: Path, sample: _Sample, member: tarfile.TarInfo, tar: tarfile.TarFile, report: Report
+) -> None:
+    if sample.image is not None and not sample.refused:
+        sample.refused = True
+        text = (
+            f"{shard}: sample {sample.key!r} has several images "
+            f"({sample.image.name!r} and {member.name!r}), expected one. Keys end at the "
+            "first dot of a name: write the shard again with keys that have no dot."
+        )
+        report(Problem("several images", sample.key, text))
+    if member.issparse() or member.size == 0:
+        sample.refused = True
+        text = f"{shard}: image {member.name!r} is empty or sparse. Mend it."
+        report(Problem("image empty", sample.key, text))
+    sample.image = member
+    tar.fileobj.seek(member.offset_data - BLOCK)
+    sample.header = zlib.crc32(tar.fileobj.read(BLOCK))
+    sample.content = checksum(tar.fileobj.read(member.size))
+
+
+def _report_return(shard: Path, sample: _Sample, suffix: str, report: Report) -> None:
+    if sample.refused:
+        return
+    sample.refused = True
     if suffix in sample.suffixes:
-        raise DataError(
+        kind = "key twice in a shard"
+        text = (
             f"{shard}: member {sample.key}.{suffix} occurs twice: two samples have the key "
             f"{sample.key!r} (keys end at the first dot). Write the shard again with unique keys."
         )
-    raise DataError(
-        f"{shard}: the members of sample {sample.key!r} are not adjacent ({sample.key}.{suffix} "
-        "comes after members of other samples). Write the shard again in the order of names, "
-        "for example with tar --sort=name."
-    )
+    else:
+        kind = "members not adjacent"
+        text = (
+            f"{shard}: the members of sample {sample.key!r} are not adjacent ({sample.key}."
+            f"{suffix} comes after members of other samples). Write the shard again in the order "
+            "of names, for example with tar --sort=name."
+        )
+    report(Problem(kind, sample.key, text))
 
 
-def _check_end(shard: Path, tar: tarfile.TarFile) -> None:
+def _check_end(shard: Path, tar: tarfile.TarFile, report: Report) -> None:
     """A whole tar ends in zero blocks; tarfile itself is silent about one that does not."""
     tar.fileobj.seek(tar.offset)
     end = tar.fileobj.read(BLOCK)
     if len(end) < BLOCK or end.strip(b"\0"):
-        raise DataError(
+        text = (
             f"{shard} is cut short or damaged: expected the end-of-archive mark at byte "
             f"{tar.offset}. Write or download it again, then index it."
         )
+        report(Problem("shard damaged", "", text))
+        return
     while chunk := tar.fileobj.read(1 << 20):
         if chunk.strip(b"\0"):
-            raise DataError(
+            text = (
                 f"{shard}: data follows the end-of-archive mark at byte {tar.offset}, as in tars "
                 "joined with cat; readers would miss it. Keep the tars apart or write them anew."
             )
+            report(Problem("shard joined", "", text))
+            return

@@ -1,6 +1,7 @@
 """Sharpness-aware training: rules (the mathematics), the step (the order of things), engines."""
 
 from flatcal_dist.sharpness.engines import Engine, ReplicatedEngine
+from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.rules import ASAM, CSAM, SAM, LookSAM
 from flatcal_dist.sharpness.step import SharpnessAwareStep, StepResult
 
@@ -12,5 +13,6 @@ __all__ = [
     "LookSAM",
     "ReplicatedEngine",
     "SharpnessAwareStep",
+    "StepError",
     "StepResult",
 ]

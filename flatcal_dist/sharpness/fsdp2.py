@@ -19,9 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from flatcal_dist.sharpness.engines import Displacement, measure, stack
+from flatcal_dist.sharpness.engines import broadcast, refuse_unusable, stack
+from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.fsdp2_state import copied, copy_into, join, parameters_of, split
 from flatcal_dist.sharpness.loss_scale import LossScale
+from flatcal_dist.sharpness.move import Backup, Displacement, measure
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 
@@ -47,24 +49,23 @@ def shard(
     gradients are reduced in fp32. ranks_per_group: shard over consecutive groups of so many ranks,
     each with all weights, instead of over all ranks.
 
-    Raises ValueError for what cannot be sharded so.
+    Raises StepError for what cannot be sharded so.
     """
     if not dist.is_initialized():
-        raise ValueError(
+        raise StepError(
             "FSDP2 needs a process group: launch with "
             "accelerate launch --config_file configs/accelerate/*_fsdp2.yaml"
         )
     world_size = dist.get_world_size()
     ranks = ranks_per_group or world_size
     if world_size % ranks:
-        raise ValueError(f"groups of {ranks} ranks do not divide the {world_size} ranks that run")
+        raise StepError(f"groups of {ranks} ranks do not divide the {world_size} ranks that run")
     network.to(device)
     with torch.no_grad():
         for weight in network.parameters():
             weight.data = weight.data.contiguous()  # no other layout (channels_last) has rows
-            dist.broadcast(weight, src=0)
-        for buffer in network.buffers():
-            dist.broadcast(buffer, src=0)
+        broadcast(network.parameters())
+        broadcast(network.buffers())
     group = dist.group.WORLD if ranks == world_size else dist.new_subgroups(ranks)[0]
     mesh = DeviceMesh.from_group(group, device.type)
     policy = _policy(network, precision)
@@ -94,7 +95,7 @@ def _policy(network: nn.Module, compute_dtype: torch.dtype) -> MixedPrecisionPol
     options: dict[str, Any] = {}
     if whole:
         if "param_dtype_override_fn" not in {field.name for field in fields(MixedPrecisionPolicy)}:
-            raise ValueError(
+            raise StepError(
                 f"FSDP2 of torch {torch.__version__} cannot keep batch norm in fp32 beside "
                 "low-precision weights; use a newer torch (2.15 can), fp32, or DDP"
             )
@@ -126,6 +127,7 @@ class ShardedEngine:
         # Kept, and not looked up: while a block is gathered, the network has other parameters.
         self.weights = {n: w for n, w in parameters.items() if w.requires_grad}
         self.blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        refuse_unusable(self.weights, optimizer)
         first = next(iter(self.weights.values()))
         self.device = first.to_local().device
         self.world_size = dist.get_world_size()
@@ -135,12 +137,13 @@ class ShardedEngine:
         self.scope: Scope | None = None
         self.compute_dtype = compute_dtype
         self.scale = LossScale.start(compute_dtype)
+        self.backup = Backup()
 
     def _replicas(self, ranks: list[int]) -> Scope:
         """The ranks that hold the same shard as this one, as what can sum over them."""
         size = len(ranks)
         if ranks != list(range(ranks[0] // size * size, ranks[0] // size * size + size)):
-            raise ValueError(f"FSDP2 over groups of consecutive ranks only, not over {ranks}")
+            raise StepError(f"FSDP2 over groups of consecutive ranks only, not over {ranks}")
         count = self.world_size // size
         group = None
         if 1 < count < self.world_size:
@@ -168,23 +171,30 @@ class ShardedEngine:
     def check(self, rule: SAM, scope: Scope, per_micro_batch: bool) -> None:
         ranks = self.world_size // self.replicas.ranks
         if per_micro_batch:
-            raise ValueError(
+            raise StepError(
                 "per_micro_batch takes ascent gradients beside the one that accumulates, and FSDP2 "
                 "has one place for gradients; use DDP, or perturb once per step"
             )
         if not self.reduces(scope):
-            raise ValueError(
+            raise StepError(
                 f"scope {scope.name!r} wants other weights in every {scope.ranks} of "
                 f"{self.world_size} ranks, but {ranks} ranks gather theirs from each other's "
                 "shards; use scope 'global', shard over groups of so many ranks "
                 "(ranks_per_group), or use DDP"
             )
         if self.scope is not None and self.scope.ranks != scope.ranks:
-            raise ValueError(
+            raise StepError(
                 f"this engine already perturbs in scope {self.scope.name!r}; build another one for "
                 f"scope {scope.name!r}"
             )
         self.scope = scope
+
+    @property
+    def scales_losses(self) -> bool:
+        return self.scale.enabled
+
+    def leaves_own(self) -> bool:
+        return False
 
     def zero_gradients(self) -> None:
         for weight in self.weights.values():
@@ -225,7 +235,7 @@ class ShardedEngine:
         self.averaged = True
 
     def whole_weights(self) -> Shards:
-        raise ValueError("no rank of FSDP2 holds whole weights")
+        raise StepError("no rank of FSDP2 holds whole weights")
 
     def total(self, part: Tensor) -> Tensor:
         if self.alone:
@@ -243,27 +253,19 @@ class ShardedEngine:
     @contextmanager
     def moved(self, shards: Shards) -> Iterator[Displacement]:
         names, weights = list(shards.names), list(shards.weights)
-        with torch.no_grad():
-            before = [weight.clone() for weight in weights]
+        self._drop_gathered()
+        with self.backup.moved(shards) as before:
 
-        def displacement() -> tuple[Tensor, Tensor]:
-            self._average()
-            gradients = [self.weights[name].grad for name in names]
-            local = [g if g is None else g.to_local() for g in gradients]
-            return measure(weights, before, local, self.compute_dtype, self.total)
+            def displacement() -> tuple[Tensor, Tensor, Tensor]:
+                self._average()
+                gradients = [self.weights[name].grad for name in names]
+                local = [g if g is None else g.to_local() for g in gradients]
+                return measure(weights, before, local, self.compute_dtype, self.total)
 
-        try:
-            with torch.no_grad():
+            try:
+                yield displacement
+            finally:
                 self._drop_gathered()
-                if weights:
-                    torch._foreach_add_(weights, shards.gradients)
-            shards.gradients.clear()
-            yield displacement
-        finally:
-            with torch.no_grad():
-                self._drop_gathered()
-                if weights:
-                    torch._foreach_copy_(weights, before)
 
     def _drop_gathered(self) -> None:
         """So that the next forward pass gathers: the root stays whole after an evaluation."""
@@ -277,8 +279,7 @@ class ShardedEngine:
     @torch.no_grad()
     def update(self, norm: Tensor, clip_norm: float | None) -> None:
         gradients = self._held().gradients
-        if self.scale.enabled and gradients:
-            torch._foreach_mul_(gradients, 1 / self.loss_scale)
+        self.scale.unscale_(gradients)
         if clip_norm is not None and gradients:
             # As torch.nn.utils.clip_grads_with_norm_, which does not mix shards and a plain norm.
             torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1))
@@ -297,8 +298,7 @@ class ShardedEngine:
         return total.tolist()
 
     def synchronize_buffers(self) -> None:
-        for buffer in self.module.buffers():
-            dist.broadcast(buffer, src=0)
+        broadcast(self.module.buffers())
 
     @torch.no_grad()
     def full_weights(self) -> dict[str, Tensor]:
@@ -331,9 +331,9 @@ class ShardedEngine:
 
     @torch.no_grad()
     def load_local_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for the state of another rank, layout or network."""
+        """Raises StepError for the state of another rank, layout or network."""
         if state["layout"] != self._layout():
-            raise ValueError(
+            raise StepError(
                 f"the state is of {state['layout']}, this is {self._layout()}; start from the full "
                 "weights, or with as many ranks"
             )
@@ -358,7 +358,7 @@ def _refuse_unsharded(
     model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
     if not hasattr(FSDPModule, "reset_iter_state"):
-        raise ValueError(
+        raise StepError(
             f"FSDP2 of torch {torch.__version__} cannot recover from an exception amid a pass; use "
             "torch 2.13 or newer, or DDP"
         )
@@ -366,13 +366,13 @@ def _refuse_unsharded(
         isinstance(w, DTensor) and w.device_mesh.ndim == 1 and w.dtype == torch.float32
         for w in parameters.values()
     ):
-        raise ValueError(
+        raise StepError(
             "ShardedEngine wants an fp32 network whose every parameter is sharded over a mesh of "
             "one dimension, as flatcal_dist.sharpness.fsdp2.shard gives it"
         )
     own = {id(w) for w in parameters.values()}
     if not all(id(w) in own for w in parameters_of(optimizer)):
-        raise ValueError(
+        raise StepError(
             "the optimizer holds parameters from before the network was sharded, which nothing "
             "reads any more; build it after shard()"
         )

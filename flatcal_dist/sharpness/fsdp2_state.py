@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from flatcal_dist.sharpness.errors import StepError
+
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """In the order of the indices in its state_dict."""
@@ -17,10 +19,10 @@ def copied(tensor: Tensor) -> Tensor:
 
 
 def copy_into(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    """Raises ValueError where names or shapes differ, before anything is copied."""
+    """Raises StepError where names or shapes differ, before anything is copied."""
     shapes = [{n: tuple(t.shape) for n, t in tensors.items()} for tensors in (own, saved)]
     if shapes[0] != shapes[1]:
-        raise ValueError("the state is of another network: names or shapes differ")
+        raise StepError("the state is of another network: names or shapes differ")
     for name, tensor in own.items():
         tensor.copy_(saved[name])
 
@@ -66,4 +68,4 @@ def _plain(key: str, placement: Placement) -> list[Any]:
         return ["replicate"]
     if type(placement) is Partial:
         return ["partial", placement.reduce_op]
-    raise ValueError(f"the optimizer keeps {key!r} as {placement}, which cannot be saved by rank")
+    raise StepError(f"the optimizer keeps {key!r} as {placement}, which cannot be saved by rank")

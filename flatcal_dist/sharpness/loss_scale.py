@@ -5,9 +5,11 @@ unscales. Here the step decides, for both passes and all ranks; the scale is a p
 that it changes no bit of a gradient that stays in range.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 GROWTH_INTERVAL = 2000  # steps in a row without a skip, then twice the scale
 LARGEST = 2.0**24
@@ -23,6 +25,11 @@ class LossScale:
     def start(cls, dtype: torch.dtype) -> "LossScale":
         """Scaling for float16, none for what has float32's range."""
         return cls(True, 2.0**16) if dtype == torch.float16 else cls()
+
+    def unscale_(self, gradients: Sequence[Tensor]) -> None:
+        """Divide gradients by the scale, in place."""
+        if self.enabled and gradients:
+            torch._foreach_mul_(gradients, 1 / self.value)
 
     def update(self, skipped: bool) -> None:
         """Once per step."""

@@ -5,6 +5,7 @@ A rule sees matching lists of tensors: whole parameters, or the shards of one ra
     squared_norm(shards)            its part of the square of the norm that rho is divided by
     perturbation_(shards, scale)    turn the gradients into e, in place; scale = rho / that norm
     descent_loss(loss)              the loss whose gradient at w + e is followed from w
+    own_loss                        whether it says itself what the losses are
     perturbs_at(step)               whether this step does so at all (otherwise it is a plain one)
 
 and a new rule is a small class with these. One that `remembers` has two more, as LookSAM has.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flatcal_dist.losses import csam_loss
+from flatcal_dist.sharpness.errors import StepError
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits [N, K], target [N]) -> losses [N]
 
@@ -29,12 +31,14 @@ class Shards:
     """What one rank holds of weights and of a gradient at them: three lists of one length.
 
     names: the network's own parameter names. weights: in full precision, not to be changed.
-    gradients: may carry a loss scale; changed in place.
+    gradients: may carry a loss scale; changed in place. own: nobody else reads these gradients'
+    memory, so that it can hold the weights at w while they are moved.
     """
 
     names: Sequence[str]
     weights: Sequence[Tensor]
     gradients: list[Tensor]
+    own: bool = False
 
     def by_name(self) -> Iterator[tuple[str, Tensor]]:
         return zip(self.names, self.gradients, strict=True)
@@ -46,18 +50,19 @@ class SAM:
 
     One norm over all parameters. every: perturb in each `every`-th step only, from the first on
     (periodic SAM), the others are plain steps.
-    Raises ValueError for a rho that is negative or not finite, or `every` below 1.
+    Raises StepError for a rho that is negative or not finite, or `every` below 1.
     """
 
     rho: float
     every: int = 1
     remembers: ClassVar[bool] = False  # whether it keeps something from step to step
+    own_loss: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.rho) and self.rho >= 0):
-            raise ValueError(f"rho must be finite and not negative, got {self.rho}")
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1, got {self.every}")
+            raise StepError(f"rho must be finite and not negative, got {self.rho}")
+        if not isinstance(self.every, int) or self.every < 1:
+            raise StepError(f"every must be at least 1 and whole, got {self.every}")
 
     def perturbs_at(self, step: int) -> bool:
         return step % self.every == 0
@@ -78,15 +83,16 @@ class CSAM(SAM):
     """Calibrated SAM (Tan et al., ICLR 2026, arXiv 2505.23866).
 
     SAM's perturbation, from plain cross-entropy; the descent gradient is that of `csam_loss` at
-    w + e. gamma 0 is SAM. Raises ValueError for gamma outside [0, 2].
+    w + e. gamma 0 is SAM. Raises StepError for gamma outside [0, 2].
     """
 
     gamma: float = 1.0
+    own_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.gamma <= 2:
-            raise ValueError(f"gamma must lie in [0, 2], got {self.gamma}")
+            raise StepError(f"gamma must lie in [0, 2], got {self.gamma}")
 
     def descent_loss(self, loss: Loss) -> Loss:
         if self.gamma == 0:
@@ -107,16 +113,17 @@ class ASAM(SAM):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (math.isfinite(self.eta) and self.eta >= 0):
-            raise ValueError(f"eta must be finite and not negative, got {self.eta}")
+            raise StepError(f"eta must be finite and not negative, got {self.eta}")
 
     def squared_norm(self, shards: Shards) -> Tensor:
-        scaled = [
-            gradient * (weight.abs() + self.eta) if self._adapts(name) else gradient
+        # One tensor at a time: T g as a whole would be another copy of the weights.
+        squares = [
+            squared_norm([gradient * (weight.abs() + self.eta) if self._adapts(name) else gradient])
             for name, weight, gradient in zip(
                 shards.names, shards.weights, shards.gradients, strict=True
             )
         ]
-        return squared_norm(scaled)
+        return torch.stack(squares).sum() if squares else torch.zeros(())
 
     def perturbation_(self, shards: Shards, scale: Tensor) -> None:
         for name, weight, gradient in zip(
@@ -149,7 +156,7 @@ class LookSAM(SAM):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise ValueError(f"alpha must be finite and not negative, got {self.alpha}")
+            raise StepError(f"alpha must be finite and not negative, got {self.alpha}")
 
     def remember(
         self, ascent: dict[str, Tensor], shards: Shards, total: Callable[[Tensor], Tensor]

@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flatcal_dist.sharpness.engines import Displacement, measure, stack
+from flatcal_dist.sharpness.engines import broadcast, stack
+from flatcal_dist.sharpness.errors import StepError
+from flatcal_dist.sharpness.move import Backup, Displacement, measure
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 from flatcal_dist.sharpness.zero_parts import Layout, deepspeed, layout_of
@@ -24,14 +26,10 @@ from flatcal_dist.sharpness.zero_start import InPrecision, start_zero
 __all__ = ["ZeroEngine", "start_zero"]
 
 
-class WholeShards(Shards):
-    """All weights of the network, whole: for gradients that stay on a rank or a group."""
-
-
 class ZeroEngine:
     """model: a DeepSpeed engine with ZeRO, as `start_zero` makes it.
 
-    Raises ValueError for what a user's own DeepSpeed configuration asks for and we do not do.
+    Raises StepError for what a user's own DeepSpeed configuration asks for and we do not do.
     """
 
     def __init__(self, model: "deepspeed.DeepSpeedEngine") -> None:
@@ -46,7 +44,7 @@ class ZeroEngine:
         self.world_size = dist.get_world_size()
         self.layout: Layout = layout_of(model)
         if any(part.master.data_ptr() == part.used.data_ptr() for part in self.layout.parts):
-            raise ValueError(
+            raise StepError(
                 "this DeepSpeed keeps one copy of the weights where we count on two: use the "
                 "version in pyproject.toml, and start_zero"
             )
@@ -54,6 +52,7 @@ class ZeroEngine:
         self.stale = False
         self.reduced = True  # the last backward pass did, all gradients so far
         self.whole = False  # gradients are those of `whole_weights`: nothing to sum over ranks
+        self.backup = Backup()  # of scopes that move whole weights; no other move needs one
         self.touched = False  # gradients were handed out, and may be changed
         # In float16 only; at its minimum it is to go on skipping, as the other engines do.
         scaler = getattr(model.optimizer, "loss_scaler", None)
@@ -71,24 +70,31 @@ class ZeroEngine:
         asked = "per_micro_batch" if per_micro_batch else f"scope {scope.name!r}"
         instead = "use scope 'global' without per_micro_batch, or DDP"
         if self.stage == 3:
-            raise ValueError(
+            raise StepError(
                 f"ZeRO-3 cannot do {asked}: a rank's own perturbation needs whole weights of its "
                 f"own, and each rank holds one part of weights that all use; {instead}, or ZeRO-1"
             )
         if self.precision != torch.float32:
-            raise ValueError(
+            raise StepError(
                 f"ZeRO-{self.stage} in {self.precision} cannot do {asked}: a rank holds the fp32 "
                 f"master of its own part only, and a perturbation added to low-precision weights "
                 f"is mostly rounded away; {instead}, or ZeRO-1 in float32"
             )
         if per_micro_batch and self.stage == 2:
-            raise ValueError(
+            raise StepError(
                 "ZeRO-2 cannot do per_micro_batch: it reduces the gradients of each micro-batch "
                 f"away before the step ends; {instead}, or ZeRO-1"
             )
 
     def reduces(self, scope: Scope) -> bool:
         return scope.everyone
+
+    @property
+    def scales_losses(self) -> bool:
+        return self.scaler is not None
+
+    def leaves_own(self) -> bool:
+        return False  # its hooks reduce
 
     def zero_gradients(self) -> None:
         self._refresh()
@@ -112,10 +118,10 @@ class ZeroEngine:
         return Shards(names, masters, self.layout.gradients())
 
     def whole_weights(self) -> Shards:
-        """Memory, of stages 1 and 2: the gradient and the weights before, whole, for a while."""
+        """Memory, of stages 1 and 2: one whole copy, the gradient and then the weights before."""
         self.whole = True
         weights = {n: w for n, w in self.module.named_parameters() if w.requires_grad}
-        return WholeShards(list(weights), list(weights.values()), [])
+        return Shards(list(weights), list(weights.values()), [], own=True)
 
     def total(self, part: Tensor) -> Tensor:
         return part if self.whole else self._over_ranks(part)
@@ -127,7 +133,7 @@ class ZeroEngine:
 
     @contextmanager
     def moved(self, shards: Shards) -> Iterator[Displacement]:
-        if isinstance(shards, WholeShards):
+        if shards.own:
             with self._moved_whole(shards) as displacement:
                 yield displacement
             return
@@ -135,7 +141,7 @@ class ZeroEngine:
         targets = list(shards.gradients)
         shards.gradients.clear()
 
-        def displacement() -> tuple[Tensor, Tensor]:
+        def displacement() -> tuple[Tensor, Tensor, Tensor]:
             now = targets if self.precision != torch.float32 else [p.used for p in parts]
             masters = [p.master for p in parts]
             gradients = self.layout.gradients()
@@ -162,23 +168,16 @@ class ZeroEngine:
     @contextmanager
     def _moved_whole(self, shards: Shards) -> Iterator[Displacement]:
         weights = list(shards.weights)
-        with torch.no_grad():
-            before = [weight.clone() for weight in weights]
+        with self.backup.moved(shards) as before:
 
-        def displacement() -> tuple[Tensor, Tensor]:
-            gradients = [
-                deepspeed.utils.safe_get_full_grad(w) if self.reduced else w.grad for w in weights
-            ]
-            return measure(weights, before, gradients, self.precision)
+            def displacement() -> tuple[Tensor, Tensor, Tensor]:
+                gradients = [
+                    deepspeed.utils.safe_get_full_grad(w) if self.reduced else w.grad
+                    for w in weights
+                ]
+                return measure(weights, before, gradients, self.precision)
 
-        try:
-            with torch.no_grad():
-                torch._foreach_add_(weights, shards.gradients)
-            shards.gradients.clear()
             yield displacement
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(weights, before)
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -194,7 +193,7 @@ class ZeroEngine:
 
     def update(self, norm: Tensor, clip_norm: float | None) -> None:
         if (clip_norm or 0.0) != self.zero.gradient_clipping():
-            raise ValueError(
+            raise StepError(
                 f"the step clips to {clip_norm}, but DeepSpeed, which does it, to "
                 f"{self.zero.gradient_clipping() or None}: give start_zero the same clip_norm"
             )
@@ -219,8 +218,7 @@ class ZeroEngine:
         return self._over_ranks(stack(values, self.device)).tolist()
 
     def synchronize_buffers(self) -> None:
-        for buffer in self.module.buffers():
-            dist.broadcast(buffer, src=0)
+        broadcast(self.module.buffers())
 
     @property
     def inference(self) -> nn.Module:
@@ -279,7 +277,7 @@ class ZeroEngine:
 
 
 def _refuse_configuration(model: "deepspeed.DeepSpeedEngine") -> None:
-    """Raises ValueError for what is not as `start_zero` sets it up."""
+    """Raises StepError for what is not as `start_zero` sets it up."""
     wrong = {
         "a ZeRO stage other than 1, 2, 3": model.zero_optimization_stage() not in (1, 2, 3),
         "offload": model.zero_offload_optimizer() or model.zero_offload_param(),
@@ -292,4 +290,4 @@ def _refuse_configuration(model: "deepspeed.DeepSpeedEngine") -> None:
     }
     for what, found in wrong.items():
         if found:
-            raise ValueError(f"ZeroEngine does not do {what}; build the engine with start_zero")
+            raise StepError(f"ZeroEngine does not do {what}; build the engine with start_zero")

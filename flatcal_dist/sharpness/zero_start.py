@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.zero_parts import deepspeed, layout_of
 
 BUCKET = 2**25  # elements of one gradient reduction; DeepSpeed's 5e8 would be 2 GB of fp32
@@ -25,20 +26,20 @@ def start_zero(
     precision: of weights in the forward pass; the master copy, the reduction of gradients and
     their accumulation are fp32, float16 scales losses. clip_norm: of the gradient, the same that
     the step is given.
-    Raises ValueError for another stage or precision and for a network that DeepSpeed cannot
+    Raises StepError for another stage or precision and for a network that DeepSpeed cannot
     hold, RuntimeError where float16 cannot run.
     """
     if stage not in (1, 2, 3):
-        raise ValueError(f"ZeRO has the stages 1, 2 and 3, not {stage}")
+        raise StepError(f"ZeRO has the stages 1, 2 and 3, not {stage}")
     if precision not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"precision must be float32, bfloat16 or float16, not {precision}")
+        raise StepError(f"precision must be float32, bfloat16 or float16, not {precision}")
     if precision == torch.float16 and not deepspeed.get_accelerator().is_fp16_supported():
         raise RuntimeError(
             "DeepSpeed does not run float16 on this machine; use bfloat16 (CPUs have it) or float32"
         )
     numbers = [name for name, weight in network.named_parameters() if weight.dim() == 0]
     if numbers:
-        raise ValueError(
+        raise StepError(
             f"DeepSpeed cannot hold parameters without a dimension, such as {numbers[0]}: give "
             "them the shape [1], or use DDP or FSDP2"
         )

@@ -6,6 +6,8 @@ from unittest.mock import patch
 
 import torch
 
+from flatcal_dist.config import Config, ConfigError
+from flatcal_dist.sharpness import CSAM
 from flatcal_dist.sharpness.replay import SameFunctionTwice
 
 Fault = Callable[[type], AbstractContextManager]
@@ -79,4 +81,26 @@ def autocast(engine: type) -> Iterator[None]:
         yield
 
 
-FAULTS = {f.__name__: f for f in (restore, norm, sync, rng, batch_norm, autocast)}
+@contextmanager
+def objective(engine: type) -> Iterator[None]:
+    """The second pass follows the loss of the first, so that CSAM is SAM."""
+    with patch.object(CSAM, "descent_loss", lambda self, loss: loss):
+        yield
+
+
+FAULTS = {f.__name__: f for f in (restore, norm, sync, rng, batch_norm, autocast, objective)}
+
+
+def refuse_fault(name: str | None, config: Config) -> None:
+    """Raises ConfigError for a fault that this configuration cannot have."""
+    sharpness = config.sharpness
+    if name == "objective" and (sharpness.rule != "csam" or sharpness.gamma == 0):
+        raise ConfigError(
+            "--fault objective breaks CSAM's loss: use it with sharpness.rule=csam and a "
+            "sharpness.gamma above 0"
+        )
+    if name == "autocast" and config.train.engine != "ddp":
+        raise ConfigError(
+            f"--fault autocast keeps autocast's copies of weights, and {config.train.engine} makes "
+            "its low-precision copies itself: use it with train.engine=ddp"
+        )

@@ -15,16 +15,19 @@ from flatcal_dist import evaluation, inputs
 from flatcal_dist.config import Config
 from flatcal_dist.data import Batch, Index, Position, optimizer_steps, steps_per_epoch
 from flatcal_dist.data.order import sample_seed
+from flatcal_dist.data.stream import Stream
+from flatcal_dist.data.variants import of_index
 from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.run_directory import RunDirectory, RunError, State
 from flatcal_dist.sharpness import SharpnessAwareStep, StepResult
 from flatcal_dist.training import checkpoint
+from flatcal_dist.training.bad_samples import BadSamples
 from flatcal_dist.training.build import build_step, rho_at, samples_per_perturbation
 from flatcal_dist.training.checkpoint import Progress
 from flatcal_dist.training.optimizers import build_schedule
 from flatcal_dist.training.preemption import StopRequest
-from flatcal_dist.training.tracking import Tracker
+from flatcal_dist.training.tracking import Tracker, read_metrics
 from flatcal_dist.training.traffic import counted
 from flatcal_dist.weights import save_weights
 
@@ -39,12 +42,15 @@ def run(config: Config, directory: RunDirectory, accelerator: Accelerator) -> st
         accelerator.print(f"{directory.path} is finished already")
         return "finished"
     on_all_ranks(lambda: accelerator.is_main_process and inputs.prepare(config.data))
+    inputs.download(config.data, accelerator, "train", "validation")
+    classes = config.model.num_classes
     train, validation = on_all_ranks(
-        lambda: [
-            inputs.open_index(config.data, split, config.model.num_classes)
-            for split in ("train", "validation")
-        ]
+        lambda: (
+            inputs.open_training(config.data, classes),
+            inputs.open_index(config.data, "validation", classes),
+        )
     )
+    inputs.agree_on_decoder(config.data)
     on_all_ranks(lambda: inputs.batch_arithmetic(config, accelerator.num_processes, len(train)))
     step = build_step(config, accelerator)
     return Trainer(config, directory, accelerator, train, validation, step).run()
@@ -58,7 +64,7 @@ class Trainer:
         config: Config,
         directory: RunDirectory,
         accelerator: Accelerator,
-        train: Index,
+        train: Index | Stream,
         validation: Index,
         step: SharpnessAwareStep,
     ) -> None:
@@ -72,6 +78,7 @@ class Trainer:
             config.optimizer, self.engine.optimizer, self.total_steps, self.epoch_steps
         )
         self.normalize = inputs.normalization(config.data).to(accelerator.device)
+        self.mixing = inputs.mixing(config.data, config.model.num_classes)
         self.main = accelerator.is_main_process
         self.samples_per_perturbation = samples_per_perturbation(config, accelerator.num_processes)
         self.skipped = 0
@@ -92,6 +99,15 @@ class Trainer:
         )
         try:
             self._announce(passed_over)
+            self.bad_samples = BadSamples(
+                self.directory.bad_samples_file,
+                self.train,
+                self.epoch_steps,
+                self.config.data.max_bad_samples,
+                self.done,
+                self.main,
+                self.tracker.say,
+            )
             self.started = time.monotonic() - self.seconds
             phase = self._train() if self.done < self.total_steps else "finished"
             if phase == "finished":
@@ -124,16 +140,20 @@ class Trainer:
                 self._set_rates()
                 # Dropout and the like follow from (seed, rank, step): nothing to save or restore.
                 torch.manual_seed(sample_seed(config.run.seed, rank, self.done))
+                replaced = [one for batch in micro_batches for one in batch.replaced]
                 take = partial(
                     self.step,
                     [self._on_device(batch) for batch in micro_batches],
                     samples=self.batch_size,
                     stop=request.asked,
-                    measure=(self.done + 1) % config.train.log_every_steps == 0,
+                    note=len(replaced),
+                    measure=self._sharpness_is_due(),
                 )
                 self.done += 1
                 # By the third step DDP has arranged its buckets for good.
                 result = self._count_traffic(take) if self.done == first + 2 else take()
+                if result.noted:
+                    self.bad_samples.add(replaced)
                 self._after_step(result)
                 if result.stop and self.done < self.total_steps:
                     self._checkpoint()
@@ -153,6 +173,14 @@ class Trainer:
         }
         return result
 
+    def _sharpness_is_due(self) -> bool:
+        """Whether this step is the last one with a perturbation before the next regular record."""
+        rule, every = self.step.rule, self.config.train.log_every_steps
+        if rule is None or not rule.perturbs_at(self.done):
+            return False
+        record = min((self.done // every + 1) * every, self.total_steps)
+        return not any(rule.perturbs_at(step) for step in range(self.done + 1, record))
+
     def _set_rates(self) -> None:
         """Learning rate and rho of this step, both functions of its number."""
         self.schedule.step_update(self.done)
@@ -163,9 +191,13 @@ class Trainer:
     def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.accelerator.device
         images = self.normalize(batch.images.to(device, non_blocking=True))
+        target = batch.labels.to(device, non_blocking=True)
+        if self.mixing is not None:
+            seed = self.config.run.seed
+            images, target = self.mixing(images, target, batch.samples, seed, batch.epoch)
         if self.config.model.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return images, batch.labels.to(device, non_blocking=True)
+        return images, target
 
     def _after_step(self, result: StepResult) -> None:
         train = self.config.train
@@ -180,6 +212,8 @@ class Trainer:
         self.window_steps += 1
         if self.done % train.log_every_steps == 0 or self.done == self.total_steps:
             self._log(result)
+        elif result.cosine is not None:  # the regular record's own step has no perturbation
+            self.tracker.log(self.done, self._sharpness(result))
         epoch, left = divmod(self.done, self.epoch_steps)
         end = self.done == self.total_steps
         if not end and left:
@@ -192,6 +226,19 @@ class Trainer:
             self._checkpoint()
         self.window_start += time.monotonic() - paused  # speed is that of steps
 
+    def _sharpness(self, result: StepResult) -> dict[str, float | None]:
+        """What only a step with a perturbation has."""
+        if result.perturbed_loss is None:
+            return {}
+        return {
+            "train/perturbed_loss": result.perturbed_loss,
+            "train/sharpness": result.perturbed_loss - result.loss,
+            "optim/ascent_gradient_norm": result.ascent_gradient_norm,
+            "optim/gradient_cosine": result.cosine,
+            "optim/rho": self.step.rho,
+            "optim/effective_rho": result.effective_rho,
+        }
+
     def _log(self, result: StepResult) -> None:
         """This step's own figures, which a resumed run repeats, and the speed since the last."""
         elapsed = time.monotonic() - self.window_start
@@ -202,6 +249,7 @@ class Trainer:
             "optim/learning_rate": self.engine.optimizer.param_groups[0]["lr"],
             "optim/gradient_norm": result.gradient_norm,
             "optim/skipped": int(result.skipped),
+            "data/replaced": self.bad_samples.replaced,
             "perf/images_per_second": images_per_second,
             "perf/step_seconds": elapsed / self.window_steps,
             "perf/data_wait_fraction": self.waited / elapsed,
@@ -210,16 +258,9 @@ class Trainer:
         self.traffic = {}
         if self.config.train.precision == "fp16":
             values["optim/loss_scale"] = result.loss_scale
-        if result.perturbed_loss is not None:
-            values |= {
-                "train/perturbed_loss": result.perturbed_loss,
-                "train/sharpness": result.perturbed_loss - result.loss,
-                "optim/ascent_gradient_norm": result.ascent_gradient_norm,
-                "optim/gradient_cosine": result.cosine,
-                "optim/rho": self.step.rho,
-                "optim/effective_rho": result.effective_rho,
-            }
+        values |= self._sharpness(result)
         self.tracker.log(self.done, values)
+        self._record("running")
         left = (self.total_steps - self.done) * elapsed / self.window_steps
         self.tracker.show(self.done, f"loss {result.loss:.4f}", images_per_second, left)
         self.window_start, self.window_steps, self.waited = time.monotonic(), 0, 0.0
@@ -263,16 +304,20 @@ class Trainer:
         if self.main:
             save_weights(weights, self.directory.weights_file)
         if self.config.evaluate.at_end:
-            metrics = evaluation.report(
-                self.config,
+            config = self.config
+            where, classes = str(config.data.validation), config.model.num_classes
+            written = evaluation.report(
+                config,
                 self.engine.inference,
-                self.validation,
+                of_index(self.validation, where, classes),
                 self.accelerator,
                 self.directory.report,
                 weights_file=self.directory.weights_file,
                 training_seconds=seconds,
+                training=read_metrics(self.directory.metrics_file) if self.tracker.active else (),
             )
-            if metrics is not None:
+            if written is not None:
+                _, metrics = written
                 self.tracker.log(
                     self.done,
                     {
@@ -317,12 +362,14 @@ class Trainer:
                 "train_data": self.train.identity,
                 "validation_data": self.validation.identity,
             }
-            self.directory.check_data(identities)
-            environment = describe_environment() | {
+            environment = describe_environment(self.config.data.decoder)
+            self.directory.check_data(identities, environment["decoder"])
+            environment |= {
                 "engine": self.config.train.engine,
                 "precision": self.config.train.precision,
                 "world_size": self.accelerator.num_processes,
                 "device": str(self.accelerator.device.type),
+                "train_order": inputs.promise(self.train),
                 **identities,
             }
             state = self.directory.open(self.config, environment)
@@ -335,6 +382,7 @@ class Trainer:
             say(f"passed over a checkpoint: {problem}")
         at = f", going on after step {self.done}" if self.done else ""
         say(f"run directory: {self.directory.path}{at}")
+        say(inputs.promise(self.train))
         say(inputs.batch_arithmetic(self.config, self.accelerator.num_processes, len(self.train)))
 
     def _record(self, phase: str) -> None:

@@ -20,8 +20,9 @@ def main(default_config: Path, description: str | None = None) -> None:
     """Train as a configuration says, evaluate, report. Exits with 0, 1 (error), 75 (preempted).
 
     Launchers turn both of the latter into 1: state.json in the run directory tells them apart.
+    FLATCAL_EXIT_PREEMPTED=0 makes 0 of the 75, for launchers that end the other ranks otherwise.
     """
-    arguments = configuration.command_line(description, default_config).parse_args()
+    arguments = configuration.command_line(description, default_config).parse_intermixed_args()
     try:
         config = configuration.load(arguments.config, arguments.overrides)
         if arguments.print_config:
@@ -35,11 +36,12 @@ def main(default_config: Path, description: str | None = None) -> None:
         sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     directory = RunDirectory(config.run.dir)
     phase = "finished"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, outside the steps too
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.default_int_handler)  # as Ctrl-C, outside the steps too
     with ending_together(accelerator, directory):
         if arguments.dry_run:
             dry_run(config, accelerator)
         else:
             phase = run(config, directory, accelerator)
     if phase == "preempted":
-        sys.exit(PREEMPTED)
+        sys.exit(int(os.environ.get("FLATCAL_EXIT_PREEMPTED", PREEMPTED)))

@@ -7,7 +7,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from flatcal_dist.config import OptimizerConfig
+from flatcal_dist.config import ConfigError, OptimizerConfig
 
 OWN_KEYS = ("lr", "weight_decay", "momentum")
 
@@ -16,11 +16,17 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     """timm's optimizer of this name; biases and norm weights are not decayed.
 
     'sgd' is the papers' (no Nesterov momentum): timm's own 'sgd' switches Nesterov on.
-    Raises ValueError for an unknown name or options that the optimizer does not take.
+    Raises ConfigError for an unknown name, options that it does not take, or one that needs more of
+    the network than gradients.
     """
     if config.name not in list_optimizers():
-        raise ValueError(
+        raise ConfigError(
             f"optimizer.name={config.name} is not one of timm's: {', '.join(list_optimizers())}"
+        )
+    if get_optimizer_info(config.name).second_order:
+        raise ConfigError(
+            f"optimizer.name={config.name} differentiates the gradient once more, for which a "
+            "sharpness-aware step keeps no graph; choose a first-order one, such as adamw"
         )
     options = dict(config.options)
     if config.name == "sgd":
@@ -28,7 +34,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     takes = inspect.signature(get_optimizer_info(config.name).opt_class).parameters
     known = [key for key in takes if key not in ("params", "self", *OWN_KEYS)]
     if strange := [key for key in options if key not in known]:
-        raise ValueError(
+        raise ConfigError(
             f"optimizer.options.{strange[0]}: {config.name} takes {', '.join(known)} here; rate, "
             "decay and momentum have keys of their own in the section optimizer"
         )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask a run to end: noted as they come, acted on between steps by all ranks."""
+"""Ctrl-C, SIGTERM and SIGUSR1, 2 ask a run to end: noted as they come, acted on between steps."""
 
 import os
 import signal
@@ -6,12 +6,12 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM only set `asked`; the training loop ends at a whole step.
+    """While entered, the signals only set `asked`; the training loop ends at a whole step.
 
     Signals reach the loader's worker processes too; only the process that entered listens.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
     def __enter__(self) -> "StopRequest":
         self.asked = False

@@ -5,8 +5,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flatcal_dist.calibration.calibrators import cross_fit_temperature
+from flatcal_dist.calibration import metrics
+from flatcal_dist.calibration.calibrators import TemperatureScaling
+from flatcal_dist.calibration.crossfit import HoldOut, fit_out_of_sample
 from flatcal_dist.calibration.records import Records, Scores
+from flatcal_dist.calibration.scores import compare_scores, score_table
 from flatcal_dist.calibration.softmax import score_images
 
 from .synthetic import make_logits
@@ -15,6 +18,8 @@ from .synthetic import make_logits
 def same(a: object, b: object) -> bool:
     if isinstance(a, Scores):
         return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(Scores))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and bool((a == b).all())
     return a == b
@@ -31,7 +36,7 @@ def test_round_trip_is_exact(records: Records, tmp_path) -> None:
     assert_same(Records.load(path), records)
     assert [p.name for p in tmp_path.iterdir()] == ["records.parquet"]
     table = pq.read_table(path)
-    assert table.num_columns == 16
+    assert table.num_columns == 25
     assert table["confidence"].to_numpy() == pytest.approx(records.confidence, abs=0)
 
 
@@ -50,12 +55,12 @@ def test_scores_before_and_after(records: Records) -> None:
     assert (records.before.nll == direct.nll).all()
     assert (records.prediction == logits.argmax(1)).all()
     assert (records.correct == (logits.argmax(1) == labels)).all()
-    fit = cross_fit_temperature(ids, logits, labels)
-    after = score_images(fit.logits, labels)
+    fit = fit_out_of_sample("temperature", ids, logits, labels)
+    after = score_images(logits / fit.temperatures(ids)[:, None], labels)
     assert records.after.log_confidence == pytest.approx(after.log_confidence, rel=1e-12)
     assert records.after.entropy == pytest.approx(after.entropy, rel=1e-10)
     assert (records.after.correct == records.correct).all()
-    assert records.temperature == fit.temperature
+    assert records.temperature == fit.overall.temperature
     assert records.after.nll.mean() < records.before.nll.mean()
 
 
@@ -65,7 +70,8 @@ def test_temperature_never_changes_what_is_correct() -> None:
     logits = np.stack([first, np.nextafter(first, 2.0), np.full(200, -0.83)], axis=1)
     labels = np.where(np.arange(200) % 10 == 0, 2, 1)
     ids = [str(i) for i in range(200)]
-    divided = cross_fit_temperature(ids, logits, labels).logits
+    fit = fit_out_of_sample("temperature", ids, logits, labels)
+    divided = logits / fit.temperatures(ids)[:, None]
     assert (score_images(divided, labels).correct != score_images(logits, labels).correct).any()
     records = Records.from_logits(ids, labels, logits)
     assert (records.after.correct == records.before.correct).all()
@@ -95,3 +101,72 @@ def test_other_parquet_files_are_refused(tmp_path) -> None:
     pq.write_table(pa.table({"x": [1]}), tmp_path / "x.parquet")
     with pytest.raises(ValueError, match="holds no records"):
         Records.load(tmp_path / "x.parquet")
+
+
+def test_hold_out_keeps_the_images_fitted_on_out_of_the_records() -> None:
+    ids, labels, logits = make_logits(300)
+    records = Records.from_logits(ids, labels, logits, hold_out=0.3)
+    chosen = HoldOut(0.3).chosen(ids)
+    assert records.held_out == chosen.sum()
+    assert records.id.tolist() == [i for i, c in zip(ids, chosen, strict=True) if not c]
+    alone = TemperatureScaling().fit(logits[chosen], labels[chosen]).temperature
+    assert records.temperature == alone
+    assert records.fold_temperatures == ()
+    direct = score_images(logits[~chosen].astype(float) / alone, labels[~chosen])
+    assert records.after.nll == pytest.approx(direct.nll, rel=1e-9)
+    assert records.compared.all(), "tuning used the images that are left out"
+    with pytest.raises(ValueError, match="cross-fitted"):
+        Records.from_logits(ids, labels, logits, clean=records)
+    assert records.temperature_interval[0] < alone < records.temperature_interval[1]
+
+
+def test_hold_out_survives_the_file(tmp_path) -> None:
+    records = Records.from_logits(*make_logits(100), hold_out=0.3, seed=4)
+    records.save(tmp_path / "r.parquet")
+    assert_same(Records.load(tmp_path / "r.parquet"), records)
+
+
+def test_scores_of_the_records_are_those_of_the_logits(records: Records) -> None:
+    ids, labels, logits = make_logits(400)
+    direct = compare_scores(ids, logits, labels, resamples=2)
+    assert records.tuning == direct.tuning
+    assert records.compared.sum() == direct.images
+    table = {name: score[records.compared] for name, score in records.ranking.items()}
+    again = score_table(table, records.correct[records.compared], resamples=2)
+    for a, b in zip(again, direct.rows, strict=True):
+        assert a.name == b.name
+        assert a.values["aurc"].value == pytest.approx(b.values["aurc"].value, abs=1e-12)
+
+
+def test_classwise_errors_are_those_of_the_logits(records: Records) -> None:
+    ids, labels, logits = make_logits(400)
+    fit = fit_out_of_sample("temperature", ids, logits, labels)
+    for suffix, z in (
+        ("", logits),
+        ("_after_temperature", logits / fit.temperatures(ids)[:, None]),
+    ):
+        expected = metrics.classwise_calibration_error(z, labels)
+        assert records.classwise["classwise_ece" + suffix] == pytest.approx(expected, abs=1e-12)
+        expected = metrics.thresholded_classwise_calibration_error(z, labels)
+        found = records.classwise["thresholded_classwise_ece" + suffix]
+        assert found == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int64"])
+def test_logits_of_any_precision(dtype: str) -> None:
+    ids, labels, logits = make_logits(80)
+    given = logits.astype(dtype)
+    records = Records.from_logits(ids, labels, given)
+    assert records.logits_dtype == dtype
+    assert (records.before.nll == score_images(given.astype(np.float64), labels).nll).all()
+
+
+@pytest.mark.filterwarnings("ignore:too few images", "ignore:no finite temperature")
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_a_handful_of_images(images: int, tmp_path) -> None:
+    records = Records.from_logits(*make_logits(images))
+    assert len(records) == images
+    for scores in (records.before, records.after):
+        assert np.isfinite([scores.nll, scores.log_confidence, scores.entropy]).all()
+    records.save(tmp_path / "r.parquet")
+    assert_same(Records.load(tmp_path / "r.parquet"), records)

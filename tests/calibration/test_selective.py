@@ -221,3 +221,41 @@ def test_refused_options() -> None:
         selective.risk_at_coverage([0.5], [1], 0)
     with pytest.raises(ValueError, match="risk"):
         selective.coverage_at_risk([0.5], [1], 1.5)
+
+
+@given(MIXED)
+def test_naurc_is_aurc_between_oracle_and_chance(pair: tuple) -> None:
+    correct = pair[1]
+    error = 1 - correct.mean()
+    best = selective.aurc(correct.astype(float) + 1e-3 * np.arange(len(correct)), correct)
+    expected = (selective.aurc(*pair) - best) / (error - best)
+    assert selective.naurc(*pair) == pytest.approx(expected, abs=1e-9)
+    assert selective.naurc(np.zeros(len(correct)), correct) == pytest.approx(1)
+    assert selective.naurc(correct.astype(float) + 1e-3 * np.arange(len(correct)), correct) == (
+        pytest.approx(0, abs=1e-9)
+    )
+
+
+def test_naurc_without_failures() -> None:
+    assert selective.naurc([0.1, 0.9], [1, 1]) is None
+    assert selective.naurc([0.1, 0.9], [0, 0]) is None
+
+
+@given(PAIRS, st.integers(1, 5))
+def test_histograms_of_scores_are_tie_groups(pair: tuple, parts: int) -> None:
+    """Sums of shards, empty cells included, give what one pass over the images gives."""
+    confidence, correct = pair
+    cells = np.rint(12 * confidence).astype(int)
+    right, wrong = np.zeros(13), np.zeros(13)
+    for shard in range(parts):
+        mine = np.arange(len(cells)) % parts == shard
+        right += np.bincount(cells[mine & correct], minlength=13)
+        wrong += np.bincount(cells[mine & ~correct], minlength=13)
+    groups = selective.TieGroups.of((right + wrong)[::-1], wrong[::-1])
+    for name in ("aurc", "eaurc", "naurc", "augrc", "auroc", "fpr_at_95_tpr", "aupr_success",
+                 "aupr_error"):  # fmt: skip
+        value = getattr(selective, f"groups_{name}")(groups)
+        assert value == pytest.approx(getattr(selective, name)(*pair), abs=1e-12), name
+    for risk in (0.0, 0.05, 0.3):
+        value = selective.groups_coverage_at_risk(groups, risk)
+        assert value == pytest.approx(selective.coverage_at_risk(*pair, risk), abs=1e-12)

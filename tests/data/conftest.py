@@ -10,7 +10,14 @@ import pytest
 from photographs import write_photographs
 from PIL import Image
 
-from flatcal_dist.data import Index, Sample, load_index, shard_image_folder, write_shards
+from flatcal_dist.data import (
+    Index,
+    Sample,
+    image_folder,
+    load_index,
+    prepare_shards,
+    write_shards,
+)
 
 
 def png(seed: int, height: int = 12, width: int = 10) -> bytes:
@@ -45,7 +52,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def photograph_shards(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """These as five shards, imagenet1k-train-{0000..0004}.tar. Leave them as they are, too."""
-    return shard_image_folder(photographs, tmp_path_factory.mktemp("wds"), "train", shards=5)
+    source, directory = image_folder(photographs), tmp_path_factory.mktemp("wds")
+    return prepare_shards(source, directory, "train", shards=5).shards
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ def test_bytes_are_reproducible_and_whole(tmp_path):
     one, two = (write(tmp_path / name, make_samples(10)) for name in ("one", "two"))
     assert [path.name for path in one] == ["x-0000.tar", "x-0001.tar", "x-0002.tar"]
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert len(names) == 3 + 3 + 1  # shards, indexes, _info.json: no temporary is left
+    assert len(names) == 3 + 3 + 2  # shards, indexes, _info.json, checksums: no temporary is left
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     with tarfile.open(two[0]) as file:

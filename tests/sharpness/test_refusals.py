@@ -5,14 +5,31 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from flatcal_dist.losses import csam_loss
-from flatcal_dist.sharpness import ASAM, CSAM, SAM, LookSAM, ReplicatedEngine, SharpnessAwareStep
+from flatcal_dist.sharpness import (
+    ASAM,
+    CSAM,
+    SAM,
+    LookSAM,
+    ReplicatedEngine,
+    SharpnessAwareStep,
+    StepError,
+)
 from flatcal_dist.sharpness.fsdp2 import ShardedEngine, shard
 from tests.ranks import on_ranks
-from tests.sharpness.engines import CPU, make_engine
-from tests.sharpness.reference import CLASSES, make_network, make_optimizer, my_part, train
+from tests.sharpness.engines import CPU, ENGINES, make_engine
+from tests.sharpness.reference import (
+    CLASSES,
+    bits,
+    make_batch,
+    make_network,
+    make_optimizer,
+    my_part,
+    train,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +40,7 @@ from tests.sharpness.reference import CLASSES, make_network, make_optimizer, my_
         (lambda: CSAM(0.1, gamma=2.5), r"gamma must lie in \[0, 2\]"),
         (lambda: CSAM(0.1, gamma=math.nan), r"gamma must lie in \[0, 2\]"),
         (lambda: SAM(0.1, every=0), "every must be at least 1"),
+        (lambda: SAM(0.1, every=2.5), "every must be at least 1 and whole"),
         (lambda: ASAM(0.1, eta=-1), "eta must be finite"),
         (lambda: LookSAM(0.1, alpha=math.inf), "alpha must be finite"),
         (lambda: csam_loss(torch.zeros(1, 2), torch.zeros(1, 2), 1.0), "hard labels only"),
@@ -44,6 +62,63 @@ def test_scopes_of_any_engine(rule, options, message):
     network = make_network()
     with pytest.raises(ValueError, match=message):
         SharpnessAwareStep(ReplicatedEngine(network, make_optimizer(network)), rule, **options)
+
+
+def test_what_no_step_can_serve():
+    network = make_network()
+    optimizer = make_optimizer(network)
+    engine = ReplicatedEngine(network, optimizer)
+    frozen = make_network().requires_grad_(False)
+    lbfgs = torch.optim.LBFGS(network.parameters())
+    for make, expected in (
+        (lambda: ReplicatedEngine(make_network(), optimizer), "parameters of another network"),
+        (lambda: ReplicatedEngine(frozen, optimizer), "nothing to train"),
+        (lambda: ReplicatedEngine(make_network().double(), optimizer), "call network.float"),
+        (lambda: ReplicatedEngine(network, lbfgs), "LBFGS evaluates the loss by itself"),
+        (lambda: SharpnessAwareStep(engine, None, clip_norm=-1.0), "clip_norm must be positive"),
+        (lambda: SharpnessAwareStep(engine, CSAM(0.1), loss=F.cross_entropy), "leave `loss` out"),
+    ):
+        with pytest.raises(StepError, match=expected):
+            make()
+
+
+def test_a_batch_that_cannot_be_taken_changes_nothing():
+    network = make_network(norm=True)
+    before = bits(network.state_dict())
+    batch = make_batch(0)
+
+    def refused(expected, micro_batches, loss=None, rho=0.1, **options):
+        engine = ReplicatedEngine(network, make_optimizer(network))
+        step = SharpnessAwareStep(engine, SAM(0.1), loss=loss)
+        step.rho = rho
+        with pytest.raises(StepError, match=expected):
+            step(micro_batches, **options)
+        assert bits(network.state_dict()) == before
+
+    refused("nothing to learn from", [])
+    refused("nothing to learn from", [(batch[0][:0], batch[1][:0])])
+    refused("nothing to learn from", [batch], samples=0)
+    refused(r"list of \(inputs, target\) pairs", batch)
+    refused("wants one value each", [batch], loss=F.cross_entropy)
+    refused("rho must be finite", [batch], rho=math.nan)
+    for weight in network[0].parameters():
+        weight.requires_grad_(False)
+    step = SharpnessAwareStep(ReplicatedEngine(network, make_optimizer(network)), SAM(0.1))
+    network.requires_grad_(True)
+    with pytest.raises(StepError, match="frozen or thawed"):
+        step([batch])
+
+
+def different_numbers(rank, world_size, kind):
+    step = SharpnessAwareStep(make_engine(kind), SAM(0.1))
+    return message(lambda: step([make_batch(0)] * (rank + 1)))
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_ranks_with_different_numbers_of_micro_batches(kind):
+    """Refused on all of them, instead of waiting for one another."""
+    for refused in on_ranks(2, different_numbers, kind):
+        assert "different numbers of micro-batches" in refused
 
 
 def message(work) -> str:

@@ -1,0 +1,73 @@
+"""Work spread over processes, one task a shard, with results as they come."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from flatcal_dist.data.errors import DataError
+
+
+def usable_cores() -> int:
+    """How many cores this process may use, as SLURM and taskset set it."""
+    return len(os.sched_getaffinity(0))
+
+
+def in_parallel(
+    function: Callable[..., Any], tasks: Iterable[tuple], workers: int
+) -> Iterator[tuple[int, Any]]:
+    """Yield (number of the task, function(*task)) in the order of completion.
+
+    Tasks are taken as workers become free, so they may be made lazily. With one worker all
+    happens in this process. The first error is raised after the tasks then running have ended; a
+    worker that was killed (by the kernel, for its memory) is a DataError.
+    """
+    if workers < 1:
+        raise DataError(f"{workers} workers cannot work: use 1 or more.")
+    numbered = enumerate(tasks)
+    if workers == 1:
+        return ((number, function(*task)) for number, task in numbered)
+    # Processes are forked here, at the call, before a progress bar starts its thread.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker)
+    running = {
+        pool.submit(function, *task): number
+        for number, task in itertools.islice(numbered, 2 * workers)
+    }
+    return _results(pool, running, function, numbered, workers)
+
+
+def _results(
+    pool: ProcessPoolExecutor,
+    running: dict[Future, int],
+    function: Callable[..., Any],
+    numbered: Iterator[tuple[int, tuple]],
+    workers: int,
+) -> Iterator[tuple[int, Any]]:
+    try:
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+                for number, task in itertools.islice(numbered, 1):
+                    running[pool.submit(function, *task)] = number
+    except BrokenProcessPool as error:
+        raise DataError(
+            "A worker process was killed, most often because memory ran out. Run the same "
+            f"command again with fewer --workers than {workers}."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends us in order
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()  # returns only if the parent was killed
+    os._exit(1)

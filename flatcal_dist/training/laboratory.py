@@ -1,0 +1,299 @@
+"""A bench for one step: a network in which all that a step could get wrong is at stake.
+
+The network is the configuration's; behind its logits come a batch norm, a dropout, and confidence,
+so that statistics, random streams and CSAM's own branch matter whatever it is. The reference is a
+plain loop: one process, every rank's images and random stream in turn, no engine, rule or loss of
+ours.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from flatcal_dist.config import Config, OptimizerConfig
+from flatcal_dist.sharpness import CSAM, SAM, LookSAM, StepResult
+from flatcal_dist.sharpness.rules import Loss
+from flatcal_dist.sharpness.step import MicroBatches
+from flatcal_dist.training.build import DTYPES, build_step
+
+MICRO_BATCHES = (7, 5)  # images: two, uneven, and enough for batch statistics
+STREAM = 1000  # seed of rank r's random stream: STREAM + r
+RATE, MOMENTUM = 0.05, 0.9
+Weights = dict[str, Tensor]
+LEADING = 4  # classes that the probe is sure of
+
+
+class Probed(nn.Module):
+    """The network, and behind its logits a batch norm, a dropout, and confidence in some classes.
+
+    The first few classes lead by so much that about half of the images have one above p = 1/2,
+    where CSAM is not SAM; a network at its start has none.
+    """
+
+    def __init__(self, network: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.network = network
+        self.norm = nn.BatchNorm1d(classes)
+        self.dropout = nn.Dropout(0.2)
+        self.lead = 2 + math.log(classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.dropout(self.norm(self.network(images).float()))
+        return torch.cat([4 * logits[:, :LEADING] + self.lead, logits[:, LEADING:]], 1)
+
+
+class Laboratory:
+    """A step built as the configuration says, put back to its start before each measurement."""
+
+    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        optimizer = OptimizerConfig(name="sgd", learning_rate=RATE, momentum=MOMENTUM)
+        config = config.model_copy(update={"optimizer": optimizer})
+        self.plain_network: nn.Module | None = None
+
+        def probe(network: nn.Module) -> nn.Module:
+            probed = Probed(network, config.model.num_classes)
+            self.plain_network = copy.deepcopy(probed)
+            return probed
+
+        self.step = build_step(config, accelerator, wrap=probe)
+        self.engine = self.step.engine
+        self.start = copy.deepcopy(self.engine.local_state())
+        self.low = config.train.precision != "fp32"
+        self.sure = 0  # samples above p = 1/2, of all ranks
+        # The reference, on rank 0, wants those of all ranks.
+        wanted = range(self.world_size) if self.rank == 0 else [self.rank]
+        self.batches = {rank: self._labelled(rank) for rank in wanted}
+        self.samples = sum(MICRO_BATCHES) * self.world_size
+        self.sam = SAM(max(config.sharpness.rho, 1e-3))
+        self.trained = [n for n, w in self.plain_network.named_parameters() if w.requires_grad]
+        self.buffers = [n for n, _ in self.plain_network.named_buffers()]
+        self._find_loss_scale()
+
+    def _find_loss_scale(self) -> None:
+        """In fp16 start from a scale at which the step is taken and not skipped."""
+        while self.engine.scales_losses:
+            torch.manual_seed(STREAM + self.rank)
+            self.start = copy.deepcopy(self.engine.local_state())
+            result = self.step(self.batches[self.rank], samples=self.samples)
+            if not result.skipped or result.loss_scale == 1:
+                break
+
+    def _labelled(self, rank: int) -> MicroBatches:
+        """Micro-batches of one rank, labelled in its random stream.
+
+        Where the network is sure of a class it is right, elsewhere it is wrong. So no sample is
+        near CSAM's jump at p = 1/2, where rounding would decide.
+        """
+        data = self.config.data
+        generator = torch.Generator().manual_seed(rank)
+        shape = (data.channels, data.image_size, data.image_size)
+        scratch = copy.deepcopy(self.plain_network).to(self.engine.device).train()
+        torch.manual_seed(STREAM + rank)
+        micro_batches = []
+        for size in MICRO_BATCHES:
+            images = torch.randn(size, *shape, generator=generator).to(self.engine.device)
+            with torch.no_grad(), _precision(self):
+                p = scratch(images).float().softmax(1)
+            sure = p.amax(1) > 0.65
+            self.sure += int(sure.sum())
+            likely = p.topk(min(3, p.shape[1])).indices  # the third is at most 1/3
+            micro_batches.append((images, torch.where(sure, likely[:, 0], likely[:, -1])))
+        return micro_batches
+
+    def weights(self) -> Weights:
+        """Full weights and buffers, on the CPU; whole on rank 0."""
+        return {name: tensor.clone() for name, tensor in self.engine.full_weights().items()}
+
+    def take(
+        self,
+        rule: SAM | None = None,
+        *,
+        rate: float = RATE,
+        plain: bool = False,
+        micro_batches: MicroBatches | None = None,
+        descent_loss: Loss | None = None,
+        measure: bool = False,
+        steps: int = 1,
+    ) -> tuple[StepResult, Weights, Weights]:
+        """Step from the start, by default as configured: last result, weights before and after."""
+        self.engine.load_local_state(copy.deepcopy(self.start))
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        before = self.weights()
+        step = self.step
+        own = step.rule, step.rho, step.descent_loss
+        if rule is not None or plain:
+            step.rule, step.rho = rule, rule.rho if rule else 0.0
+        if step.rule is not None:
+            step.descent_loss = descent_loss or step.rule.descent_loss(step.loss)
+        step.taken, step.memory = 0, None
+        micro_batches = micro_batches or self.batches[self.rank]
+        try:
+            for _ in range(steps):
+                torch.manual_seed(STREAM + self.rank)
+                result = step(micro_batches, samples=self.samples, measure=measure)
+        finally:
+            step.rule, step.rho, step.descent_loss = own
+        return result, before, self.weights()
+
+
+def reference_steps(lab: Laboratory, count: int) -> Weights:
+    """The weights after one step of SGD with the configured rule, by the papers' formulas.
+
+    count 2: and after one more that does not perturb, as periodic SAM's and LookSAM's second.
+    """
+    network = copy.deepcopy(lab.plain_network).to(lab.engine.device).train()
+    weights = [w for w in network.parameters() if w.requires_grad]
+    gradient, ascent = _descent_gradient(lab, network)
+    momentum = _clipped(gradient, lab.step.clip_norm)
+    _move(weights, momentum)
+    if count == 2:
+        everyone = range(lab.world_size)
+        states = _random_states(lab, network, everyone)
+        pieces = [(r, p) for r in everyone for p in range(len(MICRO_BATCHES))]
+        plain = _gradient(lab, network, pieces, states, _cross_entropy(lab))
+        plain = [g / lab.samples for g in plain]
+        if isinstance(lab.step.rule, LookSAM):
+            along = _dot(gradient, ascent) / _dot(ascent, ascent)
+            kept = [g - along * a for g, a in zip(gradient, ascent, strict=True)]
+            factor = lab.step.rule.alpha * (_dot(plain, plain) / _dot(kept, kept)) ** 0.5
+            plain = [g + factor * v for g, v in zip(plain, kept, strict=True)]
+        plain = _clipped(plain, lab.step.clip_norm)
+        momentum = [MOMENTUM * m + g for m, g in zip(momentum, plain, strict=True)]
+        _move(weights, momentum)
+    return {name: w.detach().cpu() for name, w in network.named_parameters()}
+
+
+def _descent_gradient(lab: Laboratory, network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The mean over all samples at each group's own w + e; and the last group's ascent gradient."""
+    step, rule = lab.step, lab.step.rule
+    total = [torch.zeros_like(w) for w in network.parameters() if w.requires_grad]
+    ascent: list[Tensor] = []
+    for first in range(0, lab.world_size, step.scope.ranks):
+        group = range(first, first + step.scope.ranks)
+        states = _random_states(lab, network, group)
+        parts = range(len(MICRO_BATCHES))
+        units = [[p] for p in parts] if step.per_micro_batch else [list(parts)]
+        for unit in units:
+            pieces = [(r, p) for r in group for p in unit]
+            moved = copy.deepcopy(network)
+            if rule is not None:
+                ascent = _gradient(lab, network, pieces, states, _cross_entropy(lab))
+                _perturb(moved, ascent, rule, step.rho)
+            loss = _csam(rule.gamma) if isinstance(rule, CSAM) else _cross_entropy(lab)
+            for t, g in zip(total, _gradient(lab, moved, pieces, states, loss), strict=True):
+                t += g / lab.samples
+    return total, ascent
+
+
+def _dot(a: list[Tensor], b: list[Tensor]) -> float:
+    return float(sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)))
+
+
+def _clipped(gradient: list[Tensor], clip_norm: float | None) -> list[Tensor]:
+    norm = _dot(gradient, gradient) ** 0.5
+    factor = min(1.0, (clip_norm or float("inf")) / (norm + 1e-6))
+    return [g * factor for g in gradient]
+
+
+@torch.no_grad()
+def _move(weights: list[nn.Parameter], by: list[Tensor]) -> None:
+    for w, b in zip(weights, by, strict=True):
+        w -= RATE * b
+
+
+def _random_states(
+    lab: Laboratory, network: nn.Module, group: range
+) -> dict[tuple[int, int], list[Tensor]]:
+    """The random state in which each rank meets each of its micro-batches."""
+    states = {}
+    scratch = copy.deepcopy(network)
+    for rank in group:
+        torch.manual_seed(STREAM + rank)
+        for part, (images, _) in enumerate(lab.batches[rank]):
+            states[rank, part] = _state(lab)
+            with torch.no_grad(), _precision(lab):
+                scratch(images)
+    return states
+
+
+def _gradient(
+    lab: Laboratory,
+    network: nn.Module,
+    pieces: list[tuple[int, int]],
+    states: dict[tuple[int, int], list[Tensor]],
+    loss: Loss,
+) -> list[Tensor]:
+    """Of the summed losses of these (rank, micro-batch) pieces, each in its own random state."""
+    weights = [w for w in network.parameters() if w.requires_grad]
+    total = [torch.zeros_like(w) for w in weights]
+    for rank, part in pieces:
+        images, labels = lab.batches[rank][part]
+        _set_state(lab, states[rank, part])
+        with _precision(lab):
+            logits = network(images)
+        gradients = torch.autograd.grad(loss(logits, labels), weights, allow_unused=True)
+        for t, g in zip(total, gradients, strict=True):
+            if g is not None:
+                t += g
+    return total
+
+
+@torch.no_grad()
+def _perturb(network: nn.Module, gradient: list[Tensor], rule: SAM, rho: float) -> None:
+    named = [(n, w) for n, w in network.named_parameters() if w.requires_grad]
+    eta = getattr(rule, "eta", None)
+    stretch = [
+        w.abs() + eta if eta is not None and "weight" in n.rsplit(".", 1)[-1] else 1.0
+        for n, w in named
+    ]
+    scaled = [t * g for t, g in zip(stretch, gradient, strict=True)]
+    norm = torch.sqrt(sum((s.double() ** 2).sum() for s in scaled))
+    for (_, w), t, s in zip(named, stretch, scaled, strict=True):
+        w += (rho / norm * (t * s)).to(w.dtype)
+
+
+def _cross_entropy(lab: Laboratory) -> Loss:
+    smoothing = lab.config.train.label_smoothing
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        log_p = logits.float().log_softmax(1)
+        own = log_p.gather(1, labels[:, None])[:, 0]
+        return -((1 - smoothing) * own + smoothing * log_p.mean(1)).sum()
+
+    return loss
+
+
+def _csam(gamma: float) -> Loss:
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        p = logits.float().softmax(1).gather(1, labels[:, None])[:, 0]
+        return torch.where(p <= 0.5, -p.log(), -((1 + p) ** -gamma) * p.log()).sum()
+
+    return loss
+
+
+@contextmanager
+def _precision(lab: Laboratory) -> Iterator[None]:
+    dtype = DTYPES[lab.config.train.precision]
+    with torch.autocast(lab.engine.device.type, dtype, enabled=lab.low, cache_enabled=False):
+        yield
+
+
+def _state(lab: Laboratory) -> list[Tensor]:
+    state = [torch.get_rng_state()]
+    if lab.engine.device.type == "cuda":
+        state.append(torch.cuda.get_rng_state(lab.engine.device))
+    return state
+
+
+def _set_state(lab: Laboratory, state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state(state[1], lab.engine.device)
