@@ -198,9 +198,14 @@ def test_records_are_the_same_bits_on_any_number_of_ranks(alone, trees, world_si
     assert all(records is None for found in others for records in found.values())
 
 
+def on_the_command(rank: int, world_size: int, words: list[str]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    cli.main(words)
+
+
 @pytest.fixture(scope="module")
 def job(trees, tmp_path_factory) -> Path:
-    """`flatcal evaluate` as a user calls it, on weights of a torchvision network from a file."""
+    """`flatcal evaluate` on two ranks, on weights of a torchvision network from a file."""
     output = tmp_path_factory.mktemp("job")
     torch.manual_seed(0)
     module = torchvision.models.squeezenet1_1(num_classes=10)
@@ -210,7 +215,7 @@ def job(trees, tmp_path_factory) -> Path:
     words += ["--data", f"imagenet_c={trees / 'c'}", "--corruptions", "pixelate"]
     words += ["--severities", "1,4", "--save-logits", "--output", output / "report"]
     words += ["--set", "model.num_classes=10", "data.workers=0", "data.image_size=64"]
-    cli.main([str(word) for word in words])
+    on_ranks(2, on_the_command, [str(word) for word in words])
     return output / "report"
 
 

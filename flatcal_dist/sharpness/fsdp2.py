@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from flatcal_dist.sharpness.engines import broadcast, stack
+from flatcal_dist.sharpness.engines import broadcast, refuse_unusable, stack
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.fsdp2_state import copied, copy_into, join, parameters_of, split
 from flatcal_dist.sharpness.loss_scale import LossScale
@@ -127,6 +127,7 @@ class ShardedEngine:
         # Kept, and not looked up: while a block is gathered, the network has other parameters.
         self.weights = {n: w for n, w in parameters.items() if w.requires_grad}
         self.blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        refuse_unusable(self.weights, optimizer)
         first = next(iter(self.weights.values()))
         self.device = first.to_local().device
         self.world_size = dist.get_world_size()
@@ -188,6 +189,13 @@ class ShardedEngine:
             )
         self.scope = scope
 
+    @property
+    def scales_losses(self) -> bool:
+        return self.scale.enabled
+
+    def leaves_own(self) -> bool:
+        return False
+
     def zero_gradients(self) -> None:
         for weight in self.weights.values():
             weight.grad = None
@@ -248,7 +256,7 @@ class ShardedEngine:
         self._drop_gathered()
         with self.backup.moved(shards) as before:
 
-            def displacement() -> tuple[Tensor, Tensor]:
+            def displacement() -> tuple[Tensor, Tensor, Tensor]:
                 self._average()
                 gradients = [self.weights[name].grad for name in names]
                 local = [g if g is None else g.to_local() for g in gradients]

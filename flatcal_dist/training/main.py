@@ -22,7 +22,7 @@ def main(default_config: Path, description: str | None = None) -> None:
     Launchers turn both of the latter into 1: state.json in the run directory tells them apart.
     FLATCAL_EXIT_PREEMPTED=0 makes 0 of the 75, for launchers that end the other ranks otherwise.
     """
-    arguments = configuration.command_line(description, default_config).parse_args()
+    arguments = configuration.command_line(description, default_config).parse_intermixed_args()
     try:
         config = configuration.load(arguments.config, arguments.overrides)
         if arguments.print_config:
