@@ -8,6 +8,8 @@ flatcal evaluate --model NAME [--weights FILE] --data DATA --output DIR [--set k
 flatcal report RUN
 flatcal report LOGITS.npz|.parquet|.csv [--output DIR]
 flatcal compare RUN RUN ... --output DIR
+flatcal status RUN [RUN ...] [--json]
+
 flatcal sync RUN [RUN ...] [--dry-run]
 flatcal environment
 """
@@ -18,6 +20,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -146,6 +149,16 @@ def report(arguments: argparse.Namespace) -> None:
 def compare(arguments: argparse.Namespace) -> None:
     write_comparison(arguments.directories, arguments.output)
     print(arguments.output / "index.html")
+
+
+def status(arguments: argparse.Namespace) -> None:
+    from flatcal_dist import status as states
+
+    found = states.status(arguments.directories)
+    if arguments.json:
+        print(json.dumps([asdict(one) for one in found], indent=1))
+    else:
+        states.print_status(found, Console())
 
 
 def sync(arguments: argparse.Namespace) -> None:
@@ -281,6 +294,11 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("directories", type=Path, nargs="+", metavar="RUN")
     add.add_argument("--output", type=Path, required=True, metavar="DIR")
     add.set_defaults(run=compare)
+
+    add = commands.add_parser("status", help="what runs do, where, how far, since how many starts")
+    add.add_argument("directories", type=Path, nargs="+", metavar="RUN")
+    add.add_argument("--json", action="store_true")
+    add.set_defaults(run=status)
 
     add = commands.add_parser("sync", help="send runs that were recorded offline to W&B")
     add.add_argument("directories", type=Path, nargs="+", metavar="RUN")

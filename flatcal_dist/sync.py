@@ -27,14 +27,19 @@ def sync(directories: Sequence[Path], dry_run: bool = False) -> None:
             raise ValueError(f"{directory} is in use by a job; sync it when that has ended")
     failed = []
     for directory in directories:
-        if complete(directory):
-            print(f"{directory}: a log was written of what W&B had missed")
+        missing = lines_wanted(directory) - lines_sent(directory)
+        if dry_run:
+            logs = "".join(f"\n  {file}" for file in segments(directory))
+            print(f"{directory}: {max(missing, 0)} records to write into a new log first{logs}")
+            continue
+        if missing > 0:
+            complete(directory)
+            print(f"{directory}: wrote a log of {missing} records that W&B had missed")
         logs = [str(file.parent) for file in segments(directory)]
         if not logs:
             print(f"{directory}: nothing to send")
             continue
-        words = ["--include-online", *(["--dry-run"] if dry_run else ["--yes"]), *logs]
-        command = [sys.executable, "-m", "wandb", "sync", *words]
+        command = [sys.executable, "-m", "wandb", "sync", "--yes", "--include-online", *logs]
         if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
             failed.append(str(directory))
     if failed:
@@ -44,18 +49,26 @@ def sync(directories: Sequence[Path], dry_run: bool = False) -> None:
         )
 
 
-def complete(directory: Path) -> bool:
-    """Write an offline log of the records that no log holds; whether there were any."""
-    metrics, state = directory / "metrics.jsonl", directory / "state.json"
-    phase = json.loads(state.read_text())["phase"] if state.exists() else None
-    wanted = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-    wanted += phase == "finished" and (directory / "report/metrics.json").exists()
-    if lines_sent(directory) >= wanted:
-        return False
-    said = WandbSink(directory, "offline", SECONDS).finish(0 if phase == "finished" else 1)
-    if said or lines_sent(directory) < wanted:
-        raise RuntimeError(f"{directory}: {' '.join(said)}")
-    return True
+def lines_wanted(directory: Path) -> int:
+    """How many records there are for W&B; the report of a finished run counts as one."""
+    metrics = directory / "metrics.jsonl"
+    lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    return lines + (
+        _phase(directory) == "finished" and (directory / "report/metrics.json").exists()
+    )
+
+
+def complete(directory: Path) -> None:
+    """Write an offline log of the records that no log holds. Raises RuntimeError."""
+    code = 0 if _phase(directory) == "finished" else 1
+    said = WandbSink(directory, "offline", SECONDS).finish(code)
+    if said or lines_sent(directory) < lines_wanted(directory):
+        raise RuntimeError(f"{directory}: W&B's log is not complete: {' '.join(said)}")
+
+
+def _phase(directory: Path) -> str | None:
+    state = directory / "state.json"
+    return json.loads(state.read_text())["phase"] if state.exists() else None
 
 
 def _in_use(directory: Path) -> bool:
