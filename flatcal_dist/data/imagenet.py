@@ -105,6 +105,7 @@ def numbers_of(names: Sequence[str], root: Path) -> np.ndarray:
     if strange:
         raise DataError(
             f"{root}: {len(strange)} folders are no classes of ImageNet-1K: "
-            f"{', '.join(strange[:3])}{', ...' * (len(strange) > 3)}. Expected WordNet ids such as {wnids()[0]}."
+            f"{', '.join(strange[:3])}{', ...' * (len(strange) > 3)}. "
+            f"Expected WordNet ids such as {wnids()[0]}."
         )
     return np.array([known[name] for name in names], np.int64)
