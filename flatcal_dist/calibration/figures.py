@@ -161,7 +161,9 @@ def draw_risk_coverage(curves: Sequence[Curve], title: str, *, reference: bool) 
         wide.set(xlim=(0, 1), ylim=(0, top), title=title)
         wide.set(xlabel="Coverage: share of the images answered", ylabel="Risk: share wrong")
         least = max(1e-4, min(_least_risk(c.side) for c in curves))
-        near.set(xscale="log", yscale="log", title="The most confident images, logarithmic")
+        near.set(xscale="log", title="The most confident images, logarithmic")
+        if least < 1:  # a logarithm needs a risk
+            near.set(yscale="log")
         near.set(xlim=(0.01, 1), ylim=(min(least, top / 2) / 1.5, top))
         near.set(xlabel="Coverage", ylabel="Risk")
         for axis in (near.xaxis, near.yaxis):

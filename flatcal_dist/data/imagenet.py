@@ -98,13 +98,14 @@ def has_original_names(keys: Sequence[str]) -> bool:
     return all(VALIDATION_NAME.search(key) for key in keys)
 
 
-def numbers_of(names: Sequence[str]) -> np.ndarray:
-    """The classes [n] of these WordNet ids. Raises DataError for one that ImageNet-1K has not."""
+def numbers_of(names: Sequence[str], root: Path) -> np.ndarray:
+    """The classes [n] of folders in `root`. Raises DataError for one that is none of ImageNet's."""
     known = {wnid: number for number, wnid in enumerate(wnids())}
     strange = [name for name in names if name not in known]
     if strange:
         raise DataError(
-            f"{len(strange)} folders are no classes of ImageNet-1K: {', '.join(strange[:3])}"
-            f"{', ...' * (len(strange) > 3)}. Expected WordNet ids such as {wnids()[0]}."
+            f"{root}: {len(strange)} folders are no classes of ImageNet-1K: "
+            f"{', '.join(strange[:3])}{', ...' * (len(strange) > 3)}. "
+            f"Expected WordNet ids such as {wnids()[0]}."
         )
     return np.array([known[name] for name in names], np.int64)

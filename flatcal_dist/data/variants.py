@@ -155,9 +155,11 @@ def find(
             raise DataError(f"{path} is corrupted already: name clean images for {kind}")
         names, levels = corruptions.choose(chosen_corruptions, severities)
         return [Variant(kind, kind, path, c, s, base) for c in names for s in levels]
+    if kind and kind != "imagenet_c" and classes != imagenet.CLASSES:
+        raise DataError(f"{kind} needs a network of ImageNet's 1,000 classes, not of {classes}")
     found = recognise(path, classes, kind, open_shards)
     if kind and kind != found:
-        raise DataError(f"{path} was named {kind}, but holds {_describe(found, classes)}")
+        raise DataError(f"{path} was named {kind}, but holds {found} data")
     name = name or (found if found != "plain" else _stem(path))
     if found != "imagenet_c":
         return [Variant(name, found, path)]
@@ -217,7 +219,7 @@ def _kind_of_folders(root: Path, folders: list[str], classes: int, named: str | 
     if numbers or classes != imagenet.CLASSES or not _wnids(folders):
         _check_count(root, folders, classes)
         return "imagenet_v2" if numbers and classes == imagenet.CLASSES else "plain"
-    present = set(imagenet.numbers_of(folders).tolist())
+    present = set(imagenet.numbers_of(folders, root).tolist())
     for kind in MASKED:
         if present == set(imagenet.subset(kind)):
             return kind
@@ -342,15 +344,9 @@ def _labels_of_folders(index: TreeIndex, classes: int, masked: bool) -> np.ndarr
             )
         return labels
     if classes == imagenet.CLASSES and _wnids(list(folders)):
-        labels = imagenet.numbers_of(folders)
+        labels = imagenet.numbers_of(folders, index.root)
         if not masked:
             _check_count(index.root, list(folders), classes)
         return labels
     _check_count(index.root, list(folders), classes)
     return np.arange(classes)
-
-
-def _describe(kind: str, classes: int) -> str:
-    if kind == "plain":
-        return f"data that fit a network of {classes} classes but are not that"
-    return kind

@@ -223,13 +223,13 @@ def test_equal_networks_are_seldom_told_apart() -> None:
     """Under the null, a 95 % interval of a difference misses zero in about 5 % of draws."""
     random = np.random.default_rng(0)
     missed = dict.fromkeys(("accuracy", "ece", "aurc", "auroc"), 0)
-    for seed in range(60):
+    for seed in range(40):
         pair = []
         for _ in range(2):
             confidence = random.beta(4, 1, 400)
             correct = random.random(400) < confidence
             pair.append(Scores(correct, np.log(confidence), *np.zeros((3, 400))))
-        samples = bootstrap(pair, 150, seed)
+        samples = bootstrap(pair, 100, seed)
         for name in missed:
             missed[name] += samples.difference(1, 0, name).excludes_zero
-    assert all(count <= 10 for count in missed.values()), missed
+    assert all(count <= 8 for count in missed.values()), missed

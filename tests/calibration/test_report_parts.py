@@ -219,7 +219,7 @@ def test_literature_stands_in_the_report() -> None:
 
 
 def test_smooth_curve_against_a_plain_loop(records: Records) -> None:
-    c, correct, width = records.confidence, records.correct, 0.08
+    c, correct, width = records.confidence, records.correct, 0.05
     found = curves.smooth_reliability(c, correct, width)
     for place in (0, 40, 100):
         t = found["confidence"][place]

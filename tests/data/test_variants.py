@@ -142,7 +142,12 @@ def test_other_networks_take_trees_of_their_own_number_of_classes(tmp_path):
         (WNIDS[:10], "imagenet_r=", K, "10 of ImageNet's 1,000 classes"),
         (["a", "b"], "", 3, "2 class folders.*has 3 classes"),
         (["0", "2", "1", "4"], "", 4, "expected 0 to 3, found 0 to 4"),
-        (["a", "b", "c"], "imagenet_a=", 3, "named imagenet_a, but"),
+        (
+            ["a", "b", "c"],
+            "imagenet_a=",
+            3,
+            "imagenet_a needs a network of ImageNet's 1,000 classes, not of 3",
+        ),
         ([], "", 3, "holds neither shards"),
     ],
 )
