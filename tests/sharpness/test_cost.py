@@ -95,8 +95,8 @@ def memory(rank, world_size, kind, cases):
     for rule, scope in cases:
         network = nn.Sequential(nn.Linear(6, 50_000), nn.GELU(), nn.Linear(50_000, 5))
         engine = make_engine(kind, network)
+        SharpnessAwareStep(engine, None)(my_part(rank, world_size, 0))  # momentum is there
         step = SharpnessAwareStep(engine, rule, scope=scope)
-        step(my_part(rank, world_size, 0))  # momentum is there
         seen = []
         network.register_forward_pre_hook(lambda *_, seen=seen: seen.append(bytes_alive()))
         gc.collect()
