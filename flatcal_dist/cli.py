@@ -8,6 +8,9 @@ flatcal evaluate --model NAME [--weights FILE] --data DATA --output DIR [--set k
 flatcal report RUN
 flatcal report LOGITS.npz|.parquet|.csv [--output DIR]
 flatcal compare RUN RUN ... --output DIR
+flatcal status RUN [RUN ...] [--json]
+
+flatcal sync RUN [RUN ...] [--dry-run]
 flatcal environment
 """
 
@@ -17,6 +20,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -147,6 +151,22 @@ def compare(arguments: argparse.Namespace) -> None:
     print(arguments.output / "index.html")
 
 
+def status(arguments: argparse.Namespace) -> None:
+    from flatcal_dist import status as states
+
+    found = states.status(arguments.directories)
+    if arguments.json:
+        print(json.dumps([asdict(one) for one in found], indent=1))
+    else:
+        states.print_status(found, Console())
+
+
+def sync(arguments: argparse.Namespace) -> None:
+    from flatcal_dist.sync import sync as send
+
+    send(arguments.directories, arguments.dry_run)
+
+
 def environment(arguments: argparse.Namespace) -> None:
     print(json.dumps(describe_environment(), indent=1))
 
@@ -274,6 +294,16 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("directories", type=Path, nargs="+", metavar="RUN")
     add.add_argument("--output", type=Path, required=True, metavar="DIR")
     add.set_defaults(run=compare)
+
+    add = commands.add_parser("status", help="what runs do, where, how far, since how many starts")
+    add.add_argument("directories", type=Path, nargs="+", metavar="RUN")
+    add.add_argument("--json", action="store_true")
+    add.set_defaults(run=status)
+
+    add = commands.add_parser("sync", help="send runs that were recorded offline to W&B")
+    add.add_argument("directories", type=Path, nargs="+", metavar="RUN")
+    add.add_argument("--dry-run", action="store_true", help="say what would be sent")
+    add.set_defaults(run=sync)
 
     add = commands.add_parser("environment", help="versions, code, devices")
     add.set_defaults(run=environment)

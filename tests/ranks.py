@@ -4,11 +4,13 @@ Ranks are forked from a server that has imported torch and the like and done not
 is fresh, and there at once.
 """
 
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
 import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -29,12 +31,13 @@ def on_ranks(world_size: int, work: Callable[..., Any], *arguments: Any) -> list
     `work` is a function at the top of its module. An exception on a rank, or its death without a
     word, fails the test at once.
     """
-    port, environment = free_port(), dict(os.environ)
+    environment = dict(os.environ) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks: list[tuple[BaseProcess, Connection]] = []
+    meeting = tempfile.TemporaryDirectory()
     try:
         for rank in range(world_size):
             ours, theirs = FORKING.Pipe(duplex=False)
-            call = (work, rank, world_size, port, environment, theirs, arguments)
+            call = (work, rank, world_size, meeting.name, environment, theirs, arguments)
             process = FORKING.Process(target=_run, args=call)
             process.start()
             theirs.close()  # so that the death of the rank ends the pipe
@@ -45,6 +48,14 @@ def on_ranks(world_size: int, work: Callable[..., Any], *arguments: Any) -> list
             process.kill()
             process.join()
             pipe.close()
+        meeting.cleanup()
+
+
+@functools.cache
+def start_server() -> None:
+    process = FORKING.Process(target=int)
+    process.start()
+    process.join()
 
 
 def _results(ranks: list[tuple[BaseProcess, Connection]]) -> list[bytes]:
@@ -69,6 +80,8 @@ def _results(ranks: list[tuple[BaseProcess, Connection]]) -> list[bytes]:
 
 
 def free_port() -> int:
+    """One that nobody has at this moment; the server runs, so that ranks take it at once."""
+    start_server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -78,7 +91,7 @@ def _run(
     work: Callable,
     rank: int,
     world_size: int,
-    port: int,
+    meeting: str,
     environment: dict[str, str],
     pipe: Connection,
     arguments: tuple,
@@ -86,9 +99,9 @@ def _run(
     try:
         torch.set_num_threads(1)
         os.environ |= environment  # the server's is of when it started
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         if world_size > 1:
-            dist.init_process_group("gloo", rank=rank, world_size=world_size)
+            file = f"file://{meeting}/store"  # not a port, which somebody else may take
+            dist.init_process_group("gloo", init_method=file, rank=rank, world_size=world_size)
         result = pickle.dumps(work(rank, world_size, *arguments))  # tensors by value
         if dist.is_initialized():  # `work` may have ended it, all ranks together
             dist.barrier()  # a rank that is done would be killed while others talk to it

@@ -1,6 +1,7 @@
 """The real recipe on every engine: the same run, resumed, verified, or refused."""
 
 import json
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from flatcal_dist.data import prepare_digits
 from tests.launching import ROOT, digits, launch
 from tests.ranks import on_ranks
-from tests.sharpness.test_step import largest_difference, make_batch, make_network, make_optimizer
+from tests.sharpness.reference import CLOSE, far, make_batch, make_network, make_optimizer
 
 ENGINES = ("zero1", "zero2", "zero3", "fsdp2")
 
@@ -22,24 +23,27 @@ def data(tmp_path_factory) -> Path:
     return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
 
 
-def start(engine: str, run: Path, data: Path, *overrides: str, launcher: str | None = None):
+def start(engine: str, run: Path, data: Path, *overrides: str, launcher=None, **how):
     arguments = digits("csam", run, data, f"train.engine={engine}", *overrides)
-    return launch("imagenet_csam", *arguments, launcher=f"cpu_{launcher or engine}")
+    return launch("imagenet_csam", *arguments, launcher=f"cpu_{launcher or engine}", **how)
 
 
 @pytest.fixture(scope="session")
 def replicated(data, tmp_path_factory) -> dict[str, torch.Tensor]:
     run = tmp_path_factory.mktemp("ddp") / "run"
-    done = start("ddp", run, data, "train.max_steps=24")
+    done = start("ddp", run, data, "train.max_steps=24", through_accelerate=True)
     assert done.returncode == 0, done.stdout
     return load_file(run / "model.safetensors")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_recipe_gives_the_same_network_on_every_engine(engine, data, replicated, tmp_path):
-    """24 steps of CSAM on 2 ranks, stopped and resumed in the middle: DDP's weights."""
+    """24 steps of CSAM on 2 ranks, stopped and resumed in the middle: DDP's weights.
+
+    The first start is by `accelerate launch` itself.
+    """
     first = ("train.checkpoint_every_epochs=1", "train.epochs=2")
-    done = start(engine, tmp_path / "run", data, *first)
+    done = start(engine, tmp_path / "run", data, *first, through_accelerate=True)
     assert done.returncode == 0, done.stdout
     last = max((tmp_path / "run/checkpoints").glob("step_*"))
     assert len(list(last.glob("state_*.pt"))) == 2, "each rank its own part"
@@ -70,6 +74,24 @@ def test_a_scope_that_an_engine_cannot_do_is_refused_before_training(data, tmp_p
     assert done.returncode != 0
     assert "ZeRO-3 cannot do scope 'rank'" in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_another_number_of_ranks_in_rank_scope_goes_on_when_it_is_allowed_by_name(data, tmp_path):
+    """Another number of samples per perturbation is another algorithm."""
+    options = ("sharpness.scope=rank", "train.checkpoint_every_epochs=1", "train.epochs=1")
+    assert start("ddp", tmp_path / "run", data, *options).returncode == 0
+    state = json.loads((tmp_path / "run/state.json").read_text())
+    (tmp_path / "run/state.json").write_text(json.dumps(state | {"phase": "running"}))
+    options = (*options[:2], "train.epochs=1")
+    done = start("ddp", tmp_path / "run", data, *options, processes=1)
+    assert done.returncode == 1
+    for words in ("(2 ranks), here it would be", "(1 ranks)", "sharpness.allow_other_samples=true"):
+        assert words in done.stdout
+    assert json.loads((tmp_path / "run/state.json").read_text())["phase"] == "running"
+    allowed = "sharpness.allow_other_samples=true"
+    done = start("ddp", tmp_path / "run", data, *options, allowed, processes=1)
+    assert done.returncode == 0, done.stdout
+    assert "going on after step" in done.stdout
 
 
 @pytest.mark.parametrize("engine", ["zero2", "fsdp2"])
@@ -109,10 +131,9 @@ BLOCKS = re.findall(
 def test_the_loops_of_the_readme(number):
     """The very lines, on the same batches: plain on one process, the others on two."""
     assert len(BLOCKS) == 3
-    world_size = 1 if number == 0 else 2
     expected = on_ranks(1, _run_block, BLOCKS[0])[0]
-    for weights in on_ranks(world_size, _run_block, BLOCKS[number]):
-        assert largest_difference(weights, expected) < 1e-6
+    full = on_ranks(1 if number == 0 else 2, _run_block, BLOCKS[number])[0]
+    assert far(full, expected) < CLOSE
 
 
 def _run_block(rank, world_size, block):
@@ -121,10 +142,7 @@ def _run_block(rank, world_size, block):
         tuple(t.tensor_split(world_size)[rank] for t in make_batch(number)) for number in range(4)
     ]
     names = {"model": network, "optimizer": make_optimizer(network), "loader": batches}
-    import os
-
     os.environ |= {
-        "DS_ACCELERATOR": "cpu",
         "ACCELERATE_USE_CPU": "true",
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -132,14 +150,4 @@ def _run_block(rank, world_size, block):
         "LOCAL_WORLD_SIZE": str(world_size),
     }
     exec(textwrap.dedent(block), names)
-    full = names["step"].engine.full_weights()
-    full = on_rank_0(full, world_size)
-    return [full[name] for name, _ in make_network().named_parameters()]
-
-
-def on_rank_0(weights, world_size):
-    if world_size == 1:
-        return weights
-    box = [weights]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    return names["step"].engine.full_weights()  # whole on rank 0

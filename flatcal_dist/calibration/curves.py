@@ -11,13 +11,15 @@ from .softmax import Scores
 from .statistics import LEVEL
 
 SMOOTH_POINTS = 101
-NARROWEST = 0.02  # kernel width; a narrower one draws noise
+WIDTHS = (0.02, 0.06)  # of the kernel: a narrower one draws noise, a wider one bends the diagonal
 HISTOGRAM_BINS = 40
 CURVE_POINTS = 500
 
 
 def smooth_reliability(confidence: FloatArray, correct: BoolArray, width: float) -> dict[str, Any]:
-    """Accuracy against confidence by a Gaussian kernel of this width, reflected at 0 and 1.
+    """Accuracy against confidence by a Gaussian kernel, reflected at 0 and 1.
+
+    width: of the kernel, such as smooth ECE finds; kept within `WIDTHS`.
 
     Returns lists over `confidence` from the smallest to the largest one seen, None where no image
     lies near: `accuracy` (the Nadaraya-Watson estimate), and `calibrated_low`, `calibrated_high`:
@@ -25,7 +27,7 @@ def smooth_reliability(confidence: FloatArray, correct: BoolArray, width: float)
     approximation of the weighted sum of Bernoulli outcomes). Source: Blasiok and Nakkiran, Smooth
     ECE (ICLR 2024), section 4.
     """
-    width = max(width, NARROWEST)
+    width = float(np.clip(width, *WIDTHS))
     at = np.linspace(confidence.min(), confidence.max(), SMOOTH_POINTS)
     # Images are gathered on a fine grid first, so that the cost does not grow with their number.
     cells = max(1000, int(10 / width))

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from .drawing import PERCENT, Curve, percent_axes, style
 from .palette import light
@@ -97,11 +97,8 @@ def _counts(axes: Axes, histogram: dict[str, Any]) -> None:
     axes.bar(edges[:-1], -wrong, width, align="edge", color=light("vermillion"), alpha=0.85)
     axes.axhline(0, color=light("muted"), linewidth=0.8)
     axes.set_ylim(-1.1 * max(wrong.max(), 0.35 * most), 1.1 * max(right.max(), 0.35 * most))
-    axes.set_ylabel("Images (√ scale)")
+    axes.set_ylabel("wrong │ correct (√)")
     _square_root_axis(axes, most**2, least=0.12)
-    place = {"transform": axes.transAxes, "fontsize": 9.5}
-    axes.text(0.015, 0.95, "correct", color=light("ink"), va="top", **place)
-    axes.text(0.015, 0.03, "wrong", color=light("ink"), va="bottom", **place)
 
 
 def draw_confidence(side: dict[str, Any], title: str) -> Figure:
@@ -140,13 +137,13 @@ def _histogram(axes: Axes, histogram: dict[str, Any], name: str, colour: str, li
 def draw_risk_coverage(curves: Sequence[Curve], title: str, *, reference: bool) -> Figure:
     """Risk among the most confident images against their share, one line per curve.
 
-    Left over all coverages, right over the logarithm, where the most confident images are.
+    Left over all coverages, right both on logarithmic scales, for the most confident images.
     reference: the curves belong to one run, before and after calibration; add the oracle (every
     wrong image last) and random order.
     """
     with style():
         figure = Figure(figsize=(9.6, 4.4), layout="constrained")
-        wide, near = figure.subplots(1, 2, width_ratios=(1.35, 1), sharey=True)
+        wide, near = figure.subplots(1, 2, width_ratios=(1.35, 1))
         error = max(1 - c.side["accuracy"] for c in curves)
         for axes in (wide, near):
             for i, c in enumerate(curves):
@@ -163,12 +160,23 @@ def draw_risk_coverage(curves: Sequence[Curve], title: str, *, reference: bool) 
         top = min(1.02, max(1.25 * error, 0.01))
         wide.set(xlim=(0, 1), ylim=(0, top), title=title)
         wide.set(xlabel="Coverage: share of the images answered", ylabel="Risk: share wrong")
-        near.set(xscale="log", xlim=(0.01, 1), title="The most confident images")
-        near.set(xlabel="Coverage, logarithmic")
-        near.xaxis.set_major_formatter(PERCENT)
+        least = max(1e-4, min(_least_risk(c.side) for c in curves))
+        near.set(xscale="log", yscale="log", title="The most confident images, logarithmic")
+        near.set(xlim=(0.01, 1), ylim=(min(least, top / 2) / 1.5, top))
+        near.set(xlabel="Coverage", ylabel="Risk")
+        for axis in (near.xaxis, near.yaxis):
+            axis.set_major_formatter(PERCENT)
+            axis.set_minor_formatter(NullFormatter())
         percent_axes(wide)
         figure.legend(loc="outside lower center", ncols=4)
         return figure
+
+
+def _least_risk(side: dict[str, Any]) -> float:
+    """The least risk of the curve above nothing, from 1 % coverage on."""
+    curve = side["risk_coverage"]
+    points = zip(curve["coverage"], curve["risk"], strict=True)
+    return min((r for c, r in points if r > 0 and c >= 0.01), default=1.0)
 
 
 def _risk_references(axes: Axes, error: float, named: bool) -> None:
@@ -180,31 +188,41 @@ def _risk_references(axes: Axes, error: float, named: bool) -> None:
     axes.plot(*ends, linestyle=(0, (1, 2)), label=label, **grey)
 
 
-def draw_training(curves: dict[str, list[Any]], title: str) -> Figure:
-    """Entropy of all, correct and wrong predictions by epoch; beside it AUROC, ECE, accuracy."""
+ENTROPIES = (
+    ("mean_entropy", "all", "ink", "o"),
+    ("mean_entropy_correct", "correct", "blue", "s"),
+    ("mean_entropy_wrong", "wrong", "vermillion", "^"),
+)
+RATES = (
+    ("accuracy", "accuracy", "ink", "o"),
+    ("auroc", "AUROC", "green", "D"),
+    ("ece", "ECE", "purple", "v"),
+)
+
+
+def draw_training(curves: dict[str, list[Any]]) -> Figure:
+    """By epoch: entropy of all, correct and wrong predictions, where it was logged; and rates."""
+    panels = [
+        (lines, title)
+        for lines, title in ((ENTROPIES, "Entropy of predictions, nats"), (RATES, "Rates"))
+        if any(key in curves for key, *_ in lines)
+    ]
     with style():
-        figure = Figure(figsize=(9.6, 3.8), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        lines = (
-            (left, "mean_entropy", "all", "ink", "o"),
-            (left, "mean_entropy_correct", "correct", "blue", "s"),
-            (left, "mean_entropy_wrong", "wrong", "vermillion", "^"),
-            (right, "accuracy", "accuracy", "ink", "o"),
-            (right, "auroc", "AUROC", "green", "D"),
-            (right, "ece", "ECE", "purple", "v"),
-        )
-        for axes, key, label, colour, marker in lines:
-            if key in curves:
-                y = [np.nan if v is None else v for v in curves[key]]
-                axes.plot(
-                    curves["epoch"], y, color=light(colour), marker=marker, markersize=4.5,
-                    linewidth=1.5, label=label,
-                )  # fmt: skip
-        left.set(title=title, xlabel="Epoch", ylabel="Mean predictive entropy, nats")
-        left.set_ylim(bottom=0)
-        right.set(title="Accuracy, AUROC, ECE", xlabel="Epoch", ylim=(0, 1))
-        percent_axes(right, x=False)
-        for axes in (left, right):
-            if axes.lines:
-                axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.36), ncols=3)
+        figure = Figure(figsize=(4.8 * max(1, len(panels)), 3.8), layout="constrained")
+        for axes, (lines, title) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            for key, label, colour, marker in lines:
+                if key in curves:
+                    y = [np.nan if v is None else v for v in curves[key]]
+                    axes.plot(
+                        curves["epoch"], y, color=light(colour), marker=marker, markersize=4.5,
+                        linewidth=1.5, label=label,
+                    )  # fmt: skip
+            axes.set(title=title, xlabel="Epoch")
+            axes.set_ylim(bottom=0)
+            if lines is RATES:
+                axes.set_ylim(0, 1)
+                percent_axes(axes, x=False)
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.36), ncols=3)
         return figure

@@ -34,6 +34,7 @@ def references(
         and (row["data"] == "ImageNet" or _plain(row["data"]) in _plain(data or ""))
         and _plain((model or "").split(".")[0]) in row["models"]
     ]
+    rows.sort(key=lambda row: row["ece"] is None)  # those on calibration first
     return [{k: v for k, v in row.items() if k != "models"} for row in rows]
 
 

@@ -31,6 +31,7 @@ def render(template: str, **values: Any) -> str:
         "enumerate_names": display.enumerate_names,
         "groups": naming.GROUPS,
         "metric": naming.METRICS,
+        "score_names": naming.SCORES,
         "PERCENT": display.PERCENT,
         "POINTS": display.POINTS,
     }

@@ -86,7 +86,7 @@ def _figures(m: dict[str, Any], folder: Path) -> dict[str, Markup]:
     )  # fmt: skip
     if m["training"] is not None and len(m["training"]["epoch"]) > 1:
         drawn["training"] = page.figure(
-            figures.draw_training(m["training"], "Entropy of predictions"), folder,
+            figures.draw_training(m["training"]), folder,
             "training", "Validation by epoch", describe.training(m["training"]),
         )  # fmt: skip
     return drawn

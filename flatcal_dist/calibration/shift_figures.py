@@ -68,12 +68,13 @@ def draw_heat_map(
 ) -> Figure:
     """One figure of every corruption and severity, in per cent or points; the darker, the larger.
 
-    A signed figure is orange where positive and blue where negative.
+    A signed figure is orange where positive and blue where negative, on one scale for both sides.
     """
     corruptions, severities = group["corruptions"], group["severities"]
     values = {(r["corruption"], r["severity"]): r[side][key] for r in rows}
-    known = [v for v in values.values() if v is not None]
     signed = key == "signed_gap"
+    sides = ("before", "after") if signed else (side,)
+    known = [v for r in rows for s in sides if (v := r[s][key]) is not None]
     most = max((abs(v) for v in known), default=1.0) or 1.0
     least = 0.0 if signed else min(known, default=0.0)
     with style():

@@ -153,8 +153,9 @@ def _failure(m: dict[str, Any]) -> str:
         return f"{text}; no threshold on confidence reaches 95 % accuracy on these images."
     point = next(p for p in m["operating_points"]["by_accuracy"] if p["accuracy_wanted"] == 0.95)
     text += (
-        f"; {percent(coverage, 0)} of these images can be answered at 95 % accuracy, those with a "
-        f"confidence of {percent(m['confidence_at_95_accuracy'], 1)} or more."
+        f"; {percent(coverage, 0)} of these images{_of_others(m)} can be answered at 95 % "
+        "accuracy, those with a "
+        f"confidence of {percent(m['confidence_at_95_accuracy'], 1)} or more{_after_scaling(m)}."
     )
     held_out = point["held_out"]
     if held_out["low"] is None:
@@ -163,6 +164,23 @@ def _failure(m: dict[str, Any]) -> str:
         " Chosen in this way on a part of the images, thresholds gave "
         f"{percent(held_out['accuracy'], 1)} ({percent(held_out['low'], 1)} to "
         f"{percent(held_out['high'], 1)}) on the others."
+    )
+
+
+def _of_others(m: dict[str, Any]) -> str:
+    share = interval_of(m, "coverage_at_95_accuracy")
+    if share.low is None:
+        return ""
+    return f" ({percent(share.low, 0)} to {percent(share.high, 0)} of others like them)"
+
+
+def _after_scaling(m: dict[str, Any]) -> str:
+    after = m["after_temperature"]
+    if after["confidence_at_95_accuracy"] is None:
+        return ""
+    return (
+        f" (after temperature scaling {percent(after['coverage_at_95_accuracy'], 0)}, from "
+        f"{percent(after['confidence_at_95_accuracy'], 1)} on)"
     )
 
 
@@ -178,7 +196,7 @@ def _classes(m: dict[str, Any]) -> str | None:
     over = sum(low > 0 for low in table["gap_low"])
     under = sum(high < 0 for high in table["gap_high"])
     text = (
-        f"{over} of {count} classes are over-confident and {under} under-confident by intervals "
+        f"{over} of {count:,} classes are over-confident and {under} under-confident by intervals "
         f"that leave out zero; chance alone would give {_about(0.025 * count)} of each."
     )
     if over > 0.05 * count:
@@ -204,8 +222,8 @@ def _labels(m: dict[str, Any]) -> str | None:
     if not known:
         return None
     return (
-        f"Of the {len(known)} most confident errors that were looked at again, {sum(known)} give "
-        "an answer that the second look accepts: there the label is doubtful, not the network."
+        f"Of the {len(known)} most confident errors whose images were looked at again, the second "
+        f"look accepts the answer of {sum(known)}: there the label is doubtful, not the network."
     )
 
 
@@ -228,8 +246,14 @@ def _shift(m: dict[str, Any], shift: dict[str, Any] | None) -> str | None:
         f"{where}, accuracy is {percent(before['accuracy'], 1)} against "
         f"{percent(m['accuracy'], 1)} on the clean images. Mean confidence is "
         f"{_beside(before['signed_gap'])}, and {_beside(after['signed_gap'])} with the temperature "
-        f"of the clean images, on which it is {_beside(m['signed_gap'])} as trained."
+        f"of the clean images, which brings it {_nearer(before, after)}. On the clean images it "
+        f"is {_beside(m['signed_gap'])} as trained."
     )
+
+
+def _nearer(before: dict[str, Any], after: dict[str, Any]) -> str:
+    nearer = abs(after["signed_gap"]) < abs(before["signed_gap"])
+    return "nearer" if nearer else "no nearer"
 
 
 def _beside(gap: float) -> str:

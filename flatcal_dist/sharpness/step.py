@@ -228,6 +228,7 @@ class SharpnessAwareStep:
         if in_place:
             seen.loss = seen.loss + self._pass(micro_batches, self.loss, share, overlapped)
             shards = engine.shards()
+            shards.own = not overlapped  # nothing was reduced: no engine counts on this memory
         else:
             loss, shards = self._own_gradient(micro_batches, share / self.scope.ranks)
             seen.loss = seen.loss + loss

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.config import Config, SharpnessConfig
 from flatcal_dist.distributed import on_all_ranks
@@ -57,6 +58,9 @@ def build_engine(config: Config, network: nn.Module, accelerator: Accelerator) -
     name, dtype = config.train.engine, DTYPES[config.train.precision]
     if name == "ddp":
         prepared = accelerator.prepare_model(network)  # device, autocast, DistributedDataParallel
+        if isinstance(prepared, DistributedDataParallel):
+            size = config.data.image_size
+            arrange_buckets(prepared, (config.data.channels, size, size), accelerator.device)
         return ReplicatedEngine(prepared, build_optimizer(config.optimizer, network), dtype)
     if name == "fsdp2":
         from flatcal_dist.sharpness.fsdp2 import ShardedEngine, shard
@@ -72,6 +76,22 @@ def build_engine(config: Config, network: nn.Module, accelerator: Accelerator) -
     optimizer = build_optimizer(config.optimizer, network)
     stage = int(name.removeprefix("zero"))
     return ZeroEngine(start_zero(network, optimizer, stage, dtype, config.optimizer.clip_norm))
+
+
+def arrange_buckets(
+    model: DistributedDataParallel, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Have DDP arrange its buckets in the order of a backward pass before the first step.
+
+    By itself it does so after the first step. A gradient's place in a bucket decides in which order
+    more than two ranks are added up, so a run that goes on would differ from one that never
+    stopped, by rounding, in the step after. shape: [C, H, W] of an image.
+    """
+    training = model.training
+    model.eval()  # draws no dropout, counts no statistics
+    model(torch.zeros(1, *shape, device=device)).sum().backward()
+    model.train(training)
+    model.zero_grad(set_to_none=True)
 
 
 def build_rule(config: SharpnessConfig) -> SAM | None:

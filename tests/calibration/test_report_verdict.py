@@ -22,6 +22,7 @@ def side(gap: tuple, ece: float = 0.05, p: float = 0.001, **values: object) -> d
         "intervals": {
             "signed_gap": {"low": low, "high": high},
             "auroc": {"low": 0.88, "high": 0.92},
+            "coverage_at_95_accuracy": {"low": 0.51, "high": 0.66},
         },
         "operating_points": {
             "by_accuracy": [
@@ -66,7 +67,7 @@ def test_verdict_claims_what_the_intervals_allow() -> None:
     assert "lowers NLL by 0.020 (0.010 to 0.030) and lowers ECE from 5.0 % to 1.0 %" in said
     assert "a calibrated network could show as much" in said
     assert "divide the logits by 1.24" in said
-    assert "60 % of these images can be answered at 95 % accuracy" in said
+    assert "60 % of these images (51 % to 66 % of others like them) can be answered at" in said
     assert "confidence of 70.0 % or more" in said
 
 

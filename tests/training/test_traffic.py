@@ -5,7 +5,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
 from flatcal_dist.training.traffic import counted
 from tests.ranks import on_ranks
-from tests.sharpness.test_step import make_batch, make_network, make_optimizer
+from tests.sharpness.reference import make_batch, make_network, make_optimizer
 
 FLAGS = 9 * 8  # nine float64 numbers: losses, norms, whether to skip, to stop, a note
 

@@ -1,0 +1,137 @@
+"""What runs are doing: `flatcal status RUN ...`, from what they write and from SLURM's queue."""
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from flatcal_dist import config as configuration
+from flatcal_dist.run_directory import RunDirectory, RunError
+from flatcal_dist.training.tracking import read_metrics
+
+
+@dataclass(frozen=True)
+class Status:
+    """One run. `job`: its number in SLURM; `queue`: what SLURM says of it (None: not queued).
+
+    `seconds_left` is what is left at the speed of the run so far, pauses between steps included;
+    `quiet_seconds` since it last wrote. `val` holds the last value of each val/ metric.
+    """
+
+    run: str
+    phase: str
+    step: int = 0
+    total_steps: int | None = None
+    restarts: int = 0
+    where: str = ""
+    job: str | None = None
+    queue: str | None = None
+    seconds_left: float | None = None
+    quiet_seconds: float = 0.0
+    loss: float | None = None
+    val: dict[str, float] | None = None
+    cause: str | None = None
+
+
+def status(runs: Sequence[Path]) -> list[Status]:
+    """The status of each run, also of one that is submitted and has not begun. Raises RunError."""
+    queue = _queue()
+    return [_status(RunDirectory(run), queue) for run in runs]
+
+
+def _status(directory: RunDirectory, queue: dict[str, tuple[str, str]]) -> Status:
+    path, state = directory.path, directory.state()
+    file = path / "slurm/job"
+    job = file.read_text().strip() if file.exists() else None
+    if state is None and job is None:
+        raise RunError(f"{path} is not a run directory: it has neither state.json nor slurm/job")
+    queued, nodes = queue.get(job or "", (None, ""))
+    if state is None:
+        return Status(str(path), "submitted" if queued else "not begun", job=job, queue=queued)
+    written = [path / "state.json"]
+    last: dict[str, float] = {}
+    if directory.metrics_file.exists():
+        written.append(directory.metrics_file)
+        for record in read_metrics(directory.metrics_file):
+            last |= {key: value for key, value in record.items() if value is not None}
+    total, left = _total_steps(directory, last), None
+    if state.phase in ("running", "preempted") and total and state.step and state.seconds:
+        left = state.seconds / state.step * (total - state.step)
+    environment = json.loads((path / "environment.json").read_text())
+    return Status(
+        str(path),
+        state.phase,
+        state.step,
+        total,
+        state.restarts,
+        nodes or environment["slurm"].get("SLURM_JOB_NODELIST", environment["host"]),
+        job,
+        queued,
+        left,
+        time.time() - max(file.stat().st_mtime for file in written),
+        last.get("train/loss"),
+        {key: value for key, value in last.items() if key.startswith("val/")},
+        state.cause,
+    )
+
+
+def _total_steps(directory: RunDirectory, last: dict[str, float]) -> int | None:
+    """Of the whole run; steps of an epoch follow from the last record, which knows both."""
+    train = configuration.load(directory.config_file).train
+    if train.max_steps:
+        return train.max_steps
+    epoch = last.get("epoch")
+    return round(train.epochs * last["step"] / epoch) if epoch else None
+
+
+def _queue() -> dict[str, tuple[str, str]]:
+    """State and nodes of the jobs in the queue by number; none where there is no SLURM."""
+    if shutil.which("squeue") is None:
+        return {}
+    words = ["squeue", "--noheader", "--array", "--format=%i|%T|%N|%r"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return {}
+    found = {}
+    for line in done.stdout.splitlines() if done.returncode == 0 else ():
+        number, state, nodes, reason = line.strip().split("|", 3)
+        waiting = f" ({reason})" if state == "PENDING" and reason != "None" else ""
+        found[number] = (state.lower() + waiting, nodes)
+    return found
+
+
+def print_status(found: Sequence[Status], console: Console) -> None:
+    table = Table(box=None, header_style="bold")
+    for name in ("run", "phase", "job", "where", "step", "left", "restarts", "loss", "val"):
+        table.add_column(name, overflow="fold")
+    for one in found:
+        quiet = f", wrote {_time(one.quiet_seconds)} ago" if one.phase == "running" else ""
+        shown = ("val/accuracy", "val/nll", "val/ece")
+        val = [f"{key[4:]} {one.val[key]:.4f}" for key in shown if one.val and key in one.val]
+        table.add_row(
+            one.run,
+            one.phase + quiet,
+            f"{one.job} {one.queue or 'not queued'}" if one.job else "",
+            one.where,
+            f"{one.step}/{one.total_steps or '?'}",
+            "" if one.seconds_left is None else _time(one.seconds_left),
+            str(one.restarts),
+            "" if one.loss is None else f"{one.loss:.4f}",
+            ", ".join(val),
+        )
+    console.print(table)
+    for one in found:
+        if one.cause:
+            console.print(f"{one.run}: {one.cause}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,82 @@
+"""`flatcal sync RUN...`: bring runs that were recorded offline to the W&B server.
+
+A run has a log for each of its starts, which `wandb sync` sends in their order into one W&B run.
+What no log holds, because W&B was killed or failed, is first written from metrics.jsonl.
+"""
+
+import fcntl
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flatcal_dist.training.sink import WandbSink
+from flatcal_dist.training.wandb_files import segments
+from flatcal_dist.training.wandb_process import lines_sent
+
+SECONDS = 600.0  # that writing a log may take
+
+
+def sync(directories: Sequence[Path], dry_run: bool = False) -> None:
+    """Complete the logs of each run and send them. Raises ValueError, RuntimeError with the run."""
+    for directory in directories:
+        if not (directory / "config.yaml").exists():
+            raise ValueError(f"{directory} is no run directory: it has no config.yaml")
+        if _in_use(directory):
+            raise ValueError(f"{directory} is in use by a job; sync it when that has ended")
+    failed = []
+    for directory in directories:
+        missing = lines_wanted(directory) - lines_sent(directory)
+        if dry_run:
+            logs = "".join(f"\n  {file}" for file in segments(directory))
+            print(f"{directory}: {max(missing, 0)} records to write into a new log first{logs}")
+            continue
+        if missing > 0:
+            complete(directory)
+            print(f"{directory}: wrote a log of {missing} records that W&B had missed")
+        logs = [str(file.parent) for file in segments(directory)]
+        if not logs:
+            print(f"{directory}: nothing to send")
+            continue
+        command = [sys.executable, "-m", "wandb", "sync", "--yes", "--include-online", *logs]
+        if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
+            failed.append(str(directory))
+    if failed:
+        raise RuntimeError(
+            f"W&B did not take {', '.join(failed)}; see above. The logs are kept, the same command "
+            "tries again"
+        )
+
+
+def lines_wanted(directory: Path) -> int:
+    """How many records there are for W&B; the report of a finished run counts as one."""
+    metrics = directory / "metrics.jsonl"
+    lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    return lines + (
+        _phase(directory) == "finished" and (directory / "report/metrics.json").exists()
+    )
+
+
+def complete(directory: Path) -> None:
+    """Write an offline log of the records that no log holds. Raises RuntimeError."""
+    code = 0 if _phase(directory) == "finished" else 1
+    said = WandbSink(directory, "offline", SECONDS).finish(code)
+    if said or lines_sent(directory) < lines_wanted(directory):
+        raise RuntimeError(f"{directory}: W&B's log is not complete: {' '.join(said)}")
+
+
+def _phase(directory: Path) -> str | None:
+    state = directory / "state.json"
+    return json.loads(state.read_text())["phase"] if state.exists() else None
+
+
+def _in_use(directory: Path) -> bool:
+    try:
+        with (directory / ".lock").open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, or a file system without locks
+        return False
+    return False

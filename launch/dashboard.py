@@ -1,0 +1,224 @@
+"""W&B workspaces and reports as code: one run, the rules side by side, a sweep.
+
+    python launch/dashboard.py rules --dry-run             # print the specifications, no network
+    python launch/dashboard.py run NAME --push --entity TEAM
+    python launch/dashboard.py sweep FILE --push --entity TEAM
+
+A panel shows what a run writes to metrics.jsonl; a test holds them together. Runs are grouped by
+rule where there are several, lines are means with a band of one standard deviation.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
+
+import wandb_workspaces.reports.v2 as wr  # noqa: E402
+import wandb_workspaces.workspaces as ws  # noqa: E402
+from wandb_workspaces import expr  # noqa: E402
+
+from flatcal_dist.config import Config, ConfigError  # noqa: E402
+from flatcal_dist.sweep import Sweep, load_sweep  # noqa: E402
+
+# Lines over the steps: section -> panels, each its title and metrics.
+LINES = {
+    "Validation": {
+        "Accuracy": ["val/accuracy"],
+        "NLL": ["val/nll"],
+        "ECE": ["val/ece"],
+        "Signed gap": ["val/signed_gap"],
+    },
+    "Training": {
+        "Loss, and where the weights are perturbed": ["train/loss", "train/perturbed_loss"],
+        "Sharpness": ["train/sharpness"],
+        "Learning rate": ["optim/learning_rate"],
+        "Perturbation asked for and taken": ["optim/rho", "optim/effective_rho"],
+        "Gradient norms": ["optim/gradient_norm", "optim/ascent_gradient_norm"],
+        "Cosine of the two gradients": ["optim/gradient_cosine"],
+        "Steps left out": ["optim/skipped"],
+    },
+    "Speed": {
+        "Images per second": ["perf/images_per_second"],
+        "Seconds per step": ["perf/step_seconds"],
+        "Share of time that waits for data": ["perf/data_wait_fraction"],
+    },
+}
+# One value a run, of the report at its end.
+BARS = {
+    "Accuracy": "calibration/accuracy",
+    "NLL": "calibration/nll",
+    "ECE": "calibration/ece",
+    "Signed gap": "calibration/signed_gap",
+    "AURC": "calibration/aurc",
+    "Temperature": "calibration/temperature",
+}
+MEDIA = [
+    "report/reliability_before", "report/reliability_after", "report/risk_coverage",
+]  # fmt: skip
+KINDS = {
+    "run": "One run",
+    "rules": "SGD, SAM and CSAM",
+    "sweep": "Sweep",
+}
+
+
+def metrics_shown() -> set[str]:
+    """Every metric that a panel shows, by its name in metrics.jsonl."""
+    lines = (name for panels in LINES.values() for names in panels.values() for name in names)
+    return {"step", *lines, *BARS.values()}
+
+
+def sections(kind: str, grid: list[str]) -> dict[str, list[Any]]:
+    """Title -> panels. `grid`: keys of the configuration that a sweep turns."""
+    grouping = {} if kind == "run" else _by_rule()
+    found: dict[str, list[Any]] = {
+        name: [wr.LinePlot(title=title, x="step", y=list(metrics), **grouping)
+               for title, metrics in panels.items()]
+        for name, panels in LINES.items()
+    }  # fmt: skip
+    bars = {} if kind == "run" else {"groupby": wr.Config("sharpness.rule")}
+    found = {
+        "Report": [wr.BarPlot(title=title, metrics=[name], **bars) for title, name in BARS.items()]
+    } | found
+    if kind == "run":
+        found["Reliability"] = [wr.MediaBrowser(media_keys=MEDIA)]
+    if kind == "sweep":
+        columns = [wr.ParallelCoordinatesPlotColumn(wr.Config(key)) for key in grid]
+        for name in ("accuracy", "nll", "ece"):
+            metric = wr.SummaryMetric(f"calibration/{name}")
+            columns.append(wr.ParallelCoordinatesPlotColumn(metric))
+        scatter = [
+            wr.ScatterPlot(
+                title=f"{name.upper()} by {key}",
+                x=wr.Config(key),
+                y=wr.SummaryMetric(f"calibration/{name}"),
+            )
+            for key in grid
+            if _is_number(key)
+            for name in ("nll", "ece")
+        ]
+        found = {"Grid": [wr.ParallelCoordinatesPlot(columns=columns), *scatter]} | found
+    return found
+
+
+def workspace(
+    kind: str, title: str, name: str | None, grid: list[str], entity: str, project: str
+) -> ws.Workspace:
+    """`name`: of the run, or of the sweep, whose runs are shown; None: all of the project."""
+    runs = ws.RunsetSettings(
+        query=name if kind == "run" and name else "",
+        filters=[expr.Metric("Group") == name] if kind == "sweep" else [],
+        groupby=[] if kind == "run" else [expr.Config("sharpness.rule")],
+    )
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=title,
+        sections=[
+            ws.Section(name=section, panels=panels, is_open=True)
+            for section, panels in sections(kind, grid).items()
+        ],
+        settings=ws.WorkspaceSettings(x_axis="step"),
+        runset_settings=runs,
+    )
+
+
+def report(
+    kind: str, title: str, name: str | None, grid: list[str], entity: str, project: str
+) -> wr.Report:
+    """The same panels as a report. With an entity W&B's server is asked for the project."""
+    where = {"entity": entity, "project": project} if entity else {}
+    runs = wr.Runset(
+        **where,
+        name=name or "all runs",
+        query=name if kind == "run" and name else "",
+        filters=f"Metric('Group') = '{name}'" if kind == "sweep" else "",
+        groupby=[] if kind == "run" else ["config.sharpness.rule"],
+    )
+    blocks: list[Any] = []
+    for section, panels in sections(kind, grid).items():
+        blocks += [wr.H2(section), wr.PanelGrid(runsets=[runs], panels=panels)]
+    return wr.Report(project=project, entity=entity, title=title, blocks=blocks, width="fluid")
+
+
+def specification(view: ws.Workspace | wr.Report) -> dict[str, Any]:
+    """What would be sent, as plain JSON."""
+    return view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    try:
+        name, grid, project = _subject(arguments.kind, arguments.subject)
+    except (ConfigError, OSError) as error:
+        sys.exit(f"error: {error}")
+    project = arguments.project or project
+    title = f"{KINDS[arguments.kind]}{f': {name}' if name else ''}"
+    if arguments.push and not arguments.entity:
+        sys.exit("error: --push needs --entity, the W&B user or team that owns the project")
+    entity = arguments.entity if arguments.push else ""
+    views = {
+        "workspace": workspace(arguments.kind, title, name, grid, entity, project),
+        "report": report(arguments.kind, title, name, grid, entity, project),
+    }
+    if not arguments.push:
+        text = json.dumps({key: specification(view) for key, view in views.items()}, indent=1)
+        if arguments.output:
+            arguments.output.write_text(text + "\n")
+        else:
+            print(text)
+        return
+    for key, view in views.items():
+        view.save()
+        print(f"{key}: {view.url}")
+
+
+def _subject(kind: str, subject: str | None) -> tuple[str | None, list[str], str]:
+    """The name to look for, the keys of the grid, and the project."""
+    project = Config().wandb.project
+    if kind == "rules":
+        return None, [], project
+    if subject is None:
+        raise ConfigError(f"{kind} needs the name of a run" if kind == "run"
+                          else "sweep needs the sweep's file")  # fmt: skip
+    if kind == "run":
+        return Path(subject).name, [], project
+    sweep: Sweep = load_sweep(subject)
+    return sweep.name, list(sweep.grid), sweep.set.get("wandb.project", project)
+
+
+def _by_rule() -> dict[str, Any]:
+    return {
+        "groupby": wr.Config("sharpness.rule"),
+        "groupby_aggfunc": "mean",
+        "groupby_rangefunc": "stddev",
+    }
+
+
+def _is_number(key: str) -> bool:
+    section, _, name = key.partition(".")
+    return isinstance(getattr(getattr(Config(), section), name, None), float | int)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("kind", choices=tuple(KINDS))
+    add("subject", nargs="?", metavar="NAME|FILE", help="run: its name or directory; sweep: file")
+    add("--project", help="by default the configuration's wandb.project")
+    add("--entity", help="W&B user or team")
+    add("--output", type=Path, metavar="FILE", help="write the specifications there")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="only print or write; the default")
+    what.add_argument("--push", action="store_true", help="make them on the server")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

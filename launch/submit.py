@@ -1,0 +1,293 @@
+"""Submit a run, or a sweep, to SLURM; and what follows it: evaluation, comparison.
+
+    python launch/submit.py --nodes 4 --time 24:00:00 --config configs/imagenet/resnet50_csam.yaml \
+        data.train=/data/train data.validation=/data/validation run.dir=/runs/csam
+    python launch/submit.py --sweep SWEEP.yaml --compare
+
+A job asks the run to stop before its time is over and requeues itself when the run was preempted,
+at most --max-restarts times. It runs a copy of this code, RUN/code, so that edits do not reach it.
+RUN/slurm holds the script, the resolved configuration and the log. --dry-run prints the scripts and
+changes nothing. Options that belong to a site can stand in a file, one a line: @site.txt
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jinja2
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
+
+from flatcal_dist import config as configuration  # noqa: E402
+from flatcal_dist.config import Config, ConfigError  # noqa: E402
+from flatcal_dist.environment import code_version  # noqa: E402
+from flatcal_dist.files import write_json, write_text  # noqa: E402
+from flatcal_dist.run_directory import RunDirectory  # noqa: E402
+from flatcal_dist.sweep import Element, elements, load_sweep  # noqa: E402
+
+CODE = ("flatcal_dist", "recipes", "configs", "launch", "pyproject.toml")
+
+
+class SubmitError(RuntimeError):
+    """What cannot be submitted, and why."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is submitted: one run, or those of a sweep's that are not finished.
+
+    `directory` holds code/ and slurm/: the run's own directory, or that of the sweep. `config` is
+    the run's, or what all runs of the sweep start from. `runs` are all of it, finished or not.
+    """
+
+    name: str
+    directory: Path
+    config: Config
+    runs: Sequence[Path]
+    elements: Sequence[Element] = ()
+
+    @property
+    def slurm(self) -> Path:
+        return self.directory / "slurm"
+
+
+def main() -> None:
+    arguments = _parser().parse_intermixed_args()
+    try:
+        job = _sweep(arguments) if arguments.sweep else _run(arguments)
+        scripts = render(job, arguments)
+        if arguments.dry_run:
+            for name, text in scripts.items():
+                print(f"# {job.slurm / name}\n{text}")
+            return
+        _refuse_queued(job)
+        write(job, scripts)
+        submit(job, list(scripts))
+    except (SubmitError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _run(arguments: argparse.Namespace) -> Job:
+    config = configuration.load(arguments.config, arguments.overrides)
+    ranks = arguments.nodes * arguments.ranks_per_node
+    if config.run.world_size not in (None, ranks):
+        raise ConfigError(
+            f"run.world_size={config.run.world_size}, but {arguments.nodes} nodes with "
+            f"{arguments.ranks_per_node} ranks are {ranks}"
+        )
+    directory = _directory(config.run.dir)
+    run = config.run.model_copy(update={"dir": str(directory), "world_size": ranks})
+    if _finished(directory):
+        raise SubmitError(f"{directory} is finished already; name another run.dir")
+    return Job(directory.name, directory, config.model_copy(update={"run": run}), [directory])
+
+
+def _sweep(arguments: argparse.Namespace) -> Job:
+    if arguments.config:
+        raise SubmitError("--config is for one run: a sweep's file names its own `base`")
+    sweep = load_sweep(arguments.sweep)
+    directory = _directory(sweep.directory)
+    found = [
+        replace(element, run=directory / element.name)
+        for element in elements(sweep, arguments.overrides)
+    ]
+    missing = [element for element in found if not _finished(element.run)]
+    if not missing:
+        raise SubmitError(f"all {len(found)} runs of {directory} are finished")
+    base, runs = configuration.load(sweep.base), [element.run for element in found]
+    return Job(sweep.name, directory, base, runs, missing)
+
+
+def _finished(run: Path) -> bool:
+    state = RunDirectory(run).state()
+    return state is not None and state.phase == "finished"
+
+
+def _directory(name: str | Path) -> Path:
+    path = Path(os.path.abspath(Path(name).expanduser()))  # noqa: PTH100  links stay as written
+    if any(letter.isspace() or letter in "%\\'\"" for letter in str(path)):
+        raise SubmitError(f"{path}: SLURM takes no blanks, quotes, % or \\ in the name of a log")
+    return path
+
+
+def render(job: Job, arguments: argparse.Namespace) -> dict[str, str]:
+    """The scripts to submit, by name and in their order: train.sh, evaluate.sh, compare.sh."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ROOT / "launch"), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    code, array = job.directory / "code", ",".join(str(e.index) for e in job.elements)
+    if array and arguments.parallel:
+        array += f"%{arguments.parallel}"
+    engine = job.config.train.engine
+    values = vars(arguments) | {
+        "chdir": _directory(Path.cwd()),
+        "log": job.slurm / ("%A_%a.out" if array else "%j.out"),
+        "gpus_per_node": 0 if arguments.cpu else arguments.ranks_per_node,
+        "setup": arguments.setup.read_text().strip() if arguments.setup else "",
+        "bin": arguments.python.parent,
+        "code": code,
+        "run": job.directory,
+        "arguments": job.slurm,
+        "array": array,
+        "accelerate": code
+        / f"configs/accelerate/{'cpu' if arguments.cpu else 'cluster'}_{engine}.yaml",
+    }
+    template = environment.get_template("slurm.sh.j2")
+
+    def script(kind: str, words: Sequence[str], **changed: object) -> str:
+        name = job.name if kind == "train" else f"{job.name}-{kind}"
+        return template.render(values | {"kind": kind, "name": name, "words": words} | changed)
+
+    recipe = code / f"recipes/{arguments.recipe}.py"
+    scripts = {
+        "train.sh": script("train", ["--config", str(job.slurm / "config.yaml")], script=recipe)
+    }
+    after = {"launcher": "srun", "nodes": 1, "time": arguments.time_after}
+    if arguments.evaluate is not None:
+        recipe = code / "recipes/evaluate.py"
+        words = shlex.split(arguments.evaluate)
+        scripts["evaluate.sh"] = script("evaluate", words, script=recipe, **after)
+    if arguments.compare is not None:
+        runs = [*job.runs, *map(_directory, arguments.compare)]
+        words = [*map(str, runs), "--output", str(job.directory / "comparison")]
+        alone = {"ranks_per_node": 1, "gpus_per_node": 0, "array": ""}
+        log = {"log": job.slurm / "%j.out"}
+        scripts["compare.sh"] = script("compare", words, **after, **alone, **log)
+    return scripts
+
+
+def write(job: Job, scripts: dict[str, str]) -> None:
+    """What the job needs, into its directory: code, configuration, scripts, arguments."""
+    if not job.elements:
+        RunDirectory(job.directory).check(job.config)
+    job.slurm.mkdir(parents=True, exist_ok=True)
+    if (job.directory / "code").exists():
+        print(f"{job.directory / 'code'} is kept as it is; delete it to run the present code")
+    else:
+        copy_code(job.directory / "code")
+    write_text(job.slurm / "config.yaml", configuration.to_yaml(job.config))
+    for name, text in scripts.items():
+        write_text(job.slurm / name, text)
+    for element in job.elements:
+        if any("\n" in word for word in element.arguments):
+            raise SubmitError(f"run {element.index} of the sweep has a line break in a value")
+        lines = "\n".join([str(element.run), *element.arguments])
+        write_text(job.slurm / f"{element.index}.arguments", lines + "\n")
+
+
+def copy_code(destination: Path) -> None:
+    """The files that this program is made of, as they are, and the commit that they come from."""
+    temporary = destination.with_name(f".code.{os.getpid()}")
+    for name in CODE:
+        source, target = ROOT / name, temporary / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(source, target)
+    write_json(temporary / "snapshot.json", code_version())
+    temporary.rename(destination)
+
+
+def submit(job: Job, scripts: Sequence[str]) -> None:
+    """Each script in turn, to start when the one before has ended well."""
+    previous = None
+    for name in scripts:
+        options = []
+        if previous is not None:
+            each = job.elements and name == "evaluate.sh"  # as soon as its own run is done
+            options = [
+                f"--dependency={'aftercorr' if each else 'afterok'}:{previous}",
+                "--kill-on-invalid-dep=yes",
+            ]
+        number = _sbatch([*options, str(job.slurm / name)], previous)
+        if previous is None:
+            for run, suffix in [(e.run, f"_{e.index}") for e in job.elements] or [
+                (job.directory, "")
+            ]:
+                (run / "slurm").mkdir(parents=True, exist_ok=True)
+                write_text(run / "slurm/job", f"{number}{suffix}\n")
+        after = f", after {previous}" if previous else ""
+        print(f"job {number}: {job.slurm / name}{after}")
+        previous = number
+    print(f"logs: {job.slurm}; state: flatcal status {' '.join(map(str, job.runs[:3]))}")
+
+
+def _sbatch(words: Sequence[str], submitted: str | None) -> str:
+    try:
+        done = subprocess.run(["sbatch", "--parsable", *words], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise SubmitError(
+            "there is no sbatch here: submit from a login node of the cluster; --dry-run prints "
+            "what would be submitted"
+        ) from None
+    if done.returncode:
+        also = f"; job {submitted} is submitted already" if submitted else ""
+        raise SubmitError(f"sbatch {words[-1]}: {done.stderr.strip()}{also}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def _refuse_queued(job: Job) -> None:
+    """Two jobs on one run directory: the second would only fail once it has waited."""
+    for run in [element.run for element in job.elements] or [job.directory]:
+        file = run / "slurm/job"
+        if not file.exists() or not shutil.which("squeue"):
+            continue
+        words = ["squeue", "--noheader", "--format=%T", "--jobs", file.read_text().strip()]
+        found = subprocess.run(words, capture_output=True, text=True)  # an old number is an error
+        if found.returncode == 0 and found.stdout.strip():
+            raise SubmitError(
+                f"{run} is in the queue: job {words[-1]}, {found.stdout.split()[0].lower()}; wait "
+                f"for it, or scancel {words[-1]}"
+            )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help="of one run")
+    add("--sweep", type=Path, metavar="FILE", help="of several: a job array, an element for each")
+    add("--recipe", default="imagenet_csam", help="any recipe runs any configuration")
+    add("--launcher", choices=("srun", "accelerate", "torchrun", "deepspeed"), default="srun",
+        help="srun, one task per rank, has nothing between SLURM and the ranks")  # fmt: skip
+    add("--nodes", type=_positive, default=1)
+    add("--ranks-per-node", type=_positive, default=8, metavar="N", help="and GPUs, unless --cpu")
+    add("--cpu", action="store_true", help="ask for no GPUs")
+    add("--cpus-per-rank", type=_positive, default=8, metavar="N")
+    add("--time", default="24:00:00", help="limit of one stretch")
+    add("--signal-seconds", type=_positive, default=300, metavar="S",
+        help="before the limit, to stop in; SLURM may ask a minute earlier")  # fmt: skip
+    add("--max-restarts", type=int, default=20, metavar="N")
+    add("--parallel", type=_positive, metavar="N", help="elements of a sweep that run at once")
+    add("--evaluate", nargs="?", const="", metavar="OPTIONS",
+        help="then flatcal evaluate, in a job of its own; its options in quotes")  # fmt: skip
+    add("--compare", nargs="*", metavar="RUN", help="then flatcal compare, with these runs as well")
+    add("--time-after", default="02:00:00", metavar="TIME", help="limit of those two")
+    add("--python", type=Path, default=Path(sys.executable), help="of the environment to run in")
+    add("--setup", type=Path, metavar="FILE", help="shell lines for the head: modules, variables")
+    add("--sbatch", action="append", default=[], metavar="OPTION",
+        help="any other, such as --sbatch=--partition=gpu; again for more")  # fmt: skip
+    add("--dry-run", action="store_true", help="print the scripts, change nothing")
+    add("overrides", nargs="*", metavar="key.sub=value")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+if __name__ == "__main__":
+    main()

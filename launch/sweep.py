@@ -1,0 +1,207 @@
+"""Run a sweep on this machine, one run after another or several at a time; then compare.
+
+    python launch/sweep.py configs/studies/digits_sweep.yaml --processes 2 --parallel 1
+    python launch/sweep.py FILE --list          # the runs, their state, their overrides
+    python launch/sweep.py FILE train.epochs=5  # overrides of all runs
+
+The same command again does what is missing: finished runs are passed over, interrupted ones go on
+from their checkpoints. Ctrl-C asks the runs that are under way to stop at a whole step, and starts
+no other. The output of each run is in DIRECTORY/logs. Exits with 1 if a run failed.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
+
+from flatcal_dist.config import ConfigError  # noqa: E402
+from flatcal_dist.run_directory import RunDirectory, RunError  # noqa: E402
+from flatcal_dist.sweep import Element, Sweep, elements, load_sweep  # noqa: E402
+
+METRICS = ("accuracy", "nll", "ece", "signed_gap", "aurc", "temperature")
+PATIENCE = 300.0  # seconds that a run may take to stop, a checkpoint among them
+
+
+class Jobs:
+    """The runs under way; a signal turns `stopping` on and is passed to all of them once."""
+
+    def __init__(self, sweep: Sweep, arguments: argparse.Namespace) -> None:
+        self.sweep, self.arguments = sweep, arguments
+        self.running: dict[subprocess.Popen, Element] = {}
+        self.failed: list[Element] = []
+        self.stopping = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def run(self, waiting: list[Element]) -> None:
+        """All of them, `--parallel` at a time; returns when none is left under way."""
+        waiting = list(waiting)
+        while self.running or (waiting and not self.stopping):
+            while waiting and not self.stopping and len(self.running) < self.arguments.parallel:
+                self._start(waiting.pop(0))
+            time.sleep(0.2)
+            self._collect()
+            if self.stopping and time.monotonic() > self.deadline:
+                self._signal(signal.SIGKILL)
+
+    def _start(self, element: Element) -> None:
+        words = command(self.sweep, element, self.arguments)
+        print(f"[{element.index}] {element.name}", flush=True)
+        log = logs(element)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as output:
+            print(f"$ {shlex.join(words)}", file=output, flush=True)
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+                start_new_session=True,  # we pass signals on, once
+            )
+        self.running[process] = element
+        if self.stopping:  # the signal came while it was being started
+            self._signal(signal.SIGINT)
+
+    def _collect(self) -> None:
+        for process in [process for process in self.running if process.poll() is not None]:
+            element = self.running.pop(process)
+            phase = phase_of(element)
+            text = f"[{element.index}] {element.name}: {phase}"
+            if phase != "finished" and not self.stopping:
+                self.failed.append(element)
+                text += f" (exit code {process.returncode}), see {logs(element)}"
+            print(text, flush=True)
+
+    def _stop(self, *_: object) -> None:
+        if self.stopping:
+            return
+        self.stopping, self.deadline = True, time.monotonic() + PATIENCE
+        os.write(1, b"stopping: runs under way save a checkpoint; the same command goes on\n")
+        self._signal(signal.SIGINT)
+
+    def _signal(self, number: int) -> None:
+        for process in self.running:
+            if process.poll() is None:
+                os.killpg(process.pid, number)
+
+
+def main() -> None:
+    arguments = _parser().parse_intermixed_args()
+    try:
+        sweep = load_sweep(arguments.file)
+        found = elements(sweep, arguments.overrides)
+        phases = {element.index: phase_of(element) for element in found}
+    except (ConfigError, RunError) as error:
+        sys.exit(f"error: {error}")
+    if arguments.list:
+        for element in found:
+            print(element.index, phases[element.index], shlex.join(element.arguments))
+        return
+    missing = [element for element in found if phases[element.index] != "finished"]
+    print(f"sweep {sweep.name}: {len(found)} runs, {len(found) - len(missing)} finished already")
+    jobs = Jobs(sweep, arguments)
+    jobs.run(missing)
+    if jobs.stopping:
+        sys.exit(130)
+    summarize(sweep, found)
+    if jobs.failed:
+        sys.exit(f"error: {len(jobs.failed)} of {len(found)} runs did not finish")
+    if len(found) > 1 and all(_metrics(element) for element in found):
+        output = Path(sweep.directory) / "comparison"
+        runs = [str(element.run) for element in found]
+        words = ["-m", "flatcal_dist.cli", "compare", *runs, "--output", str(output)]
+        environment = os.environ | {"PYTHONPATH": _path()}
+        sys.exit(subprocess.run([sys.executable, *words], env=environment).returncode)
+
+
+def command(sweep: Sweep, element: Element, arguments: argparse.Namespace) -> list[str]:
+    """What a user would type for this run."""
+    recipe = [str(ROOT / "recipes/imagenet_csam.py"), "--config", sweep.base, *element.arguments]
+    if arguments.processes == 1 and arguments.launcher is None:
+        return [sys.executable, *recipe]
+    engine = element.config.train.engine
+    launcher = arguments.launcher or ROOT / f"configs/accelerate/cpu_{engine}.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(launcher)]
+    # A port of its own: several are under way at once.
+    ports = ["--main_process_port", "0"]
+    return [sys.executable, *launch, "--num_processes", str(arguments.processes), *ports, *recipe]
+
+
+def phase_of(element: Element) -> str:
+    """As its state.json has it, or "new". Raises RunError if that cannot be read."""
+    state = RunDirectory(element.run).state()
+    return state.phase if state is not None else "new"
+
+
+def logs(element: Element) -> Path:
+    """Beside the run directories, which a recipe wants to make itself."""
+    return element.run.parent / "logs" / f"{element.name}.log"
+
+
+def summarize(sweep: Sweep, found: list[Element]) -> None:
+    """A table of what the grid turns and what came of it; also as DIRECTORY/summary.csv."""
+    keys = list(sweep.grid)
+    rows = []
+    for element in found:
+        values = dict(text.split("=", 1) for text in element.overrides)
+        metrics = _metrics(element) or {}
+        figures = ["" if metrics.get(m) is None else f"{metrics[m]:.4f}" for m in METRICS]
+        rows.append([str(element.index), *(values[k] for k in keys), phase_of(element), *figures])
+    header = ["run", *keys, "phase", *METRICS]
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    file = Path(sweep.directory) / "summary.csv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as stream:
+        csv.writer(stream).writerows([header, *rows])
+    print(f"table: {file}")
+
+
+def _metrics(element: Element) -> dict | None:
+    file = element.run / "report/metrics.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _path() -> str:
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE")
+    add("--parallel", type=_positive, default=1, metavar="N", help="runs at a time")
+    add("--processes", type=_positive, default=1, metavar="N", help="ranks of each run")
+    add("--launcher", type=Path, metavar="FILE",
+        help="Accelerate's configuration, such as configs/accelerate/node_ddp.yaml; by default CPU "
+        "processes, or plain Python for one")  # fmt: skip
+    add("--list", action="store_true", help="print the runs, start none")
+    add("overrides", nargs="*", metavar="key.sub=value")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""launch/submit.py on a real cluster: two nodes with two ranks each, daemons and all."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flatcal_dist.data import prepare_digits
+from tests.launching import ROOT, digits
+from tests.slurm.cluster import cluster, install, missing, query, until
+
+SECONDS = 600  # for a job; a busy machine takes several times as long as an idle one
+pytestmark = pytest.mark.timeout(2400)
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[dict[str, str]]:
+    if missing():
+        if os.geteuid() != 0 or shutil.which("apt-get") is None:
+            pytest.skip("only root can install SLURM: apt-get install slurm-wlm munge")
+        if problem := install():
+            pytest.skip(f"slurm-wlm and munge cannot be installed: {problem}")
+    with cluster() as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+def submit(slurm: dict[str, str], *words: str) -> list[str]:
+    """The numbers of the jobs, in the order of their submission."""
+    command = [
+        sys.executable, str(ROOT / "launch/submit.py"), "--cpu", "--nodes", "2",
+        "--ranks-per-node", "2", "--cpus-per-rank", "1", "--time", "30", *words,
+    ]  # fmt: skip
+    done = subprocess.run(command, env=slurm, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [line.split()[1][:-1] for line in done.stdout.splitlines() if line.startswith("job ")]
+
+
+def training(run: Path, data: Path, *overrides: str) -> list[str]:
+    return digits("csam", run, data, "train.max_steps=200", "train.log_every_steps=5", *overrides)
+
+
+def job_state(slurm: dict[str, str], job: str) -> str:
+    lines = query(slurm, "scontrol", "show", "job", job).split()
+    return next((word[9:] for word in lines if word.startswith("JobState=")), "gone")
+
+
+def wait_for(slurm: dict[str, str], job: str, *states: str) -> None:
+    ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+
+    def there() -> bool:
+        state = job_state(slurm, job)
+        assert state in states or state not in ends, (state, logs(slurm, job))
+        return state in states
+
+    try:
+        until(there, SECONDS, f"job {job} was not {' or '.join(states).lower()}")
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{logs(slurm, job)}") from None
+
+
+def logs(slurm: dict[str, str], job: str) -> str:
+    lines = query(slurm, "scontrol", "show", "job", job).split()
+    files = [Path(word[7:]) for word in lines if word.startswith("StdOut=")]
+    return "\n".join(file.read_text() for file in files if file.exists())
+
+
+def state(run: Path) -> dict:
+    file = run / "state.json"
+    return json.loads(file.read_text()) if file.exists() else {"step": 0}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = (load_file(run / "model.safetensors") for run in (one, other))
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+
+
+def test_a_job_that_is_asked_to_stop_requeues_itself_and_ends_as_if_it_had_not(
+    slurm, data, tmp_path
+):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    job, evaluation, comparison = submit(
+        slurm, *training(broken, data), "--evaluate", "--compare", str(whole)
+    )
+    until(lambda: state(broken)["step"] > 0, SECONDS, "no first record")
+    query(slurm, "scancel", "--batch", "--signal=USR1", job)  # as before the limit: --signal=B:USR1
+    wait_for(slurm, job, "PENDING")
+    stopped = state(broken)
+    assert stopped["phase"] == "preempted"
+    assert 0 < stopped["step"] < 200
+    assert (broken / f"checkpoints/step_{stopped['step']:08d}").exists()
+    assert job_state(slurm, evaluation) == "PENDING"
+
+    (reference,) = submit(slurm, "--launcher", "torchrun", *training(whole, data))
+    wait_for(slurm, reference, "COMPLETED")
+    query(slurm, "scontrol", "update", f"JobId={job}", "StartTime=now")  # not two minutes later
+    wait_for(slurm, job, "COMPLETED")
+    finished = state(broken)
+    assert (finished["phase"], finished["step"], finished["restarts"]) == ("finished", 200, 1)
+    assert state(whole)["restarts"] == 0
+    assert same_weights(whole, broken)
+    assert f"going on after step {stopped['step']}" in logs(slurm, job)  # one log, appended to
+
+    wait_for(slurm, evaluation, "COMPLETED")
+    assert "ece" in json.loads((broken / "report/metrics.json").read_text())
+    query(slurm, "scancel", comparison)
+    environment = json.loads((broken / "environment.json").read_text())
+    assert environment["world_size"] == 4
+    assert environment["slurm"]["SLURM_JOB_NODELIST"] == "n[1-2]"

@@ -1,0 +1,231 @@
+"""launch/submit.py: the scripts it writes, and what they do, with SLURM's commands replaced.
+
+A real cluster is in tests/slurm.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flatcal_dist.run_directory import RunError
+from flatcal_dist.status import status
+from tests.launching import ROOT
+
+GOLDEN = Path(__file__).parent / "submitted.sh"
+PREEMPTED = '{"phase": "preempted"}'
+DIGITS = str(ROOT / "configs/digits/csam.yaml")
+
+
+def _load():
+    spec = importlib.util.spec_from_file_location("submit", ROOT / "launch/submit.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["submit"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+launcher = _load()
+
+
+@pytest.fixture
+def submit(monkeypatch, capsys):
+    """submit.py in this process: what it prints; its error ends as SystemExit."""
+
+    def call(*words: str) -> str:
+        command = ["submit.py", "--python", "/opt/env/bin/python", *map(str, words)]
+        monkeypatch.setattr(sys, "argv", command)
+        launcher.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch) -> Path:
+    """SLURM's commands, replaced: each notes its arguments in `called`; srun runs `srun.sh`."""
+    directory = tmp_path / "commands"
+    directory.mkdir()
+    programs = {
+        "sbatch": "echo 41$(wc -l < {called})",
+        "scontrol": "[ $1 = show ] && [ $2 = node ] && echo 'NodeAddr=10.0.0.7 NodeHostName=x'",
+        "scancel": "",
+        "squeue": "cat {directory}/queue 2>/dev/null",
+        "srun": "exec bash {directory}/srun.sh",
+    }
+    for name, text in programs.items():
+        text = text.format(called=directory / "called", directory=directory)
+        head = f"#!/bin/bash\necho {name} $* $MASTER_ADDR:$MASTER_PORT >> {directory}/called\n"
+        (directory / name).write_text(f"{head}{text}\n:\n" if name != "srun" else head + text)
+        (directory / name).chmod(0o755)
+    (directory / "called").touch()
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+    return directory
+
+
+def called(commands: Path, name: str) -> list[str]:
+    lines = (commands / "called").read_text().splitlines()
+    return [line for line in lines if line.startswith(f"{name} ")]
+
+
+def test_the_scripts_are_these(submit, monkeypatch):
+    monkeypatch.chdir("/")
+    printed = submit(
+        "--dry-run", "--config", DIGITS, "run.dir=/runs/csam", "--nodes", "2",
+        "--sbatch=--qos=long", "--evaluate", "--data v2=/data/v2", "--compare", "/runs/sgd",
+    )  # fmt: skip
+    assert printed == GOLDEN.read_text()
+    assert not Path("/runs/csam").exists()
+
+
+@pytest.mark.parametrize("name", ["srun", "accelerate", "torchrun", "deepspeed"])
+def test_shellcheck_finds_nothing(submit, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "_finished", lambda run: False)
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(f"base: {DIGITS}\ndirectory: {tmp_path}/s\ngrid: {{run.seed: [0, 1]}}\n")
+    setup = tmp_path / "setup.sh"
+    setup.write_text("export NCCL_DEBUG=WARN\n")
+    for what in (["--config", DIGITS, "run.dir=/runs/a"], ["--sweep", str(sweep)]):
+        arguments = ["--launcher", name, "--setup", str(setup), "--evaluate", "--compare", *what]
+        values = launcher._parser().parse_intermixed_args(arguments)
+        job = launcher._sweep(values) if values.sweep else launcher._run(values)
+        for text in launcher.render(job, values).values():
+            done = subprocess.run(["shellcheck", "-"], input=text, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout
+
+
+ENDS = {  # what the ranks leave behind, environment -> exit code, whether it is requeued
+    "finished": ('{"phase": "finished"}', {}, 0, False),
+    "preempted": ('{"phase": "preempted", "restarts": 1}', {}, 0, True),
+    "preempted too often": (
+        '{"phase": "preempted", "restarts": 1}', {"SLURM_RESTART_COUNT": "20"}, 75, False,
+    ),
+    "failed": ('{"phase": "failed", "cause": "rank 1: no more"}', {}, 1, False),
+    "killed": ('{"phase": "running"}', {}, 1, False),
+    "another start's": ('{"phase": "preempted"}', {}, 1, False),
+    "nothing": ("", {}, 1, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", list(ENDS))
+def test_only_a_preempted_run_is_requeued(submit, commands, tmp_path, end):
+    left, environment, code, requeued = ENDS[end]
+    run = tmp_path / "run"
+    submit("--config", DIGITS, f"run.dir={run}", "--cpu")
+    if end == "another start's":
+        (run / "state.json").write_text(left)
+    (commands / "srun.sh").write_text(f"[ -z '{left}' ] || echo '{left}' > {run}/state.json\n")
+    if end == "another start's":
+        (commands / "srun.sh").write_text("exit 1\n")
+    done = _run_script(run / "slurm/train.sh", environment)
+    assert done.returncode == code, done.stderr
+    asked = [line for line in called(commands, "scontrol") if "requeue 4242" in line]
+    assert bool(asked) == requeued
+    assert "10.0.0.7:14242" in called(commands, "srun")[0]
+    if end == "failed":
+        assert "rank 1: no more" in done.stderr
+
+
+def test_the_signal_goes_on_to_the_ranks_until_they_end(submit, commands, tmp_path):
+    run = tmp_path / "run"
+    submit("--config", DIGITS, f"run.dir={run}", "--cpu")
+    (commands / "srun.sh").write_text(
+        f"kill -USR1 $PPID; until grep -q 'scancel --signal=USR1 4242.0' {commands}/called; do "
+        f"sleep 0.1; done; echo '{PREEMPTED}' > {run}/state.json\n"
+    )
+    done = _run_script(run / "slurm/train.sh", {})
+    assert "SLURM asks to stop" in done.stdout
+    assert any("requeue 4242" in line for line in called(commands, "scontrol"))
+
+
+def _run_script(script: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    slurm = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_PER_TASK": "1"}
+    return subprocess.run(
+        ["bash", str(script)], env=os.environ | slurm | environment, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+
+
+def test_what_is_submitted_holds_code_and_configuration(submit, commands, tmp_path):
+    run = tmp_path / "run"
+    printed = submit("--config", DIGITS, f"run.dir={run}", "--cpu", "--evaluate", "--compare")
+    assert (run / "code/flatcal_dist/config.py").read_bytes() == (
+        ROOT / "flatcal_dist/config.py"
+    ).read_bytes()
+    assert "commit" in json.loads((run / "code/snapshot.json").read_text())
+    first, second, third = called(commands, "sbatch")
+    assert f"sbatch --parsable {run}/slurm/train.sh" in first
+    assert "--dependency=afterok:411 --kill-on-invalid-dep=yes" in second
+    assert "--dependency=afterok:412 --kill-on-invalid-dep=yes" in third
+    assert "job 411: " in printed
+    assert status([run])[0].phase == "not begun"
+    (commands / "queue").write_text("411|PENDING||Priority\n")
+    assert (status([run])[0].phase, status([run])[0].queue) == ("submitted", "pending (Priority)")
+    with pytest.raises(SystemExit, match="is in the queue: job 411"):
+        submit("--config", DIGITS, f"run.dir={run}", "--cpu")
+
+
+def test_a_sweep_is_an_array_of_what_is_missing(submit, commands, tmp_path):
+    file = tmp_path / "seeds.yaml"
+    file.write_text(f"base: {DIGITS}\ndirectory: {tmp_path}/seeds\ngrid: {{run.seed: [5, 6, 7]}}\n")
+    done = tmp_path / "seeds/seed6"
+    done.mkdir(parents=True)
+    (done / "state.json").write_text('{"phase": "finished"}')
+    submit("--sweep", file, "--cpu", "--parallel", "2", "--evaluate", "--compare")
+    script = (tmp_path / "seeds/slurm/train.sh").read_text()
+    assert "#SBATCH --array=0,2%2" in script
+    lines = (tmp_path / "seeds/slurm/2.arguments").read_text().splitlines()
+    run = tmp_path / "seeds/seed7"
+    assert lines[:2] == [str(run), f"run.dir={run}"]
+    assert "run.seed=7" in lines
+    assert (run / "slurm/job").read_text() == "411_2\n"
+    _, evaluation, comparison = called(commands, "sbatch")
+    assert "--dependency=aftercorr:411" in evaluation
+    assert "--dependency=afterok:412" in comparison
+    assert str(done) in (tmp_path / "seeds/slurm/compare.sh").read_text()
+    (commands / "srun.sh").write_text(f"echo '{PREEMPTED}' > {run}/state.json\n")
+    array = {"SLURM_ARRAY_JOB_ID": "411", "SLURM_ARRAY_TASK_ID": "2"}
+    _run_script(tmp_path / "seeds/slurm/train.sh", array)
+    (line,) = called(commands, "srun")
+    assert "run.seed=7" in line
+    assert any("requeue 411_2" in line for line in called(commands, "scontrol"))
+
+
+def test_what_cannot_be_submitted(submit, tmp_path, monkeypatch):
+    def refused(text: str, *words: str) -> None:
+        with pytest.raises(SystemExit, match=text):
+            submit("--config", DIGITS, *words)
+
+    refused("run.world_size=3, but 1 nodes with 8 ranks are 8", "run.world_size=3")
+    refused("SLURM takes no blanks", f"run.dir={tmp_path}/a b")
+    refused("did you mean sharpness.rho", "sharpness.roh=1")
+    finished = tmp_path / "finished"
+    finished.mkdir()
+    (finished / "state.json").write_text('{"phase": "finished"}')
+    refused("is finished already", f"run.dir={finished}")
+    monkeypatch.setenv("PATH", "/nowhere")
+    refused("submit from a login node", f"run.dir={tmp_path}/run")
+
+
+def test_status_of_a_running_job(commands, tmp_path):
+    run = tmp_path / "run"
+    (run / "slurm").mkdir(parents=True)
+    (run / "slurm/job").write_text("7\n")
+    (run / "config.yaml").write_text("train: {epochs: 10}\n")
+    (run / "environment.json").write_text('{"host": "h", "slurm": {"SLURM_JOB_NODELIST": "n1"}}')
+    state = {"phase": "running", "step": 30, "epoch": 2, "restarts": 3, "seconds": 60.0}
+    (run / "state.json").write_text(json.dumps(state))
+    (run / "metrics.jsonl").write_text(
+        '{"step": 24, "epoch": 2, "val/nll": 0.5}\n{"step": 30, "epoch": 2.5, "train/loss": 0.7}\n'
+    )
+    (commands / "queue").write_text("7|RUNNING|n[1-2]|None\n")
+    (one,) = status([run])
+    assert (one.phase, one.step, one.total_steps, one.restarts) == ("running", 30, 120, 3)
+    assert one.seconds_left == pytest.approx(180.0)  # 90 steps at two seconds
+    assert (one.where, one.queue, one.loss, one.val) == ("n[1-2]", "running", 0.7, {"val/nll": 0.5})
+    with pytest.raises(RunError, match="not a run directory"):
+        status([tmp_path])
