@@ -10,7 +10,10 @@ from torch import Tensor
 def cross_entropy(
     logits: Tensor, target: Tensor, reduction: str = "mean", label_smoothing: float = 0.0
 ) -> Tensor:
-    """Cross-entropy of logits [N, K] and class indices [N]: scalar, or [N] for reduction "none"."""
+    """Cross-entropy of logits [N, K] and class indices [N], or probabilities [N, K] of mixed images.
+
+    A scalar, or [N] for reduction "none". Label smoothing applies to either.
+    """
     logits = _at_least_float32(logits)
     return F.cross_entropy(logits, target, reduction=reduction, label_smoothing=label_smoothing)
 
