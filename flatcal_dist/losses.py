@@ -10,7 +10,7 @@ from torch import Tensor
 def cross_entropy(
     logits: Tensor, target: Tensor, reduction: str = "mean", label_smoothing: float = 0.0
 ) -> Tensor:
-    """Cross-entropy of logits [N, K] and class indices [N], or probabilities [N, K] of mixed images.
+    """Cross-entropy of logits [N, K] and class indices [N], or probabilities [N, K] of mixed ones.
 
     A scalar, or [N] for reduction "none". Label smoothing applies to either.
     """

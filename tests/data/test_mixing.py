@@ -58,8 +58,8 @@ def test_what_is_drawn_follows_beta_and_the_probability():
     only_mixup = shares[(shares < 1) & ~cut]
     assert stats.kstest(only_mixup.numpy(), stats.beta(0.8, 0.8).cdf).pvalue > 0.001
     assert bool((boxes[:2] >= 0).all() and (boxes[:2] <= 224).all())
-    # alpha 1: sides s = sqrt(v), v uniform, around uniform centres, cut off at the borders. The mean
-    # area is E (s - s^2/4)^2 = 1/2 - 1/5 + 1/48; its standard error is 0.002.
+    # alpha 1: sides s = sqrt(v), v uniform, around uniform centres, cut off at the borders. The
+    # mean area is E (s - s^2/4)^2 = 1/2 - 1/5 + 1/48; its standard error is 0.002.
     boxes, shares = KINDS["cutmix"].draw(firsts, 0, 0, 224, 224)
     assert float(1 - shares.mean()) == pytest.approx(0.3208, abs=0.01)
     assert float((boxes[1] == 224).double().mean()) > 0.1
