@@ -16,10 +16,8 @@ from flatcal_dist.data import prepare_digits
 from tests.launching import ROOT, digits
 from tests.slurm.cluster import cluster, install, missing, query, until
 
-pytestmark = pytest.mark.exhaustive  # until seen to pass on an idle machine
-
 SECONDS = 600  # for a job; a busy machine takes several times as long as an idle one
-pytestmark = pytest.mark.timeout(2400)
+pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture(scope="module")
