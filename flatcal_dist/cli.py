@@ -8,6 +8,7 @@ flatcal evaluate --model NAME [--weights FILE] --data DATA --output DIR [--set k
 flatcal report RUN
 flatcal report LOGITS.npz|.parquet|.csv [--output DIR]
 flatcal compare RUN RUN ... --output DIR
+flatcal export RUN [--checkpoint STEP] FILE
 flatcal environment
 """
 
@@ -147,6 +148,13 @@ def compare(arguments: argparse.Namespace) -> None:
     print(arguments.output / "index.html")
 
 
+def export(arguments: argparse.Namespace) -> None:
+    from flatcal_dist.training.resharding import export  # loads torch and timm
+
+    path = export(arguments.directory, arguments.file, arguments.checkpoint)
+    print(f"{arguments.file}: weights of {path}")
+
+
 def environment(arguments: argparse.Namespace) -> None:
     print(json.dumps(describe_environment(), indent=1))
 
@@ -274,6 +282,12 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("directories", type=Path, nargs="+", metavar="RUN")
     add.add_argument("--output", type=Path, required=True, metavar="DIR")
     add.set_defaults(run=compare)
+
+    add = commands.add_parser("export", help="weights of a checkpoint, of any engine, as one file")
+    add.add_argument("directory", type=Path, metavar="RUN")
+    add.add_argument("--checkpoint", type=int, metavar="STEP", help="by default the newest")
+    add.add_argument("file", type=Path, metavar="FILE", help="safetensors, as timm reads it")
+    add.set_defaults(run=export)
 
     add = commands.add_parser("environment", help="versions, code, devices")
     add.set_defaults(run=environment)

@@ -19,9 +19,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from flatcal_dist.sharpness.engines import broadcast, stack
+from flatcal_dist.sharpness.engines import (
+    Layout,
+    broadcast,
+    slots_by_parameter,
+    stack,
+    with_groups,
+)
 from flatcal_dist.sharpness.errors import StepError
-from flatcal_dist.sharpness.fsdp2_state import copied, copy_into, join, parameters_of, split
+from flatcal_dist.sharpness.fsdp2_state import copy_into, join, parameters_of, sharded_like, split
 from flatcal_dist.sharpness.loss_scale import LossScale
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
@@ -122,10 +128,10 @@ class ShardedEngine:
     ) -> None:
         self.model = self.module = model
         self.optimizer = optimizer
-        parameters = dict(model.named_parameters())
-        _refuse_unsharded(model, parameters, optimizer)
         # Kept, and not looked up: while a block is gathered, the network has other parameters.
-        self.weights = {n: w for n, w in parameters.items() if w.requires_grad}
+        self.parameters = dict(model.named_parameters())
+        _refuse_unsharded(model, self.parameters, optimizer)
+        self.weights = {n: w for n, w in self.parameters.items() if w.requires_grad}
         self.blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
         first = next(iter(self.weights.values()))
         self.device = first.to_local().device
@@ -308,12 +314,12 @@ class ShardedEngine:
 
     @torch.no_grad()
     def local_state(self) -> dict[str, Any]:
-        """Copies on the CPU, for the same rank among as many ranks in the same groups."""
+        """For the same rank among as many ranks in the same groups."""
         optimizer = self.optimizer.state_dict()
         return {
-            "layout": self._layout(),
-            "weights": {n: copied(w.to_local()) for n, w in self.weights.items()},
-            "buffers": {n: copied(b) for n, b in self.module.named_buffers()},
+            "ranks": self._ranks(),
+            "weights": {n: w.to_local().detach() for n, w in self.weights.items()},
+            "buffers": dict(self.module.named_buffers()),
             "optimizer": {
                 "state": {i: split(s) for i, s in optimizer["state"].items()},
                 "param_groups": optimizer["param_groups"],
@@ -324,9 +330,9 @@ class ShardedEngine:
     @torch.no_grad()
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Raises StepError for the state of another rank, layout or network."""
-        if state["layout"] != self._layout():
+        if state["ranks"] != self._ranks():
             raise StepError(
-                f"the state is of {state['layout']}, this is {self._layout()}; start from the full "
+                f"the state is of {state['ranks']}, this is {self._ranks()}; start from the full "
                 "weights, or with as many ranks"
             )
         self._drop_gathered()
@@ -338,7 +344,36 @@ class ShardedEngine:
         self.optimizer.load_state_dict({"state": joined, "param_groups": saved["param_groups"]})
         self.scale = LossScale(**state["scale"])
 
-    def _layout(self) -> dict[str, int]:
+    @torch.no_grad()
+    def masters(self) -> dict[str, Tensor]:
+        return {name: weight.to_local() for name, weight in self.weights.items()}
+
+    def rewritten(self) -> None:
+        self._drop_gathered()
+
+    def layout(self) -> Layout:
+        rank, pieces = dist.get_rank(self.group), {}
+        for name, weight in self.weights.items():
+            row = weight.numel() // weight.shape[0] if weight.numel() else 0
+            rows = -(-weight.shape[0] // dist.get_world_size(self.group))  # as torch.chunk cuts
+            start = min(rank * rows, weight.shape[0]) * row
+            pieces[name] = [list(weight.shape), start, weight.to_local().numel()]
+        return {
+            "pieces": pieces,
+            "slots": slots_by_parameter(self.optimizer, self.parameters.items()),
+            "loss_scale": self.loss_scale,
+        }
+
+    @torch.no_grad()
+    def load_optimizer(self, state: dict[int, dict[str, Any]], groups: list[dict]) -> None:
+        parameters = parameters_of(self.optimizer)
+        joined = {index: sharded_like(s, parameters[index]) for index, s in state.items()}
+        self.optimizer.load_state_dict(with_groups(self.optimizer, joined, groups))
+
+    def set_loss_scale(self, value: float) -> None:
+        self.scale.value = value
+
+    def _ranks(self) -> dict[str, int]:
         return {
             "rank": dist.get_rank(),
             "world_size": self.world_size,

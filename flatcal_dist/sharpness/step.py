@@ -28,11 +28,12 @@ class StepResult:
 
     loss and perturbed_loss are of the same objective, that of the ascent, at w and at w + e: their
     difference is the sharpness. skipped: a value was not finite on some rank in either pass, so no
-    rank moved. stop: some rank passed stop=True. None in a step without a perturbation:
-    perturbed_loss and ascent_gradient_norm (of a scope smaller than all ranks, the mean of the
-    ranks' own norms). Only with measure=True: cosine, between the perturbation (SAM's: the ascent
-    gradient) and the descent gradient; effective_rho, the length of the perturbation that the
-    forward pass saw after rounding to its precision; both means over the ranks.
+    rank moved. stop: some rank passed stop=True. votes: sums over ranks of those passed. None in a
+    step without a perturbation: perturbed_loss and ascent_gradient_norm (of a scope smaller than
+    all ranks, the mean of the ranks' own norms). Only with measure=True: cosine, between the
+    perturbation (SAM's: the ascent gradient) and the descent gradient; effective_rho, the length of
+    the perturbation that the forward pass saw after rounding to its precision; both means over the
+    ranks.
     """
 
     loss: float
@@ -44,6 +45,7 @@ class StepResult:
     loss_scale: float
     cosine: float | None = None
     effective_rho: float | None = None
+    votes: tuple[float, ...] = ()
 
 
 class SharpnessAwareStep:
@@ -96,12 +98,13 @@ class SharpnessAwareStep:
         samples: int | None = None,
         stop: bool = False,
         measure: bool = False,
+        votes: Sequence[float] = (),
     ) -> StepResult:
         """Take the step on this rank's (inputs, target) pairs.
 
         samples: size of the global batch over all ranks and micro-batches; one more small reduction
         finds it when it is not given. stop: this rank wishes to end; the result tells all ranks.
-        measure: also cosine and effective_rho.
+        measure: also cosine and effective_rho. votes: whatever else is to be summed over ranks.
         """
         engine = self.engine
         if samples is None:
@@ -120,7 +123,7 @@ class SharpnessAwareStep:
             else:
                 self._plain_gradient(micro_batches, share, seen)
             norm = engine.gradient_norm()
-            total = self._agree(seen, norm, stop)
+            total = self._agree(seen, norm, stop, votes)
             skipped = total[-2] > 0
             if skipped:
                 replay.undo()
@@ -140,6 +143,7 @@ class SharpnessAwareStep:
             skipped=skipped,
             stop=total[-1] > 0,
             loss_scale=engine.loss_scale,
+            votes=tuple(total[6:-2]),
         )
 
     def _plain_gradient(self, micro_batches: MicroBatches, share: float, seen: "Seen") -> None:
@@ -242,11 +246,11 @@ class SharpnessAwareStep:
         self.scope.sum_(shards.gradients)
         return total, shards
 
-    def _agree(self, seen: "Seen", norm: Tensor, stop: bool) -> list[float]:
-        """Sums over ranks of everything seen, then how many ranks must skip, and wish to stop."""
+    def _agree(self, seen: "Seen", norm: Tensor, stop: bool, votes: Sequence[float]) -> list[float]:
+        """Sums over ranks: all that was seen, votes, how many must skip, and wish to stop."""
         mine = torch.stack([*seen.numbers(), norm.double()])
         skip = 1 - mine.isfinite().all().double()
-        return self.engine.sum([*mine, skip, float(stop)])
+        return self.engine.sum([*mine, *votes, skip, float(stop)])
 
 
 class Seen:
