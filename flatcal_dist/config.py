@@ -241,7 +241,9 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"'{override}' is not an override: write key.sub=value")
-        _merge(values, _nested(key, _parse(text, f"the override '{override}'")), origin, "override")
+        _merge(
+            values, _nested(key, parse_yaml(text, f"the override '{override}'")), origin, "override"
+        )
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -327,7 +329,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -344,7 +346,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict, dict[str, str]]:
     except (OSError, UnicodeDecodeError) as error:
         written = f", inherited by {chain[-1]}" if chain else ""
         raise ConfigError(f"cannot read the configuration {path}{written}: {error}") from None
-    own = _parse(text, str(path)) or {}
+    own = parse_yaml(text, str(path)) or {}
     if not isinstance(own, dict):
         raise ConfigError(f"{path} must hold keys and values, not a {type(own).__name__}")
     parents = own.pop("inherits", [])

@@ -191,7 +191,7 @@ def ending_together(
             accelerator.process_index,
             None if interrupted else directory,
             agreed=isinstance(error, FailedTogether),
-            code=PREEMPTED if interrupted else 1,
+            code=preempted_code() if interrupted else 1,
         )
 
 
@@ -221,6 +221,10 @@ def end(
     sys.stdout.flush()
     # No orderly shutdown: it would wait for ranks that may be waiting for this one.
     os._exit(code)
+
+
+def preempted_code() -> int:
+    return int(os.environ.get("FLATCAL_EXIT_PREEMPTED", PREEMPTED))
 
 
 def tell_launcher(cause: str) -> None:

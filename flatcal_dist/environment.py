@@ -1,6 +1,7 @@
 """What a run ran on: versions, code, devices; for environment.json and `flatcal environment`."""
 
 import hashlib
+import json
 import os
 import platform
 import socket
@@ -23,7 +24,7 @@ def describe_environment() -> dict:
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "code": _code(),
+        "code": code_version(),
         "cpu_count": os.cpu_count(),
         "devices": [
             torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())
@@ -41,9 +42,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _code() -> dict[str, str | bool | None]:
+def code_version() -> dict[str, str | None]:
     """The git commit that runs, and a hash of what was changed since; None outside a repository."""
     root = Path(__file__).resolve().parents[1]
+    snapshot = root / "snapshot.json"  # written by launch/submit.py, beside the code it copied
+    if snapshot.exists():
+        return json.loads(snapshot.read_text())
 
     def git(*arguments: str) -> str | None:
         try:

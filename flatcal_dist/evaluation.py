@@ -1,7 +1,8 @@
 """Evaluation on every rank: each image is counted once, and the report is written by one rank."""
 
+import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from flatcal_dist import inputs
-from flatcal_dist.calibration.metrics import equal_width_index
+from flatcal_dist.calibration.binned import BinnedEvaluation
 from flatcal_dist.calibration.records import Records, Source
 from flatcal_dist.calibration.report import render_report, write_report
 from flatcal_dist.calibration.shift import Shifted, row, save_shifted, write_shift
-from flatcal_dist.calibration.softmax import score_images
 from flatcal_dist.calibration.summary import About
 from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.data import DataError, Index
@@ -27,8 +27,6 @@ from flatcal_dist.environment import describe_environment
 from flatcal_dist.files import write_atomically
 from flatcal_dist.models import parameter_count
 from flatcal_dist.weights import sha256, weights_hash
-
-BINS = 15  # of the ECE, as in the report
 
 
 @torch.inference_mode()
@@ -152,11 +150,13 @@ def report(
     title: str | None = None,
     weights_file: Path | None = None,
     training_seconds: float | None = None,
+    training: Sequence[Mapping[str, Any]] = (),
     logits_file: Path | None = None,
 ) -> tuple[Records, dict[str, Any]] | None:
     """Evaluate on all ranks; on rank 0 write the report into `output`; its records and metrics.
 
-    A table of data under shift that lies there is deleted: it belongs to an older evaluation.
+    training: the records of the run's metrics.jsonl, for the curves over epochs. A table of data
+    under shift that lies there is deleted: it belongs to an older evaluation.
     """
     records = evaluate(config, module, data, accelerator, logits_file=logits_file)
 
@@ -169,9 +169,23 @@ def report(
             config, module, data, accelerator, title or output.parent.name, weights_file,
             training_seconds,
         )  # fmt: skip
-        return records, write_report(records, output, about)
+        image_of = _image_of(data)
+        return records, write_report(records, output, about, image_of=image_of, training=training)
 
     return on_all_ranks(written)
+
+
+def _image_of(data: DataSet) -> Callable[[str], bytes | None]:
+    """What gives the encoded image of a key, or None where it cannot be read."""
+    number = {key: sample for sample, key in enumerate(data.index.keys())}
+
+    def image(key: str) -> bytes | None:
+        try:
+            return bytes(data.index.read(number[key]))
+        except DataError:
+            return None
+
+    return image
 
 
 def _about(
@@ -192,6 +206,7 @@ def _about(
         gamma=sharpness.gamma if sharpness.rule == "csam" else None,
         seed=config.run.seed,
         data=f"{data.variant.path} ({data.index.identity[:16]})",
+        data_identity=data.index.identity,
         class_names=data.class_names,
         image_size=config.data.image_size,
         crop_pct=config.data.crop_pct,
@@ -263,28 +278,22 @@ def _line(variant: Variant, figures: dict[str, Any]) -> str:
 def running_metrics(
     config: Config, module: nn.Module, index: Index, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Accuracy, NLL, ECE and signed gap over all ranks, from sums alone; called by all of them.
+    """Calibration, failure prediction and entropy over all ranks, from sums alone; called by all.
 
-    The same figures as the report's, to rounding. NaN when some logit is not finite.
+    The report's figures, to rounding, AUROC and the areas within their binning error. NaN where
+    undefined, and everywhere when some logit is not finite.
     """
     samples, logits = predict(config, module, index, accelerator)
-    sums = np.zeros((4, BINS))  # per bin: images, confidence, correct, NLL
-    if np.isfinite(logits).all():
-        scores = score_images(logits, index.label[samples]) if len(samples) else None
-        if scores is not None:
-            bins = equal_width_index(scores.confidence, BINS)
-            for row, values in enumerate((None, scores.confidence, scores.correct, scores.nll)):
-                sums[row] = np.bincount(bins, weights=values, minlength=BINS)
-    else:
-        sums[:] = np.nan
-    total = torch.from_numpy(sums).to(accelerator.device)
+    binned = BinnedEvaluation()
+    if len(samples):
+        binned.add(logits, index.label[samples])
     if accelerator.num_processes > 1:
+        total = torch.from_numpy(binned.state).to(accelerator.device)
         dist.all_reduce(total)
-    images, confidence, correct, nll = total.cpu().numpy()
-    count = images.sum()
+        binned.state[:] = total.cpu().numpy()
+    figures = vars(binned.figures())
     return {
-        "val/accuracy": float(correct.sum() / count),
-        "val/nll": float(nll.sum() / count),
-        "val/ece": float(np.abs(confidence - correct).sum() / count),
-        "val/signed_gap": float((confidence.sum() - correct.sum()) / count),
+        f"val/{name}": math.nan if value is None else value
+        for name, value in figures.items()
+        if name not in ("images", "not_finite") and not name.endswith("_error")
     }

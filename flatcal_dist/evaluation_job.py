@@ -29,6 +29,7 @@ from flatcal_dist.distributed import ending_together, on_all_ranks
 from flatcal_dist.models import build
 from flatcal_dist.run_directory import RunDirectory, RunError
 from flatcal_dist.training import checkpoint
+from flatcal_dist.training.tracking import read_metrics
 from flatcal_dist.weights import load_weights
 
 
@@ -57,6 +58,7 @@ class Network:
     weights: Path | None
     output: Path
     seconds: float | None = None
+    log: Path | None = None  # of its training, for the curves in the report
 
 
 def evaluate_runs(runs: Sequence[Path], wanted: Wanted, output: Path | None = None) -> None:
@@ -80,11 +82,14 @@ def _of_run(run: Path) -> Network:
     title = directory.path.name
     if step is not None:
         weights = _checkpoint_weights(run)
-        return Network(f"{title} {step}", config, weights, directory.path / f"report_{step}")
+        output = directory.path / f"report_{step}"
+        return Network(f"{title} {step}", config, weights, output, log=directory.metrics_file)
     if not directory.weights_file.exists():
         raise RunError(f"{run} has no model.safetensors yet: training writes it at its end")
     seconds = state.seconds if (state := directory.state()) else None
-    return Network(title, config, directory.weights_file, directory.report, seconds)
+    return Network(
+        title, config, directory.weights_file, directory.report, seconds, directory.metrics_file
+    )
 
 
 def _checkpoint_weights(path: Path) -> Path:
@@ -227,6 +232,7 @@ def _evaluate_one(
     written = evaluation.report(
         config, module, data, accelerator, network.output,
         title=network.title, weights_file=network.weights, training_seconds=network.seconds,
+        training=_log(network, accelerator),
         logits_file=network.output / "logits.npz" if wanted.save_logits else None,
     )  # fmt: skip
     if shifted:
@@ -236,6 +242,13 @@ def _evaluate_one(
             _shards(config),
         )  # fmt: skip
     accelerator.print(network.output / "index.html")
+
+
+def _log(network: Network, accelerator: Accelerator) -> list[dict]:
+    """The records of the training, on rank 0."""
+    if network.log is None or not accelerator.is_main_process:
+        return []
+    return read_metrics(network.log)
 
 
 def _on_device(network: Network, accelerator: Accelerator) -> nn.Module:

@@ -1,6 +1,7 @@
 """The run directory: who it belongs to, what state the run is in.
 
 config.yaml  environment.json  state.json  metrics.jsonl  checkpoints/  model.safetensors  report/
+code/  slurm/ (of a submitted run, there before its first start)
 """
 
 import fcntl
@@ -13,6 +14,8 @@ from pathlib import Path
 from flatcal_dist import config as configuration
 from flatcal_dist.config import Config
 from flatcal_dist.files import write_json, write_text
+
+SUBMITTED = ("code", "slurm")  # what launch/submit.py writes into a run directory
 
 
 class RunError(RuntimeError):
@@ -53,7 +56,7 @@ class RunDirectory:
         if not self.path.is_dir():
             raise RunError(f"run.dir={self.path} is a file; name a directory")
         if not self.config_file.exists():
-            if any(self.path.iterdir()):
+            if any(entry.name not in SUBMITTED for entry in self.path.iterdir()):
                 raise RunError(
                     f"run.dir={self.path} holds files but no config.yaml, so it is not a run "
                     "directory; name a new or an empty one"

@@ -90,7 +90,7 @@ def _run(
         if world_size > 1:
             dist.init_process_group("gloo", rank=rank, world_size=world_size)
         result = pickle.dumps(work(rank, world_size, *arguments))  # tensors by value
-        if world_size > 1:
+        if dist.is_initialized():  # `work` may have ended it, all ranks together
             dist.barrier()  # a rank that is done would be killed while others talk to it
         pipe.send((result, None))
     except BaseException:

@@ -87,8 +87,16 @@ def test_validation_from_sums_equals_the_report(finished):
     """Over two ranks, from binned sums, against one pass over all records: equal to rounding."""
     last = [r for r in read_metrics(finished / "metrics.jsonl") if "val/ece" in r][-1]
     metrics = json.loads((finished / "report/metrics.json").read_text())
-    for key in ("accuracy", "nll", "ece", "signed_gap"):
+    exact = ("accuracy", "nll", "brier", "ece", "signed_gap")
+    entropy = ("mean_entropy", "mean_entropy_correct", "mean_entropy_wrong")
+    for key in (*exact, *entropy):
         assert last[f"val/{key}"] == pytest.approx(metrics[key], abs=1e-12), key
+    for key in ("auroc", "aurc", "augrc"):  # but these, which binning of confidence blurs
+        assert last[f"val/{key}"] == pytest.approx(metrics[key], abs=2e-3), key
+    # The report has them by epoch, and pictures of the most confident errors.
+    assert metrics["training"]["epoch"] == [1, 2]
+    assert metrics["training"]["auroc"][-1] == last["val/auroc"]
+    assert len(list((finished / "report/errors").glob("*.jpg"))) == 24
 
 
 def test_a_finished_run_is_not_run_again(finished, data):

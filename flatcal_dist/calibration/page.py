@@ -1,14 +1,15 @@
 """The frame that all pages share: templates, theme colours, how values are printed."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
-from . import display
+from . import display, drawing, naming
 from .palette import PALETTE
-from .statistics import Interval
 
 
 def render(template: str, **values: Any) -> str:
@@ -25,21 +26,22 @@ def render(template: str, **values: Any) -> str:
         "palette": PALETTE,
         "show": display.show,
         "show_interval": display.show_interval,
-        "between": _between,
-        "arrows": display.ARROWS,
-        "groups": display.GROUPS,
+        "between": display.between,
         "duration": display.duration,
+        "enumerate_names": display.enumerate_names,
+        "groups": naming.GROUPS,
+        "metric": naming.METRICS,
+        "PERCENT": display.PERCENT,
+        "POINTS": display.POINTS,
     }
     html = environment.get_template(template).render(**values)
     return re.sub(r"(?<=\d) %", "\u00a0%", html)  # no line ends between a number and its unit
 
 
-def _between(limits: dict[str, Any], unit: display.Unit, sign: bool = False) -> str | None:
-    """The interval of a JSON object with `low` and `high`."""
-    interval = Interval(None, limits["low"], limits["high"])
-    return display.show_interval(interval, unit, sign=sign)
+def figure(drawn: Figure, folder: Path, name: str, title: str, description: str) -> Markup:
+    """Save a figure as folder/name.png and .svg; return it for the page, with its alternative text.
 
-
-def figure(svg: str) -> Markup:
-    """Mark an inlined SVG, whose texts were escaped when it was made, as safe."""
-    return Markup(svg)
+    Its texts were escaped when the SVG was made, so that it is safe as it is.
+    """
+    svg = drawing.save_figure(drawn, folder, name)
+    return Markup(drawing.inline_svg(svg, f"figure-{name.replace('_', '-')}", title, description))

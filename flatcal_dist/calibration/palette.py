@@ -27,9 +27,36 @@ PALETTE = {
     "amber": Colour("#b97d00", "#e6b450"),
     "sky": Colour("#3a9bd0", "#8accf2"),
 }
+STEPS = 6  # of each heat scale, beside the paper that stands for nothing
+
+
+def _mix(share: float, low: str, high: str) -> str:
+    ends = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (low, high)]
+    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in zip(*ends, strict=True))
+
+
+def _heat(name: str) -> dict[str, Colour]:
+    """Steps from the paper towards a colour, ending where text on them can still be read."""
+    paper, full = PALETTE["paper"], PALETTE[name]
+    return {
+        f"{name}-{step}": Colour(
+            _mix(0.68 * step / STEPS, paper.light, full.light),
+            _mix(0.55 * step / STEPS, paper.dark, full.dark),
+        )
+        for step in range(1, STEPS + 1)
+    }
+
+
+PALETTE |= _heat("vermillion") | _heat("blue")
 SERIES = ("blue", "vermillion", "green", "purple", "amber", "sky")
 
 
 def light(name: str) -> str:
     """The colour a figure is drawn in."""
     return PALETTE[name].light
+
+
+def heat(share: float, name: str) -> str:
+    """The light colour of a share of 0 to 1 on the heat scale `vermillion` or `blue`."""
+    step = min(STEPS, max(0, round(STEPS * share)))
+    return light(f"{name}-{step}" if step else "paper")

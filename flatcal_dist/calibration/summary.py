@@ -1,19 +1,26 @@
 """From records to the numbers of `metrics.json`: plain JSON, None where undefined."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from . import metrics, selective
-from .records import Records, Scores
+from . import curves, metrics, selective
+from .classes import per_class
+from .confident_errors import most_confident_errors
+from .corp import corp_decomposition
+from .literature import references
+from .operating import operating_points
+from .records import Records
+from .scores import NAMES, SOURCES, score_table
 from .shift import real_figures
-from .statistics import LEVEL, MEANS, RESAMPLES, Bootstrap, Interval, bootstrap
+from .softmax import Scores
+from .statistics import LEVEL, RESAMPLES, STATISTICS, Bootstrap, Interval, bootstrap
+from .training_curves import training_curves
 
-SCHEMA_VERSION = 1
-CURVE_POINTS = 500
-DIFFERENCES = ("nll", "brier", "ece", "signed_gap", "aurc", "auroc")
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,8 @@ class About:
     """What was evaluated. Everything is optional; what is not given is not shown.
 
     parameters: their number. crop_pct and interpolation as timm names them. checkpoint: hash of
-    the weights. data: name and identity of the evaluated images. configuration: the resolved one.
+    the weights. data: name of the evaluated images; data_identity: a hash of them, which decides
+    what may be compared. configuration: the resolved one.
     """
 
     title: str | None = None
@@ -31,6 +39,7 @@ class About:
     gamma: float | None = None
     seed: int | None = None
     data: str | None = None
+    data_identity: str | None = None
     class_names: list[str] | None = None
     image_size: int | None = None
     crop_pct: float | None = None
@@ -49,74 +58,114 @@ def summarize(
     records: Records,
     about: About | None = None,
     *,
+    training: Sequence[Mapping[str, Any]] = (),
     bins: int = 15,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
     """All numbers of the report. Rates are fractions, NLL and entropy nats.
 
-    The top level holds the network as it is; `after_temperature` the same keys after cross-fitted
-    temperature scaling, and `difference` (after minus before) with paired intervals.
+    The top level holds the network as it is; `after_temperature` the same keys after temperature
+    scaling, and `difference` (after minus before) with paired intervals. training: the records of
+    the run's metrics.jsonl. metrics.schema.json describes what is returned.
     """
+    about = about or About()
     samples = bootstrap([records.before, records.after], resamples, seed, bins)
     before, after = (
-        _side(scores, samples, which, bins, resamples, seed)
-        for which, scores in enumerate((records.before, records.after))
+        _side(records, which, samples, bins, resamples, seed) for which in ("before", "after")
     )
-    after["difference"] = {name: asdict(samples.difference(1, 0, name)) for name in DIFFERENCES}
-    top5 = float((records.rank < 5).mean()) if records.classes >= 5 else None
+    after["difference"] = {
+        name: asdict(samples.difference(1, 0, name)) for name in STATISTICS if name != "accuracy"
+    }
+    clean = records.source.temperature_from is None
+    interval = records.temperature_interval
     return {
         "schema_version": SCHEMA_VERSION,
         "images": len(records),
         "classes": records.classes,
-        "top5_accuracy": top5,
+        "top5_accuracy": float((records.rank < 5).mean()) if records.classes >= 5 else None,
         "source": asdict(records.source),
         "real": real_figures(records),
         **before,
         "temperature": records.temperature,
+        "temperature_interval": None if interval is None else list(interval),
         "temperature_folds": list(records.fold_temperatures),
         "after_temperature": after,
+        "scores": _scores(records, resamples, seed),
+        "per_class": per_class(records, about.class_names),
+        "confident_errors": most_confident_errors(records),
+        "training": training_curves(training),
+        "references": references(about.model, about.data, records.classes, len(records))
+        if clean
+        else [],
         "conventions": _conventions(records, bins, resamples, seed),
         # Paths and such become text, tuples lists: what is returned is what is read again.
-        "about": json.loads(json.dumps(asdict(about or About()), default=str)),
+        "about": json.loads(json.dumps(asdict(about), default=str)),
     }
 
 
-def _side(
-    scores: Scores, samples: Bootstrap, which: int, bins: int, resamples: int, seed: int
-) -> dict[str, Any]:
-    confidence, correct, rank_by = scores.confidence, scores.correct, scores.log_confidence
-    intervals = {
-        name: asdict(samples.interval(which, name)) for name in (*MEANS, *selective_names())
-    }
-    point = {name: interval["value"] for name, interval in intervals.items()}
-    null = metrics.expected_calibration_error_null(confidence, correct, bins, resamples, seed)
+def point_metrics(scores: Scores, bins: int = 15) -> dict[str, float | None]:
+    """Every metric of one set of scores that records define, without intervals."""
+    c, correct, rank_by = scores.confidence, scores.correct, scores.log_confidence
+    corp = corp_decomposition(c, correct)
+    threshold = selective.threshold_at_risk(rank_by, correct, 0.05)
     return {
-        "accuracy": point["accuracy"],
-        "nll": point["nll"],
-        "brier": point["brier"],
-        "ece": metrics.expected_calibration_error(confidence, correct, bins),
-        "adaptive_ece": metrics.adaptive_calibration_error(confidence, correct, bins),
-        "mce": metrics.maximum_calibration_error(confidence, correct, bins),
-        "rmsce": metrics.root_mean_square_calibration_error(confidence, correct, bins),
-        "ks": metrics.kolmogorov_smirnov_error(confidence, correct),
-        "smooth_ece": metrics.smooth_calibration_error(confidence, correct),
-        "signed_gap": point["signed_gap"],
-        "mean_confidence": float(confidence.mean()),
-        **{name: point[name] for name in selective_names()},
+        "accuracy": float(correct.mean()),
+        "nll": float(scores.nll.mean()),
+        "brier": float(scores.brier.mean()),
+        "top_label_brier": metrics.top_label_brier_score(c, correct),
+        "corp_miscalibration": corp.miscalibration,
+        "corp_discrimination": corp.discrimination,
+        "corp_uncertainty": corp.uncertainty,
+        "mean_confidence": float(c.mean()),
+        "signed_gap": metrics.signed_gap(c, correct),
+        "ece": metrics.expected_calibration_error(c, correct, bins),
+        "adaptive_ece": metrics.adaptive_calibration_error(c, correct, bins),
+        "adaptive_ece_100": metrics.adaptive_calibration_error(c, correct, 100),
+        "smooth_ece": metrics.smooth_calibration_error(c, correct),
+        "mce": metrics.maximum_calibration_error(c, correct, bins),
+        "rmsce": metrics.root_mean_square_calibration_error(c, correct, bins),
+        "rmsce_debiased": metrics.root_mean_square_calibration_error(
+            c, correct, bins, debiased=True
+        ),
+        "ks": metrics.kolmogorov_smirnov_error(c, correct),
+        **{name: getattr(selective, name)(rank_by, correct) for name in selective_names()},
         "aupr_success_trapezoid": selective.aupr_success(rank_by, correct, "trapezoid"),
         "eaurc_continuous": selective.eaurc(rank_by, correct, "continuous"),
         "coverage_at_95_accuracy": selective.coverage_at_risk(rank_by, correct, 0.05),
         "coverage_at_99_accuracy": selective.coverage_at_risk(rank_by, correct, 0.01),
-        "confidence_at_95_accuracy": _exponential(
-            selective.threshold_at_risk(rank_by, correct, 0.05)
-        ),
+        "confidence_at_95_accuracy": None if threshold is None else float(np.exp(threshold)),
         "risk_at_80_coverage": selective.risk_at_coverage(rank_by, correct, 0.8),
-        "mean_entropy": point["mean_entropy"],
+        "mean_entropy": float(scores.entropy.mean()),
         "mean_entropy_correct": _mean(scores.entropy[correct]),
         "mean_entropy_wrong": _mean(scores.entropy[~correct]),
         "tied_images": _tied_share(rank_by),
-        "intervals": {n: {"low": v["low"], "high": v["high"]} for n, v in intervals.items()},
+    }
+
+
+def selective_names() -> tuple[str, ...]:
+    """The failure-prediction metrics, in the order of the report."""
+    return (
+        "aurc", "eaurc", "naurc", "augrc", "auroc", "fpr_at_95_tpr", "aupr_success", "aupr_error",
+    )  # fmt: skip
+
+
+def _side(
+    records: Records, which: str, samples: Bootstrap, bins: int, resamples: int, seed: int
+) -> dict[str, Any]:
+    scores, place = getattr(records, which), ("before", "after").index(which)
+    ending = "" if which == "before" else "_after_temperature"
+    confidence, correct = scores.confidence, scores.correct
+    null = metrics.expected_calibration_error_null(confidence, correct, bins, resamples, seed)
+    point = point_metrics(scores, bins)
+    intervals = {name: samples.interval(place, name) for name in STATISTICS}
+    return {
+        **point,
+        **{
+            name: records.classwise[name + ending]
+            for name in ("classwise_ece", "thresholded_classwise_ece")
+        },
+        "intervals": {name: {"low": i.low, "high": i.high} for name, i in intervals.items()},
         "ece_null": {
             "mean": null.mean,
             "quantile_95": null.quantile_95,
@@ -124,13 +173,11 @@ def _side(
             "resamples": null.resamples,
         },
         "bins": _bins(confidence, correct, bins, null),
-        "risk_coverage": _curve(scores),
+        "smooth_curve": curves.smooth_reliability(confidence, correct, point["smooth_ece"]),
+        "histogram": curves.confidence_histogram(scores),
+        "risk_coverage": curves.risk_coverage(scores),
+        "operating_points": operating_points(scores, records.fold),
     }
-
-
-def selective_names() -> tuple[str, ...]:
-    """The failure-prediction metrics, in the order of the report."""
-    return ("aurc", "eaurc", "augrc", "auroc", "fpr_at_95_tpr", "aupr_success", "aupr_error")
 
 
 def _bins(
@@ -151,12 +198,29 @@ def _bins(
     ]
 
 
-def _curve(scores: Scores) -> dict[str, list[float]]:
-    coverage, risk = selective.risk_coverage_curve(scores.log_confidence, scores.correct)
-    if len(coverage) > CURVE_POINTS:
-        keep = np.unique(np.round(np.linspace(0, len(coverage) - 1, CURVE_POINTS)).astype(int))
-        coverage, risk = coverage[keep], risk[keep]
-    return {"coverage": coverage.tolist(), "risk": risk.tolist()}
+def _scores(records: Records, resamples: int, seed: int) -> dict[str, Any] | None:
+    """What other scores than the confidence rank by, on the images that none was tuned on."""
+    judged = records.compared
+    if not judged.any():
+        return None
+    columns = {name: score[judged] for name, score in records.ranking.items()}
+    table = score_table(columns, records.correct[judged], resamples=resamples, seed=seed)
+    return {
+        "images": int(judged.sum()),
+        "tuned_on": records.tuning.images,
+        "power": records.tuning.power,
+        "temperature": records.tuning.temperature,
+        "rows": [
+            {
+                "name": row.name,
+                "meaning": NAMES[row.name],
+                "source": SOURCES[row.name],
+                "values": {k: vars(v) for k, v in row.values.items()},
+                "difference": row.difference and {k: vars(v) for k, v in row.difference.items()},
+            }
+            for row in table
+        ],
+    }
 
 
 def _tied_share(score: np.ndarray) -> float:
@@ -167,10 +231,6 @@ def _tied_share(score: np.ndarray) -> float:
 
 def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
-
-
-def _exponential(value: float | None) -> float | None:
-    return None if value is None else float(np.exp(value))
 
 
 def _number(value: float) -> float | None:
@@ -184,26 +244,44 @@ def interval_of(side: dict[str, Any], name: str) -> Interval:
 
 
 def _conventions(records: Records, bins: int, resamples: int, seed: int) -> dict[str, Any]:
+    source = records.source
+    if source.temperature_from is not None:
+        after = f"scored with the temperature of {source.temperature_from}"
+    elif records.held_out:
+        after = f"scored with a temperature fitted on {records.held_out} other images"
+    else:
+        after = "each image scored with the temperature of the other folds"
     return {
         "units": "rates are fractions, NLL and entropy nats; metrics.csv has top1, top5 and their "
         "errors in per cent and param_count in millions, as timm's results files do",
+        "logits": f"{records.logits_dtype} as they came, computed on in float64",
+        "label_space": "all classes"
+        if source.classes is None
+        else f"{len(source.classes)} of the network's classes, the others left out before the "
+        "softmax",
         "confidence": "largest softmax probability, float64",
         "ranking": "log-confidence in float64, which does not saturate",
         "bins": bins,
         "ece": "equal-width right-closed bins",
         "adaptive_ece": "equal-mass bins, midpoint edges, equal confidences in one bin",
         "mce": "over all bins that hold images",
-        "brier": "sum over all classes, 0 to 2",
+        "rmsce_debiased": "each bin less what chance adds to its square; 0 where that leaves less",
+        "classwise_ece": "mean over classes; thresholded: entries above one over their number",
+        "brier": "sum over all classes, 0 to 2; top_label_brier: of the confidence alone",
+        "corp": "top_label_brier = miscalibration - discrimination + uncertainty, isotonic",
         "signed_gap": "mean confidence minus accuracy",
         "ties": "equal scores count in expectation over random order",
         "eaurc": "against the exact optimum of this many images",
+        "naurc": "0 for the oracle, 1 for a random order",
         "fpr_at_95_tpr": "positive = correct; smallest rate at TPR >= 95 %",
         "aupr": "average precision",
-        "temperature": "minimises NLL on all images; T > 1 means over-confident",
-        "after_temperature": "each image scored with the temperature of the other folds",
+        "temperature": "minimises NLL on all images that may be fitted on; T > 1: over-confident",
+        "after_temperature": after,
         "folds": len(records.fold_temperatures),
         "fold_seed": records.fold_seed,
-        "intervals": f"{100 * LEVEL:.0f} % percentile bootstrap over images",
+        "intervals": f"{100 * LEVEL:.0f} % bootstrap over images, percentiles; of errors of "
+        "calibration, which chance inflates, by test inversion: they hold the error without "
+        "chance, begin at 0 unless calibration is refuted, and may lie below the value",
         "ece_null": "ECE of a perfectly calibrated network with these confidences",
         "resamples": resamples,
         "seed": seed,

@@ -1,5 +1,6 @@
 """The verdict of a report in plain language; every sentence follows from numbers and intervals."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from .display import number, percent, points
@@ -8,26 +9,42 @@ from .summary import interval_of
 
 FEW_IMAGES = 50
 FEW_OF_A_KIND = 10
+FEW_OF_A_CLASS = 20  # images, below which single classes are not spoken of
 SHOWN = 0.05  # p-value below which miscalibration counts as shown
 
 
-def verdict(m: dict[str, Any]) -> list[str]:
-    """Sentences for the metrics.json dictionary of one run, the most important first."""
+@dataclass(frozen=True)
+class Finding:
+    """A topic, and what the numbers allow to say of it."""
+
+    topic: str
+    text: str
+
+
+def verdict(m: dict[str, Any], shift: dict[str, Any] | None = None) -> list[Finding]:
+    """Findings of the metrics.json of one run (and its shift.json), the most important first."""
     wrong = round(m["images"] * (1 - m["accuracy"]))
     if m["images"] < FEW_IMAGES:
-        return [
+        text = (
             f"{m['images']} images are too few for a verdict; the numbers below are those of "
             "these images and say little of others."
-        ]
-    sentences = [_gap(m), _ece(m), *_temperature(m), _failure(m)]
+        )
+        return [Finding("Too few images", text)]
+    findings = [
+        Finding("Confidence", f"{_gap(m)} {_ece(m)}"),
+        Finding("Temperature", " ".join(_temperature(m))),
+        Finding("Failures", _failure(m)),
+    ]
     fewest = min(wrong, m["images"] - wrong)
     if fewest < FEW_OF_A_KIND:
         kind = "wrong" if wrong == fewest else "correct"
-        sentences.append(
+        text = (
             f"Only {fewest} predictions are {kind}: read all that tells wrong from correct "
             "with caution."
         )
-    return sentences
+        findings.append(Finding("Caution", text))
+    others = (("Classes", _classes(m)), ("Labels", _labels(m)), ("Shift", _shift(m, shift)))
+    return findings + [Finding(topic, text) for topic, text in others if text]
 
 
 def _limits(interval: Interval) -> str:
@@ -81,7 +98,7 @@ def _temperature(m: dict[str, Any]) -> list[str]:
         move = f"; ECE goes {ends}, no change shown"
     first = (
         f"Temperature scaling with T = {t}, fitted without the images it is scored on, "
-        f"{change}{move}{_left(after)}."
+        f"{change}{move}{_left(after)}.{_gap_after(m)}"
     )
     if not (nll.excludes_zero and nll.value < 0):
         if not nll.excludes_zero and ece.excludes_zero and ece.value < 0:
@@ -103,6 +120,20 @@ def _left(after: dict[str, Any]) -> str:
     return "; a calibrated network could show as much"
 
 
+def _gap_after(m: dict[str, Any]) -> str:
+    """What becomes of the signed gap, where it is shown to move."""
+    change = m["after_temperature"]["difference"]["signed_gap"]
+    if not Interval(**change).excludes_zero:
+        return ""
+    after = interval_of(m["after_temperature"], "signed_gap")
+    ends = [number(100 * v, 1, sign=True) for v in (m["signed_gap"], after.value)]
+    text = f" The gap of mean confidence to accuracy goes from {ends[0]} to {ends[1]} points"
+    if after.low is None:
+        return f"{text}."
+    low, high = (number(100 * v, 1, sign=True) for v in (after.low, after.high))
+    return f"{text} ({low} to {high})."
+
+
 def _failure(m: dict[str, Any]) -> str:
     auroc = interval_of(m, "auroc")
     if auroc.value is None:
@@ -120,8 +151,86 @@ def _failure(m: dict[str, Any]) -> str:
         return f"{text}; all of these images can be answered at 95 % accuracy."
     if coverage == 0:
         return f"{text}; no threshold on confidence reaches 95 % accuracy on these images."
-    threshold = percent(m["confidence_at_95_accuracy"], 1)
-    return (
-        f"{text}; {percent(coverage, 0)} of these images can be answered at 95 % accuracy, "
-        f"those with a confidence of {threshold} or more."
+    point = next(p for p in m["operating_points"]["by_accuracy"] if p["accuracy_wanted"] == 0.95)
+    text += (
+        f"; {percent(coverage, 0)} of these images can be answered at 95 % accuracy, those with a "
+        f"confidence of {percent(m['confidence_at_95_accuracy'], 1)} or more."
     )
+    held_out = point["held_out"]
+    if held_out["low"] is None:
+        return text
+    return text + (
+        " Chosen in this way on a part of the images, thresholds gave "
+        f"{percent(held_out['accuracy'], 1)} ({percent(held_out['low'], 1)} to "
+        f"{percent(held_out['high'], 1)}) on the others."
+    )
+
+
+def _classes(m: dict[str, Any]) -> str | None:
+    """How many classes are over- or under-confident beyond chance; None where they are too small.
+
+    Each interval is wrong in one case of twenty, half of them on either side.
+    """
+    table = m["per_class"]
+    count = len(table["class"])
+    if count < 2 or sorted(table["images"])[count // 2] < FEW_OF_A_CLASS:
+        return None
+    over = sum(low > 0 for low in table["gap_low"])
+    under = sum(high < 0 for high in table["gap_high"])
+    text = (
+        f"{over} of {count} classes are over-confident and {under} under-confident by intervals "
+        f"that leave out zero; chance alone would give {_about(0.025 * count)} of each."
+    )
+    if over > 0.05 * count:
+        i = max(range(count), key=lambda j: table["gap_low"][j])
+        gap, low, high = points(*(table[k][i] for k in ("signed_gap", "gap_low", "gap_high")))
+        text += f" The worst is {class_name(m, table['class'][i])}, by {gap} points"
+        text += f" ({low} to {high})."
+    return text
+
+
+def _about(count: float) -> str:
+    return "less than one" if count < 1 else f"some {number(count, 0)}"
+
+
+def class_name(m: dict[str, Any], number: int) -> str:
+    """The name of a class, or `class 7`."""
+    names = m["about"]["class_names"]
+    return names[number] if names and number < len(names) else f"class {number}"
+
+
+def _labels(m: dict[str, Any]) -> str | None:
+    known = [e["consistent"] for e in m["confident_errors"] if e["consistent"] is not None]
+    if not known:
+        return None
+    return (
+        f"Of the {len(known)} most confident errors that were looked at again, {sum(known)} give "
+        "an answer that the second look accepts: there the label is doubtful, not the network."
+    )
+
+
+def _shift(m: dict[str, Any], shift: dict[str, Any] | None) -> str | None:
+    """What happens at the highest severity, or on the set of the largest gap."""
+    if shift is None:
+        return None
+    if shift["corruptions"]:
+        group = shift["corruptions"][0]
+        worst = str(group["severities"][-1])
+        sides = [group[side]["by_severity"][worst] for side in ("before", "after")]
+        where = f"On {group['name']} at severity {worst}"
+    elif shift["sets"]:
+        row = max(shift["sets"], key=lambda r: abs(r["before"]["signed_gap"]))
+        sides, where = [row["before"], row["after"]], f"On {row['name']}"
+    else:
+        return None
+    before, after = sides
+    return (
+        f"{where}, accuracy is {percent(before['accuracy'], 1)} against "
+        f"{percent(m['accuracy'], 1)} on the clean images. Mean confidence is "
+        f"{_beside(before['signed_gap'])}, and {_beside(after['signed_gap'])} with the temperature "
+        f"of the clean images, on which it is {_beside(m['signed_gap'])} as trained."
+    )
+
+
+def _beside(gap: float) -> str:
+    return f"{points(abs(gap))[0]} points {'above' if gap > 0 else 'below'} accuracy"

@@ -32,7 +32,7 @@ from flatcal_dist.training.diagnosis import explain_divergence
 from flatcal_dist.training.optimizers import build_schedule
 from flatcal_dist.training.preemption import StopRequest
 from flatcal_dist.training.saving import Saver
-from flatcal_dist.training.tracking import Tracker
+from flatcal_dist.training.tracking import Tracker, read_metrics
 from flatcal_dist.training.traffic import counted
 from flatcal_dist.training.watchdog import Watchdog
 from flatcal_dist.weights import save_weights
@@ -344,6 +344,7 @@ class Trainer:
                 self.directory.report,
                 weights_file=self.directory.weights_file,
                 training_seconds=seconds,
+                training=read_metrics(self.directory.metrics_file) if self.tracker.active else (),
             )
             if written is not None:
                 _, metrics = written

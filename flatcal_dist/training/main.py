@@ -10,7 +10,7 @@ from pathlib import Path
 from flatcal_dist import config as configuration
 from flatcal_dist import distributed
 from flatcal_dist.config import ConfigError
-from flatcal_dist.distributed import PREEMPTED, ending_together, tell_launcher
+from flatcal_dist.distributed import ending_together, preempted_code, tell_launcher
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.training.dry_run import dry_run
 from flatcal_dist.training.loop import run
@@ -22,6 +22,7 @@ def main(default_config: Path, description: str | None = None) -> None:
     """Train as a configuration says, evaluate, report. Exits with 0, 1 (error), 75 (preempted).
 
     Launchers turn both of the latter into 1: state.json in the run directory tells them apart.
+    FLATCAL_EXIT_PREEMPTED=0 makes 0 of the 75, for launchers that end the other ranks otherwise.
     """
     started = time.time()
     end_with_the_launcher()
@@ -54,4 +55,4 @@ def main(default_config: Path, description: str | None = None) -> None:
     watchdog.rest()
     if phase == "preempted":
         tell_launcher("stopped as asked, with a checkpoint: the same command goes on from there")
-        sys.exit(PREEMPTED)
+        sys.exit(preempted_code())

@@ -94,7 +94,12 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, in the order written; a torn last line is left out."""
+    """The records of a metrics.jsonl, in the order written; a torn last line is left out.
+
+    Empty where there is no such file.
+    """
+    if not path.exists():
+        return []
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -5,16 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flatcal_dist.calibration import compare
 from flatcal_dist.calibration.compare import write_comparison
-from flatcal_dist.calibration.records import Records, Scores
+from flatcal_dist.calibration.methods import COMPARED
+from flatcal_dist.calibration.records import Records
+from flatcal_dist.calibration.softmax import Scores
 from flatcal_dist.calibration.statistics import bootstrap
 from flatcal_dist.calibration.summary import About, summarize
 from flatcal_dist.files import write_json
 
 from .synthetic import make_logits
 from .test_report import assert_sound_page, strict_json
-
-COMPARED = ("accuracy", "nll", "ece", "signed_gap", "aurc", "auroc")
 
 
 def write_bare_report(records: Records, folder: Path, about: About | None = None) -> None:
@@ -24,17 +25,18 @@ def write_bare_report(records: Records, folder: Path, about: About | None = None
 
 
 def write_run(
-    folder: Path, method: str, seed: int, scale: float = 2.0, learning_rate: float = 0.1
+    folder: Path, method: str, seed: int, scale: float = 2.0, learning_rate: float = 0.1, **about
 ) -> Path:
     ids, labels, logits = make_logits(300, seed=seed, scale=scale)
     configuration = {
         "run": {"dir": str(folder), "seed": seed},
         "optimizer": {"learning_rate": learning_rate},
     }
-    about = About(
-        model="lenet5", method=method, seed=seed, training_seconds=61.0, configuration=configuration
-    )
-    write_bare_report(Records.from_logits(ids, labels, logits), folder / "report", about)
+    told = About(
+        model="lenet5", method=method, seed=seed, training_seconds=61.0,
+        configuration=configuration, **about,
+    )  # fmt: skip
+    write_bare_report(Records.from_logits(ids, labels, logits), folder / "report", told)
     return folder
 
 
@@ -48,71 +50,133 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests ask for the numbers: drawing is tested with the first."""
+    monkeypatch.setattr(compare, "_write_page", lambda *_: None)
+
+
 def test_files_and_page(runs: list[Path], tmp_path: Path) -> None:
     c = write_comparison(runs, tmp_path, resamples=100)
     names = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
-    figures = ("reliability", "risk_coverage", "accuracy_ece")
+    figures = ("reliability", "risk_coverage", "accuracy_ece", "accuracy_aurc")
     expected = {f"figures/{n}.{s}" for n in figures for s in ("png", "svg")}
     assert names == expected | {"index.html", "comparison.json", "comparison.csv"}
     assert strict_json(tmp_path / "comparison.json") == json.loads(json.dumps(c))
     page = assert_sound_page(tmp_path / "index.html")
-    for text in (*c["verdict"], "sgd_0", "csam_0", "Over training seeds"):
+    for text in (*c["verdict"], "sgd_0", "csam_0", "over training seeds", "2 methods, 3 runs"):
         assert text in page.text
     rows = list(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))
     assert [r["run"] for r in rows] == ["sgd_0", "sgd_1", "csam_0"]
-    assert rows[0]["nll_difference"] == ""
-    assert float(rows[2]["nll_difference"]) == c["differences"][1]["nll"]["value"]
+    assert rows[0]["nll_difference"] == rows[0]["against"] == ""
+    assert rows[2]["against"] == "sgd_0"  # the baseline's run of the same seed
+    assert float(rows[2]["nll_difference"]) == c["runs"][2]["difference"]["nll"]["value"]
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_differences_are_paired_and_marks_need_them(runs: list[Path], tmp_path: Path) -> None:
     c = write_comparison([runs[0], runs[2]], tmp_path, resamples=200)
     (difference,) = c["differences"]
     first, second = c["runs"]
     for key in COMPARED:
-        d = difference[key]
+        d = difference["before"][key]
         assert d["value"] == pytest.approx(second[key] - first[key], abs=1e-9)
         assert d["shown"] == (d["low"] > 0 or d["high"] < 0)
+        assert d["over_seeds"] is None
+        assert {k: d[k] for k in ("value", "low", "high")} == second["difference"][key]
     # The networks are one, but for the scale of the logits: same answers, other confidences.
-    assert difference["accuracy"]["value"] == 0
-    assert not difference["accuracy"]["shown"]
-    assert c["best"]["accuracy"] is None
-    assert c["best"]["nll"] == c["best"]["ece"] == "csam_0"
-    assert c["best"]["signed_gap"] is None
+    assert difference["before"]["accuracy"]["value"] == 0
+    assert not difference["before"]["accuracy"]["shown"]
+    assert second["mcnemar"] == {"only_first": 0, "only_second": 0, "exact": 1.0, "mid_p": 1.0}
+    best = c["best"]["before"]
+    assert best["accuracy"] is None
+    assert best["nll"] == best["ece"] == "csam_0"
+    assert best["signed_gap"] is None
+    # What temperature scaling takes away is no difference after it.
+    assert set(c["best"]["after"].values()) == {None}
     assert c["verdict"][0] == "Accuracy: no difference shown for csam_0."
     assert c["verdict"][1].startswith("NLL: lower (better) for csam_0 by ")
-    assert c["groups"] == []
+    assert "another training seed may turn them" in c["verdict"][-1]
+    assert [m["runs"] for m in c["methods"]] == [["sgd_0"], ["csam_0"]]
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_run_against_its_own_copy_shows_nothing(runs: list[Path], tmp_path: Path) -> None:
     copy = write_run(tmp_path / "copy", "sgd", 0, 4.0)
     c = write_comparison([runs[0], copy], tmp_path / "out", resamples=50)
-    assert all("no difference shown for copy" in s for s in c["verdict"])
-    assert set(c["best"].values()) == {None}
+    assert len(c["methods"]) == 2  # one seed given twice is no two seeds
+    assert all("no difference shown for copy" in s for s in c["verdict"][:-1])
+    assert {v for side in c["best"].values() for v in side.values()} == {None}
 
 
-def test_seeds_are_grouped(runs: list[Path], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("without_figures")
+def test_seeds_are_one_method(runs: list[Path], tmp_path: Path) -> None:
     c = write_comparison(runs, tmp_path, resamples=20)
-    sgd, csam = c["groups"]
-    assert sgd["runs"] == ["sgd_0", "sgd_1"]
+    sgd, csam = c["methods"]
+    assert (sgd["name"], sgd["runs"], sgd["seeds"]) == ("sgd", ["sgd_0", "sgd_1"], [0, 1])
     accuracies = [r["accuracy"] for r in c["runs"][:2]]
-    assert sgd["accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
-    assert sgd["accuracy"]["sd"] == pytest.approx(np.std(accuracies, ddof=1))
-    assert csam["accuracy"]["sd"] is None
+    assert sgd["before"]["accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
+    assert sgd["before"]["accuracy"]["sd"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert csam["before"]["accuracy"]["sd"] is None
+    assert c["differences"][0]["before"]["ece"]["over_seeds"] is None
 
 
+@pytest.mark.usefixtures("without_figures")
+def test_seeds_of_the_best_method_do_not_stand_in_each_others_way(tmp_path: Path) -> None:
+    base = tmp_path
+    runs = [write_run(base / f"sgd_{s}", "sgd", s, 4.0) for s in range(3)]
+    runs += [write_run(base / f"csam_{s}", "csam", s, 1.8) for s in range(3)]
+    c = write_comparison(runs, base / "out", resamples=100)
+    assert c["best"]["before"]["nll"] == c["best"]["before"]["ece"] == "csam"
+    (difference,) = c["differences"]
+    ece = [[r["ece"] for r in c["runs"] if r["method"] == m] for m in ("csam", "sgd")]
+    over = difference["before"]["ece"]["over_seeds"]
+    assert over["mean"] == pytest.approx(np.mean(ece[0]) - np.mean(ece[1]))
+    assert over["mean"] == pytest.approx(difference["before"]["ece"]["value"])
+    assert over["shown"]
+    assert "over 3 training seeds or more" in c["verdict"][-1]
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_methods_whose_seeds_disagree_are_not_told_apart(tmp_path: Path) -> None:
+    """Each pair differs far beyond its images, but not always in the same direction."""
+    scales = {"sgd": (4.0, 4.0, 4.0), "sam": (1.8, 1.8, 12.0)}
+    runs = [
+        write_run(tmp_path / f"{method}_{seed}", method, seed, scale)
+        for method, of_seeds in scales.items()
+        for seed, scale in enumerate(of_seeds)
+    ]
+    c = write_comparison(runs, tmp_path / "out", resamples=100)
+    nll = c["differences"][0]["before"]["nll"]
+    assert nll["low"] > 0  # over images alone sam would be worse, by its third seed
+    assert not nll["over_seeds"]["shown"]
+    assert not nll["shown"]
+    assert c["verdict"][1] == "NLL: no difference shown for sam."
+    assert c["best"]["before"]["nll"] is None
+
+
+@pytest.mark.usefixtures("without_figures")
 def test_other_settings_are_no_seeds(runs: list[Path], tmp_path: Path) -> None:
     other = write_run(tmp_path / "sgd_2", "sgd", 2, 4.0, learning_rate=0.2)
     c = write_comparison([runs[0], runs[1], other], tmp_path / "out", resamples=20)
-    assert [g["runs"] for g in c["groups"]] == [["sgd_0", "sgd_1"], ["sgd_2"]]
-    assert len({g["name"] for g in c["groups"]}) == 2
+    assert [m["runs"] for m in c["methods"]] == [["sgd_0", "sgd_1"], ["sgd_2"]]
+    assert len({m["name"] for m in c["methods"]}) == 2
     c = write_comparison([runs[0], other], tmp_path / "out2", resamples=20)
-    assert c["groups"] == []
+    assert [m["name"] for m in c["methods"]] == ["sgd_0", "sgd_2"]
 
 
+def test_one_method_alone(runs: list[Path], tmp_path: Path) -> None:
+    c = write_comparison(runs[:2], tmp_path, resamples=20)
+    assert c["differences"] == []
+    assert "its spread" in c["verdict"][0]
+    assert_sound_page(tmp_path / "index.html")
+
+
+@pytest.mark.usefixtures("without_figures")
 def test_report_directories_and_equal_names(runs: list[Path], tmp_path: Path) -> None:
     twin = write_run(tmp_path / "other" / "sgd_0", "sgd", 5, 4.0)
     c = write_comparison([runs[0] / "report", twin], tmp_path / "out", resamples=20)
-    assert c["baseline"].endswith("/sgd_0")
+    assert c["runs"][0]["run"].endswith("/sgd_0")
     assert c["runs"][1]["run"] == "other/sgd_0"
 
 
@@ -146,6 +210,13 @@ def test_other_images_are_refused(runs: list[Path], tmp_path: Path) -> None:
     write_bare_report(Records.from_logits(ids, labels, logits), other / "report")
     with pytest.raises(ValueError, match="different labels for 3 of 300"):
         write_comparison([runs[0], other], tmp_path / "out")
+
+
+def test_other_pixels_under_the_same_ids_are_refused(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", "sgd", 0, data_identity="0" * 64)
+    second = write_run(tmp_path / "b", "sgd", 1, data_identity="1" * 64)
+    with pytest.raises(ValueError, match=r"a and b .* other data .* ids \(0{16} and 1{16}\)"):
+        write_comparison([first, second], tmp_path / "out")
 
 
 def test_equal_networks_are_seldom_told_apart() -> None:

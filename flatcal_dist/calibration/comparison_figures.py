@@ -1,0 +1,71 @@
+"""Figures of several runs together; runs of one group share colour, marker and name."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from .drawing import Curve, percent_axes, style
+from .figures import DIAGONAL
+from .naming import METRICS
+from .palette import light
+
+
+def draw_reliability_overlay(curves: Sequence[Curve], title: str) -> Figure:
+    """Smooth accuracy against confidence, one line per run, where images are not too few."""
+    with style():
+        figure = Figure(figsize=(5.6, 5.4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], **DIAGONAL)
+        for c in curves:
+            curve = c.side["smooth_curve"]
+            known = [i for i, v in enumerate(curve["accuracy"]) if v is not None]
+            x, y = ([curve[key][i] for i in known] for key in ("confidence", "accuracy"))
+            axes.plot(
+                x, y, color=c.colour, linestyle=c.dashes, linewidth=1.7 if c.named else 1.0,
+                marker=c.marker, markevery=12, markersize=5, label=c.label,
+            )  # fmt: skip
+        axes.set(xlim=(0, 1), ylim=(0, 1), title=title, xlabel="Confidence", ylabel="Accuracy")
+        percent_axes(axes)
+        figure.legend(loc="outside lower center", ncols=3)
+        return figure
+
+
+def draw_scatter(curves: Sequence[Curve], key: str, title: str) -> Figure:
+    """A metric against accuracy, one mark per run and a cross at the mean of a group of several.
+
+    Bars are 95 % intervals over images; ECE has none, but a grey bar up to what a perfectly
+    calibrated network would stay below in 95 % of draws.
+    """
+    metric = METRICS[key]
+    with style():
+        figure = Figure(figsize=(5.6, 5.4), layout="constrained")
+        axes = figure.subplots()
+        for c in curves:
+            x, y, limits = c.side["accuracy"], c.side[key], c.side["intervals"]
+            for name, along in (("accuracy", "x"), (key, "y")):
+                ends = limits.get(name)
+                if ends and ends["low"] is not None:
+                    span = [ends["low"], ends["high"]]
+                    place = (span, [y, y]) if along == "x" else ([x, x], span)
+                    axes.plot(*place, color=c.colour, linewidth=0.9, alpha=0.5)
+            axes.scatter([x], [y], s=46, color=c.colour, marker=c.marker, zorder=3, label=c.label)
+            if key == "ece":
+                chance = c.side["ece_null"]["quantile_95"]
+                axes.plot([x, x], [0, chance], color=light("band"), linewidth=3, zorder=1)
+        for series in {c.series for c in curves}:
+            members = [c for c in curves if c.series == series]
+            if len(members) > 1:
+                at = [np.mean([m.side[name] for m in members]) for name in ("accuracy", key)]
+                axes.scatter(
+                    *([v] for v in at), s=190, color=members[0].colour, marker="+",
+                    linewidth=2.2, zorder=4,
+                )  # fmt: skip
+        axes.set(title=title, xlabel="Accuracy", ylabel=metric.name)
+        axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
+        percent_axes(axes, y=metric.unit.suffix == " %")
+        if metric.unit.factor == 1000:
+            axes.yaxis.set_major_formatter(lambda v, _: f"{1000 * v:g}")
+        axes.locator_params(axis="x", nbins=5)
+        figure.legend(loc="outside lower center", ncols=3)
+        return figure

@@ -1,0 +1,140 @@
+"""Drawing without pyplot and without touching matplotlib's settings; SVG made fit for a page."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MultipleLocator
+
+from flatcal_dist.files import write_atomically
+
+from .palette import PALETTE, SERIES, light
+
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": light("band"),
+    "axes.labelcolor": light("muted"),
+    "axes.titlecolor": light("ink"),
+    "axes.facecolor": "none",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": light("rule"),
+    "grid.linewidth": 0.6,
+    "text.color": light("ink"),
+    "xtick.color": light("band"),
+    "ytick.color": light("band"),
+    "xtick.labelcolor": light("muted"),
+    "ytick.labelcolor": light("muted"),
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "figure.facecolor": light("paper"),
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "legend.handlelength": 1.6,
+    "lines.linewidth": 1.9,
+    "lines.solid_capstyle": "round",
+    "hatch.linewidth": 0.7,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "flatcal",
+    "savefig.dpi": 200,
+}
+PERCENT = FuncFormatter(lambda value, _: f"{round(100 * value, 6):g} %".replace("-", "−"))
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of an overlay: its side of `metrics.json`, its name, colour, dashes and marker.
+
+    Lines of one series (the seeds of a method) share all but the numbers; only the first is named.
+    Colour is never alone: series differ in marker, and in dashes where colours come round again.
+    """
+
+    name: str
+    side: dict[str, Any]
+    series: int = 0
+    named: bool = True
+
+    @property
+    def label(self) -> str:
+        """The name as matplotlib prints it: no mathematics, no hiding of a leading underscore."""
+        return "\u200b" + self.name.replace("$", r"\$") if self.named else "_"
+
+    @property
+    def colour(self) -> str:
+        return light(SERIES[self.series % len(SERIES)])
+
+    @property
+    def marker(self) -> str:
+        return MARKERS[self.series % len(MARKERS)]
+
+    @property
+    def dashes(self) -> Any:
+        return DASHES[self.series // len(SERIES) % len(DASHES)]
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> str:
+    """Write folder/name.png and .svg, each whole or not at all; return the SVG text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with style():
+        FigureCanvasAgg(figure)
+        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+            with write_atomically(folder / f"{name}{suffix}") as temporary:
+                figure.savefig(temporary, metadata=metadata)
+            figure.set_layout_engine("none")  # laid out once; the second format takes the same
+    return (folder / f"{name}.svg").read_text(encoding="utf-8")
+
+
+def inline_svg(svg: str, name: str, title: str, description: str) -> str:
+    """The SVG for a page: theme colours, ids of its own, a title, no outside references."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(xmlns(:\w+)?|version|width|height)="[^"]*"', "", svg, count=5)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-")
+    for key, colour in PALETTE.items():
+        svg = svg.replace(colour.light, f"var(--{key})")
+    # Text takes the page's typeface; sizes and anchors stay.
+    svg = re.sub(r"(font: [^;\"]*?[\d.]+px) [^;\"]*", r"\1 var(--sans)", svg)
+    labelled = f'<svg role="img" aria-labelledby="{name}-title {name}-description"'
+    text = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-description">'
+    svg = svg.replace("<svg", labelled, 1)
+    return svg.replace(">", f">{text}{escape(description)}</desc>", 1)
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Settings of our own, from matplotlib's defaults and not from the user's file."""
+    defaults = {k: v for k, v in mpl.rcParamsDefault.items() if not k.startswith("backend")}
+    with mpl.rc_context({**defaults, **STYLE}):
+        yield
+
+
+def percent_axes(axes: Axes, *, x: bool = True, y: bool = True) -> None:
+    """Print shares as per cent; a confidence axis has a tick every 20 %."""
+    if x:
+        axes.xaxis.set_major_formatter(PERCENT)
+        if tuple(axes.get_xlim()) == (0, 1):
+            axes.xaxis.set_major_locator(MultipleLocator(0.2))
+    if y:
+        axes.yaxis.set_major_formatter(PERCENT)

@@ -1,0 +1,164 @@
+"""A sweep: one base configuration and a grid of values; each combination is a run of its own.
+
+    name: digits_sweep                     # by default the file's
+    base: ../digits/csam.yaml              # relative to the sweep's file
+    directory: runs/digits_sweep           # by default runs/NAME; each run is a directory in it
+    set: {train.epochs: 20}                # the same for all runs
+    grid:
+      sharpness.rule: [sam, csam]
+      sharpness.gamma: [0.5, 1.0]
+      run.seed: [0, 1, 2]
+    exclude:                               # what matches all of an entry is left out
+      - {sharpness.rule: sam, sharpness.gamma: [0.5]}
+
+The last key of the grid turns fastest. A run is named by its values, not by its number, so that a
+grid that grows finds the runs it has.
+"""
+
+import itertools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from flatcal_dist import config as configuration
+from flatcal_dist.config import Config, ConfigError, Section, fingerprint
+
+
+class Sweep(Section):
+    name: str = Field(pattern=r"^[\w.+-]+$", description="also the W&B group of its runs")
+    base: str = Field(description="configuration that all runs start from")
+    directory: str = Field(description="holds the run directories")
+    set: dict[str, Any] = Field({}, description="overrides of all runs, by dotted key")
+    grid: dict[str, list[Any]] = Field(min_length=1, description="values by dotted key")
+    exclude: list[dict[str, Any]] = Field([], description="combinations to leave out")
+
+
+@dataclass(frozen=True)
+class Element:
+    """One run of a sweep: `overrides` of the base configuration are all but its run.dir."""
+
+    index: int
+    name: str
+    run: Path
+    overrides: tuple[str, ...]
+    config: Config
+
+    @property
+    def arguments(self) -> list[str]:
+        """What a recipe takes after `--config BASE`."""
+        return [f"run.dir={self.run}", *self.overrides]
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """Read a sweep's file. Raises ConfigError with the key and what was expected there."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the sweep {path}: {error}") from None
+    values = configuration.parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold the keys of a sweep: base, grid, ...")
+    values.setdefault("name", path.stem)
+    values.setdefault("directory", f"runs/{values['name']}")
+    if isinstance(values.get("base"), str):
+        values["base"] = str((path.parent / values["base"]).resolve())
+    try:
+        sweep = Sweep.model_validate(values)
+    except ValidationError as error:
+        lines = (
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}"
+            for problem in error.errors()
+        )
+        raise ConfigError(f"{path} is not a sweep:\n" + "\n".join(lines)) from None
+    _check(sweep, path)
+    return sweep
+
+
+def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[Element]:
+    """Every run of the sweep, in the order of the grid, numbered from 0.
+
+    `overrides` of all runs win over the file's. Raises ConfigError for a run whose configuration
+    cannot be used, and for two that would be the same.
+    """
+    common = [_override(key, value) for key, value in sweep.set.items()] + list(overrides)
+    found: list[Element] = []
+    for values in itertools.product(*sweep.grid.values()):
+        point = dict(zip(sweep.grid, values, strict=True))
+        if any(_matches(point, entry) for entry in sweep.exclude):
+            continue
+        name = "-".join(_part(key, value) for key, value in point.items())
+        run = Path(sweep.directory) / name
+        explicit = [*common, *(_override(key, value) for key, value in point.items())]
+        if not any(text.startswith("wandb.group=") for text in explicit):
+            explicit.insert(0, f"wandb.group={sweep.name}")
+        try:
+            config = configuration.load(sweep.base, [*explicit, f"run.dir={run}"])
+        except ConfigError as error:
+            raise ConfigError(f"run {len(found)} of the sweep, {name}: {error}") from None
+        found.append(Element(len(found), name, run, tuple(explicit), config))
+    _refuse_twins(found)
+    if not found:
+        raise ConfigError(f"sweep {sweep.name}: exclude leaves out every run of the grid")
+    return found
+
+
+def _check(sweep: Sweep, path: Path) -> None:
+    for key, values in sweep.grid.items():
+        if not values:
+            raise ConfigError(f"{path}: grid.{key} lists no value")
+    for key in ("run.dir", "wandb.name"):
+        if key in sweep.grid or key in sweep.set:
+            raise ConfigError(f"{path}: {key} follows from the sweep (`directory`, `grid`)")
+    if both := sorted(sweep.grid.keys() & sweep.set.keys()):
+        raise ConfigError(f"{path}: {', '.join(both)} stands in grid and in set; keep one")
+    for number, entry in enumerate(sweep.exclude):
+        for key, values in entry.items():
+            for value in values if isinstance(values, list) else [values]:
+                if key not in sweep.grid:
+                    raise ConfigError(f"{path}: exclude[{number}].{key} is not a key of the grid")
+                if value not in sweep.grid[key]:
+                    raise ConfigError(
+                        f"{path}: exclude[{number}].{key} = {value!r} is not in the grid, which "
+                        f"has {sweep.grid[key]}"
+                    )
+
+
+def _matches(point: dict[str, Any], entry: dict[str, Any]) -> bool:
+    return all(
+        point[key] in (wanted if isinstance(wanted, list) else [wanted])
+        for key, wanted in entry.items()
+    )
+
+
+def _override(key: str, value: Any) -> str:
+    """`key=value` that is read back as just this value."""
+    if isinstance(value, str) and configuration.parse_yaml(value, key) == value:
+        return f"{key}={value}"
+    return f"{key}={json.dumps(value)}"
+
+
+def _part(key: str, value: Any) -> str:
+    """Of a run's name: the value, behind the last part of its key unless it is a word itself."""
+    text = value if isinstance(value, str) else key.rsplit(".", 1)[-1] + json.dumps(value)
+    return re.sub(r"[^\w.+-]+", "_", text).strip("_")
+
+
+def _refuse_twins(found: list[Element]) -> None:
+    """Two runs of one name would share a directory; two of one configuration are one run."""
+    for what, key in (
+        ("are called", lambda e: e.name),
+        ("compute", lambda e: fingerprint(e.config)),
+    ):
+        seen: dict[str, Element] = {}
+        for element in found:
+            twin = seen.setdefault(key(element), element)
+            if twin is not element:
+                raise ConfigError(
+                    f"runs {twin.index} and {element.index} of the sweep {what} the same: "
+                    f"{' '.join(twin.overrides)} and {' '.join(element.overrides)}"
+                )

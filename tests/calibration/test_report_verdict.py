@@ -1,0 +1,110 @@
+"""What the verdict says, and that it says no more than the intervals allow."""
+
+from flatcal_dist.calibration.verdict import verdict
+
+
+def texts(m: dict, shift: dict | None = None) -> list[str]:
+    return [finding.text for finding in verdict(m, shift)]
+
+
+def side(gap: tuple, ece: float = 0.05, p: float = 0.001, **values: object) -> dict:
+    """A side of metrics.json, as far as the verdict reads it."""
+    value, low, high = gap
+    return {
+        "accuracy": 0.8,
+        "mean_confidence": 0.8 + value,
+        "signed_gap": value,
+        "ece": ece,
+        "auroc": 0.9,
+        "coverage_at_95_accuracy": 0.6,
+        "confidence_at_95_accuracy": 0.7,
+        "ece_null": {"mean": 0.01, "quantile_95": 0.02, "p_value": p},
+        "intervals": {
+            "signed_gap": {"low": low, "high": high},
+            "auroc": {"low": 0.88, "high": 0.92},
+        },
+        "operating_points": {
+            "by_accuracy": [
+                {"accuracy_wanted": 0.9, "held_out": None},
+                {
+                    "accuracy_wanted": 0.95,
+                    "held_out": {"accuracy": 0.948, "low": 0.93, "high": 0.96},
+                },
+            ]
+        },
+    } | values
+
+
+def run(
+    gap: tuple = (0.05, 0.03, 0.07),
+    nll: tuple = (-0.02, -0.03, -0.01),
+    ece: tuple = (-0.04, -0.05, -0.03),
+    p_after: float = 0.4,
+    moved: tuple = (-0.05, -0.06, -0.04),
+    images: int = 1000,
+    **values: object,
+) -> dict:
+    difference = {
+        name: dict(zip(("value", "low", "high"), v, strict=True))
+        for name, v in (("nll", nll), ("ece", ece), ("signed_gap", moved))
+    }
+    after = side((0.0, -0.02, 0.02), 0.05 + ece[0], p_after, difference=difference)
+    head = {
+        "images": images,
+        "temperature": 1.237,
+        "after_temperature": after,
+        "per_class": {"class": []},
+        "confident_errors": [],
+    }
+    return side(gap, **values) | head
+
+
+def test_verdict_claims_what_the_intervals_allow() -> None:
+    said = " ".join(texts(run()))
+    assert "over-confident by 5.0 points (95 % interval 3.0 to 7.0)" in said
+    assert "so it is miscalibrated" in said
+    assert "lowers NLL by 0.020 (0.010 to 0.030) and lowers ECE from 5.0 % to 1.0 %" in said
+    assert "a calibrated network could show as much" in said
+    assert "divide the logits by 1.24" in said
+    assert "60 % of these images can be answered at 95 % accuracy" in said
+    assert "confidence of 70.0 % or more" in said
+
+
+def test_verdict_of_an_under_confident_network() -> None:
+    said = " ".join(texts(run(gap=(-0.05, -0.07, -0.03))))
+    assert "under-confident by 5.0 points (95 % interval 3.0 to 7.0)" in said
+
+
+def test_verdict_does_not_claim_what_is_not_shown() -> None:
+    m = run(gap=(0.01, -0.01, 0.03), nll=(-0.001, -0.01, 0.01), ece=(-0.01, -0.02, 0.01))
+    m["ece_null"]["p_value"] = 0.3
+    said = " ".join(texts(m))
+    assert "Neither over- nor under-confidence is shown" in said
+    assert "do not show it to be miscalibrated" in said
+    assert "shows no change in NLL; ECE goes from 5.0 % to 4.0 %, no change shown" in said
+    assert "no case here for changing the temperature" in said
+
+
+def test_verdict_when_nll_and_ece_disagree() -> None:
+    said = " ".join(texts(run(ece=(0.02, 0.01, 0.03), p_after=0.001)))
+    assert "lowers NLL by 0.020 (0.010 to 0.030) but raises ECE from 5.0 % to 7.0 %" in said
+    assert "still more than a calibrated network would show" in said
+    assert "The two disagree" in said
+
+
+def test_verdict_when_only_ece_moves() -> None:
+    said = " ".join(texts(run(nll=(-0.001, -0.01, 0.01))))
+    assert "shows no change in NLL but lowers ECE from 5.0 % to 1.0 %" in said
+    assert "is shown to mend ECE and nothing else" in said
+
+
+def test_verdict_near_zero_shows_the_digits_that_decide() -> None:
+    assert "by 0.04 points (95 % interval 0.01 to 0.07)" in texts(run((4e-4, 1e-4, 7e-4)))[0]
+
+
+def test_verdict_on_coverage() -> None:
+    assert "no threshold on confidence" in texts(run(coverage_at_95_accuracy=0.0))[2]
+    said = texts(run(accuracy=0.97))
+    assert any("all of these images can be answered" in s for s in said)
+    said = texts(run(accuracy=0.995))
+    assert "Only 5 predictions are wrong" in said[-1]

@@ -1,0 +1,95 @@
+"""Sweep files: which runs they mean, their names, and errors that say how to mend them."""
+
+from pathlib import Path
+
+import pytest
+
+from flatcal_dist.config import ConfigError, load
+from flatcal_dist.sweep import elements, load_sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def sweep_file(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "study.yaml"
+        path.write_text(f"base: {ROOT}/configs/digits/csam.yaml\n{text}")
+        return path
+
+    return write
+
+
+GRID = """
+set: {train.epochs: 3}
+grid:
+  sharpness.rule: [none, sam, csam]
+  sharpness.rho: [0.05, 1e-4]
+  run.seed: [0, 1]
+exclude:
+  - {sharpness.rule: none, sharpness.rho: [1e-4]}
+  - {sharpness.rule: csam, run.seed: 1}
+"""
+
+
+def test_the_grid_in_its_order_without_what_is_excluded(sweep_file):
+    found = elements(load_sweep(sweep_file(GRID)))
+    assert [element.name for element in found] == [
+        "none-rho0.05-seed0", "none-rho0.05-seed1",
+        "sam-rho0.05-seed0", "sam-rho0.05-seed1", "sam-rho0.0001-seed0", "sam-rho0.0001-seed1",
+        "csam-rho0.05-seed0", "csam-rho0.0001-seed0",
+    ]  # fmt: skip
+    assert [element.index for element in found] == list(range(8))
+    assert found[4].run == Path("runs/study/sam-rho0.0001-seed0")
+    assert found[4].overrides == (
+        "wandb.group=study", "train.epochs=3",
+        "sharpness.rule=sam", "sharpness.rho=0.0001", "run.seed=0",
+    )  # fmt: skip
+
+
+def test_the_overrides_alone_make_the_configuration(sweep_file):
+    sweep = load_sweep(sweep_file(GRID))
+    for element in elements(sweep, ["train.epochs=7", "wandb.group=mine"]):
+        config = load(sweep.base, element.arguments)
+        assert config == element.config
+        assert (config.train.epochs, config.wandb.group) == (7, "mine")
+        assert config.run.dir == str(element.run)
+
+
+def test_values_are_read_back_as_they_were_written(sweep_file):
+    text = "grid:\n  wandb.project: ['1', 'true', 'a: b', plain]\n  data.mean: [[0.0], [0.5]]\n"
+    sweep = load_sweep(sweep_file(text + "  wandb.tags: [[a, b]]\n  train.max_steps: [null]"))
+    with pytest.raises(ConfigError, match="compute the same"):  # W&B's keys change no result
+        elements(sweep)
+    sweep = sweep.model_copy(update={"grid": {**sweep.grid, "wandb.project": ["true"]}})
+    found = [element.config for element in elements(sweep)]
+    assert [config.data.mean for config in found] == [[0.0], [0.5]]
+    for config in found:
+        assert (config.wandb.project, config.wandb.tags) == ("true", ["a", "b"])
+        assert config.train.max_steps is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("grid: {}", "grid: dictionary should have at least 1 item"),
+        ("grid: {run.seed: 3}", "grid.run.seed: input should be a valid list"),
+        ("grid: {run.seed: []}", "grid.run.seed lists no value"),
+        ("gird: {run.seed: [1]}", "gird: extra inputs are not permitted"),
+        ("grid: {run.dir: [a]}", "run.dir follows from the sweep"),
+        ("grid: {run.seed: [1]}\nset: {run.seed: 2}", "run.seed stands in grid and in set"),
+        ("grid: {run.seed: [1]}\nexclude: [{run.sed: 1}]", "exclude[0].run.sed is not a key of"),
+        ("grid: {run.seed: [1]}\nexclude: [{run.seed: 2}]", "exclude[0].run.seed = 2 is not in"),
+        ("grid: {run.seed: [1]}\nexclude: [{run.seed: 1}]", "leaves out every run"),
+        ("grid: {run.seed: [1, 1]}", "runs 0 and 1 of the sweep are called the same"),
+        ("grid: {sharpness.rho: [1, 1.0]}", "runs 0 and 1 of the sweep compute the same"),
+        ("grid: {sharpness.roh: [1]}", "did you mean sharpness.rho?"),
+        ("grid: {sharpness.rho: [0.1, -1]}", "run 1 of the sweep, rho-1: sharpness.rho = -1"),
+        ("name: a/b\ngrid: {run.seed: [1]}", "name: string should match pattern"),
+        ("- 1", "study.yaml"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_with_its_key(sweep_file, text, message):
+    with pytest.raises(ConfigError) as error:
+        elements(load_sweep(sweep_file(text)))
+    assert message in str(error.value)
