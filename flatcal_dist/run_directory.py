@@ -133,12 +133,19 @@ class RunDirectory:
 
     def write(self, state: State) -> None:
         """Raises RunError where the directory is gone, instead of beginning an empty one."""
+        try:
+            self._refuse_vanished()
+            write_json(self.path / "state.json", asdict(state))
+        except FileNotFoundError:
+            self._refuse_vanished()  # between the look and the writing
+            raise
+
+    def _refuse_vanished(self) -> None:
         if not self.checkpoints.is_dir():
             raise RunError(
                 f"run.dir={self.path} has vanished (removed, renamed, or its file system is gone); "
                 "with it back in its place the same command goes on from its newest checkpoint"
             )
-        write_json(self.path / "state.json", asdict(state))
 
     def fail(self, cause: str, rank: int) -> str:
         """Record a failure; the first rank to do so keeps its word. Returns the first cause."""

@@ -5,14 +5,17 @@ import pickle
 import threading
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from flatcal_dist.config import Config, to_yaml
 from flatcal_dist.sharpness import LookSAM, ReplicatedEngine, SharpnessAwareStep
 from flatcal_dist.training import checkpoint
 from flatcal_dist.training.averaging import Average
 from flatcal_dist.training.checkpoint import CheckpointError, Progress
+from flatcal_dist.training.resharding import export
 from flatcal_dist.training.saving import Saver
 from flatcal_dist.weights import WeightsError, load_weights, save_weights
 
@@ -270,3 +273,32 @@ def test_weights_that_share_a_tensor_are_loaded(tmp_path):
     load_weights(other, tmp_path / "tied.safetensors")
     assert torch.equal(other.a.weight, Tied(1).a.weight)
     assert other.b.weight is other.a.weight
+
+
+def test_an_export_is_what_timm_loads(tmp_path):
+    run = tmp_path / "run"
+    config = Config(
+        data={"image_size": 32},
+        model={"name": "test_resnet", "num_classes": 5},
+        run={"dir": str(run)},
+    )
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(config))
+    network = timm.create_model("test_resnet", num_classes=5)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    step = SharpnessAwareStep(ReplicatedEngine(network, optimizer), None)
+    for number in (3, 4):
+        save(run / "checkpoints", number, step)
+        with torch.no_grad():
+            next(network.parameters()).mul_(2)
+    export(run, tmp_path / "newest.safetensors")
+    export(run, tmp_path / "third.safetensors", step=3)
+    for name, factor in (("newest", 2), ("third", 4)):
+        file = tmp_path / f"{name}.safetensors"
+        loaded = timm.create_model("test_resnet", num_classes=5, checkpoint_path=file)
+        ours, theirs = dict(network.named_parameters()), dict(loaded.named_parameters())
+        key = next(iter(ours))
+        assert torch.equal(theirs.pop(key) * factor, ours.pop(key))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(CheckpointError, match=r"step_00000007 is not there; .* \[3, 4\]"):
+        export(run, tmp_path / "none.safetensors", step=7)

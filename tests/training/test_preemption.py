@@ -57,16 +57,14 @@ def test_the_watchdog_barks_when_no_step_comes(monkeypatch, capfd):
     def end(cause):
         said.append(cause)
         barked.set()
-        threading.Event().wait(0.2)
-        raise SystemExit  # ends the thread
+        threading.Event().wait()  # as os._exit, it does not return
 
-    dog = Watchdog(end, minutes=0.2 / 60)
-    for _ in range(30):
+    dog = Watchdog(end, minutes=1 / 60)
+    for _ in range(150):
         time.sleep(0.01)
         dog.beat()
-    quiet = not said
-    assert barked.wait(30)
-    assert quiet or "this rank hangs" not in said[0], said
+    assert not said
+    assert barked.wait(60)
     assert "this rank hangs in wait" in said[0]
     assert "most recent call first" in capfd.readouterr().err
 
