@@ -5,8 +5,10 @@
 
 Every contender trains its own copy of one network on the same images, with the same SGD. Rounds are
 paired: in each, every contender takes one step, in a shuffled order; a ratio is the median over
-rounds of its time over the plain step's of the same round. Exact SAM cannot be under 2.0. Nothing
-is asserted. On a GPU when there is one, else on the CPU; peers that are not installed are left out.
+rounds of its time over the plain step's of the same round. Exact SAM cannot be under 2.0. Memory is
+the peak above the plain step's, in copies of the weights; collectives are those of one step, where
+several ranks run. Nothing is asserted. On a GPU when there is one, else on the CPU; peers that are
+not installed are left out.
 """
 
 import argparse
@@ -16,8 +18,10 @@ import json
 import os
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -25,10 +29,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
 from flatcal_dist.distributed import start
 from flatcal_dist.losses import cross_entropy
 from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
+from flatcal_dist.training.traffic import counted
 
 RATE, MOMENTUM, RHO = 0.01, 0.9, 0.05
 Step = Callable[[Tensor, Tensor], object]
@@ -140,14 +146,18 @@ CONTENDERS = {
 }
 
 
-def contenders(network: nn.Module, device: torch.device) -> dict[str, Step]:
+def contender(name: str, network: nn.Module, device: torch.device) -> Step:
+    model = copy.deepcopy(network).to(device).train()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        model = DistributedDataParallel(model)
+    return CONTENDERS[name](model)
+
+
+def installed(network: nn.Module, device: torch.device) -> dict[str, Step]:
     steps = {}
-    for name, make in CONTENDERS.items():
-        model = copy.deepcopy(network).to(device).train()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            model = DistributedDataParallel(model)
+    for name in CONTENDERS:
         try:
-            steps[name] = make(model)
+            steps[name] = contender(name, network, device)
         except ImportError as error:
             print(f"left out: {name} ({error})")
     return steps
@@ -163,14 +173,22 @@ def seconds(step: Step, images: Tensor, labels: Tensor) -> float:
     return time.perf_counter() - started
 
 
-def peak_memory(step: Step, images: Tensor, labels: Tensor) -> float | None:
-    """MiB above what is held before, at the peak of one step; None on a CPU."""
-    if images.device.type != "cuda":
-        return None
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    seconds(step, images, labels)
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+def peak_memory(name: str, network: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Bytes allocated at the peak of three steps of a new contender, its network included."""
+    device_type = 1 if images.device.type == "cuda" else 0  # the profiler's numbers
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step = contender(name, network, images.device)
+        for _ in range(3):
+            step(images, labels)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = [e["args"] for e in events if e.get("name") == "[memory]"]
+    changes = [c for c in changes if c["Device Type"] == device_type]
+    # The totals go on from what the process held at an earlier profile's end.
+    before = changes[0]["Total Allocated"] - changes[0]["Bytes"]
+    return max(c["Total Allocated"] for c in changes) - before
 
 
 def compare(name: str, arguments: argparse.Namespace, device: torch.device) -> dict[str, dict]:
@@ -179,7 +197,7 @@ def compare(name: str, arguments: argparse.Namespace, device: torch.device) -> d
     network = timm.create_model(name, num_classes=100, **options)
     images = torch.randn(arguments.batch, 3, arguments.image_size, arguments.image_size)
     images, labels = images.to(device), torch.randint(100, (arguments.batch,)).to(device)
-    steps = contenders(network, device)
+    steps = installed(network, device)
     for step in steps.values():  # warm up
         for _ in range(3):
             step(images, labels)
@@ -191,6 +209,8 @@ def compare(name: str, arguments: argparse.Namespace, device: torch.device) -> d
             times[contender].append(seconds(steps[contender], images, labels))
     gc.enable()
     base = times["plain loop"]
+    weights = sum(w.numel() * w.element_size() for w in network.parameters())
+    least = peak_memory("plain loop", network, images, labels)
     rows = {}
     for contender, values in times.items():
         ratios = sorted(a / b for a, b in zip(values, base, strict=True))
@@ -198,7 +218,9 @@ def compare(name: str, arguments: argparse.Namespace, device: torch.device) -> d
             "ratio": statistics.median(ratios),
             "quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
             "milliseconds": 1000 * statistics.median(values),
-            "memory_mib": peak_memory(steps[contender], images, labels),
+            "extra_copies_of_weights": (peak_memory(contender, network, images, labels) - least)
+            / weights,
+            "collectives": counted(partial(steps[contender], images, labels))[1:],
         }
     return rows
 
@@ -231,10 +253,12 @@ def main() -> None:
         )
         for contender, row in rows.items():
             low, high = row["quartiles"]
-            memory = "" if row["memory_mib"] is None else f"  {row['memory_mib']:8.0f} MiB"
+            number, size = row["collectives"]
+            sent = f"  {number} collectives, {size / 2**20:.1f} MiB" if number else ""
             print(
                 f"  {contender:<30} {row['ratio']:.3f} x plain  ({low:.3f} to {high:.3f})"
-                f"  {row['milliseconds']:8.1f} ms{memory}"
+                f"  {row['milliseconds']:8.1f} ms"
+                f"  + {row['extra_copies_of_weights']:.2f} weights{sent}"
             )
     if arguments.json:
         arguments.json.write_text(json.dumps(outcome, indent=1) + "\n")

@@ -66,8 +66,33 @@ class DataConfig(Section):
     crop_scale: list[float] = Field([0.08, 1.0], min_length=2, max_length=2)
     crop_ratio: list[float] = Field([3 / 4, 4 / 3], min_length=2, max_length=2)
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    auto_augment: Literal["none", "randaugment", "autoaugment", "trivial_augment", "augmix"] = (
+        Field("none", description="after crop and flip, as torchvision has them")
+    )
+    auto_augment_magnitude: int = Field(
+        9, ge=0, le=30, description="of randaugment, 0 to 30, and of augmix, 1 to 10"
+    )
+    auto_augment_operations: int = Field(2, ge=1, description="of randaugment, per image")
+    color_jitter: float = Field(
+        0.0, ge=0, description="brightness, contrast and saturation change by up to this share"
+    )
+    random_erasing: float = Field(
+        0.0, ge=0, le=1, description="probability that a rectangle is painted in the mean colour"
+    )
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0 for none")
+    cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0 for none; with mixup: in turn")
+    mix_probability: float = Field(1.0, ge=0, le=1, description="that a pair of images is mixed")
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     crop_pct: float = Field(0.875, gt=0, le=1, description="share of the image kept in evaluation")
+    decoder: Literal["auto", "simplejpeg", "torchvision", "pil"] = Field(
+        "auto", description="of JPEGs; auto: the fastest that is installed; others are Pillow's"
+    )
+    max_pixels: int = Field(
+        89_478_485, ge=1, le=178_956_970, description="larger images count as bad; bounds memory"
+    )
+    max_bad_samples: int = Field(
+        100, ge=0, description="different images that may be replaced before training stops"
+    )
     shuffle_window: int = Field(
         65536, ge=1, description="images shuffled together; shards are read about this far apart"
     )
@@ -105,6 +130,17 @@ class DataConfig(Section):
             raise ValueError("crop_scale must satisfy 0 < smallest <= largest <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError("crop_ratio must satisfy 0 < smallest <= largest")
+        random = self.auto_augment != "none" or self.color_jitter or self.random_erasing
+        if self.augmentation == "none" and random:
+            raise ValueError(
+                "augmentation=none varies nothing: leave out auto_augment, color_jitter and "
+                "random_erasing, or set augmentation=resized_crop"
+            )
+        if self.auto_augment == "augmix" and not 1 <= self.auto_augment_magnitude <= 10:
+            raise ValueError(
+                "auto_augment=augmix needs auto_augment_magnitude between 1 and 10, not "
+                f"{self.auto_augment_magnitude}"
+            )
         return self
 
 
@@ -215,6 +251,11 @@ class Config(Section):
             )
         if self.train.keep_best and self.train.validate_every_epochs is None:
             raise ValueError("train.keep_best needs validation: set train.validate_every_epochs")
+        if self.sharpness.rule == "csam" and (self.data.mixup or self.data.cutmix):
+            raise ValueError(
+                "sharpness.rule=csam is defined for hard labels only, and mixing makes soft ones: "
+                "set data.mixup=0 and data.cutmix=0, or sharpness.rule=sam"
+            )
         return self
 
 
@@ -222,8 +263,8 @@ class Config(Section):
 # who watches, not what it is meant to compute (batch norm and dropout do see the micro-batches).
 # Everything else belongs to the identity of the run.
 MAY_CHANGE = (
-    "run.dir", "run.world_size", "data.workers", "data.micro_batch_size", "data.cache",
-    "data.cache_limit", "data.stall_timeout", "data.retries", "data.allow_pipe",
+    "run.dir", "run.world_size", "data.workers", "data.micro_batch_size", "data.max_bad_samples",
+    "data.cache", "data.cache_limit", "data.stall_timeout", "data.retries", "data.allow_pipe",
     "train.log_every_steps", "train.validate_every_epochs", "train.checkpoint_every_epochs",
     "train.checkpoint_every_steps", "train.keep_checkpoints", "train.keep_best",
     "train.stop_after_minutes", "train.stop_margin_minutes", "train.hang_minutes",

@@ -11,14 +11,19 @@ from pathlib import Path
 
 import torch
 
+from flatcal_dist.data.decode import describe_decoder
+
 PACKAGES = (
     "flatcal_dist", "torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset",
-    "wandb", "numpy", "scikit-learn", "pillow",
+    "wandb", "numpy", "scikit-learn", "pillow", "simplejpeg",
 )  # fmt: skip
 
 
-def describe_environment() -> dict:
-    """Plain JSON: versions of Python and packages, git commit and change, host, devices, job."""
+def describe_environment(decoder: str = "auto") -> dict:
+    """Plain JSON: versions of Python and packages, git commit and change, host, devices, job.
+
+    decoder: as `data.decoder`; recorded is what it comes to here.
+    """
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -30,7 +35,7 @@ def describe_environment() -> dict:
             torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())
         ],
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-        "decoder": f"pil {_version('pillow')}",
+        "decoder": describe_decoder(decoder),
         "slurm": {key: value for key, value in os.environ.items() if key.startswith("SLURM_JOB_")},
     }
 

@@ -13,8 +13,10 @@ from flatcal_dist.data import (
     Augmentation,
     DataError,
     Index,
+    Mixing,
     Normalize,
     Position,
+    describe_decoder,
     evaluation_loader,
     evaluation_transform,
     expand,
@@ -78,6 +80,21 @@ def open_index(data: DataConfig, split: str, classes: int) -> Index:
             f"{HOW_TO_PREPARE}"
         ) from None
     return load_index(shards, classes)
+
+
+def agree_on_decoder(data: DataConfig) -> None:
+    """Called by all ranks. Raises FailedTogether unless they have the decoder, and the same."""
+    mine = on_all_ranks(lambda: describe_decoder(data.decoder))
+    found = sorted(set(gather_object([mine])))
+
+    def check() -> None:
+        if len(found) > 1:
+            raise DataError(
+                f"the ranks would decode images by different decoders ({', '.join(found)}): "
+                "install the same packages on all machines, or set data.decoder=pil"
+            )
+
+    on_all_ranks(check)
 
 
 def open_training(data: DataConfig, classes: int) -> Index | Stream:
@@ -175,6 +192,13 @@ def batch_arithmetic(config: Config, world_size: int, images: int | None) -> str
     data, train = config.data, config.train
     size = data.global_batch_size
     count = micro_batch_count(size, micro_batch_size(data, world_size), world_size)
+    if mixing(data, config.model.num_classes) and size % (2 * world_size * count):
+        raise DataError(
+            f"data.mixup and data.cutmix mix pairs of images, but {size} images on {world_size} "
+            f"ranks in {count} micro-batches each are not an even number per micro-batch: make "
+            f"data.global_batch_size a multiple of {2 * world_size * count}, or choose another "
+            "data.micro_batch_size"
+        )
     share = f"{size / world_size:g}"
     text = (
         f"a step takes {size} images: {world_size} rank{'s' * (world_size > 1)} x {share} images, "
@@ -215,6 +239,8 @@ def training_batches(
         start=start,
         rank=rank,
         world_size=world_size,
+        decoder=data.decoder,
+        max_pixels=data.max_pixels,
         workers=data.workers,
         pin_memory=pin_memory,
     )
@@ -229,6 +255,8 @@ def evaluation_batches(
         batch_size=config.evaluate.batch_size,
         transform=evaluation_transform(augmentation(data), data.image_size),
         channels=data.channels,
+        decoder=data.decoder,
+        max_pixels=data.max_pixels,
         rank=rank,
         world_size=world_size,
         workers=data.workers,
@@ -248,4 +276,16 @@ def augmentation(data: DataConfig) -> Augmentation:
         flip=data.flip,
         interpolation=data.interpolation,
         crop_pct=data.crop_pct,
+        auto_augment=data.auto_augment,
+        magnitude=data.auto_augment_magnitude,
+        operations=data.auto_augment_operations,
+        color_jitter=data.color_jitter,
+        random_erasing=data.random_erasing,
+        fill=tuple(round(255 * mean) for mean in data.mean),
     )
+
+
+def mixing(data: DataConfig, classes: int) -> Mixing | None:
+    if not (data.mixup or data.cutmix):
+        return None
+    return Mixing(classes, data.mixup, data.cutmix, data.mix_probability)

@@ -1,6 +1,7 @@
 """The run directory: who it belongs to, what state the run is in.
 
-config.yaml  environment.json  state.json  metrics.jsonl  checkpoints/  model.safetensors  report/
+config.yaml  environment.json  state.json  metrics.jsonl  bad_samples.jsonl (if there are any)
+checkpoints/  model.safetensors  report/
 code/  slurm/ (of a submitted run, there before its first start)
 """
 
@@ -42,6 +43,7 @@ class RunDirectory:
         self.path = Path(path).expanduser()
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.bad_samples_file = self.path / "bad_samples.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.weights_file = self.path / "model.safetensors"
         self.report = self.path / "report"
@@ -71,8 +73,11 @@ class RunDirectory:
                 f"--config {self.config_file}"
             )
 
-    def check_data(self, identities: dict[str, str]) -> None:
-        """Whether the run was begun with this data. Raises RunError."""
+    def check_data(self, identities: dict[str, str], decoder: str) -> None:
+        """Whether the run was begun with this data and this decoder. Raises RunError.
+
+        Another version of the decoder may go on: environment.json then names that one.
+        """
         file = self.path / "environment.json"
         before = json.loads(file.read_text()) if file.exists() else {}
         for key, identity in identities.items():
@@ -82,6 +87,11 @@ class RunDirectory:
                     f"{identity[:16]}... (a hash of shards, labels and keys). Put the data back, "
                     "or name another run.dir"
                 )
+        if (old := before.get("decoder", decoder)).split()[0] != decoder.split()[0]:
+            raise RunError(
+                f"{self.path} was begun with the decoder {old}, here it is {decoder}, which may "
+                "give other pixels. Install the first here, or name another run.dir"
+            )
 
     def open(self, config: Config, environment: dict) -> State:
         """Enter the run (one rank does): lock it, write what describes it, count the start.

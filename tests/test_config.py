@@ -85,6 +85,32 @@ def test_bad_overrides_are_refused(file, override, message):
 def test_csam_refuses_soft_labels(file):
     with pytest.raises(ConfigError, match=r"hard labels only: set train\.label_smoothing=0"):
         load(file(a="sharpness: {rule: csam}\ntrain: {label_smoothing: 0.1}"))
+    for key in ("mixup", "cutmix"):
+        with pytest.raises(ConfigError, match=r"mixing makes soft ones: set data\.mixup=0"):
+            load(file(a=f"sharpness: {{rule: csam}}\ndata: {{{key}: 0.2}}"))
+        for rule in ("none", "sam", "asam", "looksam"):
+            load(file(a=f"sharpness: {{rule: {rule}}}\ndata: {{{key}: 0.2}}"))
+
+
+@pytest.mark.parametrize(
+    "key", ["auto_augment: autoaugment", "color_jitter: 0.4", "random_erasing: 1.0"]
+)
+def test_no_augmentation_means_none(file, key):
+    with pytest.raises(ConfigError, match="augmentation=none varies nothing"):
+        load(file(a=f"data: {{augmentation: none, {key}}}"))
+
+
+def test_the_magnitude_of_augmix_ends_at_ten(file):
+    path = file(a="data: {auto_augment: augmix}")
+    assert load(path).data.auto_augment_magnitude == 9
+    with pytest.raises(ConfigError, match="between 1 and 10, not 11"):
+        load(path, ["data.auto_augment_magnitude=11"])
+
+
+def test_the_decoder_belongs_to_the_run_and_the_limit_does_not(file):
+    old = load(file(a="{}"))
+    new = load(file(a="{}"), ["data.decoder=pil", "data.max_bad_samples=0"])
+    assert [line.split(":")[0] for line in configuration.differences(old, new)] == ["data.decoder"]
 
 
 @pytest.mark.parametrize(

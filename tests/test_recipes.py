@@ -186,20 +186,6 @@ def test_a_missing_shard(own_data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_image_that_does_not_decode(own_data, tmp_path):
-    """One rank meets it; every rank ends, and the run directory keeps the cause."""
-    shard = own_data / "digits-train-0001.tar"
-    content = bytearray(shard.read_bytes())
-    start = content.find(b"\x89PNG")
-    content[start + 20 : start + 60] = bytes(40)
-    shard.write_bytes(content)
-    done = launch("imagenet_sam", *digits("sam", tmp_path / "run", own_data, "train.epochs=1"))
-    refused(done, "digits-train-0001.tar", "digits_")
-    state = json.loads((tmp_path / "run/state.json").read_text())
-    assert state["phase"] == "failed"
-    assert "digits-train-0001.tar" in state["cause"]
-
-
 def test_a_label_out_of_range(own_data, tmp_path):
     done = launch("imagenet_sam", *digits("sam", tmp_path / "run", own_data, "model.num_classes=9"))
     refused(done, "the label 9, outside 0..8", "model.num_classes")

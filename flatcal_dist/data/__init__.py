@@ -9,10 +9,11 @@ for micro_batches in optimizer_steps(batches):
     ...
 """
 
-from flatcal_dist.data.decode import DECODER
+from flatcal_dist.data.decode import describe_decoder
 from flatcal_dist.data.digits import prepare_digits
-from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.errors import BadImage, DataError
 from flatcal_dist.data.image_folder import image_folder
+from flatcal_dist.data.images import Replaced
 from flatcal_dist.data.index import Index, index_shard, load_index
 from flatcal_dist.data.loader import (
     Batch,
@@ -21,6 +22,7 @@ from flatcal_dist.data.loader import (
     optimizer_steps,
     training_loader,
 )
+from flatcal_dist.data.mixing import Mixing
 from flatcal_dist.data.order import Position, sample_seed, steps_per_epoch
 from flatcal_dist.data.sharding import prepare_shards
 from flatcal_dist.data.shards import Sample, expand, write_shards
@@ -32,15 +34,18 @@ from flatcal_dist.data.transforms import (
 )
 
 __all__ = [
-    "DECODER",
     "Augmentation",
+    "BadImage",
     "Batch",
     "DataError",
     "EvaluationBatch",
     "Index",
+    "Mixing",
     "Normalize",
     "Position",
+    "Replaced",
     "Sample",
+    "describe_decoder",
     "evaluation_loader",
     "evaluation_transform",
     "expand",

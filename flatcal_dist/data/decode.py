@@ -1,12 +1,14 @@
 """Encoded images to tensors.
 
-Pillow decodes, as in timm's and torchvision's recipes, and as there the EXIF orientation is left
-alone and transparency is dropped. `DECODER` names the decoder for the record of a run: decoders
-differ by a level or two per pixel.
+JPEGs are decoded by the fastest decoder at hand that decodes as libjpeg does by default; all else,
+and what that decoder refuses, by Pillow, whose word is final. As in timm's and torchvision's
+recipes the EXIF orientation is left alone and transparency is dropped. Decoders built on other
+libraries may differ by a level or two per pixel, so the one in use belongs to a run's identity.
 """
 
 import io
 import warnings
+from importlib import metadata
 
 import numpy as np
 import PIL
@@ -14,33 +16,139 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.errors import BadImage, DataError
 
-DECODER = f"pil {PIL.__version__}"
+try:
+    import simplejpeg
+except ImportError:  # no wheel for this machine
+    simplejpeg = None
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # torchvision has announced to leave it to torchcodec
+    decode_jpeg = None
+
+# What shards hold, and what hides under a JPEG's name on the web. Pillow would also try formats
+# that start other programs, such as PostScript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MiB of RGB
+JPEG = b"\xff\xd8"
 
 
-def decode(data: bytes, channels: int, name: str) -> Tensor:
+def choose_decoder(wanted: str = "auto") -> str:
+    """The decoder of JPEGs that `wanted` ("auto", "simplejpeg", "torchvision", "pil") comes to.
+
+    Raises DataError for one that is not installed.
+    """
+    there = {"simplejpeg": simplejpeg, "torchvision": decode_jpeg, "pil": PIL}
+    if wanted == "auto":
+        return next(name for name, found in there.items() if found is not None)
+    if there[wanted] is None:
+        raise DataError(
+            f"data.decoder={wanted}: the package {wanted} is not installed here, or decodes no "
+            "images any more; install it, or set data.decoder=auto"
+        )
+    return wanted
+
+
+def describe_decoder(wanted: str = "auto") -> str:
+    """The decoder and its version, for the record of a run: "simplejpeg 1.9.0"."""
+    decoder = choose_decoder(wanted)
+    package = {"pil": "pillow"}.get(decoder, decoder)
+    return f"{decoder} {metadata.version(package)}"
+
+
+def decode(
+    data: bytes | memoryview,
+    channels: int,
+    name: str,
+    decoder: str = "auto",
+    max_pixels: int = MAX_PIXELS,
+) -> Tensor:
     """One image as uint8 [channels, H, W], channels 1 (gray) or 3 (RGB), whatever it was stored as.
 
-    `name` is what errors call the image. Raises DataError if the bytes are no whole image.
+    `name` is what errors call the image; `decoder` as in `choose_decoder`. Raises BadImage if the
+    bytes are no whole image, or one of more than `max_pixels` pixels, before it takes memory.
     """
+    decoder = choose_decoder(decoder)
+    pixels = None
+    if decoder != "pil" and data[:2] == JPEG:
+        fast = _by_simplejpeg if decoder == "simplejpeg" else _by_torchvision
+        pixels = fast(data, channels, name, max_pixels)
+    return _by_pillow(data, channels, name, max_pixels) if pixels is None else pixels
+
+
+def _by_simplejpeg(
+    data: bytes | memoryview, channels: int, name: str, max_pixels: int
+) -> Tensor | None:
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        _check_size(height, width, name, max_pixels)
+        if not _is_plain(space, channels):
+            return None
+        # Strict: what libjpeg only warns of is left to Pillow.
+        pixels = simplejpeg.decode_jpeg(
+            data, "RGB" if channels == 3 else "GRAY", fastdct=False, fastupsample=False, strict=True
+        )
+    except BadImage:
+        raise
+    except ValueError:
+        return None
+    # Its memory is [H, W, C], as Pillow's; the view keeps it, which resizing likes best.
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _by_torchvision(
+    data: bytes | memoryview, channels: int, name: str, max_pixels: int
+) -> Tensor | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+                space = {"L": "Gray", "RGB": "RGB"}.get(image.mode, image.mode)
+                _check_size(image.height, image.width, name, max_pixels)
+        if not _is_plain(space, channels):
+            return None
+        mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
+    except (BadImage, MemoryError):
+        raise
+    except Exception:  # as in Pillow's own, below
+        return None
+
+
+def _is_plain(space: str, channels: int) -> bool:
+    """Whether decoders agree: not of CMYK, nor of gray made from colours."""
+    return space == "Gray" or (channels == 3 and space in ("YCbCr", "RGB"))
+
+
+def _by_pillow(data: bytes | memoryview, channels: int, name: str, max_pixels: int) -> Tensor:
     mode = {1: "L", 3: "RGB"}[channels]
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
-            # Palettes with transparency and large but allowed images: nothing to be done.
+        # Palettes with transparency and large but allowed images: nothing to be done.
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if image.mode.startswith("I"):  # 16-bit gray: `convert` would clip it at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            pixels = np.array(image.convert(mode))
-    except MemoryError:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_size(image.height, image.width, name, max_pixels)
+                if image.mode.startswith("I"):  # 16-bit gray: `convert` would clip it at 255
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                pixels = np.array(image.convert(mode))
+    except (BadImage, MemoryError):
         raise
     except Exception as error:  # a damaged file raises nearly anything in Pillow
         unknown = isinstance(error, PIL.UnidentifiedImageError)  # whose text names an object
         what = "no known format" if unknown else f"{type(error).__name__}: {error}"
-        raise DataError(
-            f"{name} cannot be decoded as an image ({what}): its "
-            f"{len(data)} bytes are damaged, cut short, or of an unknown format. Replace the image "
-            "and write its shard again, or leave the sample out."
+        raise BadImage(
+            name,
+            f"cannot be decoded as an image ({what}): its {len(data)} bytes are damaged, cut "
+            "short, or of an unknown format",
         ) from error
-    # Pillow's memory is [H, W, C]; the view keeps it, which resizing likes best.
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
+
+
+def _check_size(height: int, width: int, name: str, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise BadImage(
+            name, f"has {width} x {height} pixels, more than data.max_pixels={max_pixels:,}"
+        )

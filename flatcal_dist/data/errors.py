@@ -6,4 +6,15 @@ class DataError(ValueError):
 
 
 class BadImage(DataError):
-    """One image cannot be used; training may put another in its place. Says only why."""
+    """One image cannot be used, all else is in order: training may put another in its place."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} {self.reason}. Replace the image and write its shard again, or leave the "
+            "sample out."
+        )

@@ -156,8 +156,9 @@ class Index:
             raise self._read_error(sample, shard, bytes(data), error)
         if checksum(data[BLOCK:]) != self.content[sample]:
             raise BadImage(
-                f"its {size} bytes are not those that were indexed (their checksum differs): they "
-                "were damaged on the disk or on the way"
+                self.name(sample),
+                f"cannot be used: its {size} bytes are not those that were indexed (their checksum "
+                "differs); they were damaged on the disk or on the way",
             )
         return data[BLOCK:]
 

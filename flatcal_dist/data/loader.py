@@ -2,7 +2,8 @@
 
 Training is one DataLoader over all remaining epochs, so that workers keep reading across their
 ends. What a worker is handed is a whole micro-batch's sample numbers; what comes back depends on
-(index, seed, epoch, sample) alone, hence not on ranks, workers or where a run was interrupted.
+(index, seed, epoch, sample) alone, hence not on ranks, workers or where a run was interrupted. That
+holds for images that cannot be decoded, too: others stand in for them, and batches say so.
 """
 
 import multiprocessing
@@ -16,22 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from flatcal_dist.data.decode import decode
-from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.decode import MAX_PIXELS
+from flatcal_dist.data.errors import BadImage, DataError
+from flatcal_dist.data.images import Images, Replaced
 from flatcal_dist.data.index import Index
 from flatcal_dist.data.order import (
     Position,
-    epoch_order,
     evaluation_batches,
-    global_batch,
     micro_batch_count,
-    micro_batches,
-    rank_share,
     sample_seed,
     steps_per_epoch,
 )
+from flatcal_dist.data.schedule import Ahead, Request, Schedule
 from flatcal_dist.data.transforms import Evaluation, Training
 
 
@@ -41,10 +40,11 @@ class Batch:
 
     images: Tensor  # [N, C, H, W] uint8
     labels: Tensor  # [N] int64
-    samples: Tensor  # [N] int64: numbers in the index
+    samples: Tensor  # [N] int64: numbers in the index; where one was bad, that of its substitute
     epoch: int
     step: int  # of the epoch
     last: bool  # the final micro-batch of its optimizer step on this rank
+    replaced: tuple[Replaced, ...] = ()
 
     def pin_memory(self) -> "Batch":
         return _pinned(self)
@@ -99,6 +99,8 @@ def training_loader(
     rank: int = 0,
     world_size: int = 1,
     window: int | None = None,
+    decoder: str = "auto",
+    max_pixels: int = MAX_PIXELS,
     workers: int = 0,
     prefetch: int = 2,
     pin_memory: bool = False,
@@ -109,12 +111,16 @@ def training_loader(
     The end is `epochs` epochs, or `max_steps` optimizer steps where that is given, both counted
     from the beginning of the run. Micro-batches hold `micro_batch_size` samples at most; every
     rank gets the same number of them in every step, with at most one sample difference.
-    `window`: see `epoch_order`. `prefetch`: micro-batches that each worker holds ready.
+    `window`: see `epoch_order`. `decoder`, `max_pixels`: see `decode`. `prefetch`: micro-batches
+    that each worker holds ready.
+
+    An image that cannot be used is replaced by one that (seed, epoch, sample) alone decide, with
+    the label of that one; `Batch.replaced` lists these.
 
     Raises DataError for fewer samples than a global batch, a global batch that leaves a rank
     with nothing, or a start that the data does not have; iterating raises it for bad data.
     """
-    schedule = _Schedule(
+    schedule = Schedule(
         shard_lengths=index.lengths,
         seed=seed,
         global_batch_size=global_batch_size,
@@ -127,9 +133,10 @@ def training_loader(
         epochs=epochs,
         max_steps=max_steps,
     )
-    images = _TrainingImages(index, channels, seed, transform)
+    images = _TrainingImages(Images(index, channels, decoder, max_pixels), seed, transform)
+    requests = Ahead(schedule, max(workers, 1))
     return Batches(
-        _loader(images, schedule, workers, prefetch, pin_memory, multiprocessing_context)
+        _loader(images, requests, workers, prefetch, pin_memory, multiprocessing_context)
     )
 
 
@@ -141,6 +148,8 @@ def evaluation_loader(
     channels: int,
     rank: int = 0,
     world_size: int = 1,
+    decoder: str = "auto",
+    max_pixels: int = MAX_PIXELS,
     workers: int = 0,
     prefetch: int = 2,
     pin_memory: bool = False,
@@ -149,10 +158,11 @@ def evaluation_loader(
     """Every sample once, over all ranks, as `EvaluationBatch` objects of exactly `batch_size`.
 
     Which samples share a batch does not depend on the world size, and every rank gets the same
-    number of batches (see `evaluation_batches`). Iterating raises DataError for bad data.
+    number of batches (see `evaluation_batches`). Iterating raises DataError for bad data: here no
+    image stands in for another.
     """
     requests = list(evaluation_batches(len(index), batch_size, rank, world_size))
-    images = _EvaluationImages(index, channels, transform)
+    images = _EvaluationImages(Images(index, channels, decoder, max_pixels), transform)
     return Batches(
         _loader(images, requests, workers, prefetch, pin_memory, multiprocessing_context)
     )
@@ -169,115 +179,68 @@ def optimizer_steps(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
 
 
 @dataclass(frozen=True)
-class _Request:
-    """What a worker is asked for: one micro-batch of training."""
-
-    samples: np.ndarray
-    epoch: int
-    step: int
-    last: bool
-
-
-@dataclass(frozen=True)
-class _Schedule(Sampler[_Request]):
-    """All micro-batches of this rank from `start` on."""
-
-    shard_lengths: np.ndarray
-    seed: int
-    global_batch_size: int
-    count: int  # micro-batches per optimizer step
-    rank: int
-    world_size: int
-    window: int | None
-    start: Position
-    steps: int  # per epoch
-    epochs: int
-    max_steps: int | None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start.step <= self.steps or self.start.epoch < 0:
-            raise DataError(
-                f"Training cannot start at step {self.start.step} of epoch {self.start.epoch}: an "
-                f"epoch of this data has {self.steps} steps. Resume with the data and the "
-                "data.global_batch_size that the run began with."
-            )
-
-    def _range(self) -> range:
-        end = self.epochs * self.steps if self.max_steps is None else self.max_steps
-        return range(self.start.epoch * self.steps + self.start.step, end)
-
-    def __len__(self) -> int:
-        return len(self._range()) * self.count
-
-    def __iter__(self) -> Iterator[_Request]:
-        ordered = None
-        for done in self._range():
-            epoch, step = divmod(done, self.steps)
-            if epoch != ordered:
-                order = epoch_order(self.shard_lengths, self.seed, epoch, self.window)
-                ordered = epoch
-            batch = global_batch(order, step, self.global_batch_size)
-            parts = micro_batches(rank_share(batch, self.rank, self.world_size), self.count)
-            for i, samples in enumerate(parts):
-                yield _Request(samples, epoch, step, last=i == len(parts) - 1)
-
-
-@dataclass(frozen=True)
 class _TrainingImages(Dataset[Batch | DataError]):
-    index: Index
-    channels: int
+    images: Images
     seed: int
     transform: Training
 
-    def __getitem__(self, request: _Request) -> Batch | DataError:
+    def __getitem__(self, request: Request) -> Batch | DataError:
+        index = self.images.index
+        if request.ahead is not None:
+            index.announce(request.ahead.tolist())
+        tensors, samples, replaced = [], request.samples.copy(), []
         try:
-            images = [self._image(sample, request.epoch) for sample in request.samples.tolist()]
+            for place, sample in enumerate(request.samples.tolist()):
+                found = self.images.image_or_another(sample, self.seed, request.epoch)
+                image, samples[place], reason = found
+                if reason:
+                    at = (request.epoch, request.step)
+                    replaced.append(Replaced(sample, int(samples[place]), *at, reason))
+                # A substitute is cut as the image that it stands for would have been: it is in the
+                # epoch a second time, and not to look the same there.
+                seed = sample_seed(self.seed, request.epoch, sample)
+                tensors.append(self.transform(image, seed))
         except DataError as error:
             return error  # DataLoader would bury the message of a raised one in tracebacks
         return Batch(
-            images=torch.stack(images),
-            labels=_labels(self.index, request.samples),
-            samples=torch.from_numpy(request.samples.copy()),
+            images=torch.stack(tensors),
+            labels=_labels(index, samples),
+            samples=torch.from_numpy(samples),
             epoch=request.epoch,
             step=request.step,
             last=request.last,
+            replaced=tuple(replaced),
         )
-
-    def _image(self, sample: int, epoch: int) -> Tensor:
-        image = _decoded(self.index, sample, self.channels)
-        return self.transform(image, sample_seed(self.seed, epoch, sample))
 
 
 @dataclass(frozen=True)
 class _EvaluationImages(Dataset[EvaluationBatch | DataError]):
-    index: Index
-    channels: int
+    images: Images
     transform: Evaluation
 
     def __getitem__(self, request: tuple[np.ndarray, int]) -> EvaluationBatch | DataError:
         samples, valid = request
+        # Padding repeats one sample: decode it once, even where it is all there is.
+        distinct = samples[: max(valid, 1)].tolist()
+        self.images.index.announce(distinct)
         try:
-            # Padding repeats one sample: decode it once, even where it is all there is.
-            distinct = samples[: max(valid, 1)].tolist()
-            images = [self.transform(_decoded(self.index, s, self.channels)) for s in distinct]
+            tensors = [self._image(sample) for sample in distinct]
         except DataError as error:
             return error
-        images += images[-1:] * (len(samples) - len(images))
+        tensors += tensors[-1:] * (len(samples) - len(tensors))
         return EvaluationBatch(
-            images=torch.stack(images),
-            labels=_labels(self.index, samples),
+            images=torch.stack(tensors),
+            labels=_labels(self.images.index, samples),
             samples=torch.from_numpy(samples),
             valid=torch.arange(len(samples)) < valid,
         )
 
-
-def _decoded(index: Index, sample: int, channels: int) -> Tensor:
-    data = index.read(sample)
-    try:
-        return decode(data, channels, f"sample number {sample}")
-    except DataError:  # now the key is worth looking up
-        name = f"{index.shards[index.shard[sample]]}: the image of sample {index.key(sample)!r}"
-        return decode(data, channels, name)
+    def _image(self, sample: int) -> Tensor:
+        image = self.images.image(sample)
+        try:
+            return self.transform(image)
+        except BadImage as error:
+            raise BadImage(self.images.index.name(sample), error.reason) from error
 
 
 def _labels(index: Index, samples: np.ndarray) -> Tensor:

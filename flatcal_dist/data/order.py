@@ -133,6 +133,14 @@ def sample_seed(seed: int, epoch: int, sample: int) -> int:
     return _mix(_mix(_mix(seed) ^ epoch) ^ sample)
 
 
+def substitutes(seed: int, epoch: int, sample: int, samples: int) -> Iterator[int]:
+    """Samples out of 0..samples-1 to try, one after the other, in place of a bad one."""
+    state = sample_seed(seed, epoch, sample) ^ 0xB5AD4ECEDA1CE2A9  # another stream than its crops
+    while True:
+        state = _mix(state)
+        yield state % samples
+
+
 def _mix(x: int) -> int:
     """One output of the splitmix64 generator (Steele, Lea and Flood, 2014)."""
     x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF

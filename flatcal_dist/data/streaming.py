@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
-from flatcal_dist.data.decode import decode
+from flatcal_dist.data.decode import MAX_PIXELS, decode
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.loader import Batch, Batches, _start_worker
 from flatcal_dist.data.order import (
@@ -57,6 +57,8 @@ def streaming_loader(
     rank: int = 0,
     world_size: int = 1,
     buffer: int = 2048,
+    decoder: str = "auto",
+    max_pixels: int = MAX_PIXELS,
     workers: int = 0,
     prefetch: int = 2,
     pin_memory: bool = False,
@@ -78,6 +80,8 @@ def streaming_loader(
     images = _Streamed(
         stream=stream,
         channels=channels,
+        decoder=decoder,
+        max_pixels=max_pixels,
         transform=transform,
         seed=seed,
         buffer=buffer,
@@ -131,6 +135,8 @@ class _Streamed(IterableDataset[Batch | DataError]):
 
     stream: Stream
     channels: int
+    decoder: str
+    max_pixels: int
     transform: Training
     seed: int
     buffer: int
@@ -201,7 +207,7 @@ class _Streamed(IterableDataset[Batch | DataError]):
 
     def _decoded(self, raw: _Raw) -> torch.Tensor:
         name = f"{shown(self.stream.shards[raw.shard])}: the image of sample {raw.key!r}"
-        return decode(raw.image, self.channels, name)
+        return decode(raw.image, self.channels, name, self.decoder, self.max_pixels)
 
     def _samples(self, epoch: int, own: int, workers: int) -> Iterator[_Raw]:
         """What this reader reads in an epoch, in its order; without counts, without end."""

@@ -1,5 +1,7 @@
 """Engines: what of a step differs by how weights and gradients are laid out over ranks."""
 
+import inspect
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -9,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.loss_scale import LossScale
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
@@ -28,11 +31,18 @@ class Engine(Protocol):
     def loss_scale(self) -> float:
         """What losses are multiplied by before backward, 1 but in fp16."""
 
+    @property
+    def scales_losses(self) -> bool:
+        """Whether it does so at all, in fp16."""
+
     def check(self, rule: SAM, scope: Scope, per_micro_batch: bool) -> None:
         """Raises ValueError, with reason and alternatives, for what this engine cannot do."""
 
     def reduces(self, scope: Scope) -> bool:
         """Whether the reduction of its backward pass gives the gradient of this scope."""
+
+    def leaves_own(self) -> bool:
+        """Whether a backward pass that is not reduced leaves this rank's gradient in `shards`."""
 
     def zero_gradients(self) -> None: ...
 
@@ -117,8 +127,9 @@ class ReplicatedEngine:
     """One process, or DistributedDataParallel: every rank holds all weights.
 
     model: a module, or DistributedDataParallel around one (best with broadcast_buffers=False:
-    buffers are broadcast when they are needed, not in each forward pass). compute_dtype: what
-    autocast rounds weights to, if it does; torch.float16 scales losses.
+    buffers are broadcast when they are needed, not in each forward pass), compiled or not.
+    optimizer: of its float32 parameters. compute_dtype: what autocast rounds weights to, if it
+    does; torch.float16 scales losses. Raises StepError for what it cannot serve.
     """
 
     def __init__(
@@ -128,12 +139,21 @@ class ReplicatedEngine:
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model
-        self.distributed = isinstance(model, DistributedDataParallel)
-        self.module: nn.Module = model.module if self.distributed else model
+        inner = getattr(model, "_orig_mod", model)  # torch.compile may be around either
+        self.distributed = isinstance(inner, DistributedDataParallel)
+        self.group = inner.process_group if self.distributed else None
+        self.wrapper = inner if self.distributed else None
+        self.module: nn.Module = inner.module if self.distributed else model
+        self.named: nn.Module = getattr(self.module, "_orig_mod", self.module)
         self.optimizer = optimizer
-        self.weights = {n: w for n, w in self.module.named_parameters() if w.requires_grad}
+        self.weights = {n: w for n, w in self.named.named_parameters() if w.requires_grad}
+        refuse_unusable(self.weights, optimizer)
+        own = {id(w) for w in self.named.parameters()}
+        if not all(id(w) in own for group in optimizer.param_groups for w in group["params"]):
+            raise StepError("the optimizer holds parameters of another network than the step's")
         self.device = next(iter(self.weights.values())).device
-        self.world_size = dist.get_world_size(model.process_group) if self.distributed else 1
+        self.world_size = dist.get_world_size(self.group) if self.distributed else 1
+        _refuse_part_of_the_world(self.world_size)
         self.compute_dtype = compute_dtype
         self.scale = LossScale.start(compute_dtype)
         self.backup = Backup()
@@ -148,12 +168,19 @@ class ReplicatedEngine:
     def reduces(self, scope: Scope) -> bool:
         return scope.everyone
 
+    @property
+    def scales_losses(self) -> bool:
+        return self.scale.enabled
+
+    def leaves_own(self) -> bool:
+        return True
+
     def zero_gradients(self) -> None:
         self.module.zero_grad(set_to_none=True)
 
     def accumulation(self, reduce: bool) -> AbstractContextManager[None]:
         # The forward pass has to be inside as well: DDP decides there whether it will reduce.
-        return self.model.no_sync() if self.distributed and not reduce else nullcontext()
+        return self.wrapper.no_sync() if self.wrapper and not reduce else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         (loss * self.loss_scale).backward()
@@ -163,7 +190,7 @@ class ReplicatedEngine:
         return Shards(list(held), list(held.values()), [w.grad for w in held.values()])
 
     def whole_weights(self) -> Shards:
-        return Shards(list(self.weights), list(self.weights.values()), [])
+        return Shards(list(self.weights), list(self.weights.values()), [], own=True)
 
     def total(self, part: Tensor) -> Tensor:
         return part  # every rank has all of it
@@ -192,29 +219,29 @@ class ReplicatedEngine:
     def sum(self, values: Sequence[Tensor | float]) -> list[float]:
         total = stack(values, self.device)
         if self.distributed:
-            dist.all_reduce(total, group=self.model.process_group)
+            dist.all_reduce(total, group=self.group)
         return total.tolist()
 
     def synchronize_buffers(self) -> None:
         if self.distributed:
-            broadcast(self.module.buffers(), self.model.process_group)
+            broadcast(self.module.buffers(), self.group)
 
     @property
     def inference(self) -> nn.Module:
         return self.module
 
     def full_weights(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
+        return {name: tensor.detach().cpu() for name, tensor in self.named.state_dict().items()}
 
     def local_state(self) -> dict[str, Any]:
         return {
-            "weights": self.module.state_dict(),
+            "weights": self.named.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scale": vars(self.scale),
         }
 
     def load_local_state(self, state: dict[str, Any]) -> None:
-        self.module.load_state_dict(state["weights"])
+        self.named.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scale = LossScale(**state["scale"])
 
@@ -227,7 +254,7 @@ class ReplicatedEngine:
     def layout(self) -> Layout:
         return {
             "pieces": {n: [list(w.shape), 0, w.numel()] for n, w in self.weights.items()},
-            "slots": slots_by_parameter(self.optimizer, self.module.named_parameters()),
+            "slots": slots_by_parameter(self.optimizer, self.named.named_parameters()),
             "loss_scale": self.loss_scale,
         }
 
@@ -263,6 +290,44 @@ def with_groups(
 def stack(values: Sequence[Tensor | float], device: torch.device) -> Tensor:
     """Scalars as one float64 vector."""
     return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+
+
+def refuse_unusable(weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Raises StepError for weights or an optimizer that no step of ours can serve."""
+    if not weights:
+        raise StepError("the network has no parameter that requires a gradient: nothing to train")
+    for name, weight in weights.items():
+        if weight.dtype != torch.float32:
+            raise StepError(
+                f"weight {name} is {weight.dtype}: weights are kept in float32, autocast or the "
+                "engine's precision computes in less; call network.float()"
+            )
+    if type(optimizer).__module__.startswith("accelerate"):
+        raise StepError(
+            "the optimizer was prepared by Accelerate, which would scale and skip for itself: give "
+            "the step the optimizer that went in, and prepare the network only"
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise StepError(
+            f"{type(optimizer).__name__} evaluates the loss by itself, as often as it likes; the "
+            "step takes both passes: choose an optimizer whose step() needs no closure"
+        )
+
+
+def _refuse_part_of_the_world(ranks: int) -> None:
+    running = dist.get_world_size() if dist.is_initialized() else 1
+    if 1 < ranks < running:
+        raise StepError(
+            f"the network is wrapped for {ranks} of the {running} ranks that run: wrap it in "
+            "DistributedDataParallel without process_group"
+        )
+    if ranks < running:
+        warnings.warn(
+            f"{running} ranks run and the network is not wrapped: each trains its own. If one is "
+            "meant, wrap it in DistributedDataParallel first",
+            stacklevel=3,
+        )
 
 
 def broadcast(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:

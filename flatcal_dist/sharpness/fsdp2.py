@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from flatcal_dist.sharpness.engines import (
     Layout,
     broadcast,
+    refuse_unusable,
     slots_by_parameter,
     stack,
     with_groups,
@@ -133,6 +134,7 @@ class ShardedEngine:
         _refuse_unsharded(model, self.parameters, optimizer)
         self.weights = {n: w for n, w in self.parameters.items() if w.requires_grad}
         self.blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        refuse_unusable(self.weights, optimizer)
         first = next(iter(self.weights.values()))
         self.device = first.to_local().device
         self.world_size = dist.get_world_size()
@@ -194,6 +196,13 @@ class ShardedEngine:
             )
         self.scope = scope
 
+    @property
+    def scales_losses(self) -> bool:
+        return self.scale.enabled
+
+    def leaves_own(self) -> bool:
+        return False
+
     def zero_gradients(self) -> None:
         for weight in self.weights.values():
             weight.grad = None
@@ -254,7 +263,7 @@ class ShardedEngine:
         self._drop_gathered()
         with self.backup.moved(shards) as before:
 
-            def displacement() -> tuple[Tensor, Tensor]:
+            def displacement() -> tuple[Tensor, Tensor, Tensor]:
                 self._average()
                 gradients = [self.weights[name].grad for name in names]
                 local = [g if g is None else g.to_local() for g in gradients]

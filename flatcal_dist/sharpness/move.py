@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flatcal_dist.sharpness.rules import Shards, dot, squared_norm
 
-Displacement = Callable[[], tuple[Tensor, Tensor]]  # cosine with the gradient, and length
+Displacement = Callable[[], tuple[Tensor, Tensor, Tensor]]  # as `measure` gives it
 
 
 class Backup:
@@ -30,18 +30,26 @@ class Backup:
         drift apart. What was moved comes back, whether it has a gradient by then or not.
         """
         weights = list(shards.weights)
-        with torch.no_grad():
-            before = [self._memory(n, w) for n, w in zip(shards.names, weights, strict=True)]
-            _copy_(before, weights)
+        before = [] if shards.own else self._copies(shards)
         try:
             with torch.no_grad():
-                if weights:
+                if shards.own:
+                    _exchange_(weights, shards.gradients, before)
+                elif weights:
                     torch._foreach_add_(weights, shards.gradients)
             shards.gradients.clear()
             yield before
         finally:
             with torch.no_grad():
-                _copy_(weights, before)
+                if before:
+                    torch._foreach_copy_(weights[: len(before)], before)
+
+    @torch.no_grad()
+    def _copies(self, shards: Shards) -> list[Tensor]:
+        before = [self._memory(n, w) for n, w in zip(shards.names, shards.weights, strict=True)]
+        if before:
+            torch._foreach_copy_(before, list(shards.weights))
+        return before
 
     def _memory(self, name: str, weight: Tensor) -> Tensor:
         kept = self._kept.get(name)
@@ -50,9 +58,16 @@ class Backup:
         return kept
 
 
-def _copy_(to: list[Tensor], of: list[Tensor]) -> None:
-    if to:
-        torch._foreach_copy_(to, of)
+def _exchange_(weights: list[Tensor], e: list[Tensor], before: list[Tensor]) -> None:
+    """w to where e is, w + e to where w is, tensor by tensor; `before` grows by each that is safe.
+
+    An interrupt between any two lines leaves what `before` holds, and all else, as it was.
+    """
+    for weight, part in zip(weights, e, strict=True):
+        moved = weight + part
+        part.copy_(weight)
+        before.append(part)
+        weight.copy_(moved)
 
 
 @torch.no_grad()
@@ -62,8 +77,8 @@ def measure(
     gradients: Sequence[Tensor | None],
     compute_dtype: torch.dtype,
     total: Callable[[Tensor], Tensor] = lambda part: part,
-) -> tuple[Tensor, Tensor]:
-    """Cosine between moved - before and the gradients; length of the move after rounding.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosine between moved - before and the gradients; length of the move; length after rounding.
 
     One tensor's difference is held at a time. A parameter without a gradient counts as zero there.
     """
@@ -78,4 +93,4 @@ def measure(
             parts[2] += squared_norm([gradient])
     product, e_square, g_square, seen_square = total(parts)
     lengths = (e_square * g_square).sqrt()
-    return torch.where(lengths > 0, product / lengths, 0.0), seen_square.sqrt()
+    return torch.where(lengths > 0, product / lengths, 0.0), e_square.sqrt(), seen_square.sqrt()

@@ -5,6 +5,7 @@ A rule sees matching lists of tensors: whole parameters, or the shards of one ra
     squared_norm(shards)            its part of the square of the norm that rho is divided by
     perturbation_(shards, scale)    turn the gradients into e, in place; scale = rho / that norm
     descent_loss(loss)              the loss whose gradient at w + e is followed from w
+    own_loss                        whether it says itself what the losses are
     perturbs_at(step)               whether this step does so at all (otherwise it is a plain one)
 
 and a new rule is a small class with these. One that `remembers` has two more, as LookSAM has.
@@ -30,12 +31,14 @@ class Shards:
     """What one rank holds of weights and of a gradient at them: three lists of one length.
 
     names: the network's own parameter names. weights: in full precision, not to be changed.
-    gradients: may carry a loss scale; changed in place.
+    gradients: may carry a loss scale; changed in place. own: nobody else reads these gradients'
+    memory, so that it can hold the weights at w while they are moved.
     """
 
     names: Sequence[str]
     weights: Sequence[Tensor]
     gradients: list[Tensor]
+    own: bool = False
 
     def by_name(self) -> Iterator[tuple[str, Tensor]]:
         return zip(self.names, self.gradients, strict=True)
@@ -53,12 +56,13 @@ class SAM:
     rho: float
     every: int = 1
     remembers: ClassVar[bool] = False  # whether it keeps something from step to step
+    own_loss: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.rho) and self.rho >= 0):
             raise StepError(f"rho must be finite and not negative, got {self.rho}")
-        if self.every < 1:
-            raise StepError(f"every must be at least 1, got {self.every}")
+        if not isinstance(self.every, int) or self.every < 1:
+            raise StepError(f"every must be at least 1 and whole, got {self.every}")
 
     def perturbs_at(self, step: int) -> bool:
         return step % self.every == 0
@@ -83,6 +87,7 @@ class CSAM(SAM):
     """
 
     gamma: float = 1.0
+    own_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,13 +116,14 @@ class ASAM(SAM):
             raise StepError(f"eta must be finite and not negative, got {self.eta}")
 
     def squared_norm(self, shards: Shards) -> Tensor:
-        scaled = [
-            gradient * (weight.abs() + self.eta) if self._adapts(name) else gradient
+        # One tensor at a time: T g as a whole would be another copy of the weights.
+        squares = [
+            squared_norm([gradient * (weight.abs() + self.eta) if self._adapts(name) else gradient])
             for name, weight, gradient in zip(
                 shards.names, shards.weights, shards.gradients, strict=True
             )
         ]
-        return squared_norm(scaled)
+        return torch.stack(squares).sum() if squares else torch.zeros(())
 
     def perturbation_(self, shards: Shards, scale: Tensor) -> None:
         for name, weight, gradient in zip(
@@ -165,10 +171,10 @@ class LookSAM(SAM):
         along = total(torch.stack([product, squared_norm(list(ascent.values()))]))
         factor = torch.where(along[1] > 0, along[0] / along[1], 0.0)
         known = (along[1] > 0).float()
-        return {
-            name: known * (g_s - factor * ascent[name] if name in ascent else g_s)
-            for name, g_s in shards.by_name()
-        }
+        across = {name: -factor * g for name, g in ascent.items()}
+        for name, g_s in shards.by_name():
+            across[name] = known * (g_s + across[name] if name in ascent else g_s)
+        return across
 
     def correct_(
         self, memory: dict[str, Tensor], shards: Shards, total: Callable[[Tensor], Tensor]

@@ -24,25 +24,8 @@ class Scope:
 
     @classmethod
     def of(cls, scope: str | int, world_size: int) -> "Scope":
-        """From "global", "rank", "node" or a number of ranks.
-
-        Raises StepError for another name, or groups that do not divide the world.
-        """
-        sizes = {
-            "global": world_size,
-            "rank": 1,
-            "node": int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-        }
-        ranks = scope if isinstance(scope, int) else sizes.get(scope)
-        if ranks is None or ranks < 1:
-            raise StepError(
-                f"scope must be one of {', '.join(sizes)} or a number of ranks, not {scope!r}"
-            )
-        if world_size % ranks:
-            raise StepError(
-                f"scope {scope!r} makes groups of {ranks} ranks, which do not divide the "
-                f"{world_size} ranks that run; choose a divisor, or scope 'global' or 'rank'"
-            )
+        """As `ranks_of`, with the group to sum over: called by all ranks."""
+        ranks = ranks_of(scope, world_size)
         between = 1 < ranks < world_size
         group = dist.new_subgroups(ranks)[0] if between else None
         return cls(str(scope), ranks, ranks == world_size, group)
@@ -56,6 +39,44 @@ class Scope:
             dist.all_reduce(flat, group=self.group)
             for tensor, summed in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
                 tensor.copy_(summed)
+
+
+def ranks_of(scope: str | int, world_size: int) -> int:
+    """How many ranks perturb together: "global", "rank", "node", or a number of them.
+
+    Raises StepError for another name, for groups that do not divide the world, and for nodes whose
+    size is not known or not the same everywhere.
+    """
+    if scope == "node":
+        ranks = _ranks_of_a_node(world_size)
+    elif isinstance(scope, int):
+        ranks = scope
+    else:
+        ranks = {"global": world_size, "rank": 1}.get(scope, 0)
+    if ranks < 1:
+        raise StepError(
+            f"scope must be one of global, rank, node or a number of ranks, not {scope!r}"
+        )
+    if world_size % ranks:
+        raise StepError(
+            f"scope {scope!r} makes groups of {ranks} ranks, which do not divide the "
+            f"{world_size} ranks that run; choose a divisor, or scope 'global' or 'rank'"
+        )
+    return ranks
+
+
+def _ranks_of_a_node(world_size: int) -> int:
+    if world_size == 1:
+        return 1
+    sizes: list[str | None] = [os.environ.get("LOCAL_WORLD_SIZE")] * world_size
+    if dist.is_initialized():
+        dist.all_gather_object(sizes, sizes[0])
+    if sizes[0] is None or len(set(sizes)) > 1:
+        raise StepError(
+            f"scope 'node' needs LOCAL_WORLD_SIZE, the same on every rank, and found {set(sizes)}; "
+            "launchers set it, under srun export it; or name the number of ranks"
+        )
+    return int(sizes[0])
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

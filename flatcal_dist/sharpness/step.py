@@ -6,8 +6,10 @@ It is a controller and not an optimizer: it owns the whole step, so that it deci
 are reduced, what a non-finite value means for all ranks, and that nothing outlives a perturbation.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +30,12 @@ class StepResult:
 
     loss and perturbed_loss are of the same objective, that of the ascent, at w and at w + e: their
     difference is the sharpness. skipped: a value was not finite on some rank in either pass, so no
-    rank moved. stop: some rank passed stop=True. votes: sums over ranks of those passed. None in a
-    step without a perturbation: perturbed_loss and ascent_gradient_norm (of a scope smaller than
-    all ranks, the mean of the ranks' own norms). Only with measure=True: cosine, between the
-    perturbation (SAM's: the ascent gradient) and the descent gradient; effective_rho, the length of
-    the perturbation that the forward pass saw after rounding to its precision; both means over the
-    ranks.
+    rank moved. stop: some rank passed stop=True. noted: sum of the ranks' `note`, votes: sums of
+    theirs. None in a step without a perturbation: perturbed_loss and ascent_gradient_norm (of a
+    scope smaller than all ranks, the mean of the ranks' own norms). Only with measure=True: cosine,
+    between the perturbation (SAM's: the ascent gradient) and the descent gradient; effective_rho,
+    the length of the perturbation that the forward pass saw after rounding to its precision; both means
+    over the ranks.
     """
 
     loss: float
@@ -42,8 +44,10 @@ class StepResult:
     gradient_norm: float
     skipped: bool
     stop: bool
+    noted: float
     loss_scale: float
     cosine: float | None = None
+    perturbation_norm: float | None = None
     effective_rho: float | None = None
     votes: tuple[float, ...] = ()
 
@@ -52,12 +56,14 @@ class SharpnessAwareStep:
     """One optimizer step on the micro-batches of one rank.
 
     rule: one of rules.py, or None for plain training. loss: per-sample objective (logits [N, K],
-    target [N]) -> [N] of the ascent gradient; the rule derives that of the descent from it.
+    target [N]) -> [N] of the ascent gradient, by default cross-entropy; the rule derives that of
+    the descent from it. CSAM has its own and takes none.
     scope: whose gradient perturbs. "global": that of all ranks, so that N ranks with batch B are
     one rank with batch N * B; "rank": each rank's own (m-sharpness, Foret et al. 2021, section
     4.1); "node"; or a number of ranks. per_micro_batch: perturb for each micro-batch by itself, a
     smaller m again. clip_norm: of the descent gradient. `rho` and `taken` (steps so far) may be
-    set between steps; `memory` is what the rule keeps, or None.
+    set between steps; `memory` is what the rule keeps, or None. To go on after a restart, save
+    `engine.local_state()` and `state_dict()` of every rank.
 
     Raises StepError, with the alternatives, for what rule, scope and engine cannot do together.
     """
@@ -72,6 +78,12 @@ class SharpnessAwareStep:
         per_micro_batch: bool = False,
         clip_norm: float | None = None,
     ) -> None:
+        if clip_norm is not None and not clip_norm > 0:
+            raise StepError(f"clip_norm must be positive, or None for no clipping; got {clip_norm}")
+        if rule and rule.own_loss and loss is not None:
+            raise StepError(
+                f"{type(rule).__name__} defines the losses of both passes: leave `loss` out"
+            )
         self.engine = engine
         self.rule = rule
         self.rho = rule.rho if rule else 0.0
@@ -81,6 +93,7 @@ class SharpnessAwareStep:
         self.loss: Loss = loss or _plain_cross_entropy
         self.taken = 0
         self.memory: dict[str, Tensor] | None = None
+        self.trainable = self._trainable()
         self.descent_loss = self.loss
         if rule:
             if rule.remembers and (per_micro_batch or not self.scope.everyone):
@@ -97,18 +110,21 @@ class SharpnessAwareStep:
         *,
         samples: int | None = None,
         stop: bool = False,
+        note: float = 0.0,
         measure: bool = False,
         votes: Sequence[float] = (),
     ) -> StepResult:
-        """Take the step on this rank's (inputs, target) pairs.
+        """Take the step on this rank's (inputs, target) pairs, as many on every rank.
 
         samples: size of the global batch over all ranks and micro-batches; one more small reduction
-        finds it when it is not given. stop: this rank wishes to end; the result tells all ranks.
-        measure: also cosine and effective_rho. votes: whatever else is to be summed over ranks.
+        finds it when it is not given, and checks that ranks have as many pairs. stop: this rank
+        wishes to end; the result tells all ranks. note: a number of this rank that all are to learn
+        of; votes: more of them. measure: also cosine, perturbation_norm and effective_rho.
+
+        Raises StepError for a batch that cannot be taken; nothing has changed then.
         """
         engine = self.engine
-        if samples is None:
-            samples = round(engine.sum([float(sum(len(target) for _, target in micro_batches))])[0])
+        samples = self._checked(micro_batches, samples)
         share = engine.world_size / samples  # engines average over ranks: summed losses times this
         perturbs = self.rule is not None and self.rule.perturbs_at(self.taken)
         seen = Seen(engine.device)
@@ -123,8 +139,8 @@ class SharpnessAwareStep:
             else:
                 self._plain_gradient(micro_batches, share, seen)
             norm = engine.gradient_norm()
-            total = self._agree(seen, norm, stop, votes)
-            skipped = total[-2] > 0
+            total = self._agree(seen, norm, stop, note, votes)
+            skipped = total[7] > 0
             if skipped:
                 replay.undo()
                 engine.skip()
@@ -138,13 +154,56 @@ class SharpnessAwareStep:
             perturbed_loss=total[1] / samples if perturbs else None,
             ascent_gradient_norm=total[2] / over if perturbs else None,
             cosine=total[3] / over if perturbs and measure else None,
-            effective_rho=total[4] / over if perturbs and measure else None,
-            gradient_norm=total[5] / engine.world_size,
+            perturbation_norm=total[4] / over if perturbs and measure else None,
+            effective_rho=total[5] / over if perturbs and measure else None,
+            gradient_norm=total[6] / engine.world_size,
             skipped=skipped,
-            stop=total[-1] > 0,
+            stop=total[8] > 0,
+            noted=total[9],
             loss_scale=engine.loss_scale,
-            votes=tuple(total[6:-2]),
+            votes=tuple(total[10:]),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the step itself keeps; tensors and plain containers."""
+        return {"taken": self.taken, "memory": self.memory}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken, memory = state["taken"], state["memory"]
+        self.memory = memory and {n: t.to(self.engine.device) for n, t in memory.items()}
+
+    def _checked(self, micro_batches: MicroBatches, samples: int | None) -> int:
+        """The size of the global batch. Raises StepError, where ranks differ on all of them."""
+        pairs = all(isinstance(m, tuple | list) and len(m) == 2 for m in micro_batches)
+        count, mine = len(micro_batches), 0
+        if pairs:
+            mine = sum(len(target) for _, target in micro_batches)
+        even = True
+        if samples is None:
+            total = self.engine.sum([float(mine), float(count), float(count**2), float(not pairs)])
+            samples, even = round(total[0]), self.engine.world_size * total[2] == total[1] ** 2
+            pairs = not total[3]
+        if not pairs:
+            raise StepError("a step takes a list of (inputs, target) pairs, one per micro-batch")
+        if not even:
+            raise StepError(
+                "ranks have different numbers of micro-batches, here "
+                f"{count}: their collectives would wait for one another. Give each as many; their "
+                "sizes may differ, down to none"
+            )
+        if samples < 1 or not micro_batches:
+            raise StepError(f"nothing to learn from: {count} micro-batches, {samples} samples")
+        if not 0 <= self.rho < math.inf:
+            raise StepError(f"rho must be finite and not negative, and was set to {self.rho}")
+        if self._trainable() != self.trainable:
+            raise StepError(
+                "parameters were frozen or thawed after the step was built: build engine, "
+                "optimizer and step again"
+            )
+        return samples
+
+    def _trainable(self) -> list[bool]:
+        return [w.requires_grad for w in self.engine.module.parameters()]
 
     def _plain_gradient(self, micro_batches: MicroBatches, share: float, seen: "Seen") -> None:
         seen.loss = seen.loss + self._pass(micro_batches, self.loss, share)
@@ -167,8 +226,10 @@ class SharpnessAwareStep:
         # The engine's own reduction overlaps with the backward pass; it can do it for some scopes
         # only, and only while no descent gradient is being accumulated.
         overlapped = engine.reduces(self.scope) and not self.per_micro_batch
-        if overlapped:
-            seen.loss = seen.loss + self._pass(micro_batches, self.loss, share)
+        alone = self.scope.ranks == 1 and not self.per_micro_batch and engine.leaves_own()
+        in_place = overlapped or alone
+        if in_place:
+            seen.loss = seen.loss + self._pass(micro_batches, self.loss, share, overlapped)
             shards = engine.shards()
         else:
             loss, shards = self._own_gradient(micro_batches, share / self.scope.ranks)
@@ -176,15 +237,16 @@ class SharpnessAwareStep:
         norm, kept = self._gradient_to_perturbation_(shards)
         replay.rewind()
         with engine.moved(shards) as displacement:
-            if overlapped:
+            if in_place:
                 engine.zero_gradients()
             seen.perturbed_loss = seen.perturbed_loss + self._pass(
                 micro_batches, self.descent_loss, share, last
             )
             if measure:
-                cosine, length = displacement()
+                cosine, length, effective = displacement()
                 seen.cosine = seen.cosine + cosine
-                seen.effective_rho = seen.effective_rho + length
+                seen.length = seen.length + length
+                seen.effective_rho = seen.effective_rho + effective
         replay.forward()
         seen.ascent_norm = seen.ascent_norm + norm / engine.loss_scale
         if rule.remembers:
@@ -214,7 +276,7 @@ class SharpnessAwareStep:
         for number, (inputs, target) in enumerate(micro_batches, start=1):
             with self.engine.accumulation(reduce and number == len(micro_batches)):
                 logits = self.engine.model(inputs)
-                losses = loss(logits, target)
+                losses = _per_sample(loss(logits, target), logits, self.engine)
                 self.engine.backward(losses.sum() * share)
             seen = losses if loss is self.loss else self.loss(logits.detach(), target)
             total += seen.detach().sum()
@@ -231,13 +293,19 @@ class SharpnessAwareStep:
         shards = engine.whole_weights()
         gradients: list[Tensor | None] = [None] * len(shards.weights)
         for inputs, target in micro_batches:
-            losses = self.loss(engine.module(inputs), target).sum()
-            new = torch.autograd.grad(
-                losses * share * engine.loss_scale, shards.weights, allow_unused=True
+            logits = engine.module(inputs)
+            losses = _per_sample(self.loss(logits, target), logits, engine).sum()
+            new = list(
+                torch.autograd.grad(
+                    losses * share * engine.loss_scale, shards.weights, allow_unused=True
+                )
             )
-            for i, gradient in enumerate(new):
-                if gradient is not None:
-                    gradients[i] = gradient if gradients[i] is None else gradients[i] + gradient
+            for i in reversed(range(len(new))):
+                gradient = new.pop()  # autograd may give one tensor for several parameters: copy
+                if gradient is not None and gradients[i] is None:
+                    gradients[i] = torch.empty_like(shards.weights[i]).copy_(gradient)
+                elif gradient is not None:
+                    gradients[i].add_(gradient)
             total += losses.detach()
         shards.gradients = [
             torch.zeros_like(w) if g is None else g
@@ -246,11 +314,13 @@ class SharpnessAwareStep:
         self.scope.sum_(shards.gradients)
         return total, shards
 
-    def _agree(self, seen: "Seen", norm: Tensor, stop: bool, votes: Sequence[float]) -> list[float]:
-        """Sums over ranks: all that was seen, votes, how many must skip, and wish to stop."""
+    def _agree(
+        self, seen: "Seen", norm: Tensor, stop: bool, note: float, votes: Sequence[float]
+    ) -> list[float]:
+        """Sums over ranks: of all seen, ranks that must skip, wish to stop; notes, votes."""
         mine = torch.stack([*seen.numbers(), norm.double()])
         skip = 1 - mine.isfinite().all().double()
-        return self.engine.sum([*mine, *votes, skip, float(stop)])
+        return self.engine.sum([*mine, skip, float(stop), float(note), *votes])
 
 
 class Seen:
@@ -258,12 +328,29 @@ class Seen:
 
     def __init__(self, device: torch.device) -> None:
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        self.loss = self.perturbed_loss = self.ascent_norm = self.cosine = zero
-        self.effective_rho = zero
+        self.loss = self.perturbed_loss = self.ascent_norm = zero
+        self.cosine = self.length = self.effective_rho = zero
         self.memory: dict[str, Tensor] | None = None
 
     def numbers(self) -> list[Tensor]:
-        return [self.loss, self.perturbed_loss, self.ascent_norm, self.cosine, self.effective_rho]
+        return [
+            self.loss, self.perturbed_loss, self.ascent_norm,
+            self.cosine, self.length, self.effective_rho,
+        ]  # fmt: skip
+
+
+def _per_sample(losses: Tensor, logits: Tensor, engine: Engine) -> Tensor:
+    if losses.shape != logits.shape[:1]:
+        raise StepError(
+            f"the loss gave {list(losses.shape)} for {len(logits)} samples: the step weighs "
+            "samples itself and wants one value each, such as reduction='none' gives"
+        )
+    if logits.dtype == torch.float16 and not engine.scales_losses:
+        raise StepError(
+            "the network computes in float16, where small gradients vanish: give the engine "
+            "compute_dtype=torch.float16, so that it scales losses"
+        )
+    return losses
 
 
 def _plain_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -27,10 +27,6 @@ from flatcal_dist.sharpness.zero_start import InPrecision, start_zero
 __all__ = ["ZeroEngine", "start_zero"]
 
 
-class WholeShards(Shards):
-    """All weights of the network, whole: for gradients that stay on a rank or a group."""
-
-
 class ZeroEngine:
     """model: a DeepSpeed engine with ZeRO, as `start_zero` makes it.
 
@@ -94,6 +90,13 @@ class ZeroEngine:
     def reduces(self, scope: Scope) -> bool:
         return scope.everyone
 
+    @property
+    def scales_losses(self) -> bool:
+        return self.scaler is not None
+
+    def leaves_own(self) -> bool:
+        return False  # its hooks reduce
+
     def zero_gradients(self) -> None:
         self._refresh()
         self.held.clear_gradients()
@@ -116,10 +119,10 @@ class ZeroEngine:
         return Shards(names, masters, self.held.gradients())
 
     def whole_weights(self) -> Shards:
-        """Memory, of stages 1 and 2: the gradient and the weights before, whole, for a while."""
+        """Memory, of stages 1 and 2: one whole copy, the gradient and then the weights before."""
         self.whole = True
         weights = {n: w for n, w in self.module.named_parameters() if w.requires_grad}
-        return WholeShards(list(weights), list(weights.values()), [])
+        return Shards(list(weights), list(weights.values()), [], own=True)
 
     def total(self, part: Tensor) -> Tensor:
         return part if self.whole else self._over_ranks(part)
@@ -131,7 +134,7 @@ class ZeroEngine:
 
     @contextmanager
     def moved(self, shards: Shards) -> Iterator[Displacement]:
-        if isinstance(shards, WholeShards):
+        if shards.own:
             with self._moved_whole(shards) as displacement:
                 yield displacement
             return
@@ -139,7 +142,7 @@ class ZeroEngine:
         targets = list(shards.gradients)
         shards.gradients.clear()
 
-        def displacement() -> tuple[Tensor, Tensor]:
+        def displacement() -> tuple[Tensor, Tensor, Tensor]:
             now = targets if self.precision != torch.float32 else [p.used for p in parts]
             masters = [p.master for p in parts]
             gradients = self.held.gradients()
@@ -168,7 +171,7 @@ class ZeroEngine:
         weights = list(shards.weights)
         with self.backup.moved(shards) as before:
 
-            def displacement() -> tuple[Tensor, Tensor]:
+            def displacement() -> tuple[Tensor, Tensor, Tensor]:
                 gradients = [
                     deepspeed.utils.safe_get_full_grad(w) if self.reduced else w.grad
                     for w in weights

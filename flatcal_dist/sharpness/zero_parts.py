@@ -32,6 +32,8 @@ from torch import Tensor, nn
 if not torch.accelerator.is_available():
     # Before the import, which settles what DeepSpeed runs on.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # As DeepSpeed's own launcher; without it stage 3 starts numactl for every reduction to count.
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 import deepspeed
 from deepspeed.runtime.utils import all_gather_dp_groups

@@ -13,7 +13,7 @@ from flatcal_dist.losses import cross_entropy
 from flatcal_dist.models import build
 from flatcal_dist.sharpness import ASAM, CSAM, SAM, Engine, LookSAM, SharpnessAwareStep
 from flatcal_dist.sharpness.engines import ReplicatedEngine
-from flatcal_dist.sharpness.scope import Scope
+from flatcal_dist.sharpness.scope import ranks_of
 from flatcal_dist.training.optimizers import build_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,13 +37,14 @@ def build_step(
         network = network.to(memory_format=torch.channels_last)
     network = wrap(network).train()
     engine = build_engine(config, network, accelerator)
+    rule = build_rule(sharpness)
+    smoothing = config.train.label_smoothing
+    loss = partial(cross_entropy, reduction="none", label_smoothing=smoothing)
     return on_all_ranks(
         lambda: SharpnessAwareStep(
             engine,
-            build_rule(sharpness),
-            loss=partial(
-                cross_entropy, reduction="none", label_smoothing=config.train.label_smoothing
-            ),
+            rule,
+            loss=None if rule and rule.own_loss else loss,
             scope=sharpness.scope,
             per_micro_batch=sharpness.per_micro_batch,
             clip_norm=config.optimizer.clip_norm,
@@ -61,7 +62,7 @@ def build_engine(config: Config, network: nn.Module, accelerator: Accelerator) -
         from flatcal_dist.sharpness.fsdp2 import ShardedEngine, shard
 
         world_size = accelerator.num_processes
-        ranks = Scope.of(config.sharpness.scope, world_size).ranks
+        ranks = ranks_of(config.sharpness.scope, world_size)
         grouped = ranks if config.sharpness.rule != "none" and 1 < ranks < world_size else None
         sharded = shard(network, accelerator.device, dtype, ranks_per_group=grouped)
         return ShardedEngine(sharded, build_optimizer(config.optimizer, sharded), dtype)
@@ -102,7 +103,7 @@ def samples_per_perturbation(config: Config, world_size: int) -> int | None:
     """m of m-sharpness; None without a perturbation."""
     if config.sharpness.rule == "none":
         return None
-    ranks = Scope.of(config.sharpness.scope, world_size).ranks
+    ranks = ranks_of(config.sharpness.scope, world_size)
     samples = config.data.global_batch_size * ranks // world_size
     if config.sharpness.per_micro_batch and config.data.micro_batch_size:
         return min(samples, config.data.micro_batch_size * ranks)

@@ -38,15 +38,17 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
         module, args=[image], print_profile=False, as_string=False, warm_up=0
     )
     module.train()
-    passes = (
-        "a forward and a backward pass"
-        if step.rule is None
-        else "two forward and two backward passes"
-    )
-    step_flops = (3 if step.rule is None else 6) * flops * config.data.global_batch_size
+    share = 0.0 if step.rule is None else 1 / step.rule.every  # of steps that perturb
+    passes = "a forward and a backward pass"
+    if share:
+        often = (
+            "" if share == 1 else f" in one of {step.rule.every} steps, one of each in the others"
+        )
+        passes = f"two forward and two backward passes{often}"
+    step_flops = 3 * (1 + share) * flops * config.data.global_batch_size
     say(
         f"network {config.model.name}: {parameters:,} parameters; forward, an image takes "
-        f"{_scaled(flops)}FLOP ({_scaled(macs)}MAC); a step is {passes}, about "
+        f"{_scaled(flops)}FLOP ({_scaled(macs)}MAC); a step is {passes}, on average "
         f"{_scaled(step_flops)}FLOP over all ranks"
     )
     seconds = [_timed_step(step, config, sizes, accelerator.device) for _ in range(STEPS)]
@@ -55,7 +57,7 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
         f"({step.engine.device.type}, {config.train.precision}): "
         + ", ".join(f"{value:.2f} s" for value in seconds)
     )
-    say(memory_in_words(step))
+    say(memory_in_words(step, config.train.engine))
     say("dry run: nothing was written")
 
 
@@ -103,11 +105,13 @@ def _timed_step(
     return time.monotonic() - start
 
 
-def memory_in_words(step: SharpnessAwareStep) -> str:
+def memory_in_words(step: SharpnessAwareStep, engine: str) -> str:
     """What weights, gradients, optimizer state and the perturbation's backup take on one rank."""
     weights = sum(w.numel() * w.element_size() for w in step.engine.module.parameters())
     state = sum(t.numel() * t.element_size() for t in _tensors(step.engine.optimizer.state))
-    backup = weights if step.rule is not None else 0
+    # ZeRO goes back to its master copy.
+    needs_backup = step.rule is not None and not engine.startswith("zero")
+    backup = weights if needs_backup else 0
     text = (
         f"memory per rank: weights {weights / 2**20:,.1f} MiB, gradients the same, optimizer state "
         f"{state / 2**20:,.1f} MiB, copy of the weights while they are perturbed "

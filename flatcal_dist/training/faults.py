@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import torch
 
+from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.sharpness import CSAM
 from flatcal_dist.sharpness.replay import SameFunctionTwice
 
@@ -88,3 +89,18 @@ def objective(engine: type) -> Iterator[None]:
 
 
 FAULTS = {f.__name__: f for f in (restore, norm, sync, rng, batch_norm, autocast, objective)}
+
+
+def refuse_fault(name: str | None, config: Config) -> None:
+    """Raises ConfigError for a fault that this configuration cannot have."""
+    sharpness = config.sharpness
+    if name == "objective" and (sharpness.rule != "csam" or sharpness.gamma == 0):
+        raise ConfigError(
+            "--fault objective breaks CSAM's loss: use it with sharpness.rule=csam and a "
+            "sharpness.gamma above 0"
+        )
+    if name == "autocast" and config.train.engine != "ddp":
+        raise ConfigError(
+            f"--fault autocast keeps autocast's copies of weights, and {config.train.engine} makes "
+            "its low-precision copies itself: use it with train.engine=ddp"
+        )

@@ -8,7 +8,7 @@ ours.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,14 +16,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flatcal_dist.config import Config, OptimizerConfig
-from flatcal_dist.sharpness import CSAM, SAM, StepResult
+from flatcal_dist.sharpness import CSAM, SAM, LookSAM, StepResult
 from flatcal_dist.sharpness.rules import Loss
 from flatcal_dist.sharpness.step import MicroBatches
 from flatcal_dist.training.build import DTYPES, build_step
 
 MICRO_BATCHES = (7, 5)  # images: two, uneven, and enough for batch statistics
 STREAM = 1000  # seed of rank r's random stream: STREAM + r
-RATE = 0.05
+RATE, MOMENTUM = 0.05, 0.9
 Weights = dict[str, Tensor]
 LEADING = 4  # classes that the probe is sure of
 
@@ -53,7 +53,7 @@ class Laboratory:
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        optimizer = OptimizerConfig(name="sgd", learning_rate=RATE, momentum=0.9)
+        optimizer = OptimizerConfig(name="sgd", learning_rate=RATE, momentum=MOMENTUM)
         config = config.model_copy(update={"optimizer": optimizer})
         self.plain_network: nn.Module | None = None
 
@@ -67,11 +67,23 @@ class Laboratory:
         self.start = copy.deepcopy(self.engine.local_state())
         self.low = config.train.precision != "fp32"
         self.sure = 0  # samples above p = 1/2, of all ranks
-        self.batches = [self._labelled(rank) for rank in range(self.world_size)]
+        # The reference, on rank 0, wants those of all ranks.
+        wanted = range(self.world_size) if self.rank == 0 else [self.rank]
+        self.batches = {rank: self._labelled(rank) for rank in wanted}
         self.samples = sum(MICRO_BATCHES) * self.world_size
         self.sam = SAM(max(config.sharpness.rho, 1e-3))
         self.trained = [n for n, w in self.plain_network.named_parameters() if w.requires_grad]
         self.buffers = [n for n, _ in self.plain_network.named_buffers()]
+        self._find_loss_scale()
+
+    def _find_loss_scale(self) -> None:
+        """In fp16 start from a scale at which the step is taken and not skipped."""
+        while self.engine.scales_losses:
+            torch.manual_seed(STREAM + self.rank)
+            self.start = copy.deepcopy(self.engine.local_state())
+            result = self.step(self.batches[self.rank], samples=self.samples)
+            if not result.skipped or result.loss_scale == 1:
+                break
 
     def _labelled(self, rank: int) -> MicroBatches:
         """Micro-batches of one rank, labelled in its random stream.
@@ -108,8 +120,9 @@ class Laboratory:
         micro_batches: MicroBatches | None = None,
         descent_loss: Loss | None = None,
         measure: bool = False,
+        steps: int = 1,
     ) -> tuple[StepResult, Weights, Weights]:
-        """One step from the start, by default as configured: result, weights before and after."""
+        """Step from the start, by default as configured: last result, weights before and after."""
         self.engine.load_local_state(copy.deepcopy(self.start))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
@@ -121,21 +134,48 @@ class Laboratory:
         if step.rule is not None:
             step.descent_loss = descent_loss or step.rule.descent_loss(step.loss)
         step.taken, step.memory = 0, None
-        torch.manual_seed(STREAM + self.rank)
+        micro_batches = micro_batches or self.batches[self.rank]
         try:
-            micro_batches = micro_batches or self.batches[self.rank]
-            result = step(micro_batches, samples=self.samples, measure=measure)
+            for _ in range(steps):
+                torch.manual_seed(STREAM + self.rank)
+                result = step(micro_batches, samples=self.samples, measure=measure)
         finally:
             step.rule, step.rho, step.descent_loss = own
         return result, before, self.weights()
 
 
-def reference_step(lab: Laboratory) -> Weights:
-    """The weights after one step of SGD with the configured rule, by the papers' formulas."""
+def reference_steps(lab: Laboratory, count: int) -> Weights:
+    """The weights after one step of SGD with the configured rule, by the papers' formulas.
+
+    count 2: and after one more that does not perturb, as periodic SAM's and LookSAM's second.
+    """
     network = copy.deepcopy(lab.plain_network).to(lab.engine.device).train()
-    step, rule = lab.step, lab.step.rule
     weights = [w for w in network.parameters() if w.requires_grad]
-    total = [torch.zeros_like(w) for w in weights]
+    gradient, ascent = _descent_gradient(lab, network)
+    momentum = _clipped(gradient, lab.step.clip_norm)
+    _move(weights, momentum)
+    if count == 2:
+        everyone = range(lab.world_size)
+        states = _random_states(lab, network, everyone)
+        pieces = [(r, p) for r in everyone for p in range(len(MICRO_BATCHES))]
+        plain = _gradient(lab, network, pieces, states, _cross_entropy(lab))
+        plain = [g / lab.samples for g in plain]
+        if isinstance(lab.step.rule, LookSAM):
+            along = _dot(gradient, ascent) / _dot(ascent, ascent)
+            kept = [g - along * a for g, a in zip(gradient, ascent, strict=True)]
+            factor = lab.step.rule.alpha * (_dot(plain, plain) / _dot(kept, kept)) ** 0.5
+            plain = [g + factor * v for g, v in zip(plain, kept, strict=True)]
+        plain = _clipped(plain, lab.step.clip_norm)
+        momentum = [MOMENTUM * m + g for m, g in zip(momentum, plain, strict=True)]
+        _move(weights, momentum)
+    return {name: w.detach().cpu() for name, w in network.named_parameters()}
+
+
+def _descent_gradient(lab: Laboratory, network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The mean over all samples at each group's own w + e; and the last group's ascent gradient."""
+    step, rule = lab.step, lab.step.rule
+    total = [torch.zeros_like(w) for w in network.parameters() if w.requires_grad]
+    ascent: list[Tensor] = []
     for first in range(0, lab.world_size, step.scope.ranks):
         group = range(first, first + step.scope.ranks)
         states = _random_states(lab, network, group)
@@ -145,20 +185,33 @@ def reference_step(lab: Laboratory) -> Weights:
             pieces = [(r, p) for r in group for p in unit]
             moved = copy.deepcopy(network)
             if rule is not None:
-                ascent = _gradient(lab, network, pieces, states, _cross_entropy)
+                ascent = _gradient(lab, network, pieces, states, _cross_entropy(lab))
                 _perturb(moved, ascent, rule, step.rho)
-            loss = _csam(rule.gamma) if isinstance(rule, CSAM) else _cross_entropy
+            loss = _csam(rule.gamma) if isinstance(rule, CSAM) else _cross_entropy(lab)
             for t, g in zip(total, _gradient(lab, moved, pieces, states, loss), strict=True):
                 t += g / lab.samples
-    with torch.no_grad():
-        for w, g in zip(weights, total, strict=True):
-            norm = torch.sqrt(sum((t.double() ** 2).sum() for t in total))
-            clip = step.clip_norm or float("inf")
-            w -= RATE * g * min(1.0, clip / (float(norm) + 1e-6))
-    return {name: w.detach().cpu() for name, w in network.named_parameters()}
+    return total, ascent
 
 
-def _random_states(lab: Laboratory, network: nn.Module, group: range) -> dict:
+def _dot(a: list[Tensor], b: list[Tensor]) -> float:
+    return float(sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)))
+
+
+def _clipped(gradient: list[Tensor], clip_norm: float | None) -> list[Tensor]:
+    norm = _dot(gradient, gradient) ** 0.5
+    factor = min(1.0, (clip_norm or float("inf")) / (norm + 1e-6))
+    return [g * factor for g in gradient]
+
+
+@torch.no_grad()
+def _move(weights: list[nn.Parameter], by: list[Tensor]) -> None:
+    for w, b in zip(weights, by, strict=True):
+        w -= RATE * b
+
+
+def _random_states(
+    lab: Laboratory, network: nn.Module, group: range
+) -> dict[tuple[int, int], list[Tensor]]:
     """The random state in which each rank meets each of its micro-batches."""
     states = {}
     scratch = copy.deepcopy(network)
@@ -171,7 +224,13 @@ def _random_states(lab: Laboratory, network: nn.Module, group: range) -> dict:
     return states
 
 
-def _gradient(lab, network, pieces, states, loss) -> list[Tensor]:
+def _gradient(
+    lab: Laboratory,
+    network: nn.Module,
+    pieces: list[tuple[int, int]],
+    states: dict[tuple[int, int], list[Tensor]],
+    loss: Loss,
+) -> list[Tensor]:
     """Of the summed losses of these (rank, micro-batch) pieces, each in its own random state."""
     weights = [w for w in network.parameters() if w.requires_grad]
     total = [torch.zeros_like(w) for w in weights]
@@ -201,11 +260,18 @@ def _perturb(network: nn.Module, gradient: list[Tensor], rule: SAM, rho: float) 
         w += (rho / norm * (t * s)).to(w.dtype)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+def _cross_entropy(lab: Laboratory) -> Loss:
+    smoothing = lab.config.train.label_smoothing
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        log_p = logits.float().log_softmax(1)
+        own = log_p.gather(1, labels[:, None])[:, 0]
+        return -((1 - smoothing) * own + smoothing * log_p.mean(1)).sum()
+
+    return loss
 
 
-def _csam(gamma: float) -> Callable[[Tensor, Tensor], Tensor]:
+def _csam(gamma: float) -> Loss:
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         p = logits.float().softmax(1).gather(1, labels[:, None])[:, 0]
         return torch.where(p <= 0.5, -p.log(), -((1 + p) ** -gamma) * p.log()).sum()

@@ -26,6 +26,7 @@ from flatcal_dist.run_directory import RunDirectory, State
 from flatcal_dist.sharpness import SharpnessAwareStep, StepResult
 from flatcal_dist.training import checkpoint, preemption, resuming
 from flatcal_dist.training.averaging import Average
+from flatcal_dist.training.bad_samples import BadSamples
 from flatcal_dist.training.build import build_step, rho_at, samples_per_perturbation
 from flatcal_dist.training.checkpoint import Progress
 from flatcal_dist.training.diagnosis import explain_divergence
@@ -65,6 +66,7 @@ def run(
             inputs.open_index(config.data, "validation", classes),
         )
     )
+    inputs.agree_on_decoder(config.data)
     on_all_ranks(lambda: inputs.batch_arithmetic(config, accelerator.num_processes, len(train)))
     step = build_step(config, accelerator)
     trainer = Trainer(config, directory, accelerator, train, validation, step)
@@ -97,6 +99,7 @@ class Trainer:
             config.optimizer, self.engine.optimizer, self.total_steps, self.epoch_steps
         )
         self.normalize = inputs.normalization(config.data).to(accelerator.device)
+        self.mixing = inputs.mixing(config.data, config.model.num_classes)
         self.main = accelerator.is_main_process
         self.samples_per_perturbation = samples_per_perturbation(config, accelerator.num_processes)
         train = config.train
@@ -131,6 +134,15 @@ class Trainer:
         )
         try:
             self._announce(remarks)
+            self.bad_samples = BadSamples(
+                self.directory.bad_samples_file,
+                self.train,
+                self.epoch_steps,
+                self.config.data.max_bad_samples,
+                self.done,
+                self.main,
+                self.tracker.say,
+            )
             self.started = time.monotonic() - self.seconds
             phase = self._train() if self.done < self.total_steps else "finished"
             if phase == "finished":
@@ -164,18 +176,22 @@ class Trainer:
                 self.waited += time.monotonic() - waiting_since
                 self._set_rates()
                 self._set_random_state(self.done)
+                replaced = [one for batch in micro_batches for one in batch.replaced]
                 take = partial(
                     self.step,
                     [self._on_device(batch) for batch in micro_batches],
                     samples=self.batch_size,
                     stop=request.asked,
-                    measure=(self.done + 1) % config.train.log_every_steps == 0,
+                    note=len(replaced),
+                    measure=self._sharpness_is_due(),
                     votes=self.saver.votes,
                 )
                 self.done += 1
                 # By the third step DDP has arranged its buckets for good.
                 result = self._count_traffic(take) if self.done == first + 2 else take()
                 self.saver.agreed(result.votes)
+                if result.noted:
+                    self.bad_samples.add(replaced)
                 self._after_step(result)
                 self.watchdog.beat()
                 if self.skipped == MAX_SKIPPED:
@@ -215,6 +231,14 @@ class Trainer:
         }
         return result
 
+    def _sharpness_is_due(self) -> bool:
+        """Whether this step is the last one with a perturbation before the next regular record."""
+        rule, every = self.step.rule, self.config.train.log_every_steps
+        if rule is None or not rule.perturbs_at(self.done):
+            return False
+        record = min((self.done // every + 1) * every, self.total_steps)
+        return not any(rule.perturbs_at(step) for step in range(self.done + 1, record))
+
     def _set_rates(self) -> None:
         """Learning rate and rho of this step, both functions of its number."""
         self.schedule.step_update(self.done)
@@ -225,9 +249,13 @@ class Trainer:
     def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.accelerator.device
         images = self.normalize(batch.images.to(device, non_blocking=True))
+        target = batch.labels.to(device, non_blocking=True)
+        if self.mixing is not None:
+            seed = self.config.run.seed
+            images, target = self.mixing(images, target, batch.samples, seed, batch.epoch)
         if self.config.model.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return images, batch.labels.to(device, non_blocking=True)
+        return images, target
 
     def _after_step(self, result: StepResult) -> None:
         train = self.config.train
@@ -237,6 +265,8 @@ class Trainer:
         self.window_steps += 1
         if self.done % train.log_every_steps == 0 or self.done == self.total_steps:
             self._log(result)
+        elif result.cosine is not None:  # the regular record's own step has no perturbation
+            self.tracker.log(self.done, self._sharpness(result))
         epoch, left = divmod(self.done, self.epoch_steps)
         end = self.done == self.total_steps
         whole_epoch = left == 0
@@ -252,6 +282,19 @@ class Trainer:
             self._checkpoint()
         self.window_start += time.monotonic() - paused  # speed is that of steps
 
+    def _sharpness(self, result: StepResult) -> dict[str, float | None]:
+        """What only a step with a perturbation has."""
+        if result.perturbed_loss is None:
+            return {}
+        return {
+            "train/perturbed_loss": result.perturbed_loss,
+            "train/sharpness": result.perturbed_loss - result.loss,
+            "optim/ascent_gradient_norm": result.ascent_gradient_norm,
+            "optim/gradient_cosine": result.cosine,
+            "optim/rho": self.step.rho,
+            "optim/effective_rho": result.effective_rho,
+        }
+
     def _log(self, result: StepResult) -> None:
         """This step's own figures, which a resumed run repeats, and the speed since the last."""
         elapsed = time.monotonic() - self.window_start
@@ -262,6 +305,7 @@ class Trainer:
             "optim/learning_rate": self.engine.optimizer.param_groups[0]["lr"],
             "optim/gradient_norm": result.gradient_norm,
             "optim/skipped": int(result.skipped),
+            "data/replaced": self.bad_samples.replaced,
             "perf/images_per_second": images_per_second,
             "perf/step_seconds": elapsed / self.window_steps,
             "perf/data_wait_fraction": self.waited / elapsed,
@@ -270,15 +314,7 @@ class Trainer:
         self.traffic = {}
         if self.config.train.precision == "fp16":
             values["optim/loss_scale"] = result.loss_scale
-        if result.perturbed_loss is not None:
-            values |= {
-                "train/perturbed_loss": result.perturbed_loss,
-                "train/sharpness": result.perturbed_loss - result.loss,
-                "optim/ascent_gradient_norm": result.ascent_gradient_norm,
-                "optim/gradient_cosine": result.cosine,
-                "optim/rho": self.step.rho,
-                "optim/effective_rho": result.effective_rho,
-            }
+        values |= self._sharpness(result)
         self.tracker.log(self.done, values)
         self._record("running")
         left = (self.total_steps - self.done) * elapsed / self.window_steps
@@ -366,8 +402,9 @@ class Trainer:
                 "train_data": self.train.identity,
                 "validation_data": self.validation.identity,
             }
-            self.directory.check_data(identities)
-            environment = describe_environment() | {
+            environment = describe_environment(self.config.data.decoder)
+            self.directory.check_data(identities, environment["decoder"])
+            environment |= {
                 "engine": self.config.train.engine,
                 "precision": self.config.train.precision,
                 "world_size": self.accelerator.num_processes,

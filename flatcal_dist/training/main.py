@@ -26,7 +26,7 @@ def main(default_config: Path, description: str | None = None) -> None:
     """
     started = time.time()
     end_with_the_launcher()
-    arguments = configuration.command_line(description, default_config).parse_args()
+    arguments = configuration.command_line(description, default_config).parse_intermixed_args()
     try:
         config = configuration.load(arguments.config, arguments.overrides)
         if arguments.print_config:

@@ -94,7 +94,8 @@ def load(
     with torch.no_grad():
         for name, master in masters.items():
             master.copy_(_cut(whole.weights[name], pieces[name]).view(master.shape))
-        for name, buffer in engine.module.named_buffers():
+        network = getattr(engine, "named", engine.module)  # without torch.compile's prefix
+        for name, buffer in network.named_buffers():
             if name in whole.rest:
                 buffer.copy_(whole.rest[name])
     engine.load_optimizer(optimizer, whole.groups)

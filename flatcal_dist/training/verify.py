@@ -14,7 +14,7 @@ from flatcal_dist import distributed
 from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.files import write_json
-from flatcal_dist.training.faults import FAULTS
+from flatcal_dist.training.faults import FAULTS, refuse_fault
 from flatcal_dist.training.verification import Row, engine_class, verify
 
 DEFAULT = Path(__file__).parents[2] / "configs/digits/csam.yaml"
@@ -24,11 +24,10 @@ def main(description: str | None = None) -> None:
     parser = configuration.command_line(description, DEFAULT)
     parser.add_argument("--fault", choices=FAULTS, help="break one thing on purpose")
     parser.add_argument("--output", type=Path, default=Path("verification.json"), metavar="FILE")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         config = configuration.load(arguments.config, arguments.overrides)
-        if arguments.fault == "objective" and config.sharpness.rule != "csam":
-            raise ConfigError("--fault objective breaks CSAM's loss: use it with rule csam")
+        refuse_fault(arguments.fault, config)
         train = config.train
         accelerator = distributed.start(train.engine, train.precision, config.run.world_size)
     except (ConfigError, distributed.LaunchError) as error:

@@ -1,4 +1,5 @@
 import functools
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -14,7 +15,8 @@ from conftest import make_samples, png
 
 from flatcal_dist.data import DataError, Sample, index_shard, load_index, write_shards
 from flatcal_dist.data.errors import BadImage
-from flatcal_dist.data.index import _open, sidecar
+from flatcal_dist.data.index import COLUMNS, Index, _open, sidecar
+from flatcal_dist.data.walk import ShardIndex
 
 SAMPLE = (("a.png", b"image a"), ("a.cls", b"1"))
 OTHER = (("b.png", b"image b"), ("b.cls", b"2"))
@@ -34,6 +36,49 @@ def test_index_is_compact_and_pickles(index):
     assert index._memory.numel() / len(index) * 1_281_167 < 64e6
     copy = pickle.loads(pickle.dumps(index))
     assert copy.read(30) == png(30)
+
+
+def _own_memory(index, queue):
+    """Of the mapping that holds the columns: its size, and what only this process has of it."""
+    total = sum(int(getattr(index, name).sum()) for name in COLUMNS)
+    address, found = index._memory.data_ptr(), {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first:
+            start, end = (int(part, 16) for part in first.split("-"))
+            inside = start <= address < end
+        elif inside and first in ("Size:", "Private_Dirty:", "Private_Clean:"):
+            found[first] = 1024 * int(rest[0])
+    queue.put((total, found))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_share_the_index(method):
+    n = 1_281_167
+    generator = np.random.default_rng(0)
+    part = ShardIndex(
+        tar_size=1,
+        **{
+            name: generator.integers(0, 2**31, n).astype(kind)
+            for name, kind in COLUMNS.items()
+            if name != "shard"
+        },
+        key=np.zeros(n, "S1"),
+    )
+    index = Index([Path("x.tar")], [part], "id")
+    expected = sum(int(getattr(index, name).sum()) for name in COLUMNS)
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    for _ in range(2):  # and the columns of this process survive being handed over
+        worker = context.Process(target=_own_memory, args=(index, queue))
+        worker.start()
+        total, found = queue.get(timeout=120)
+        worker.join()
+        assert total == expected == sum(int(getattr(index, name).sum()) for name in COLUMNS)
+        assert 28 * n <= found["Size:"]
+        assert found["Private_Dirty:"] + found["Private_Clean:"] < 28 * n / 10
+        if method == "spawn":
+            break
 
 
 def test_more_shards_than_descriptors(index, monkeypatch):

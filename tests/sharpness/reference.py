@@ -57,17 +57,19 @@ def make_optimizer(network: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer
     return torch.optim.SGD(weights, lr=lr, momentum=0.9, weight_decay=1e-3)
 
 
-def my_part(rank: int, world_size: int, number: int, micro_batches: int = 1) -> Pairs:
+def my_part(rank: int, world_size: int, number: int, micro_batches=1, batch=make_batch) -> Pairs:
     """A rank's micro-batches of a batch; 24 samples do not divide by 5."""
-    inputs, target = (t.tensor_split(world_size)[rank] for t in make_batch(number))
+    inputs, target = (t.tensor_split(world_size)[rank] for t in batch(number))
     parts = inputs.tensor_split(micro_batches), target.tensor_split(micro_batches)
     return list(zip(*parts, strict=True))
 
 
-def train(step, rank, world_size, micro_batches=1, numbers=range(STEPS), measure=False) -> list:
+def train(
+    step, rank, world_size, micro_batches=1, numbers=range(STEPS), measure=False, batch=make_batch
+) -> list:
     """Our step on this rank's parts; what it reports."""
     return [
-        step(my_part(rank, world_size, number, micro_batches), measure=measure)
+        step(my_part(rank, world_size, number, micro_batches, batch), measure=measure)
         for number in numbers
     ]
 
@@ -80,6 +82,7 @@ def reference(
     *,
     network: Callable[[], nn.Module] = make_network,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = make_optimizer,
+    batch: Callable[[int], tuple[Tensor, Tensor]] = make_batch,
     numbers: Iterable[int] = range(STEPS),
     per_micro_batch: bool = False,
     clip_norm: float | None = None,
@@ -95,16 +98,19 @@ def reference(
     streams = [torch.Generator().manual_seed(1 + rank).get_state() for rank in range(ranks)]
     kept: list[Tensor] = []
     for step, number in enumerate(numbers):
-        parts = [my_part(rank, ranks, number, micro_batches) for rank in range(ranks)]
+        parts = [my_part(rank, ranks, number, micro_batches, batch) for rank in range(ranks)]
+        samples = len(batch(number)[1])
         units = zip(*parts, strict=True) if per_micro_batch else [parts]
         total = None
         perturbs = rule is not None and step % rule.every == 0
         for unit in units:
             batches = [[pairs] if per_micro_batch else pairs for pairs in unit]
             if not perturbs:
-                g, streams = _gradient(copies, batches, F.cross_entropy, streams)
+                g, streams = _gradient(copies, batches, F.cross_entropy, streams, samples)
             else:
-                g, kept, streams = _sharp(rule, copies, batches, streams, scope or ranks, seen)
+                g, kept, streams = _sharp(
+                    rule, copies, batches, streams, samples, scope or ranks, seen
+                )
             total = g if total is None else add(total, g)
         if isinstance(rule, LookSAM) and not perturbs:
             ratio = rule.alpha * norm(total) / norm(kept)
@@ -118,12 +124,12 @@ def reference(
     return [copy.state_dict() for copy in copies]
 
 
-def _sharp(rule, copies, batches, streams, scope, seen):
+def _sharp(rule, copies, batches, streams, samples, scope, seen):
     """The gradient at w + e; LookSAM's part of it across the first; streams after one pass."""
     moves = []
     for first in range(0, len(copies), scope):
         group = slice(first, first + scope)
-        g, _ = _gradient(copies[group], batches[group], F.cross_entropy, streams[group])
+        g, _ = _gradient(copies[group], batches[group], F.cross_entropy, streams[group], samples)
         names = [n for n, w in copies[first].named_parameters() if w.requires_grad]
         moves += [perturbation(rule, names, trained(copies[first]), g)] * scope
     # Each rank's buffers are now those of one clean pass, and its stream is still that before it.
@@ -140,7 +146,7 @@ def _sharp(rule, copies, batches, streams, scope, seen):
         def loss(logits, target, reduction):
             return literal_csam(logits, target, rule.gamma, confidences)
 
-    g_s, streams = _gradient(copies, batches, loss, streams)
+    g_s, streams = _gradient(copies, batches, loss, streams, samples)
     with torch.no_grad():
         for copy, old, clean in zip(copies, before, buffers, strict=True):
             for w, b in zip([*trained(copy), *copy.buffers()], [*old, *clean], strict=True):
@@ -156,13 +162,13 @@ def _sharp(rule, copies, batches, streams, scope, seen):
     return g_s, across, streams
 
 
-def _gradient(copies, batches, loss, streams):
-    """Of the losses of these ranks, over all samples of the batch; and each rank's stream after."""
+def _gradient(copies, batches, loss, streams, samples):
+    """Of the losses of these ranks, over so many samples; and each rank's stream after."""
     total, after = None, []
     for copy, pairs, stream in zip(copies, batches, streams, strict=True):
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(stream)
-            value = sum(loss(copy(x), y, reduction="none").sum() for x, y in pairs) / SAMPLES
+            value = sum(loss(copy(x), y, reduction="none").sum() for x, y in pairs) / samples
             after.append(torch.get_rng_state())
         g = torch.autograd.grad(value, trained(copy), allow_unused=True)
         total = list(g) if total is None else add(total, g)
@@ -224,17 +230,19 @@ def bits(tensors: dict[str, Tensor]) -> bytes:
 
 
 class LeavesOutABlock(nn.Module):
-    """Its second forward pass does not use `b`, none uses `spare`, and some of it is frozen."""
+    """Its second forward pass of a step leaves out a block, none uses `spare`; some is frozen."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Linear(6, 6).requires_grad_(False)
-        self.a, self.b, self.spare = (nn.Linear(6, CLASSES) for _ in range(3))
+        self.blocks = nn.ModuleList([nn.Linear(6, 16), nn.Linear(6, 16)])
+        self.spare, self.head, self.calls = nn.Linear(6, 6), nn.Linear(16, CLASSES), 0
+        self.head.bias.requires_grad_(False)
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
-        self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         x = self.first(x)
-        return 5 * self.a(x) + (self.b(x) if self.calls % 2 else 0)
+        x = self.blocks[0](x) + (self.blocks[1](x) if self.calls % 2 else 0)
+        return self.head(F.gelu(x)) * 4

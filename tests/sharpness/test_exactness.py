@@ -91,11 +91,11 @@ def test_csam_is_not_sam_here_and_nothing_is_near_its_jump():
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("micro_batches", [1, 4, 5])
 def test_one_process(rule, micro_batches):
-    check([trained(0, 1, "ddp", [(rule, micro_batches, "global", False)])], 1)
+    check([trained(0, 1, "one", [(rule, micro_batches, "global", False)])], 1)
 
 
 def test_one_process_per_micro_batch():
-    check([trained(0, 1, "ddp", EACH[:1])], 1)
+    check([trained(0, 1, "one", EACH[:1])], 1)
 
 
 @pytest.mark.parametrize("kind", ENGINES)

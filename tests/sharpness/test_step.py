@@ -10,7 +10,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.losses import csam_loss
-from flatcal_dist.sharpness import CSAM, SAM, LookSAM, ReplicatedEngine, SharpnessAwareStep
+from flatcal_dist.sharpness import (
+    CSAM,
+    SAM,
+    LookSAM,
+    ReplicatedEngine,
+    SharpnessAwareStep,
+    StepError,
+)
 from tests.ranks import on_ranks
 
 RULES = {"none": None, "sam": SAM(0.1), "csam": CSAM(0.1, gamma=1.0)}
@@ -439,7 +446,8 @@ def _traffic(rank, world_size):
 
 
 def test_bad_options_are_refused():
-    engine = ReplicatedEngine(make_network(), make_optimizer(make_network()))
+    network = make_network()
+    engine = ReplicatedEngine(network, make_optimizer(network))
     with pytest.raises(ValueError, match="rho must be finite and not negative"):
         SAM(-0.1)
     with pytest.raises(ValueError, match="rho must be finite"):
@@ -449,3 +457,102 @@ def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="scope must be one of global, rank, node or a number"):
         SharpnessAwareStep(engine, SAM(0.1), scope="nodes")
     assert csam_loss(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), 1.0) > 0
+
+
+def test_what_no_step_can_serve_is_refused():
+    network = make_network()
+    optimizer = make_optimizer(network)
+    engine = ReplicatedEngine(network, optimizer)
+    frozen = make_network().requires_grad_(False)
+    lbfgs = torch.optim.LBFGS(network.parameters())
+    for make, message in (
+        (lambda: ReplicatedEngine(make_network(), optimizer), "parameters of another network"),
+        (lambda: ReplicatedEngine(frozen, optimizer), "nothing to train"),
+        (lambda: ReplicatedEngine(make_network().double(), optimizer), "call network.float"),
+        (lambda: ReplicatedEngine(network, lbfgs), "LBFGS evaluates the loss by itself"),
+        (lambda: SharpnessAwareStep(engine, None, clip_norm=-1.0), "clip_norm must be positive"),
+        (lambda: SharpnessAwareStep(engine, CSAM(0.1), loss=F.cross_entropy), "leave `loss` out"),
+        (lambda: SAM(0.1, every=2.5), "every must be at least 1 and whole"),
+    ):
+        with pytest.raises(StepError, match=message):
+            make()
+
+
+def test_a_batch_that_cannot_be_taken_is_refused_and_changes_nothing():
+    network = make_network(norm=True)
+    before = copy.deepcopy(network.state_dict())
+    batch = make_batch(0)
+
+    def refused(message, micro_batches, rule=SAM(0.1), **options):  # noqa: B008
+        engine = ReplicatedEngine(network, make_optimizer(network))
+        step = SharpnessAwareStep(engine, rule, loss=options.pop("loss", None))
+        step.rho = options.pop("rho", step.rho)
+        with pytest.raises(StepError, match=message):
+            step(micro_batches, **options)
+        assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+    refused("nothing to learn from", [])
+    refused("nothing to learn from", [(batch[0][:0], batch[1][:0])])
+    refused("nothing to learn from", [batch], samples=0)
+    refused(r"list of \(inputs, target\) pairs", batch)
+    refused("wants one value each", [batch], loss=F.cross_entropy)
+    refused("rho must be finite", [batch], rho=math.nan)
+    for weight in network[0].parameters():
+        weight.requires_grad_(False)
+    engine = ReplicatedEngine(network, make_optimizer(network))
+    step = SharpnessAwareStep(engine, SAM(0.1))
+    network.requires_grad_(True)
+    with pytest.raises(StepError, match="frozen or thawed"):
+        step([batch])
+
+
+def test_ranks_with_different_numbers_of_micro_batches_are_refused_on_all():
+    for message in on_ranks(2, _different_numbers):
+        assert "different numbers of micro-batches" in message
+
+
+def _different_numbers(rank, world_size):
+    network = make_network()
+    model = DistributedDataParallel(network)
+    step = SharpnessAwareStep(ReplicatedEngine(model, make_optimizer(network)), SAM(0.1))
+    with pytest.raises(StepError) as refused:
+        step([make_batch(0)] * (rank + 1))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("scope", ["global", "rank"])
+def test_a_compiled_wrapper_is_seen_through(scope):
+    """torch.compile around DistributedDataParallel, as Accelerate does it."""
+    ours, compiled = (on_ranks(2, _compiled_or_not, scope, around) for around in (False, True))
+    for plain, other in zip(ours, compiled, strict=True):
+        assert plain[0].keys() == other[0].keys(), "the network's own names"
+        assert all(torch.allclose(plain[0][n], other[0][n], rtol=0, atol=1e-7) for n in plain[0])
+        assert math.isclose(plain[1], other[1], rel_tol=1e-5)
+
+
+def _compiled_or_not(rank, world_size, scope, around):
+    network = make_network()
+    model = DistributedDataParallel(network)
+    model = torch.compile(model, backend="eager") if around else model
+    engine = ReplicatedEngine(model, make_optimizer(network))
+    step = SharpnessAwareStep(engine, SAM(0.1), scope=scope)
+    inputs, target = (t.tensor_split(world_size)[rank] for t in make_batch(0))
+    result = step([(inputs, target)])
+    return engine.full_weights(), result.ascent_gradient_norm
+
+
+def test_the_steps_state_goes_on():
+    network = make_network()
+    engine = ReplicatedEngine(network, make_optimizer(network))
+    step = SharpnessAwareStep(engine, LookSAM(0.1, every=3))
+    for number in range(2):
+        step([make_batch(number)])
+    saved = copy.deepcopy((engine.local_state(), step.state_dict()))
+    step([make_batch(2)])
+    other = make_network()
+    again = ReplicatedEngine(other, make_optimizer(other))
+    resumed = SharpnessAwareStep(again, LookSAM(0.1, every=3))
+    again.load_local_state(saved[0])
+    resumed.load_state_dict(saved[1])
+    resumed([make_batch(2)])
+    assert bit_equal(network, other)

@@ -57,11 +57,21 @@ def test_a_second_job_is_refused_and_told_who_is_there(config):
 
 def test_other_data_is_refused(config):
     directory = RunDirectory(config.run.dir)
-    directory.check_data({"train_data": "a" * 64})
+    directory.check_data({"train_data": "a" * 64}, "pil 1")
     directory.open(config, {"train_data": "a" * 64})
-    directory.check_data({"train_data": "a" * 64})
+    directory.check_data({"train_data": "a" * 64}, "pil 1")
     with pytest.raises(RunError, match="begun with other data: train_data was aaaa"):
-        directory.check_data({"train_data": "b" * 64})
+        directory.check_data({"train_data": "b" * 64}, "pil 1")
+
+
+def test_another_decoder_is_refused_and_another_version_is_not(config):
+    directory = RunDirectory(config.run.dir)
+    directory.open(config, {"decoder": "simplejpeg 1.9.0"})
+    directory.check_data({}, "simplejpeg 2.0.0")
+    with pytest.raises(
+        RunError, match=r"begun with the decoder simplejpeg 1\.9\.0, here it is pil"
+    ):
+        directory.check_data({}, "pil 13.0.0")
 
 
 def test_an_unreadable_state_is_named(config):

@@ -7,7 +7,7 @@ from flatcal_dist.training.traffic import counted
 from tests.ranks import on_ranks
 from tests.sharpness.test_step import make_batch, make_network, make_optimizer
 
-FLAGS = 8 * 8  # eight float64 numbers: losses, norms, whether to skip, whether to stop
+FLAGS = 9 * 8  # nine float64 numbers: losses, norms, whether to skip, to stop, a note
 
 
 def test_collectives_and_bytes_of_a_step():
