@@ -107,11 +107,11 @@ class Engine(Protocol):
     def rewritten(self) -> None:
         """The masters were changed from outside; called by all ranks before the next pass."""
 
-    def layout(self) -> "Layout":
+    def arrangement(self) -> "Arrangement":
         """Where this rank's parts lie in the whole, for other engines and numbers of ranks."""
 
     def load_optimizer(self, state: dict[int, dict[str, Any]], groups: list[dict]) -> None:
-        """Optimizer state of this rank, shaped as `layout` says, and what else its groups hold."""
+        """Optimizer state of this rank, shaped as `arrangement` says; what else groups hold."""
 
     def set_loss_scale(self, value: float) -> None: ...
 
@@ -120,7 +120,7 @@ class Engine(Protocol):
 # begins in it when flat, length]; a part is contiguous. slots: by index of the optimizer's
 # parameters, the shape on this rank and the parts in it when flat: [name, offset, length].
 # loss_scale: as it is.
-Layout = dict[str, Any]
+Arrangement = dict[str, Any]
 
 
 class ReplicatedEngine:
@@ -251,7 +251,7 @@ class ReplicatedEngine:
     def rewritten(self) -> None:
         pass  # there is no other copy
 
-    def layout(self) -> Layout:
+    def arrangement(self) -> Arrangement:
         return {
             "pieces": {n: [list(w.shape), 0, w.numel()] for n, w in self.weights.items()},
             "slots": slots_by_parameter(self.optimizer, self.named.named_parameters()),

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from flatcal_dist.sharpness.engines import (
-    Layout,
+    Arrangement,
     broadcast,
     refuse_unusable,
     slots_by_parameter,
@@ -326,7 +326,7 @@ class ShardedEngine:
         """For the same rank among as many ranks in the same groups."""
         optimizer = self.optimizer.state_dict()
         return {
-            "ranks": self._ranks(),
+            "layout": self._layout(),
             "weights": {n: w.to_local().detach() for n, w in self.weights.items()},
             "buffers": dict(self.module.named_buffers()),
             "optimizer": {
@@ -339,9 +339,9 @@ class ShardedEngine:
     @torch.no_grad()
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Raises StepError for the state of another rank, layout or network."""
-        if state["ranks"] != self._ranks():
+        if state["layout"] != self._layout():
             raise StepError(
-                f"the state is of {state['ranks']}, this is {self._ranks()}; start from the full "
+                f"the state is of {state['layout']}, this is {self._layout()}; start from the full "
                 "weights, or with as many ranks"
             )
         self._drop_gathered()
@@ -360,7 +360,7 @@ class ShardedEngine:
     def rewritten(self) -> None:
         self._drop_gathered()
 
-    def layout(self) -> Layout:
+    def arrangement(self) -> Arrangement:
         rank, pieces = dist.get_rank(self.group), {}
         for name, weight in self.weights.items():
             row = weight.numel() // weight.shape[0] if weight.numel() else 0
@@ -382,7 +382,7 @@ class ShardedEngine:
     def set_loss_scale(self, value: float) -> None:
         self.scale.value = value
 
-    def _ranks(self) -> dict[str, int]:
+    def _layout(self) -> dict[str, int]:
         return {
             "rank": dist.get_rank(),
             "world_size": self.world_size,

@@ -34,8 +34,8 @@ class StepResult:
     theirs. None in a step without a perturbation: perturbed_loss and ascent_gradient_norm (of a
     scope smaller than all ranks, the mean of the ranks' own norms). Only with measure=True: cosine,
     between the perturbation (SAM's: the ascent gradient) and the descent gradient; effective_rho,
-    the length of the perturbation that the forward pass saw after rounding to its precision; both means
-    over the ranks.
+    the length of the perturbation that the forward pass saw after rounding to its precision; both
+    means over the ranks.
     """
 
     loss: float

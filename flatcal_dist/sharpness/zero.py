@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flatcal_dist.sharpness import engines
-from flatcal_dist.sharpness.engines import broadcast, stack, with_groups
+from flatcal_dist.sharpness.engines import Arrangement, broadcast, stack, with_groups
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
@@ -43,8 +42,8 @@ class ZeroEngine:
         self.optimizer: torch.optim.Optimizer = model.optimizer.optimizer
         self.device = torch.device(model.device)
         self.world_size = dist.get_world_size()
-        self.held: Layout = layout_of(model)
-        if any(part.master.data_ptr() == part.used.data_ptr() for part in self.held.parts):
+        self.layout: Layout = layout_of(model)
+        if any(part.master.data_ptr() == part.used.data_ptr() for part in self.layout.parts):
             raise StepError(
                 "this DeepSpeed keeps one copy of the weights where we count on two: use the "
                 "version in pyproject.toml, and start_zero"
@@ -99,7 +98,7 @@ class ZeroEngine:
 
     def zero_gradients(self) -> None:
         self._refresh()
-        self.held.clear_gradients()
+        self.layout.clear_gradients()
         self.whole = self.touched = False
 
     @contextmanager
@@ -114,9 +113,9 @@ class ZeroEngine:
 
     def shards(self) -> Shards:
         self.whole, self.touched = False, True
-        parts = self.held.parts
+        parts = self.layout.parts
         names, masters = [p.name for p in parts], [p.master for p in parts]
-        return Shards(names, masters, self.held.gradients())
+        return Shards(names, masters, self.layout.gradients())
 
     def whole_weights(self) -> Shards:
         """Memory, of stages 1 and 2: one whole copy, the gradient and then the weights before."""
@@ -138,14 +137,14 @@ class ZeroEngine:
             with self._moved_whole(shards) as displacement:
                 yield displacement
             return
-        parts = self.held.parts
+        parts = self.layout.parts
         targets = list(shards.gradients)
         shards.gradients.clear()
 
         def displacement() -> tuple[Tensor, Tensor, Tensor]:
             now = targets if self.precision != torch.float32 else [p.used for p in parts]
             masters = [p.master for p in parts]
-            gradients = self.held.gradients()
+            gradients = self.layout.gradients()
             return measure(now, masters, gradients, self.precision, self._over_ranks)
 
         try:
@@ -157,13 +156,13 @@ class ZeroEngine:
                 # They lie in DeepSpeed's buffers, which the next pass overwrites.
                 measurable = self.precision != torch.float32
                 targets = [t.clone() for t in targets] if measurable else []
-                self.held.publish()
+                self.layout.publish()
             yield displacement
         finally:
             # No communication here: an error may be on this rank alone. DeepSpeed's step puts the
             # master's parts of all ranks in place; whatever comes instead of it refreshes first.
             with torch.no_grad():
-                self.held.withdraw()
+                self.layout.withdraw()
             self.stale = True
 
     @contextmanager
@@ -184,12 +183,12 @@ class ZeroEngine:
     def _refresh(self) -> None:
         """Called by all ranks: nothing that the forward pass uses is moved any more."""
         if self.stale:
-            self.held.withdraw()
-            self.held.publish()
+            self.layout.withdraw()
+            self.layout.publish()
             self.stale = False
 
     def gradient_norm(self) -> Tensor:
-        square = self._over_ranks(squared_norm(self.held.gradients()))
+        square = self._over_ranks(squared_norm(self.layout.gradients()))
         return square.sqrt() / self.loss_scale
 
     def update(self, norm: Tensor, clip_norm: float | None) -> None:
@@ -199,7 +198,7 @@ class ZeroEngine:
                 f"{self.zero.gradient_clipping() or None}: give start_zero the same clip_norm"
             )
         if clip_norm is not None and self.touched:
-            self.held.share_gradients()
+            self.layout.share_gradients()
         self.zero.set_gradient_accumulation_boundary(True)
         self.zero.step()
         if not self.zero.was_step_applied():
@@ -237,7 +236,7 @@ class ZeroEngine:
                 if first:
                     full[name] = tensor.cpu()
                 continue
-            with self.held.whole(weight):
+            with self.layout.whole(weight):
                 if first:
                     full[name] = weight.detach().float().to("cpu", copy=True)
         kept = self.module.state_dict()
@@ -247,54 +246,54 @@ class ZeroEngine:
 
     def local_state(self) -> dict[str, Any]:
         scaler = vars(self.scaler) if self.scaler else {}
-        with self.held.base_optimizer() as optimizer:
+        with self.layout.base_optimizer() as optimizer:
             state = optimizer.state_dict()
         return {
-            "masters": self.held.masters,
+            "masters": self.layout.masters,
             "optimizer": state,
             "scale": {k: v for k, v in scaler.items() if isinstance(v, int | float)},
-            "frozen": {name: self.held.frozen(w) for name, w in self._frozen()},
+            "frozen": {name: self.layout.frozen(w) for name, w in self._frozen()},
             "buffers": dict(self.module.named_buffers()),
         }
 
     @torch.no_grad()
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Called by all ranks, as many as saved it."""
-        for ours, theirs in zip(self.held.masters, state["masters"], strict=True):
+        for ours, theirs in zip(self.layout.masters, state["masters"], strict=True):
             ours.copy_(theirs)
-        with self.held.base_optimizer() as optimizer:
+        with self.layout.base_optimizer() as optimizer:
             optimizer.load_state_dict(state["optimizer"])
         if self.scaler:
             vars(self.scaler).update(state["scale"])
         for name, weight in self._frozen():
-            self.held.frozen(weight).copy_(state["frozen"][name])
+            self.layout.frozen(weight).copy_(state["frozen"][name])
         for name, buffer in self.module.named_buffers():
             buffer.copy_(state["buffers"][name])
         self.stale = True
         self._refresh()
 
     def masters(self) -> dict[str, Tensor]:
-        return {part.name: part.master for part in self.held.parts}
+        return {part.name: part.master for part in self.layout.parts}
 
     def rewritten(self) -> None:
         self.stale = True
         self._refresh()
 
-    def layout(self) -> engines.Layout:
-        with self.held.base_optimizer() as optimizer:
+    def arrangement(self) -> Arrangement:
+        with self.layout.base_optimizer() as optimizer:
             flats = [flat for group in optimizer.param_groups for flat in group["params"]]
         slots = [[list(flat.shape), []] for flat in flats]
-        for part in self.held.parts:
+        for part in self.layout.parts:
             for flat, (_, held) in zip(flats, slots, strict=True):
                 offset = (part.master.data_ptr() - flat.data_ptr()) // flat.element_size()
                 if 0 <= offset < flat.numel():
                     held.append([part.name, offset, part.master.numel()])
         shapes = {n: list(getattr(w, "ds_shape", w.shape)) for n, w in self._trained()}
-        pieces = {p.name: [shapes[p.name], p.start, p.master.numel()] for p in self.held.parts}
+        pieces = {p.name: [shapes[p.name], p.start, p.master.numel()] for p in self.layout.parts}
         return {"pieces": pieces, "slots": slots, "loss_scale": self.loss_scale}
 
     def load_optimizer(self, state: dict[int, dict[str, Any]], groups: list[dict]) -> None:
-        with self.held.base_optimizer() as optimizer:
+        with self.layout.base_optimizer() as optimizer:
             optimizer.load_state_dict(with_groups(optimizer, state, groups))
 
     def set_loss_scale(self, value: float) -> None:

@@ -57,7 +57,7 @@ def state_of(step: SharpnessAwareStep, average: Average | None = None) -> dict[s
     """All that this rank needs to go on, as the step left it: to be copied before the next one."""
     return {
         "engine": step.engine.local_state(),
-        "layout": step.engine.layout(),
+        "arrangement": step.engine.arrangement(),
         "memory": step.memory,
         "average": average.weights if average else None,
     }

@@ -1,7 +1,7 @@
 """Checkpoints in whole tensors by parameter name: for other engines and numbers of ranks, export.
 
-Each rank's part says where it lies in the whole (`layout`), so that any process can put the whole
-together from the files alone. Optimizer state can be cut anew where it has the parameter's own
+Each rank's part says where it lies in the whole (`arrangement`), so that any process can put the
+whole together from the files alone. Optimizer state can be cut anew where it has the parameter's own
 shape (momentum, Adam's moments) or is one number for the whole parameter; the rest is refused.
 """
 
@@ -55,7 +55,7 @@ def assemble(path: Path, optimizer: bool = True) -> Whole:
     whole = Whole()
     for rank in range(progress.parts):
         part = checkpoint.load_part(path, rank)
-        pieces, slots = part["layout"]["pieces"], part["layout"]["slots"]
+        pieces, slots = part["arrangement"]["pieces"], part["arrangement"]["slots"]
         whole.shapes |= {name: shape for name, (shape, _, _) in pieces.items()}
         for name, tensor in _weights(part["engine"], slots, pieces).items():
             whole.put(whole.weights, name, name, tensor, pieces[name][1])
@@ -69,7 +69,7 @@ def assemble(path: Path, optimizer: bool = True) -> Whole:
             _add_optimizer(whole, part["engine"]["optimizer"], slots, pieces, progress)
         if rank == 0:
             whole.rest = _rest(part["engine"], pieces)
-            whole.loss_scale = part["layout"]["loss_scale"]
+            whole.loss_scale = part["arrangement"]["loss_scale"]
             whole.groups = part["engine"]["optimizer"]["param_groups"]
     return whole
 
@@ -82,13 +82,13 @@ def load(
     Called by all ranks. Raises FailedTogether, naming what cannot be cut anew.
     """
     engine = step.engine
-    layout, masters = engine.layout(), engine.masters()
-    pieces = layout["pieces"]
+    arrangement, masters = engine.arrangement(), engine.masters()
+    pieces = arrangement["pieces"]
 
     def read() -> tuple[Whole, dict[int, dict[str, Any]]]:
         whole = assemble(path)
         _refuse_other_network(whole, pieces)
-        return whole, _optimizer_state(whole, layout, progress)
+        return whole, _optimizer_state(whole, arrangement, progress)
 
     whole, optimizer = on_all_ranks(read)  # what may fail, before ranks talk to each other
     with torch.no_grad():
@@ -202,18 +202,18 @@ def _plain_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _optimizer_state(
-    whole: Whole, layout: dict[str, Any], progress: Progress
+    whole: Whole, arrangement: dict[str, Any], progress: Progress
 ) -> dict[int, dict[str, Any]]:
-    """By index of this rank's optimizer, shaped as its layout says."""
+    """By index of this rank's optimizer, shaped as its arrangement says."""
     states = {}
-    for index, (shape, held) in enumerate(layout["slots"]):
+    for index, (shape, held) in enumerate(arrangement["slots"]):
         state: dict[str, Any] = {}
         for name, offset, length in held:
             for key, value in whole.optimizer.get(name, {}).items():
                 if isinstance(value, Tensor) and list(value.shape) == whole.shapes[name] != []:
                     # What a parameter that never had a gradient lacks is zero, as at the start.
                     flat = state.setdefault(key, torch.zeros(shape, dtype=value.dtype)).view(-1)
-                    flat[offset : offset + length] = _cut(value, layout["pieces"][name])
+                    flat[offset : offset + length] = _cut(value, arrangement["pieces"][name])
                 elif state.setdefault(key, copy.deepcopy(value)) != value:
                     raise CheckpointError(
                         f"the optimizer's {key!r} differs between parameters ({name}: {value}) "

@@ -328,7 +328,7 @@ def round_trip(rank, world_size):
         own = {n: w.to_local().shape for n, w in engine.weights.items()}
         only = {n: w.shape for n, w in state["weights"].items()} == own
         outcome.append((same(whole(engine), whole(other)), other.loss_scale, only))
-    state["ranks"]["rank"] = 7
+    state["layout"]["rank"] = 7
     return outcome, message(lambda: other.load_local_state(state))
 
 
