@@ -1,8 +1,8 @@
 """Checkpoints in whole tensors by parameter name: for other engines and numbers of ranks, export.
 
 Each rank's part says where it lies in the whole (`arrangement`), so that any process can put the
-whole together from the files alone. Optimizer state can be cut anew where it has the parameter's own
-shape (momentum, Adam's moments) or is one number for the whole parameter; the rest is refused.
+whole together from the files alone. Optimizer state can be cut anew where it has the parameter's
+own shape (momentum, Adam's moments) or is one number for the whole parameter; the rest is refused.
 """
 
 import copy
