@@ -9,6 +9,7 @@ flatcal report RUN
 flatcal report LOGITS.npz|.parquet|.csv [--output DIR]
 flatcal compare RUN RUN ... --output DIR
 flatcal export RUN [--checkpoint STEP] FILE
+flatcal sync RUN [RUN ...] [--dry-run]
 flatcal environment
 """
 
@@ -155,6 +156,12 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"{arguments.file}: weights of {path}")
 
 
+def sync(arguments: argparse.Namespace) -> None:
+    from flatcal_dist.sync import sync as send
+
+    send(arguments.directories, arguments.dry_run)
+
+
 def environment(arguments: argparse.Namespace) -> None:
     print(json.dumps(describe_environment(), indent=1))
 
@@ -288,6 +295,11 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--checkpoint", type=int, metavar="STEP", help="by default the newest")
     add.add_argument("file", type=Path, metavar="FILE", help="safetensors, as timm reads it")
     add.set_defaults(run=export)
+
+    add = commands.add_parser("sync", help="send runs that were recorded offline to W&B")
+    add.add_argument("directories", type=Path, nargs="+", metavar="RUN")
+    add.add_argument("--dry-run", action="store_true", help="say what would be sent")
+    add.set_defaults(run=sync)
 
     add = commands.add_parser("environment", help="versions, code, devices")
     add.set_defaults(run=environment)

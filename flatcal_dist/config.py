@@ -225,11 +225,17 @@ class EvaluateConfig(Section):
 
 
 class WandbConfig(Section):
-    mode: Literal["offline", "online", "disabled"] = "offline"
+    mode: Literal["offline", "online", "disabled"] = Field(
+        "offline", description="online: offline where W&B cannot be reached"
+    )
     project: str = "flatcal_dist"
     name: str | None = None
-    group: str | None = None
+    group: str | None = Field(None, description="runs shown together; a sweep's, its name")
     tags: list[str] = []
+    log_checkpoints: bool = Field(False, description="send checkpoints as artifacts")
+    finish_seconds: float = Field(
+        30.0, gt=0, le=600, description="that the end of a run waits for W&B at most"
+    )
 
 
 class Config(Section):

@@ -6,7 +6,6 @@ step again, the last record of the step counts.
 
 import json
 import math
-import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flatcal_dist.config import Config
+from flatcal_dist.training.sink import WandbSink
 
 
 class Tracker:
@@ -31,7 +31,7 @@ class Tracker:
         self.total_steps = total_steps
         self.console = Console(file=sys.stdout)
         self.bar = self._progress_bar(start) if self.console.is_terminal else None
-        self.wandb = _start_wandb(config, path) if config.wandb.mode != "disabled" else None
+        self.wandb = self._start_wandb(config, path) if config.wandb.mode != "disabled" else None
 
     def log(self, step: int, values: dict[str, float | int | None]) -> None:
         """Write one record, such as {"train/loss": 0.7}; what is not finite becomes null."""
@@ -40,13 +40,12 @@ class Tracker:
         record = {"step": step} | {key: _finite_or_none(value) for key, value in values.items()}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        if self.wandb is not None:
-            self._to_wandb(record)
+        self._watch_wandb()
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
         if self.active:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._print(text)
 
     def show(self, step: int, text: str, images_per_second: float, seconds_left: float) -> None:
         """Progress: the bar on a terminal, else a line with the time left."""
@@ -68,10 +67,8 @@ class Tracker:
         if self.bar is not None:
             self.bar.stop()
         if self.wandb is not None:
-            try:
-                self.wandb.finish(exit_code=exit_code)
-            except Exception as error:  # a sink can never fail a run
-                self.console.print(f"W&B did not finish: {error}", markup=False)
+            for text in self.wandb.finish(exit_code):
+                self._print(text)
 
     def _progress_bar(self, start: int) -> Progress:
         bar = Progress(
@@ -85,12 +82,23 @@ class Tracker:
         bar.start()
         return bar
 
-    def _to_wandb(self, record: dict[str, Any]) -> None:
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _start_wandb(self, config: Config, path: Path) -> WandbSink | None:
         try:
-            self.wandb.log({key: value for key, value in record.items() if value is not None})
-        except Exception as error:  # a sink can never fail a run
-            self.say(f"W&B failed and is left out from here on: {error}")
-            self.wandb = None
+            return WandbSink(path, config.wandb.mode, config.wandb.finish_seconds)
+        except OSError as error:  # a sink can never fail a run
+            self._print(f"W&B did not start, the run goes on without it: {error}")
+            return None
+
+    def _watch_wandb(self) -> None:
+        """Show what W&B's process says; once it has ended there is nothing more to come."""
+        if self.wandb is not None:
+            for text in self.wandb.messages():
+                self._print(text)
+            if self.wandb.ended:
+                self.wandb = None
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -107,38 +115,6 @@ def read_metrics(path: Path) -> list[dict]:
         except ValueError:
             continue
     return records
-
-
-def _start_wandb(config: Config, path: Path) -> Any:
-    """The one W&B run of this directory: its id is kept beside it. None when W&B does not start."""
-    try:
-        import wandb
-
-        id_file = path / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
-        mode = config.wandb.mode
-        if mode == "online" and not wandb.login(prompt=False):  # would ask, and wait
-            print("W&B has no key (wandb login): this run is recorded offline", file=sys.stderr)
-            mode = "offline"
-        run = wandb.init(
-            project=config.wandb.project,
-            name=config.wandb.name or path.name,
-            group=config.wandb.group,
-            tags=config.wandb.tags,
-            id=id_file.read_text().strip(),
-            resume="allow",
-            mode=mode,
-            dir=str(path),
-            config=config.model_dump(),
-            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
-        )
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-        return run
-    except Exception as error:
-        print(f"W&B did not start, the run goes on without it: {error}", file=sys.stderr)
-        return None
 
 
 def _end_torn_line(path: Path) -> None:
