@@ -6,7 +6,7 @@ claim the directory -> data -> network, engine, step -> resume -> steps -> weigh
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from flatcal_dist.data import Batch, Index, Position, optimizer_steps, steps_per
 from flatcal_dist.data.order import sample_seed
 from flatcal_dist.data.stream import Stream
 from flatcal_dist.data.variants import of_index
-from flatcal_dist.distributed import on_all_ranks
+from flatcal_dist.distributed import FailedTogether, on_all_ranks
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.run_directory import RunDirectory, State
 from flatcal_dist.sharpness import SharpnessAwareStep, StepResult
@@ -153,7 +153,10 @@ class Trainer:
             self._record("preempted")
             self.tracker.close(exit_code=1)
             raise
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, FailedTogether):  # all ranks are here: a save under way can end
+                with suppress(FailedTogether):
+                    self.saver.finish()
             self.tracker.close(exit_code=1)
             raise
         self.tracker.close()
