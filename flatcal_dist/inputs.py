@@ -182,6 +182,13 @@ def promise(train: Index | Stream) -> str:
     )
 
 
+def readers(config: Config, world_size: int) -> dict[str, int]:
+    """What the order of a stream depends on besides the seed."""
+    data = config.data
+    size = micro_batch_size(data, world_size)
+    return {"ranks": world_size, "workers": data.workers, "micro_batch_size": size}
+
+
 def micro_batch_size(data: DataConfig, world_size: int) -> int:
     """Images per forward pass on a rank: as configured, or a rank's whole share."""
     return data.micro_batch_size or -(-data.global_batch_size // world_size)

@@ -78,8 +78,7 @@ class RunDirectory:
 
         Another version of the decoder may go on: environment.json then names that one.
         """
-        file = self.path / "environment.json"
-        before = json.loads(file.read_text()) if file.exists() else {}
+        before = self.environment()
         for key, identity in identities.items():
             if before.get(key, identity) != identity:
                 raise RunError(
@@ -92,6 +91,11 @@ class RunDirectory:
                 f"{self.path} was begun with the decoder {old}, here it is {decoder}, which may "
                 "give other pixels. Install the first here, or name another run.dir"
             )
+
+    def environment(self) -> dict:
+        """What the last start recorded; empty before the first."""
+        file = self.path / "environment.json"
+        return json.loads(file.read_text()) if file.exists() else {}
 
     def open(self, config: Config, environment: dict) -> State:
         """Enter the run (one rank does): lock it, write what describes it, count the start.

@@ -14,6 +14,7 @@ import pytest
 import timm.data
 import torch
 import torchvision
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms._presets import ImageClassification
@@ -80,10 +81,15 @@ def corrupted(pixels: np.ndarray, *rest) -> bytes:
     return corrupted_jpeg(Image.fromarray(pixels), *rest)
 
 
+def join(rank: int, world_size: int) -> Accelerator:
+    if world_size > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    return distributed.start("ddp", "fp32")
+
+
 def on_variants(rank: int, world_size: int, trees: Path) -> dict[str, Records | None]:
     """Records of all variants by name, shifted ones with the temperature of the clean one."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    accelerator = distributed.start("ddp", "fp32")
+    accelerator = join(rank, world_size)
     found = {}
     for classes, texts in (
         (1000, ["val", "v2", "r"]),
@@ -103,8 +109,7 @@ def on_variants(rank: int, world_size: int, trees: Path) -> dict[str, Records | 
 
 @pytest.fixture(scope="module")
 def alone(trees) -> dict[str, Records]:
-    (found,) = on_ranks(1, on_variants, trees)
-    return found
+    return on_variants(0, 1, trees)
 
 
 def logits_by_hand(files: list[Path], classes: int, crop_pct: float | None = None) -> np.ndarray:
@@ -188,9 +193,22 @@ def test_generated_corruptions_are_the_folder_of_the_same_function(alone, trees)
     assert_scores(alone["imagenet_c/pixelate/4"], files, logits, labels)
 
 
+def on_several_ranks(rank: int, world_size: int, trees: Path) -> tuple[dict, str]:
+    """The records; and what is said where rank 0 sees other files than the others."""
+    found, accelerator = on_variants(rank, world_size, trees), join(rank, world_size)
+    path = trees / ("photographs" if rank == 0 else "c/pixelate/4")
+    data = open_variant(find(f"x={path}", 10)[0], 10)
+    with pytest.raises(DataError) as refused:
+        evaluation.evaluate(settings(10), network(10), data, accelerator)
+    return found, str(refused.value)
+
+
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_records_are_the_same_bits_on_any_number_of_ranks(alone, trees, world_size):
-    first, *others = on_ranks(world_size, on_variants, trees)
+    found = on_ranks(world_size, on_several_ranks, trees)
+    for said in (said for _, said in found):
+        assert "x holds other images on one rank than on another" in said
+    first, *others = (records for records, _ in found)
     assert first.keys() == alone.keys()
     assert len(first) == 12
     for name, records in first.items():
@@ -199,7 +217,7 @@ def test_records_are_the_same_bits_on_any_number_of_ranks(alone, trees, world_si
 
 
 def on_the_command(rank: int, world_size: int, words: list[str]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    join(rank, world_size)
     cli.main(words)
 
 
@@ -311,23 +329,6 @@ def test_corruptions_of_other_images_are_refused(trees, tmp_path):
         )
     shift = json.loads((tmp_path / "out/shift.json").read_text())
     assert len(shift["sets"]) == 1, "what was evaluated before is kept"
-
-
-def on_different_files(rank: int, world_size: int, trees: Path) -> str:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    accelerator = distributed.start("ddp", "fp32")
-    path = trees / ("photographs" if rank == 0 else "c/pixelate/4")
-    data = open_variant(find(f"x={path}", 10)[0], 10)
-    try:
-        evaluation.evaluate(settings(10), network(10), data, accelerator)
-    except DataError as error:
-        return str(error)
-    return ""
-
-
-def test_ranks_that_see_other_files_say_so(trees):
-    for said in on_ranks(2, on_different_files, trees):
-        assert "x holds other images on one rank than on another" in said
 
 
 def test_which_data_set_is_the_clean_one(trees):

@@ -1,6 +1,8 @@
 """Runs that stream their training shards over http, as users start them."""
 
 import json
+import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -45,8 +47,25 @@ def streamed(web: Web, path: Path, *overrides: str) -> list[str]:
     )
 
 
-def test_csam_over_http_on_two_ranks_ends_with_the_report(web, tmp_path):
-    """40 steps, so into the fourth epoch, over a line that stalls and breaks."""
+def test_csam_over_http_on_two_ranks_ends_with_the_report(shards, tmp_path):
+    """40 steps, so into the fourth epoch, over a line that stalls and breaks; one bad image."""
+    with serving(shutil.copytree(shards, tmp_path / "origin")) as web:
+        key = damage(web.directory / "digits-train-0001.tar")
+        (web.directory / "digits-train.sha256").unlink()  # which would find that, too
+        csam_over_http(web, tmp_path, key)
+
+
+def damage(shard: Path) -> str:
+    """Break the header of the second image; its key."""
+    with tarfile.open(shard) as tar:
+        member = [m for m in tar if m.name.endswith(".png")][1]
+    with shard.open("r+b") as file:
+        file.seek(member.offset_data)
+        file.write(bytes(8))
+    return member.name.removesuffix(".png")
+
+
+def csam_over_http(web: Web, tmp_path: Path, bad: str) -> None:
     web.script = {
         "digits-train-0000.tar": ["500", "cut"],
         "digits-train-0002.tar": ["stall"],
@@ -67,6 +86,11 @@ def test_csam_over_http_on_two_ranks_ends_with_the_report(web, tmp_path):
     assert [r["step"] for r in losses] == [10, 20, 30, 40]
     assert losses[-1]["train/loss"] < losses[0]["train/loss"] - 0.3
     assert all(r["train/sharpness"] > 0 for r in losses)
+    entries = (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()
+    found = [json.loads(entry) for entry in entries]
+    assert {(e["shard"], e["key"]) for e in found} == {(f"{web.url}/digits-train-0001.tar", bad)}
+    assert 3 <= len(found) <= 4, "once an epoch"
+    assert all("cannot be decoded" in e["reason"] and e["replaced_by"] != bad for e in found)
     for shard in ("digits-train-0000.tar", "digits-train-0001.tar"):
         served = [first for name, first in web.requests if name == shard]
         assert len(served) <= 3, "kept, and not downloaded again in the next epochs"
@@ -115,8 +139,14 @@ def test_interrupted_inside_an_epoch_the_run_goes_on_bit_for_bit(web, tmp_path):
     assert state["phase"] == "preempted", output
     assert 30 < state["step"] < 240
     assert state["step"] % 12, "inside of an epoch"
+    shutil.copytree(broken / "run", tmp_path / "other")
+    with_others = [f"run.dir={tmp_path / 'other'}", "data.workers=2", "train.log_every_steps=12"]
+    done = run([*words, *with_others])
+    assert done.returncode == 0, done.stdout
+    assert "some of its images come twice" in done.stdout
     done = run(words)
     assert done.returncode == 0, done.stdout
+    assert "some of its images come twice" not in done.stdout
     assert launch("imagenet_csam", *streamed(web, whole, *arguments)).returncode == 0
     ours, theirs = (load_file(path / "run/model.safetensors") for path in (broken, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -43,6 +43,7 @@ class Web:
 
 @contextmanager
 def serving(directory: Path, **options: bool) -> Iterator[Web]:
+    os.environ["NO_PROXY"] = "127.0.0.1"  # for the processes that are started, too
     web = Web(Path(directory), **options)
 
     class Handler(_Handler):

@@ -11,7 +11,7 @@ Perturbations (ICLR 2019), section 4 and its published code.
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +83,7 @@ def require_package() -> None:
 
 @dataclass(frozen=True)
 class Corrupted:
-    """An index whose images are corrupted as they are read; everything else is the clean one's."""
+    """The clean index, its images corrupted as they are read: with what evaluation uses of one."""
 
     clean: Any  # Index or TreeIndex
     keys_: tuple[str, ...]  # of all images: an Index would look each one up in its shard's sidecar
@@ -97,13 +97,24 @@ class Corrupted:
         """The corrupted image as JPEG. Raises DataError where the clean one cannot be read."""
         key = self.keys_[sample]
         data = self.clean.read(sample)
-        pixels = decode(data, 3, f"the image of sample {key!r}").permute(1, 2, 0).numpy()
+        pixels = decode(data, 3, self.clean.name(sample)).permute(1, 2, 0).numpy()
         return corrupted_jpeg(Image.fromarray(pixels), self.corruption, self.severity, key)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "clean" not in vars(self):  # while it is being unpickled
-            raise AttributeError(name)
-        return getattr(self.clean, name)
+    def announce(self, samples: Iterable[int]) -> None:
+        self.clean.announce(samples)
+
+    def name(self, sample: int) -> str:
+        return f"{self.clean.name(sample)} ({self.corruption} {self.severity})"
+
+    def key(self, sample: int) -> str:
+        return self.keys_[sample]
+
+    def keys(self) -> list[str]:
+        return list(self.keys_)
+
+    @property
+    def label(self) -> np.ndarray:
+        return self.clean.label
 
     @property
     def identity(self) -> str:

@@ -16,10 +16,13 @@ TRIES = 100  # bad substitutes in a row, after which the data as a whole must be
 
 @dataclass(frozen=True)
 class Replaced:
-    """In a step of an epoch, `by` took the place of `sample` (numbers in the index)."""
+    """In a step of an epoch, `by` took the place of `sample`.
 
-    sample: int
-    by: int
+    Both are numbers in the index; or, of a stream, number of the shard and key.
+    """
+
+    sample: int | tuple[int, str]
+    by: int | tuple[int, str]
     epoch: int
     step: int  # of the epoch
     reason: str

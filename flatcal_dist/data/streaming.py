@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
 from flatcal_dist.data.decode import MAX_PIXELS, decode
-from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.errors import BadImage, DataError
+from flatcal_dist.data.images import Replaced
 from flatcal_dist.data.loader import Batch, Batches, _start_worker
 from flatcal_dist.data.order import (
     Position,
@@ -67,8 +68,9 @@ def streaming_loader(
     """`loader.training_loader` for a stream: the same batches, but for `Stream.promise`.
 
     `buffer`: encoded images that a worker holds to shuffle them. `Batch.samples` are hashes of
-    shard names and keys. Raises DataError as there, and for too few shards; iterating raises it
-    for shards that cannot be had or are damaged, and for bad data.
+    shard names and keys. An image that cannot be used is replaced by the next of its micro-batch.
+    Raises DataError as there, and for too few shards; iterating raises it for shards that cannot
+    be had or are damaged, and for micro-batches without any image that can be used.
     """
     readers = world_size * max(workers, 1)
     if stream.lengths is None and len(stream.shards) < readers:
@@ -191,23 +193,41 @@ class _Streamed(IterableDataset[Batch | DataError]):
 
     def _batch(self, taken: list[_Raw], epoch: int, m: int) -> Batch:
         step, part = divmod(m, self.count)
-        numbers = [_number(self.stream.shards[raw.shard], raw.key) for raw in taken]
-        images = [
-            self.transform(self._decoded(raw), sample_seed(self.seed, epoch, sample))
-            for raw, sample in zip(taken, numbers, strict=True)
-        ]
+        used, images, replaced = [], [], []
+        for place, raw in enumerate(taken):
+            image, by, reason = self._image_or_another(taken, place)
+            if reason:
+                replaced.append(Replaced(raw[:2], by[:2], epoch, step, reason))
+            used.append(by)
+            # A substitute is cut as the image that it stands for would have been.
+            images.append(self.transform(image, sample_seed(self.seed, epoch, self._number(raw))))
         return Batch(
             images=torch.stack(images),
-            labels=torch.tensor([raw.label for raw in taken]),
-            samples=torch.tensor(numbers),
+            labels=torch.tensor([raw.label for raw in used]),
+            samples=torch.tensor([self._number(raw) for raw in used]),
             epoch=epoch,
             step=step,
             last=part == self.count - 1,
+            replaced=tuple(replaced),
         )
 
-    def _decoded(self, raw: _Raw) -> torch.Tensor:
-        name = f"{shown(self.stream.shards[raw.shard])}: the image of sample {raw.key!r}"
-        return decode(raw.image, self.channels, name, self.decoder, self.max_pixels)
+    def _image_or_another(self, taken: list[_Raw], place: int) -> tuple[torch.Tensor, _Raw, str]:
+        """An image, or the next of its micro-batch that is one; which, and why another."""
+        reason = ""
+        for raw in (*taken[place:], *taken[:place]):
+            name = f"{shown(self.stream.shards[raw.shard])}: the image of sample {raw.key!r}"
+            try:
+                image = decode(raw.image, self.channels, name, self.decoder, self.max_pixels)
+                return image, raw, reason
+            except BadImage as error:
+                reason = reason or error.reason
+                last = error
+        raise DataError(f"No image of a micro-batch of {len(taken)} can be used; the last: {last}")
+
+    def _number(self, raw: _Raw) -> int:
+        """A 63-bit number for a sample, the same wherever its shard lies."""
+        text = f"{base_name(self.stream.shards[raw.shard])}/{raw.key}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
     def _samples(self, epoch: int, own: int, workers: int) -> Iterator[_Raw]:
         """What this reader reads in an epoch, in its order; without counts, without end."""
@@ -267,12 +287,6 @@ def cut(order: np.ndarray, lengths: Sequence[int], begin: int, end: int) -> list
         if piece.start < piece.stop:
             pieces.append(piece)
     return pieces
-
-
-def _number(shard: str, key: str) -> int:
-    """A 63-bit number for a sample, the same wherever the shard lies."""
-    digest = hashlib.sha256(f"{base_name(shard)}/{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _read_piece(stream: Stream, piece: _Piece) -> Iterator[_Raw]:

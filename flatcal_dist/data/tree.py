@@ -61,9 +61,6 @@ class TreeIndex:
     def announce(self, samples: Iterable[int]) -> None:
         """Nothing: the system reads ahead in a file by itself."""
 
-    def share(self) -> "TreeIndex":
-        return self
-
     def name(self, sample: int) -> str:
         return str(self.root / os.fsdecode(self.names[sample]))
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from accelerate.utils import gather_object
 
 from flatcal_dist.data import DataError, Index, Replaced
+from flatcal_dist.data.remote import shown
+from flatcal_dist.data.stream import Stream
 from flatcal_dist.distributed import FailedTogether, on_all_ranks
 from flatcal_dist.files import write_text
 
@@ -25,14 +27,14 @@ class BadSamples:
     def __init__(
         self,
         file: Path,
-        index: Index,
+        train: Index | Stream,
         epoch_steps: int,
         limit: int,
         done: int,
         main: bool,
         say: Callable[[str], None],
     ) -> None:
-        self.file, self.index, self.epoch_steps = file, index, epoch_steps
+        self.file, self.train, self.epoch_steps = file, train, epoch_steps
         self.limit, self.main, self.say = limit, main, say
         entries = on_all_ranks(lambda: [e for e in _read(file) if e["step"] <= done])
         self.replaced = len(entries)
@@ -63,21 +65,25 @@ class BadSamples:
             )
 
     def _entry(self, one: Replaced) -> dict:
-        index = self.index
+        shard, key = self._where(one.sample)
         return {
             "step": one.epoch * self.epoch_steps + one.step + 1,
             "epoch": one.epoch,
-            "shard": str(index.shards[index.shard[one.sample]]),
-            "key": self._key(one.sample),
+            "shard": shard,
+            "key": key,
             "reason": one.reason,
-            "replaced_by": self._key(one.by),
+            "replaced_by": self._where(one.by)[1],
         }
 
-    def _key(self, sample: int) -> str:
+    def _where(self, sample: int | tuple[int, str]) -> tuple[str, str]:
+        """Shard and key."""
+        if isinstance(sample, tuple):
+            return shown(self.train.shards[sample[0]]), sample[1]
+        shard = str(self.train.shards[self.train.shard[sample]])
         try:
-            return self.index.key(sample)
+            return shard, self.train.key(sample)
         except (DataError, IndexError):  # its sidecar was changed since the run began
-            return f"number {sample}"
+            return shard, f"number {sample}"
 
     def _append(self, entries: list[dict]) -> None:
         with self.file.open("a", encoding="utf-8") as file:

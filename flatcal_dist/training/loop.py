@@ -413,8 +413,11 @@ class Trainer:
                 "world_size": self.accelerator.num_processes,
                 "device": str(self.accelerator.device.type),
                 "train_order": inputs.promise(self.train),
+                "readers": inputs.readers(self.config, self.accelerator.num_processes),
                 **identities,
             }
+            before = self.directory.environment().get("readers", environment["readers"])
+            self.other_readers = before != environment["readers"]
             state = self.directory.open(self.config, environment)
             checkpoint.clean(self.directory.checkpoints, found)
         return state
@@ -426,6 +429,12 @@ class Trainer:
         at = f", going on after step {self.done}" if self.done else ""
         say(f"run directory: {self.directory.path}{at}")
         say(inputs.promise(self.train))
+        inside = isinstance(self.train, Stream) and self.done % self.epoch_steps
+        if inside and self.main and self.other_readers:
+            say(
+                "going on inside of an epoch with other ranks, workers or micro-batches than "
+                "before: some of its images come twice, others not at all"
+            )
         say(inputs.batch_arithmetic(self.config, self.accelerator.num_processes, len(self.train)))
 
     def _record(self, phase: str) -> None:

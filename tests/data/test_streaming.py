@@ -9,6 +9,7 @@ import pickle
 import sys
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -540,9 +541,40 @@ def test_a_line_that_fails_now_and_then_changes_nothing(web):
     assert not any(web.script.values())
 
 
-def test_an_image_that_does_not_decode_is_named(own_web, tmp_path, tar):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_used_is_replaced_and_that_is_said(own_web, tmp_path, workers):
+    """By the next of its micro-batch, with that one's label, as often as it comes."""
+    samples = make_samples(12)
+    for number in (3, 7):
+        samples[number] = replace(samples[number], image=samples[number].image[:60])
+    write_shards(samples, tmp_path, "u", split="train", samples_per_shard=6)
+    stream = opened(f"{own_web.url}/")
+    options = {"workers": workers, "global_batch_size": 12, "micro_batch_size": 4}
+    found = batches(stream, **options)
+    assert len(found) == 6
+    replaced = [one for batch in found for one in batch.replaced]
+    bad = [(0, "s003"), (1, "s007")]
+    assert sorted(one.sample for one in replaced if one.epoch == 0) == bad
+    assert sorted(one.sample for one in replaced if one.epoch == 1) == bad
+    known = {}
+    for number, sample in enumerate(samples):
+        shard = number // 6
+        digest = hashlib.sha256(f"u-000{shard}.tar/{sample.key}".encode()).hexdigest()
+        known[int(digest[:16], 16) // 2] = (shard, sample.key), sample.label
+    for batch in found:
+        names = [known[number][0] for number in batch.samples.tolist()]
+        assert [known[n][1] for n in batch.samples.tolist()] == batch.labels.tolist()
+        assert not set(names) & set(bad)
+        assert all(one.by in names and "cannot be decoded" in one.reason for one in batch.replaced)
+    rest = batches(stream, **options, start=Position(1, 0))
+    for a, b in zip(found[3:], rest, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert a.replaced == b.replaced
+
+
+def test_a_micro_batch_without_any_good_image_is_an_error(own_web, tar):
     tar(("a.png", png(0)[:60]), ("a.cls", b"1"), name="u.tar")
-    with pytest.raises(DataError, match=r"/u.tar: the image of sample 'a' cannot be decoded"):
+    with pytest.raises(DataError, match=r"No image of a micro-batch of 1 .*/u.tar: .* 'a' cannot"):
         batches(opened(f"{own_web.url}/u.tar", epoch_samples=1), global_batch_size=1)
 
 
