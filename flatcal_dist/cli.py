@@ -9,7 +9,7 @@ flatcal report RUN
 flatcal report LOGITS.npz|.parquet|.csv [--output DIR]
 flatcal compare RUN RUN ... --output DIR
 flatcal status RUN [RUN ...] [--json]
-
+flatcal export RUN [--checkpoint STEP] FILE
 flatcal sync RUN [RUN ...] [--dry-run]
 flatcal environment
 """
@@ -161,6 +161,13 @@ def status(arguments: argparse.Namespace) -> None:
         states.print_status(found, Console())
 
 
+def export(arguments: argparse.Namespace) -> None:
+    from flatcal_dist.training.resharding import export  # loads torch and timm
+
+    path = export(arguments.directory, arguments.file, arguments.checkpoint)
+    print(f"{arguments.file}: weights of {path}")
+
+
 def sync(arguments: argparse.Namespace) -> None:
     from flatcal_dist.sync import sync as send
 
@@ -299,6 +306,12 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("directories", type=Path, nargs="+", metavar="RUN")
     add.add_argument("--json", action="store_true")
     add.set_defaults(run=status)
+
+    add = commands.add_parser("export", help="weights of a checkpoint, of any engine, as one file")
+    add.add_argument("directory", type=Path, metavar="RUN")
+    add.add_argument("--checkpoint", type=int, metavar="STEP", help="by default the newest")
+    add.add_argument("file", type=Path, metavar="FILE", help="safetensors, as timm reads it")
+    add.set_defaults(run=export)
 
     add = commands.add_parser("sync", help="send runs that were recorded offline to W&B")
     add.add_argument("directories", type=Path, nargs="+", metavar="RUN")

@@ -194,7 +194,28 @@ class TrainConfig(Section):
         1, ge=1, description="null: only the report at the end"
     )
     checkpoint_every_epochs: int = Field(1, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    checkpoint_every_steps: int | None = Field(None, ge=1, description="within epochs, too")
+    keep_checkpoints: int = Field(2, ge=1, description="the newest so many")
+    keep_best: Literal["accuracy", "nll"] | None = Field(
+        None, description="keep the checkpoint of the best validation as well"
+    )
+    average: Literal["none", "ema"] = Field(
+        "none", description="ema: of the weights; it is what is validated, reported and exported"
+    )
+    average_decay: float = Field(0.9999, ge=0, lt=1, description="of the average, per step")
+    stop_after_minutes: float | None = Field(
+        None, gt=0, description="of this start; then a checkpoint, and the end as preempted"
+    )
+    stop_margin_minutes: float = Field(
+        5.0, ge=0, description="before the end of a SLURM job, to stop likewise"
+    )
+    hang_minutes: float | None = Field(
+        30.0, gt=0, description="without a step, until a rank ends itself and says where it was; "
+        "longer than a validation and a save take"
+    )  # fmt: skip
+    collective_timeout_minutes: float = Field(
+        10.0, gt=0, description="that a rank waits for the others"
+    )
 
 
 class EvaluateConfig(Section):
@@ -234,6 +255,8 @@ class Config(Section):
                 "sharpness.rule=csam is defined for hard labels only: set train.label_smoothing=0, "
                 "or sharpness.rule=sam"
             )
+        if self.train.keep_best and self.train.validate_every_epochs is None:
+            raise ValueError("train.keep_best needs validation: set train.validate_every_epochs")
         if self.sharpness.rule == "csam" and (self.data.mixup or self.data.cutmix):
             raise ValueError(
                 "sharpness.rule=csam is defined for hard labels only, and mixing makes soft ones: "
@@ -249,7 +272,9 @@ MAY_CHANGE = (
     "run.dir", "run.world_size", "data.workers", "data.micro_batch_size", "data.max_bad_samples",
     "data.cache", "data.cache_limit", "data.stall_timeout", "data.retries", "data.allow_pipe",
     "train.log_every_steps", "train.validate_every_epochs", "train.checkpoint_every_epochs",
-    "train.keep_checkpoints", "sharpness.allow_other_samples", "evaluate", "wandb",
+    "train.checkpoint_every_steps", "train.keep_checkpoints", "train.keep_best",
+    "train.stop_after_minutes", "train.stop_margin_minutes", "train.hang_minutes",
+    "train.collective_timeout_minutes", "sharpness.allow_other_samples", "evaluate", "wandb",
 )  # fmt: skip
 
 
@@ -285,12 +310,16 @@ def fingerprint(config: Config) -> str:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """What keeps `new` from continuing the run of `old`: one line per key."""
+    """What keeps `new` from continuing the run of `old`: one line per key.
+
+    Another engine does not: a checkpoint is resharded. It has a fingerprint of its own all the
+    same, so that engines are compared in different directories.
+    """
     before, after = dict(flatten(old)), dict(flatten(new))
     return [
         f"{key}: the run has {before.get(key)!r}, now {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not _may_change(key)
+        if before.get(key) != after.get(key) and not _may_change(key) and key != "train.engine"
     ]
 
 

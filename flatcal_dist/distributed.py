@@ -1,13 +1,16 @@
 """Starting ranks with Accelerate, checking that they are those asked for, failing together."""
 
+import json
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TypeVar
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +26,16 @@ T = TypeVar("T")
 
 # After this long without an answer a collective fails, instead of waiting for a rank for ever.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+PREEMPTED = 75  # sysexits.h: a temporary failure, the same command goes on
+
+
+# What gloo and NCCL say when the process at the other end is no more.
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "remote process exited",
+    "Broken pipe",
+)
 
 
 class LaunchError(RuntimeError):
@@ -33,7 +46,12 @@ class FailedTogether(RuntimeError):
     """Some rank could not go on; raised on every rank, with the first cause as its message."""
 
 
-def start(engine: str, precision: str, world_size: int | None = None) -> Accelerator:
+def start(
+    engine: str,
+    precision: str,
+    world_size: int | None = None,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
+) -> Accelerator:
     """Join the other ranks, on the accelerator of the machine or on its CPU.
 
     Works under `accelerate launch`, torchrun, or alone (one process). Raises LaunchError when the
@@ -54,7 +72,7 @@ def start(engine: str, precision: str, world_size: int | None = None) -> Acceler
         kwargs_handlers=[
             # Running statistics are broadcast before they are saved or used, not in every forward.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            InitProcessGroupKwargs(timeout=timeout),
         ],
     )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
@@ -127,6 +145,11 @@ def on_all_ranks(work: Callable[[], T]) -> T:
     return result
 
 
+def said_by_rank_0(value: T) -> T:
+    """The same on all ranks: what rank 0 passed. Called by all ranks."""
+    return gather_object([value])[0]
+
+
 def meant_for_people(error: BaseException) -> bool:
     """Whether its message says what is wrong and how to mend it: then a traceback adds nothing."""
     return type(error).__module__.startswith("flatcal_dist")
@@ -136,14 +159,22 @@ def describe(error: BaseException) -> str:
     """The message of an error meant for people as it is; any other with the name of its type."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on"
-    return str(error) if meant_for_people(error) else f"{type(error).__name__}: {error}"
+    text = str(error) if meant_for_people(error) else f"{type(error).__name__}: {error}"
+    if any(sign in text for sign in LOST):
+        text += (
+            "\n(a connection was lost: another rank has ended. Its own error stands elsewhere in "
+            "the log; one that the system killed, for want of memory say, leaves none)"
+        )
+    return text
 
 
 @contextmanager
 def ending_together(
     accelerator: Accelerator, directory: RunDirectory | None = None
 ) -> Iterator[None]:
-    """Turn any error into a message and exit code 1, at once, on the rank that has it.
+    """Turn any error into a message and an exit code, at once, on the rank that has it.
+
+    1, or 75 for an interruption.
 
     The launcher and the closed connections then end the other ranks, whose own errors come after:
     they name the first cause, which the run directory keeps.
@@ -152,22 +183,53 @@ def ending_together(
         yield
         accelerator.end_training()
     except (Exception, KeyboardInterrupt) as error:
-        rank = accelerator.process_index
-        agreed = isinstance(error, FailedTogether)
-        if not (meant_for_people(error) or isinstance(error, KeyboardInterrupt)):
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if not (meant_for_people(error) or interrupted):
             traceback.print_exc()
-        cause = describe(error)
-        first = cause
-        if directory and directory.entered and not isinstance(error, KeyboardInterrupt):
-            with suppress(OSError, RuntimeError):  # a full disk must not hide what happened
-                first = directory.fail(cause, rank)
-        if not agreed:
-            print(f"error on rank {rank}: {cause}", file=sys.stderr)
-            if first != cause and not first.endswith(cause):
-                print(f"the first error was on {first}", file=sys.stderr)
-        elif accelerator.is_main_process:
-            print(f"error: {cause}", file=sys.stderr)
-        sys.stderr.flush()
-        sys.stdout.flush()
-        # No orderly shutdown: it would wait for ranks that may be waiting for this one.
-        os._exit(1)
+        end(
+            describe(error),
+            accelerator.process_index,
+            None if interrupted else directory,
+            agreed=isinstance(error, FailedTogether),
+            code=preempted_code() if interrupted else 1,
+        )
+
+
+def end(
+    cause: str,
+    rank: int,
+    directory: RunDirectory | None = None,
+    agreed: bool = False,
+    code: int = 1,
+) -> NoReturn:
+    """Say why, first of all what failed first, and exit at once. From any thread.
+
+    agreed: all ranks end for this cause, so that one says it.
+    """
+    first = cause
+    if directory and directory.entered:
+        with suppress(OSError, RuntimeError):  # a full disk must not hide what happened
+            first = directory.fail(cause, rank)
+    if not agreed:
+        print(f"error on rank {rank}: {cause}", file=sys.stderr)
+        if first != cause and not first.endswith(cause):
+            print(f"the first error was on {first}", file=sys.stderr)
+    elif rank == 0:
+        print(f"error: {cause}", file=sys.stderr)
+    tell_launcher(first)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    # No orderly shutdown: it would wait for ranks that may be waiting for this one.
+    os._exit(code)
+
+
+def preempted_code() -> int:
+    return int(os.environ.get("FLATCAL_EXIT_PREEMPTED", PREEMPTED))
+
+
+def tell_launcher(cause: str) -> None:
+    """Leave the cause where torchrun and `accelerate launch` look: they end with printing it."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"timestamp": str(int(time.time())), "py_callstack": ""}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": cause, "extraInfo": extra}}))

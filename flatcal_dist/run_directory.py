@@ -25,7 +25,10 @@ class RunError(RuntimeError):
 
 @dataclass
 class State:
-    """`phase`: running, preempted, finished or failed. `seconds` of training, over all restarts."""
+    """`phase`: running, preempted, finished or failed. `seconds` of training, over all restarts.
+
+    `cause`: the first error of a failure; what asked a preempted run to stop.
+    """
 
     phase: str = "running"
     epoch: int = 0
@@ -44,6 +47,8 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.weights_file = self.path / "model.safetensors"
         self.report = self.path / "report"
+        self.wandb_id_file = self.path / "wandb_id"
+        self.stop_file = self.path / "STOP"
         self.entered = False  # whether this start may write here
 
     def check(self, config: Config) -> None:
@@ -141,7 +146,20 @@ class RunDirectory:
             ) from None
 
     def write(self, state: State) -> None:
-        write_json(self.path / "state.json", asdict(state))
+        """Raises RunError where the directory is gone, instead of beginning an empty one."""
+        try:
+            self._refuse_vanished()
+            write_json(self.path / "state.json", asdict(state))
+        except FileNotFoundError:
+            self._refuse_vanished()  # between the look and the writing
+            raise
+
+    def _refuse_vanished(self) -> None:
+        if not self.checkpoints.is_dir():
+            raise RunError(
+                f"run.dir={self.path} has vanished (removed, renamed, or its file system is gone); "
+                "with it back in its place the same command goes on from its newest checkpoint"
+            )
 
     def fail(self, cause: str, rank: int) -> str:
         """Record a failure; the first rank to do so keeps its word. Returns the first cause."""

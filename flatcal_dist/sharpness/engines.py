@@ -96,10 +96,31 @@ class Engine(Protocol):
     def local_state(self) -> dict[str, Any]:
         """All that this rank needs to go on bit for bit: weights, optimizer state, loss scale.
 
-        Tensors and plain containers only. None where rank 0's serves every rank.
+        Tensors and plain containers only; what the next step changes, so copy it before.
         """
 
     def load_local_state(self, state: dict[str, Any]) -> None: ...
+
+    def masters(self) -> dict[str, Tensor]:
+        """This rank's part of each trained weight in fp32, by name, of any shape."""
+
+    def rewritten(self) -> None:
+        """The masters were changed from outside; called by all ranks before the next pass."""
+
+    def arrangement(self) -> "Arrangement":
+        """Where this rank's parts lie in the whole, for other engines and numbers of ranks."""
+
+    def load_optimizer(self, state: dict[int, dict[str, Any]], groups: list[dict]) -> None:
+        """Optimizer state of this rank, shaped as `arrangement` says; what else groups hold."""
+
+    def set_loss_scale(self, value: float) -> None: ...
+
+
+# Plain containers, for checkpoints. pieces: name -> [shape of the whole, where this rank's part
+# begins in it when flat, length]; a part is contiguous. slots: by index of the optimizer's
+# parameters, the shape on this rank and the parts in it when flat: [name, offset, length].
+# loss_scale: as it is.
+Arrangement = dict[str, Any]
 
 
 class ReplicatedEngine:
@@ -223,6 +244,47 @@ class ReplicatedEngine:
         self.named.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scale = LossScale(**state["scale"])
+
+    def masters(self) -> dict[str, Tensor]:
+        return {name: weight.detach() for name, weight in self.weights.items()}
+
+    def rewritten(self) -> None:
+        pass  # there is no other copy
+
+    def arrangement(self) -> Arrangement:
+        return {
+            "pieces": {n: [list(w.shape), 0, w.numel()] for n, w in self.weights.items()},
+            "slots": slots_by_parameter(self.optimizer, self.named.named_parameters()),
+            "loss_scale": self.loss_scale,
+        }
+
+    def load_optimizer(self, state: dict[int, dict[str, Any]], groups: list[dict]) -> None:
+        self.optimizer.load_state_dict(with_groups(self.optimizer, state, groups))
+
+    def set_loss_scale(self, value: float) -> None:
+        self.scale.value = value
+
+
+def slots_by_parameter(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[str, Tensor]]
+) -> list[list]:
+    """Of an optimizer that holds the parameters themselves: each index has one part."""
+    names = {id(weight): name for name, weight in parameters}
+    held = [w for group in optimizer.param_groups for w in group["params"]]
+    local = [w.to_local() if hasattr(w, "to_local") else w for w in held]
+    return [
+        [list(part.shape), [[names[id(weight)], 0, part.numel()]]]
+        for weight, part in zip(held, local, strict=True)
+    ]
+
+
+def with_groups(
+    optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]], groups: list[dict]
+) -> dict[str, Any]:
+    """A state_dict for this optimizer, with what saved groups hold beside their parameters."""
+    own = optimizer.state_dict()["param_groups"]
+    merged = [saved | {"params": group["params"]} for group, saved in zip(own, groups, strict=True)]
+    return {"state": state, "param_groups": merged}
 
 
 def stack(values: Sequence[Tensor | float], device: torch.device) -> Tensor:

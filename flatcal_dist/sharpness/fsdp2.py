@@ -19,9 +19,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from flatcal_dist.sharpness.engines import broadcast, refuse_unusable, stack
+from flatcal_dist.sharpness.engines import (
+    Arrangement,
+    broadcast,
+    refuse_unusable,
+    slots_by_parameter,
+    stack,
+    with_groups,
+)
 from flatcal_dist.sharpness.errors import StepError
-from flatcal_dist.sharpness.fsdp2_state import copied, copy_into, join, parameters_of, split
+from flatcal_dist.sharpness.fsdp2_state import copy_into, join, parameters_of, sharded_like, split
 from flatcal_dist.sharpness.loss_scale import LossScale
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
@@ -122,10 +129,10 @@ class ShardedEngine:
     ) -> None:
         self.model = self.module = model
         self.optimizer = optimizer
-        parameters = dict(model.named_parameters())
-        _refuse_unsharded(model, parameters, optimizer)
         # Kept, and not looked up: while a block is gathered, the network has other parameters.
-        self.weights = {n: w for n, w in parameters.items() if w.requires_grad}
+        self.parameters = dict(model.named_parameters())
+        _refuse_unsharded(model, self.parameters, optimizer)
+        self.weights = {n: w for n, w in self.parameters.items() if w.requires_grad}
         self.blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
         refuse_unusable(self.weights, optimizer)
         first = next(iter(self.weights.values()))
@@ -316,12 +323,12 @@ class ShardedEngine:
 
     @torch.no_grad()
     def local_state(self) -> dict[str, Any]:
-        """Copies on the CPU, for the same rank among as many ranks in the same groups."""
+        """For the same rank among as many ranks in the same groups."""
         optimizer = self.optimizer.state_dict()
         return {
             "layout": self._layout(),
-            "weights": {n: copied(w.to_local()) for n, w in self.weights.items()},
-            "buffers": {n: copied(b) for n, b in self.module.named_buffers()},
+            "weights": {n: w.to_local().detach() for n, w in self.weights.items()},
+            "buffers": dict(self.module.named_buffers()),
             "optimizer": {
                 "state": {i: split(s) for i, s in optimizer["state"].items()},
                 "param_groups": optimizer["param_groups"],
@@ -345,6 +352,35 @@ class ShardedEngine:
         joined = {i: join(s, parameters[i]) for i, s in saved["state"].items()}
         self.optimizer.load_state_dict({"state": joined, "param_groups": saved["param_groups"]})
         self.scale = LossScale(**state["scale"])
+
+    @torch.no_grad()
+    def masters(self) -> dict[str, Tensor]:
+        return {name: weight.to_local() for name, weight in self.weights.items()}
+
+    def rewritten(self) -> None:
+        self._drop_gathered()
+
+    def arrangement(self) -> Arrangement:
+        rank, pieces = dist.get_rank(self.group), {}
+        for name, weight in self.weights.items():
+            row = weight.numel() // weight.shape[0] if weight.numel() else 0
+            rows = -(-weight.shape[0] // dist.get_world_size(self.group))  # as torch.chunk cuts
+            start = min(rank * rows, weight.shape[0]) * row
+            pieces[name] = [list(weight.shape), start, weight.to_local().numel()]
+        return {
+            "pieces": pieces,
+            "slots": slots_by_parameter(self.optimizer, self.parameters.items()),
+            "loss_scale": self.loss_scale,
+        }
+
+    @torch.no_grad()
+    def load_optimizer(self, state: dict[int, dict[str, Any]], groups: list[dict]) -> None:
+        parameters = parameters_of(self.optimizer)
+        joined = {index: sharded_like(s, parameters[index]) for index, s in state.items()}
+        self.optimizer.load_state_dict(with_groups(self.optimizer, joined, groups))
+
+    def set_loss_scale(self, value: float) -> None:
+        self.scale.value = value
 
     def _layout(self) -> dict[str, int]:
         return {

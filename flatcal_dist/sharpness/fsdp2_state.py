@@ -14,10 +14,6 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [w for group in optimizer.param_groups for w in group["params"]]
 
 
-def copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
 def copy_into(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
     """Raises StepError where names or shapes differ, before anything is copied."""
     shapes = [{n: tuple(t.shape) for n, t in tensors.items()} for tensors in (own, saved)]
@@ -33,13 +29,13 @@ def split(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for key, value in state.items():
         if isinstance(value, DTensor):
             sharded[key] = {
-                "local": copied(value.to_local()),
+                "local": value.to_local().detach(),
                 "shape": list(value.shape),
                 "stride": list(value.stride()),
                 "placement": _plain(key, value.placements[0]),
             }
         else:
-            rest[key] = copied(value) if isinstance(value, Tensor) else value
+            rest[key] = value
     return {"sharded": sharded, "rest": rest}
 
 
@@ -59,6 +55,24 @@ def join(state: dict[str, dict[str, Any]], weight: DTensor) -> dict[str, Any]:
             stride=tuple(value["stride"]),
         )
     return sharded | state["rest"]
+
+
+def sharded_like(state: dict[str, Any], weight: DTensor) -> dict[str, Any]:
+    """Optimizer state of one parameter, whose tensors of this rank's part become shards."""
+    part = weight.to_local()
+    return {
+        key: DTensor.from_local(
+            value.to(part.device),
+            weight.device_mesh,
+            weight.placements,
+            run_check=False,
+            shape=weight.shape,
+            stride=weight.stride(),
+        )
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape == part.shape
+        else value
+        for key, value in state.items()
+    }
 
 
 def _plain(key: str, placement: Placement) -> list[Any]:

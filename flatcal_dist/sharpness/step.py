@@ -30,12 +30,12 @@ class StepResult:
 
     loss and perturbed_loss are of the same objective, that of the ascent, at w and at w + e: their
     difference is the sharpness. skipped: a value was not finite on some rank in either pass, so no
-    rank moved. stop: some rank passed stop=True. noted: sum of the ranks' `note`. None in a step
-    without a perturbation: perturbed_loss and ascent_gradient_norm (of a scope smaller than all
-    ranks, the mean of the ranks' own norms). Only with measure=True: cosine, between the
-    perturbation (SAM's: the ascent gradient) and the descent gradient; effective_rho, the length of
-    the perturbation that the forward pass saw after rounding to its precision; both means over the
-    ranks.
+    rank moved. stop: some rank passed stop=True. noted: sum of the ranks' `note`, votes: sums of
+    theirs. None in a step without a perturbation: perturbed_loss and ascent_gradient_norm (of a
+    scope smaller than all ranks, the mean of the ranks' own norms). Only with measure=True: cosine,
+    between the perturbation (SAM's: the ascent gradient) and the descent gradient; effective_rho,
+    the length of the perturbation that the forward pass saw after rounding to its precision; both
+    means over the ranks.
     """
 
     loss: float
@@ -49,6 +49,7 @@ class StepResult:
     cosine: float | None = None
     perturbation_norm: float | None = None
     effective_rho: float | None = None
+    votes: tuple[float, ...] = ()
 
 
 class SharpnessAwareStep:
@@ -111,13 +112,14 @@ class SharpnessAwareStep:
         stop: bool = False,
         note: float = 0.0,
         measure: bool = False,
+        votes: Sequence[float] = (),
     ) -> StepResult:
         """Take the step on this rank's (inputs, target) pairs, as many on every rank.
 
         samples: size of the global batch over all ranks and micro-batches; one more small reduction
         finds it when it is not given, and checks that ranks have as many pairs. stop: this rank
         wishes to end; the result tells all ranks. note: a number of this rank that all are to learn
-        of. measure: also cosine, perturbation_norm and effective_rho.
+        of; votes: more of them. measure: also cosine, perturbation_norm and effective_rho.
 
         Raises StepError for a batch that cannot be taken; nothing has changed then.
         """
@@ -137,8 +139,8 @@ class SharpnessAwareStep:
             else:
                 self._plain_gradient(micro_batches, share, seen)
             norm = engine.gradient_norm()
-            total = self._agree(seen, norm, stop, note)
-            skipped = total[-3] > 0
+            total = self._agree(seen, norm, stop, note, votes)
+            skipped = total[7] > 0
             if skipped:
                 replay.undo()
                 engine.skip()
@@ -156,9 +158,10 @@ class SharpnessAwareStep:
             effective_rho=total[5] / over if perturbs and measure else None,
             gradient_norm=total[6] / engine.world_size,
             skipped=skipped,
-            stop=total[-2] > 0,
-            noted=total[-1],
+            stop=total[8] > 0,
+            noted=total[9],
             loss_scale=engine.loss_scale,
+            votes=tuple(total[10:]),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -312,11 +315,13 @@ class SharpnessAwareStep:
         self.scope.sum_(shards.gradients)
         return total, shards
 
-    def _agree(self, seen: "Seen", norm: Tensor, stop: bool, note: float) -> list[float]:
-        """Sums over ranks: of all seen, of ranks that must skip, and wish to stop, and of notes."""
+    def _agree(
+        self, seen: "Seen", norm: Tensor, stop: bool, note: float, votes: Sequence[float]
+    ) -> list[float]:
+        """Sums over ranks: of all seen, ranks that must skip, wish to stop; notes, votes."""
         mine = torch.stack([*seen.numbers(), norm.double()])
         skip = 1 - mine.isfinite().all().double()
-        return self.engine.sum([*mine, skip, float(stop), float(note)])
+        return self.engine.sum([*mine, skip, float(stop), float(note), *votes])
 
 
 class Seen:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flatcal_dist.sharpness.engines import broadcast, stack
+from flatcal_dist.sharpness.engines import Arrangement, broadcast, stack, with_groups
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
@@ -271,6 +271,37 @@ class ZeroEngine:
             buffer.copy_(state["buffers"][name])
         self.stale = True
         self._refresh()
+
+    def masters(self) -> dict[str, Tensor]:
+        return {part.name: part.master for part in self.layout.parts}
+
+    def rewritten(self) -> None:
+        self.stale = True
+        self._refresh()
+
+    def arrangement(self) -> Arrangement:
+        with self.layout.base_optimizer() as optimizer:
+            flats = [flat for group in optimizer.param_groups for flat in group["params"]]
+        slots = [[list(flat.shape), []] for flat in flats]
+        for part in self.layout.parts:
+            for flat, (_, held) in zip(flats, slots, strict=True):
+                offset = (part.master.data_ptr() - flat.data_ptr()) // flat.element_size()
+                if 0 <= offset < flat.numel():
+                    held.append([part.name, offset, part.master.numel()])
+        shapes = {n: list(getattr(w, "ds_shape", w.shape)) for n, w in self._trained()}
+        pieces = {p.name: [shapes[p.name], p.start, p.master.numel()] for p in self.layout.parts}
+        return {"pieces": pieces, "slots": slots, "loss_scale": self.loss_scale}
+
+    def load_optimizer(self, state: dict[int, dict[str, Any]], groups: list[dict]) -> None:
+        with self.layout.base_optimizer() as optimizer:
+            optimizer.load_state_dict(with_groups(optimizer, state, groups))
+
+    def set_loss_scale(self, value: float) -> None:
+        if self.scaler:
+            self.scaler.cur_scale = value
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((n, w) for n, w in self.module.named_parameters() if w.requires_grad)
 
     def _frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((n, w) for n, w in self.module.named_parameters() if not w.requires_grad)

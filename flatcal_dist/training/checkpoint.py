@@ -2,23 +2,29 @@
 
     checkpoints/step_00001800/state_00000.pt ...  progress.json  manifest.json
 
-Each rank that holds a part of the state writes its own; together they are written under another
-name, flushed, and renamed. manifest.json, written last, has size and SHA-256 of every file.
-Nothing is unpickled but tensors and plain containers.
+Each rank that holds a part of the state writes its own, under another name for the directory; when
+all parts are durable rank 0 adds manifest.json, with size and SHA-256 of every file, and renames.
+Nothing is unpickled but tensors and plain containers. (torch.distributed.checkpoint unpickles its
+.metadata, DeepSpeed its states: neither is used.)
 """
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from flatcal_dist.files import sync_directory, write_json
+from flatcal_dist.files import sync_directory
 from flatcal_dist.sharpness import SharpnessAwareStep
+from flatcal_dist.training.averaging import Average
 from flatcal_dist.weights import sha256
+
+BEST = {"accuracy": 1, "nll": -1}  # and the sign that makes more of it better
 
 
 class CheckpointError(RuntimeError):
@@ -29,7 +35,8 @@ class CheckpointError(RuntimeError):
 class Progress:
     """`step` optimizer steps are done. `samples_per_perturbation`: m of m-sharpness, or None.
 
-    `engine` and `world_size` wrote it; `sharded`: each rank its own part.
+    `engine` and `world_size` wrote it; `sharded`: each rank its own part. `validation`: figures of
+    the weights at this step, where they were taken, such as {"accuracy": 0.76, "nll": 0.98}.
     """
 
     step: int
@@ -38,45 +45,78 @@ class Progress:
     world_size: int
     sharded: bool
     seconds: float
+    validation: dict[str, float] = field(default_factory=dict)
+    wandb_id: str | None = None
+
+    @property
+    def parts(self) -> int:
+        return self.world_size if self.sharded else 1
 
 
-def save(
-    directory: Path,
-    step: SharpnessAwareStep,
-    progress: Progress,
-    keep: int,
-    rank: int = 0,
-    wait_for_everyone: Callable[[], None] = lambda: None,
-) -> Path:
-    """Write the checkpoint of this step, then drop all but the newest `keep`.
+def state_of(step: SharpnessAwareStep, average: Average | None = None) -> dict[str, Any]:
+    """All that this rank needs to go on, as the step left it: to be copied before the next one."""
+    return {
+        "engine": step.engine.local_state(),
+        "arrangement": step.engine.arrangement(),
+        "memory": step.memory,
+        "average": average.weights if average else None,
+    }
 
-    Called by all ranks of a sharded engine; of a replicated one by rank 0, the others only wait.
+
+def write_part(beside: Path, rank: int, state: dict[str, Any]) -> None:
+    """Write this rank's part into the unfinished checkpoint `beside`, durably."""
+    beside.mkdir(exist_ok=True)
+    written = _write(beside / f"state_{rank:05d}.pt", lambda file: torch.save(state, file))
+    _write_json(beside / f"state_{rank:05d}.json", written)
+
+
+def publish(
+    beside: Path, progress: Progress, keep: int, keep_best: str | None = None
+) -> Path | None:
+    """Let the checkpoint appear, of which all parts are written; drop old ones. By one rank.
+
+    Keeps the newest `keep`, and the best of all by `keep_best`, a key of Progress.validation.
     """
+    directory = beside.parent
     target = directory / f"step_{progress.step:08d}"
-    beside = directory / f".{target.name}.tmp"
-    if rank == 0:
-        for leftover in (beside, target):  # of a run that was killed while it saved
-            shutil.rmtree(leftover, ignore_errors=True)
-        beside.mkdir(parents=True)
-    wait_for_everyone()
-    if rank == 0 or progress.sharded:
-        state = {"engine": step.engine.local_state(), "memory": step.memory}
-        torch.save(state, beside / f"state_{rank:05d}.pt")
-        _flush(beside / f"state_{rank:05d}.pt")
-    wait_for_everyone()
-    if rank == 0:
-        write_json(beside / "progress.json", asdict(progress))
-        files = sorted(beside.iterdir())
-        manifest = {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in files}
-        write_json(beside / "manifest.json", manifest)
-        beside.rename(target)
-        sync_directory(directory)
-        older = [p for p in sorted(directory.glob("step_*")) if p.name <= target.name]
-        for old in older[:-keep]:
-            shutil.rmtree(old)
-    # A rank that left while rank 0 still writes would make the launcher end rank 0 as well.
-    wait_for_everyone()
+    manifest = {}
+    for rank in range(progress.parts):
+        record = beside / f"state_{rank:05d}.json"
+        if not record.exists():
+            raise CheckpointError(
+                f"{beside / f'state_{rank:05d}.pt'}, of rank {rank}, is not there: run.dir must be "
+                "on a file system that all ranks share"
+            )
+        manifest[f"state_{rank:05d}.pt"] = json.loads(record.read_text())
+        record.unlink()
+    manifest["progress.json"] = _write_json(beside / "progress.json", asdict(progress))
+    _write_json(beside / "manifest.json", manifest)
+    sync_directory(beside)
+    beside.rename(target)
+    sync_directory(directory)
+    _drop_old(directory, progress.step, keep, keep_best)
     return target
+
+
+def _drop_old(directory: Path, step: int, keep: int, keep_best: str | None) -> None:
+    paths = [p for p in sorted(directory.glob("step_*")) if _number(p) <= step]
+    scores = {p: score for p in paths if (score := _score(p, keep_best)) is not None}
+    best = max(scores, key=scores.get, default=None)
+    for path in paths[:-keep]:
+        if path != best:
+            # One that cannot be removed now is tried again at the next save.
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _score(path: Path, keep_best: str | None) -> float | None:
+    """More is better."""
+    if keep_best is None:
+        return None
+    try:
+        value = load_progress(path).validation.get(keep_best)
+    except (OSError, ValueError, TypeError):
+        return None
+    return None if value is None else BEST[keep_best] * value
 
 
 def newest(directory: Path) -> tuple[Path | None, list[str]]:
@@ -91,8 +131,10 @@ def newest(directory: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def set_aside(directory: Path, newest_whole: Path | None) -> None:
-    """Rename the damaged ones after `newest_whole`, so that they never count again."""
+def clean(directory: Path, newest_whole: Path | None) -> None:
+    """Remove what killed saves left; rename the damaged after `newest_whole`: they never count."""
+    for leftover in directory.glob(".step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     for path in directory.glob("step_*"):
         if newest_whole is None or path.name > newest_whole.name:
             aside = directory / f"damaged_{path.name}"
@@ -116,17 +158,69 @@ def load_progress(path: Path) -> Progress:
     return Progress(**json.loads((path / "progress.json").read_text()))
 
 
-def load(path: Path, step: SharpnessAwareStep, rank: int = 0) -> None:
-    """Fill the engine and the step's memory from a verified checkpoint."""
-    number = rank if load_progress(path).sharded else 0
-    file = path / f"state_{number:05d}.pt"
-    state = torch.load(file, weights_only=True, map_location="cpu")
+def load_part(path: Path, rank: int) -> dict[str, Any]:
+    """What `state_of` gave on this rank, on the CPU."""
+    return torch.load(path / f"state_{rank:05d}.pt", weights_only=True, map_location="cpu")
+
+
+def fill(step: SharpnessAwareStep, state: dict[str, Any], average: Average | None = None) -> None:
+    """Let engine, the step's memory and the average be as `load_part` found them.
+
+    For the engine and the number of ranks that wrote it; resharding.load is for others.
+    """
     step.engine.load_local_state(state["engine"])
     memory = state["memory"]
     device = step.engine.device
     step.memory = memory and {name: tensor.to(device) for name, tensor in memory.items()}
+    if average:
+        average.load(state["average"])
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+class HashedFile:
+    """A new file written by plain system calls; what goes into it is counted and hashed."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.sha256.update(view)
+        length = len(view)
+        try:
+            while view:
+                view = view[os.write(self.descriptor, view) :]
+        except OSError as error:
+            self.error = error
+            raise
+        self.size += length
+        return length
+
+    def flush(self) -> None:
+        pass  # torch.save asks; nothing is held back
+
+
+def _write(path: Path, fill: Callable[[HashedFile], Any]) -> dict[str, Any]:
+    """Write a file durably; its size and SHA-256."""
+    file = HashedFile(path)
+    try:
+        fill(file)
+        os.fsync(file.descriptor)
+    except RuntimeError:
+        if file.error:  # torch.save says of it only that a position is unexpected
+            raise file.error from None
+        raise
+    finally:
+        os.close(file.descriptor)
+    return {"size": file.size, "sha256": file.sha256.hexdigest()}
+
+
+def _write_json(path: Path, value: Any) -> dict[str, Any]:
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    return _write(path, lambda file: file.write(text.encode()))
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))

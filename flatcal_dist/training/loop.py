@@ -3,13 +3,16 @@
 claim the directory -> data -> network, engine, step -> resume -> steps -> weights -> report
 """
 
+import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from flatcal_dist import evaluation, inputs
 from flatcal_dist.config import Config
@@ -17,25 +20,38 @@ from flatcal_dist.data import Batch, Index, Position, optimizer_steps, steps_per
 from flatcal_dist.data.order import sample_seed
 from flatcal_dist.data.stream import Stream
 from flatcal_dist.data.variants import of_index
-from flatcal_dist.distributed import on_all_ranks
+from flatcal_dist.distributed import FailedTogether, on_all_ranks
 from flatcal_dist.environment import describe_environment
-from flatcal_dist.run_directory import RunDirectory, RunError, State
+from flatcal_dist.run_directory import RunDirectory, State
 from flatcal_dist.sharpness import SharpnessAwareStep, StepResult
-from flatcal_dist.training import checkpoint
+from flatcal_dist.training import checkpoint, preemption, resuming
+from flatcal_dist.training.averaging import Average
 from flatcal_dist.training.bad_samples import BadSamples
 from flatcal_dist.training.build import build_step, rho_at, samples_per_perturbation
 from flatcal_dist.training.checkpoint import Progress
+from flatcal_dist.training.diagnosis import explain_divergence
 from flatcal_dist.training.optimizers import build_schedule
 from flatcal_dist.training.preemption import StopRequest
+from flatcal_dist.training.saving import Saver
 from flatcal_dist.training.tracking import Tracker, read_metrics
 from flatcal_dist.training.traffic import counted
+from flatcal_dist.training.watchdog import Watchdog
 from flatcal_dist.weights import save_weights
 
 MAX_SKIPPED = 50  # steps in a row without a finite gradient: the run has diverged, and says so
 
 
-def run(config: Config, directory: RunDirectory, accelerator: Accelerator) -> str:
-    """Train, or go on training; evaluate; report. Returns the run's phase at the end."""
+def run(
+    config: Config,
+    directory: RunDirectory,
+    accelerator: Accelerator,
+    watchdog: Watchdog,
+    started: float,
+) -> str:
+    """Train, or go on training; evaluate; report. Returns the run's phase at the end.
+
+    started: when this process began, in seconds since 1970.
+    """
     on_all_ranks(partial(directory.check, config))
     state = on_all_ranks(directory.state)
     if state is not None and state.phase == "finished":
@@ -53,11 +69,16 @@ def run(config: Config, directory: RunDirectory, accelerator: Accelerator) -> st
     inputs.agree_on_decoder(config.data)
     on_all_ranks(lambda: inputs.batch_arithmetic(config, accelerator.num_processes, len(train)))
     step = build_step(config, accelerator)
-    return Trainer(config, directory, accelerator, train, validation, step).run()
+    trainer = Trainer(config, directory, accelerator, train, validation, step)
+    trainer.watchdog, trainer.deadline = watchdog, preemption.deadline(config.train, started)
+    return trainer.run()
 
 
 class Trainer:
     """The loop over optimizer steps, and what happens between them."""
+
+    watchdog: Watchdog
+    deadline: float | None
 
     def __init__(
         self,
@@ -81,24 +102,38 @@ class Trainer:
         self.mixing = inputs.mixing(config.data, config.model.num_classes)
         self.main = accelerator.is_main_process
         self.samples_per_perturbation = samples_per_perturbation(config, accelerator.num_processes)
+        train = config.train
+        self.average = Average(step.engine, train.average_decay) if train.average == "ema" else None
         self.skipped = 0
+        self.stopped_by: str | None = None
+        self.saved = 0  # the step of the last checkpoint
+        self.validated: tuple[int, dict[str, float]] = (0, {})  # at which step, what
         self.traffic: dict[str, int] = {}
 
     def run(self) -> str:
         """Enter the run directory, train to the end or until asked to stop, evaluate and report."""
-        found, passed_over = on_all_ranks(self._find_checkpoint)
+        found, remarks = resuming.find(self.directory, self.config, self.accelerator)
         self.state = on_all_ranks(lambda: self._enter(found))
         self.directory.entered = True
         self.done, self.seconds = 0, 0.0
+        self.saver = Saver(
+            self.directory.checkpoints,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.config.train.keep_checkpoints,
+            self.config.train.keep_best,
+        )
         if found is not None:
-            checkpoint.load(found, self.step, self.accelerator.process_index)
+            remarks += resuming.load(
+                found, self.step, self.config, self.accelerator, self.directory, self.average
+            )
             progress = checkpoint.load_progress(found)
-            self.done, self.seconds = progress.step, progress.seconds
+            self.done, self.seconds, self.saved = progress.step, progress.seconds, progress.step
         self.tracker = Tracker(
             self.config, self.directory.path, self.total_steps, self.done, self.main
         )
         try:
-            self._announce(passed_over)
+            self._announce(remarks)
             self.bad_samples = BadSamples(
                 self.directory.bad_samples_file,
                 self.train,
@@ -111,13 +146,17 @@ class Trainer:
             self.started = time.monotonic() - self.seconds
             phase = self._train() if self.done < self.total_steps else "finished"
             if phase == "finished":
+                self.watchdog.rest()
                 self._finish()
             self._record(phase)
         except KeyboardInterrupt:  # outside the steps: whatever is missing is done next time
             self._record("preempted")
             self.tracker.close(exit_code=1)
             raise
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, FailedTogether):  # all ranks are here: a save under way can end
+                with suppress(FailedTogether):
+                    self.saver.finish()
             self.tracker.close(exit_code=1)
             raise
         self.tracker.close()
@@ -134,12 +173,12 @@ class Trainer:
         self.window_start, self.window_steps, self.waited = time.monotonic(), 0, 0.0
         waiting_since = time.monotonic()
         first = self.done + 1
-        with StopRequest() as request:
+        stop_file = self.directory.stop_file if self.main else None
+        with StopRequest(stop_file, self.deadline) as request:
             for micro_batches in optimizer_steps(batches):
                 self.waited += time.monotonic() - waiting_since
                 self._set_rates()
-                # Dropout and the like follow from (seed, rank, step): nothing to save or restore.
-                torch.manual_seed(sample_seed(config.run.seed, rank, self.done))
+                self._set_random_state(self.done)
                 replaced = [one for batch in micro_batches for one in batch.replaced]
                 take = partial(
                     self.step,
@@ -148,21 +187,43 @@ class Trainer:
                     stop=request.asked,
                     note=len(replaced),
                     measure=self._sharpness_is_due(),
+                    votes=self.saver.votes,
                 )
                 self.done += 1
                 # By the third step DDP has arranged its buckets for good.
                 result = self._count_traffic(take) if self.done == first + 2 else take()
+                self.saver.agreed(result.votes)
                 if result.noted:
                     self.bad_samples.add(replaced)
                 self._after_step(result)
+                self.watchdog.beat()
+                if self.skipped == MAX_SKIPPED:
+                    self._set_random_state(self.done - 1)
+                    explain_divergence(self.step, take, len(micro_batches), self.done, self.skipped)
                 if result.stop and self.done < self.total_steps:
-                    self._checkpoint()
-                    self.tracker.say(
-                        f"stopped after step {self.done}; the same command goes on from here"
-                    )
+                    self._stop(request)
                     return "preempted"
                 waiting_since = time.monotonic()
+        self.saver.finish()
         return "finished"
+
+    def _stop(self, request: StopRequest) -> None:
+        """With a checkpoint, unless steps are being skipped: then the one before them is better."""
+        if not self.skipped:
+            self._checkpoint()
+        self.saver.finish()
+        reasons = gather_object([request.reason])
+        self.stopped_by = next((reason for reason in reasons if reason), None)
+        request.heeded()
+        self.tracker.say(
+            f"stopped by {self.stopped_by} after step {self.done}; the same command goes on from "
+            "here"
+        )
+
+    def _set_random_state(self, step: int) -> None:
+        """Dropout and the like follow from (seed, rank, step): nothing to save or restore."""
+        rank = self.accelerator.process_index
+        torch.manual_seed(sample_seed(self.config.run.seed, rank, step))
 
     def _count_traffic(self, take: Callable[[], StepResult]) -> StepResult:
         """Take a step, and count its collectives for the next record."""
@@ -202,13 +263,8 @@ class Trainer:
     def _after_step(self, result: StepResult) -> None:
         train = self.config.train
         self.skipped = self.skipped + 1 if result.skipped else 0
-        if self.skipped == MAX_SKIPPED:
-            raise RunError(
-                f"no finite gradient in {MAX_SKIPPED} steps in a row, up to step {self.done}: "
-                "training has diverged. The checkpoint before these steps is kept. Begin another "
-                "run with a lower optimizer.learning_rate or sharpness.rho, or a longer "
-                "optimizer.warmup_epochs"
-            )
+        if self.average and not result.skipped:
+            self.average.update()
         self.window_steps += 1
         if self.done % train.log_every_steps == 0 or self.done == self.total_steps:
             self._log(result)
@@ -216,13 +272,16 @@ class Trainer:
             self.tracker.log(self.done, self._sharpness(result))
         epoch, left = divmod(self.done, self.epoch_steps)
         end = self.done == self.total_steps
-        if not end and left:
-            return
+        whole_epoch = left == 0
         paused = time.monotonic()
-        if (every := train.validate_every_epochs) and (epoch % every == 0 or end):
+        every = train.validate_every_epochs
+        if every and (end or (whole_epoch and epoch % every == 0)):
             self._validate(epoch)
+        due = end or (whole_epoch and epoch % train.checkpoint_every_epochs == 0)
+        if train.checkpoint_every_steps:
+            due = due or self.done % train.checkpoint_every_steps == 0
         # While steps are skipped nothing new is worth keeping: the checkpoint before them is.
-        if (epoch % train.checkpoint_every_epochs == 0 or end) and not self.skipped:
+        if due and not self.skipped:
             self._checkpoint()
         self.window_start += time.monotonic() - paused  # speed is that of steps
 
@@ -267,17 +326,29 @@ class Trainer:
 
     def _validate(self, epoch: int) -> None:
         self.engine.synchronize_buffers()
-        values = evaluation.running_metrics(
-            self.config, self.engine.inference, self.validation, self.accelerator
-        )
+        with self._averaged():
+            values = evaluation.running_metrics(
+                self.config, self.engine.inference, self.validation, self.accelerator
+            )
+        figures = {key: values[f"val/{key}"] for key in checkpoint.BEST}
+        self.validated = self.done, {k: v for k, v in figures.items() if math.isfinite(v)}
         self.tracker.log(self.done, {"epoch": epoch, **values})
         self.tracker.say(
             f"epoch {epoch}: accuracy {values['val/accuracy']:.4f}  NLL {values['val/nll']:.4f}  "
             f"ECE {values['val/ece']:.4f}  signed gap {values['val/signed_gap']:+.4f}"
         )
 
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Around what is evaluated or given away: with the average's weights, if there is one."""
+        return self.average.applied() if self.average else nullcontext()
+
     def _checkpoint(self) -> None:
+        """Of this step, once. Goes on while it is being written."""
+        if self.saved == self.done:
+            return
+        self.saved = self.done
         self.engine.synchronize_buffers()
+        wandb_id = self.directory.wandb_id_file
         progress = Progress(
             step=self.done,
             samples_per_perturbation=self.samples_per_perturbation,
@@ -285,21 +356,19 @@ class Trainer:
             world_size=self.accelerator.num_processes,
             sharded=self.config.train.engine != "ddp",
             seconds=time.monotonic() - self.started,
+            validation=self.validated[1] if self.validated[0] == self.done else {},
+            wandb_id=wandb_id.read_text().strip() if self.main and wandb_id.exists() else None,
         )
-        checkpoint.save(
-            self.directory.checkpoints,
-            self.step,
-            progress,
-            self.config.train.keep_checkpoints,
-            self.accelerator.process_index,
-            self.accelerator.wait_for_everyone,
-        )
+        self.saver.start(checkpoint.state_of(self.step, self.average), progress)
         self._record("running")
 
     def _finish(self) -> None:
         """The weights to use, and what they are worth."""
-        seconds = time.monotonic() - self.started
         self.engine.synchronize_buffers()
+        with self._averaged():
+            self._export_and_report(time.monotonic() - self.started)
+
+    def _export_and_report(self, seconds: float) -> None:
         weights = self.engine.full_weights()
         if self.main:
             save_weights(weights, self.directory.weights_file)
@@ -328,32 +397,6 @@ class Trainer:
                 )
                 self.tracker.say(f"report: {self.directory.report / 'index.html'}")
 
-    def _find_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The newest whole checkpoint, if these ranks can go on from it; and what is damaged."""
-        path, passed_over = checkpoint.newest(self.directory.checkpoints)
-        if path is not None:
-            self._check_resumable(checkpoint.load_progress(path))
-        return path, passed_over
-
-    def _check_resumable(self, progress: Progress) -> None:
-        ranks, before = self.accelerator.num_processes, progress.world_size
-        if progress.sharded and before != ranks:
-            raise RunError(
-                f"{self.directory.path} was written by {before} ranks of {progress.engine}, each "
-                f"its own part, and {ranks} ranks run: go on with {before}, or begin another run"
-            )
-        own = self.samples_per_perturbation
-        if (
-            progress.samples_per_perturbation != own
-            and not self.config.sharpness.allow_other_samples
-        ):
-            raise RunError(
-                f"{self.directory.path} perturbs with {progress.samples_per_perturbation} samples "
-                f"({before} ranks), here it would be {own} ({ranks} ranks): in this scope that is "
-                f"another algorithm. Go on with {before} ranks, begin another run, or say "
-                "sharpness.allow_other_samples=true"
-            )
-
     def _enter(self, found: Path | None) -> State | None:
         """Claim the run directory; rank 0 does, and keeps its state."""
         state = None
@@ -376,13 +419,13 @@ class Trainer:
             before = self.directory.environment().get("readers", environment["readers"])
             self.other_readers = before != environment["readers"]
             state = self.directory.open(self.config, environment)
-            checkpoint.set_aside(self.directory.checkpoints, found)
+            checkpoint.clean(self.directory.checkpoints, found)
         return state
 
-    def _announce(self, passed_over: list[str]) -> None:
+    def _announce(self, remarks: list[str]) -> None:
         say = self.tracker.say
-        for problem in passed_over:
-            say(f"passed over a checkpoint: {problem}")
+        for remark in remarks:
+            say(remark)
         at = f", going on after step {self.done}" if self.done else ""
         say(f"run directory: {self.directory.path}{at}")
         say(inputs.promise(self.train))
@@ -397,6 +440,7 @@ class Trainer:
     def _record(self, phase: str) -> None:
         if self.main:
             self.state.phase, self.state.step = phase, self.done
+            self.state.cause = self.stopped_by if phase == "preempted" else None
             self.state.epoch = self.done // self.epoch_steps
             self.state.seconds = round(time.monotonic() - self.started, 1)
             self.directory.write(self.state)

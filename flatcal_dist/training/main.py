@@ -1,19 +1,21 @@
 """What a recipe calls: command line -> ranks -> run; and how all of it ends."""
 
 import os
-import signal
 import sys
+import time
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from flatcal_dist import config as configuration
 from flatcal_dist import distributed
 from flatcal_dist.config import ConfigError
-from flatcal_dist.distributed import ending_together
+from flatcal_dist.distributed import ending_together, preempted_code, tell_launcher
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.training.dry_run import dry_run
 from flatcal_dist.training.loop import run
-
-PREEMPTED = 75  # sysexits.h: a temporary failure, the same command goes on
+from flatcal_dist.training.preemption import end_with_the_launcher, interrupt_on_signals
+from flatcal_dist.training.watchdog import Watchdog
 
 
 def main(default_config: Path, description: str | None = None) -> None:
@@ -22,6 +24,8 @@ def main(default_config: Path, description: str | None = None) -> None:
     Launchers turn both of the latter into 1: state.json in the run directory tells them apart.
     FLATCAL_EXIT_PREEMPTED=0 makes 0 of the 75, for launchers that end the other ranks otherwise.
     """
+    started = time.time()
+    end_with_the_launcher()
     arguments = configuration.command_line(description, default_config).parse_intermixed_args()
     try:
         config = configuration.load(arguments.config, arguments.overrides)
@@ -30,18 +34,25 @@ def main(default_config: Path, description: str | None = None) -> None:
                 print(configuration.to_yaml(config), end="")
             return
         accelerator = distributed.start(
-            config.train.engine, config.train.precision, config.run.world_size
+            config.train.engine,
+            config.train.precision,
+            config.run.world_size,
+            timedelta(minutes=config.train.collective_timeout_minutes),
         )
     except (ConfigError, distributed.LaunchError) as error:
         sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     directory = RunDirectory(config.run.dir)
     phase = "finished"
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.default_int_handler)  # as Ctrl-C, outside the steps too
+    interrupt_on_signals()
+    rank = accelerator.process_index
+    end = partial(distributed.end, rank=rank, directory=directory)
+    watchdog = Watchdog(end, config.train.hang_minutes)
     with ending_together(accelerator, directory):
         if arguments.dry_run:
             dry_run(config, accelerator)
         else:
-            phase = run(config, directory, accelerator)
+            phase = run(config, directory, accelerator, watchdog, started)
+    watchdog.rest()
     if phase == "preempted":
-        sys.exit(int(os.environ.get("FLATCAL_EXIT_PREEMPTED", PREEMPTED)))
+        tell_launcher("stopped as asked, with a checkpoint: the same command goes on from there")
+        sys.exit(preempted_code())

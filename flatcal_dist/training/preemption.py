@@ -1,27 +1,60 @@
-"""Ctrl-C, SIGTERM and SIGUSR1, 2 ask a run to end: noted as they come, acted on between steps."""
+"""Asking a run to end: noted as it comes, acted on between steps by all ranks together.
 
+SIGINT, SIGTERM, SIGUSR1, SIGUSR2; a file STOP in the run directory; a deadline.
+"""
+
+import contextlib
+import ctypes
 import os
 import signal
+import time
+from pathlib import Path
 from types import FrameType, TracebackType
+
+from flatcal_dist.config import TrainConfig
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+LOOK_EVERY = 1.0  # seconds between two looks for the file STOP: a shared file system is slow
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class StopRequest:
-    """While entered, the signals only set `asked`; the training loop ends at a whole step.
+    """While entered, signals only set `reason`; the training loop ends at a whole step.
 
     Signals reach the loader's worker processes too; only the process that entered listens.
+    stop_file: looked for by rank 0 alone (None elsewhere). deadline: on the clock of time.time.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    def __init__(self, stop_file: Path | None = None, deadline: float | None = None) -> None:
+        self.stop_file, self.deadline = stop_file, deadline
+        self.reason: str | None = None
+        self.looked = -LOOK_EVERY
 
     def __enter__(self) -> "StopRequest":
-        self.asked = False
         self.process = os.getpid()
-        self.previous = {number: signal.signal(number, self._note) for number in self.signals}
+        self.previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self.process:
-            self.asked = True
+            self.reason = self.reason or signal.Signals(number).name
+
+    @property
+    def asked(self) -> bool:
+        now = time.monotonic()
+        if self.reason is None and self.deadline is not None and time.time() >= self.deadline:
+            self.reason = "deadline"
+        if self.reason is None and self.stop_file is not None and now - self.looked >= LOOK_EVERY:
+            self.looked = now
+            if self.stop_file.exists():
+                self.reason = f"the file {self.stop_file}"
+        return self.reason is not None
+
+    def heeded(self) -> None:
+        """The run has stopped: a file that asked for it has had its way, and goes."""
+        if self.stop_file is not None:
+            with contextlib.suppress(OSError):
+                self.stop_file.unlink(missing_ok=True)
 
     def __exit__(
         self,
@@ -31,3 +64,31 @@ class StopRequest:
     ) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+
+def interrupt_on_signals() -> None:
+    """Outside the steps each of the signals ends the process as Ctrl-C does."""
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+
+
+def deadline(config: TrainConfig, started: float) -> float | None:
+    """When to stop by itself, in seconds since 1970, or None.
+
+    train.stop_after_minutes after `started`; and SLURM's end of the job less
+    train.stop_margin_minutes.
+    """
+    ends = []
+    if config.stop_after_minutes is not None:
+        ends.append(started + 60 * config.stop_after_minutes)
+    if end := os.environ.get("SLURM_JOB_END_TIME"):
+        ends.append(float(end) - 60 * config.stop_margin_minutes)
+    return min(ends, default=None)
+
+
+def end_with_the_launcher() -> None:
+    """Be told by SIGTERM when the process that launched this rank ends. Linux only."""
+    if "RANK" not in os.environ:
+        return  # from a shell, which may well go away
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -2,14 +2,21 @@
 
 import os
 import pickle
+import threading
 
 import pytest
+import timm
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from flatcal_dist.config import Config, to_yaml
 from flatcal_dist.sharpness import LookSAM, ReplicatedEngine, SharpnessAwareStep
 from flatcal_dist.training import checkpoint
-from flatcal_dist.training.checkpoint import Progress
+from flatcal_dist.training.averaging import Average
+from flatcal_dist.training.checkpoint import CheckpointError, Progress
+from flatcal_dist.training.resharding import export
+from flatcal_dist.training.saving import Saver
 from flatcal_dist.weights import WeightsError, load_weights, save_weights
 
 
@@ -30,20 +37,25 @@ def make(seed: int = 0) -> SharpnessAwareStep:
     return step
 
 
-def make_progress(step: int) -> Progress:
-    return Progress(step, None, "ddp", world_size=2, sharded=False, seconds=1.5)
+def make_progress(step: int, **validation: float) -> Progress:
+    return Progress(
+        step, None, "ddp", world_size=2, sharded=False, seconds=1.5, validation=validation
+    )
 
 
-def save(path, step: int, seed: int = 0, keep: int = 2):
-    return checkpoint.save(path, make(seed), make_progress(step), keep)
+def save(path, step: int, of: SharpnessAwareStep | None = None, keep: int = 2, **validation: float):
+    saver = Saver(path, keep=keep, keep_best="accuracy", alone=True)
+    saver.start(checkpoint.state_of(of or make()), make_progress(step, **validation))
+    saver.finish()
+    return path / f"step_{step:08d}"
 
 
 def test_a_step_goes_on_bit_for_bit(tmp_path):
     """Weights, buffers, momentum, loss scale and what the rule remembers."""
     ours, theirs = make(1), make(2)
-    path = checkpoint.save(tmp_path, ours, make_progress(2), keep=2)
+    path = save(tmp_path, 2, ours)
     assert checkpoint.load_progress(path) == make_progress(2)
-    checkpoint.load(path, theirs)
+    checkpoint.fill(theirs, checkpoint.load_part(path, 0))
     theirs.taken = 2
     for number in range(5):  # across the next sharp step
         assert ours([batch(number)]) == theirs([batch(number)])
@@ -89,7 +101,7 @@ def test_damaged_ones_do_not_count_when_old_ones_go(tmp_path):
     """A run goes on from step 1 although 5 is there, damaged: what it saves then is kept."""
     save(tmp_path, 1)
     _flip_a_byte(save(tmp_path, 5) / "state_00000.pt")
-    checkpoint.set_aside(tmp_path, checkpoint.newest(tmp_path)[0])
+    checkpoint.clean(tmp_path, checkpoint.newest(tmp_path)[0])
     save(tmp_path, 2, keep=1)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["damaged_step_00000005", "step_00000002"]
@@ -102,27 +114,118 @@ def test_what_a_killed_save_left_is_no_checkpoint(tmp_path):
     assert checkpoint.newest(save(tmp_path, 3).parent)[0] == tmp_path / "step_00000003"
 
 
-@pytest.mark.parametrize("moment", ["state", "progress", "manifest", "rename"])
-def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch, moment):
-    save(tmp_path, 1)
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    for step, accuracy in enumerate((0.5, 0.7, 0.6, 0.7, 0.6, 0.1), start=1):
+        save(tmp_path, step, keep=1, accuracy=accuracy)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step_00000002", "step_00000006"], "of equals the first"
 
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
 
-    target = {
-        "state": (torch, "save"),
-        "progress": (checkpoint, "write_json"),
-        "manifest": (checkpoint, "sha256"),
-        "rename": (checkpoint, "sync_directory"),
-    }[moment]
+CALLS = ("open", "write", "fsync", "mkdir", "rename", "unlink")  # of os, all that a save makes
+
+
+def _count_and_fail(monkeypatch, fail_at: int | None, error: BaseException) -> list[str]:
+    """Let the call of that number raise; the calls made, by name."""
+    calls: list[str] = []
+
+    def wrap(name):
+        original = getattr(os, name)
+
+        def call(*arguments, **keywords):
+            calls.append(name)
+            if len(calls) - 1 == fail_at:
+                if name == "write":  # a part of it arrives
+                    original(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+                raise error
+            return original(*arguments, **keywords)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in CALLS:
+        wrap(name)
+    return calls
+
+
+def test_whatever_call_of_a_save_fails_a_checkpoint_loads(tmp_path, monkeypatch):
+    """Each open, write, sync and rename in turn; then the save is tried again, and succeeds."""
+    step = make(1)
     with monkeypatch.context() as patch:
-        patch.setattr(*target, fail)
-        with pytest.raises(OSError, match="No space left"):
-            save(tmp_path, 2)
-    path, _ = checkpoint.newest(tmp_path)
-    assert path == tmp_path / ("step_00000002" if moment == "rename" else "step_00000001")
-    save(tmp_path, 2)
-    assert checkpoint.newest(tmp_path)[0] == tmp_path / "step_00000002"
+        calls = _count_and_fail(patch, None, OSError())
+        save(tmp_path, 2, step)
+    assert set(calls) == set(CALLS)
+    assert calls.count("fsync") == 6, "state, its record, progress, manifest, two directories"
+    rename = calls.index("rename")
+    for number, name in enumerate(calls):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        save(directory, 1, step)
+        with monkeypatch.context() as patch:
+            _count_and_fail(patch, number, OSError(28, "No space left on device"))
+            with pytest.raises(CheckpointError, match=r"of step 2 could not .* No space left"):
+                save(directory, 2, step)
+        path, problems = checkpoint.newest(directory)
+        expected = 1 if number <= rename else 2
+        assert path == directory / f"step_{expected:08d}", name
+        assert not problems, name
+        checkpoint.fill(make(2), checkpoint.load_part(path, 0))
+        save(directory, 3, step)
+        checkpoint.clean(directory, directory / "step_00000003")
+        assert checkpoint.newest(directory) == (directory / "step_00000003", [])
+        assert not list(directory.glob(".*")), "nothing half written stays"
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """What is saved is the state at the start, whatever later steps do to it."""
+    step, gate = make(1), threading.Event()
+    before = {name: w.clone() for name, w in step.engine.full_weights().items()}
+    saver = Saver(tmp_path, alone=True)
+    original = checkpoint.write_part
+    monkeypatch.setattr(checkpoint, "write_part", lambda *a: (gate.wait(30), original(*a)))
+    saver.start(checkpoint.state_of(step), make_progress(2))
+    assert saver.votes == (0.0, 0.0)
+    saver.agreed(saver.votes)
+    for number in range(3):
+        step([batch(number)])
+    assert checkpoint.newest(tmp_path) == (None, [])
+    gate.set()
+    saver.finish()
+    other = make(2)
+    checkpoint.fill(other, checkpoint.load_part(checkpoint.newest(tmp_path)[0], 0))
+    after = other.engine.full_weights()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(after["0.weight"], step.engine.full_weights()["0.weight"])
+
+
+def test_an_error_in_the_background_is_a_vote_and_raised_at_the_next_step(tmp_path):
+    saver = Saver(tmp_path / "gone", alone=True)
+    saver.start(checkpoint.state_of(make()), make_progress(2))
+    saver.thread.join()
+    assert saver.votes == (0.0, 1.0)
+    with pytest.raises(CheckpointError, match=r"step 2 could not be written .*gone"):
+        saver.agreed(saver.votes)
+
+
+def test_the_average_is_torchs_and_leaves_the_weights_alone():
+    """Against torch.optim.swa_utils: the same expression in the same order, so the same bits."""
+    step = make(1)
+    average = Average(step.engine, decay=0.9)
+    reference = AveragedModel(step.engine.module, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    reference.update_parameters(step.engine.module)  # the first only copies
+    for number in range(4):
+        step([batch(number)])
+        average.update()
+        reference.update_parameters(step.engine.module)
+    before = [w.clone() for w in step.engine.module.parameters()]
+    with average.applied():
+        for ours, theirs in zip(
+            step.engine.module.state_dict().values(),
+            reference.module.state_dict().values(),
+            strict=True,
+        ):
+            assert torch.equal(ours, theirs)
+    after = list(step.engine.module.parameters())
+    assert not torch.equal(before[0], reference.module[0].weight)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 class _Attack:
@@ -170,3 +273,32 @@ def test_weights_that_share_a_tensor_are_loaded(tmp_path):
     load_weights(other, tmp_path / "tied.safetensors")
     assert torch.equal(other.a.weight, Tied(1).a.weight)
     assert other.b.weight is other.a.weight
+
+
+def test_an_export_is_what_timm_loads(tmp_path):
+    run = tmp_path / "run"
+    config = Config(
+        data={"image_size": 32},
+        model={"name": "test_resnet", "num_classes": 5},
+        run={"dir": str(run)},
+    )
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(config))
+    network = timm.create_model("test_resnet", num_classes=5)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    step = SharpnessAwareStep(ReplicatedEngine(network, optimizer), None)
+    for number in (3, 4):
+        save(run / "checkpoints", number, step)
+        with torch.no_grad():
+            next(network.parameters()).mul_(2)
+    export(run, tmp_path / "newest.safetensors")
+    export(run, tmp_path / "third.safetensors", step=3)
+    for name, factor in (("newest", 2), ("third", 4)):
+        file = tmp_path / f"{name}.safetensors"
+        loaded = timm.create_model("test_resnet", num_classes=5, checkpoint_path=file)
+        ours, theirs = dict(network.named_parameters()), dict(loaded.named_parameters())
+        key = next(iter(ours))
+        assert torch.equal(theirs.pop(key) * factor, ours.pop(key))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(CheckpointError, match=r"step_00000007 is not there; .* \[3, 4\]"):
+        export(run, tmp_path / "none.safetensors", step=7)

@@ -1,0 +1,99 @@
+"""After many steps without a finite gradient: which layer, in which pass, is where it begins."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from flatcal_dist.distributed import on_all_ranks
+from flatcal_dist.run_directory import RunError
+from flatcal_dist.sharpness import SharpnessAwareStep
+
+
+def explain_divergence(
+    step: SharpnessAwareStep, take: Callable[[], Any], micro_batches: int, done: int, skipped: int
+) -> NoReturn:
+    """Raise FailedTogether, with the layer and the pass where the last step is first not finite.
+
+    take: takes that step again. micro_batches: in it. done: steps so far, the last `skipped`
+    without a finite gradient. Called by all ranks.
+    """
+    step.taken = done - 1
+    findings = gather_object([first_not_finite(step, micro_batches, take)])
+    where = [f"{found}, on rank {rank}" for rank, found in enumerate(findings) if found]
+    first = where[0] if where else "the norm of the gradients, each of which is finite"
+
+    def fail() -> NoReturn:
+        raise RunError(
+            f"no finite gradient in {skipped} steps in a row, up to step {done}: training has "
+            f"diverged. The first value that is not finite is {first}. The checkpoint before these "
+            "steps is kept. Begin another run with a lower optimizer.learning_rate or "
+            "sharpness.rho, or a longer optimizer.warmup_epochs"
+        )
+
+    on_all_ranks(fail)
+    raise AssertionError("all ranks fail")
+
+
+def first_not_finite(
+    step: SharpnessAwareStep, micro_batches: int, take: Callable[[], Any]
+) -> str | None:
+    """Take the step again by `take`, watched: the first value of this rank that is not finite.
+
+    Called by all ranks. None: none is on this rank. micro_batches: of the step.
+    """
+    findings: list[str] = []
+    with _watched(step, micro_batches, findings):
+        take()
+    return findings[0] if findings else None
+
+
+@contextmanager
+def _watched(step: SharpnessAwareStep, micro_batches: int, findings: list[str]) -> Iterator[None]:
+    passes = 0
+
+    def current() -> str:
+        if step.rule is None or not step.rule.perturbs_at(step.taken):
+            return "the pass"
+        first = passes % 2 == 1 if step.per_micro_batch else passes <= micro_batches
+        return "the first pass" if first else "the second pass, at the perturbed weights"
+
+    def begin(module: nn.Module, inputs: tuple) -> None:
+        nonlocal passes
+        passes += 1
+        for tensor in inputs:
+            note(tensor, "the network's input")
+
+    def note(tensor: Any, what: str) -> None:
+        if hasattr(tensor, "to_local"):
+            tensor = tensor.to_local()
+        tensors = tensor if isinstance(tensor, tuple | list) else [tensor]
+        for t in tensors:
+            if isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all():
+                findings.append(f"{what}, in {current()}")
+
+    def layer(name: str) -> Callable:
+        def after(module: nn.Module, inputs: tuple, output: Any) -> None:
+            title = f"{name or 'the network'} ({type(module).__name__})"
+            for held, weight in module.named_parameters(recurse=False):
+                note(weight, f"{title}.{held}")
+            note(output, f"the output of {title}")
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(lambda g: note(g, f"the gradient at the output of {title}"))
+
+        return after
+
+    module = step.engine.module
+    handles = [module.register_forward_pre_hook(begin)]
+    for name, inner in module.named_modules():
+        if not any(True for _ in inner.children()):
+            handles.append(inner.register_forward_hook(layer(name)))
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,72 @@
+"""Going on from a checkpoint: which one, whether these ranks can, and how it is read."""
+
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from flatcal_dist.config import Config
+from flatcal_dist.distributed import on_all_ranks, said_by_rank_0
+from flatcal_dist.run_directory import RunDirectory, RunError
+from flatcal_dist.sharpness import SharpnessAwareStep
+from flatcal_dist.training import checkpoint, resharding
+from flatcal_dist.training.averaging import Average
+from flatcal_dist.training.build import samples_per_perturbation
+
+
+def find(
+    directory: RunDirectory, config: Config, accelerator: Accelerator
+) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, or None, and remarks on damaged ones. Called by all ranks.
+
+    Raises FailedTogether where these ranks cannot go on from it. One rank looks: every byte is
+    read, and compared with the manifest.
+    """
+
+    def look() -> tuple[Path | None, list[str]]:
+        path, problems = checkpoint.newest(directory.checkpoints)
+        if path is not None:
+            _refuse_other_samples(directory, config, accelerator.num_processes, path)
+        return path, [f"passed over a checkpoint: {problem}" for problem in problems]
+
+    none: tuple[Path | None, list[str]] = (None, [])
+    return said_by_rank_0(on_all_ranks(lambda: look() if accelerator.is_main_process else none))
+
+
+def _refuse_other_samples(directory: RunDirectory, config: Config, ranks: int, path: Path) -> None:
+    progress = checkpoint.load_progress(path)
+    before, own = progress.world_size, samples_per_perturbation(config, ranks)
+    if progress.samples_per_perturbation != own and not config.sharpness.allow_other_samples:
+        raise RunError(
+            f"{directory.path} perturbs with {progress.samples_per_perturbation} samples "
+            f"({before} ranks), here it would be {own} ({ranks} ranks): in this scope that is "
+            f"another algorithm. Go on with {before} ranks, begin another run, or say "
+            "sharpness.allow_other_samples=true"
+        )
+
+
+def load(
+    path: Path,
+    step: SharpnessAwareStep,
+    config: Config,
+    accelerator: Accelerator,
+    directory: RunDirectory,
+    average: Average | None,
+) -> list[str]:
+    """Fill step and average from a checkpoint, cut anew where others wrote it; remarks on that.
+
+    Called by all ranks. Raises FailedTogether for what cannot be cut anew.
+    """
+    progress = checkpoint.load_progress(path)
+    rank, ranks, engine = accelerator.process_index, accelerator.num_processes, config.train.engine
+    wandb_id = directory.wandb_id_file
+    if rank == 0 and progress.wandb_id and not wandb_id.exists():
+        wandb_id.write_text(progress.wandb_id)
+    if progress.engine == engine and progress.parts in (1, ranks):
+        number = rank if progress.sharded else 0
+        state = on_all_ranks(partial(checkpoint.load_part, path, number))
+        checkpoint.fill(step, state, average)
+        return []
+    resharding.load(path, step, progress, average)
+    before = f"{progress.world_size} ranks of {progress.engine}"
+    return [f"the checkpoint, of {before}, was cut anew for {ranks} of {engine}"]

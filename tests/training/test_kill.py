@@ -1,0 +1,220 @@
+"""Runs that are killed, hung, starved and moved: they end soon, say why, and go on exactly."""
+
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flatcal_dist.data import prepare_digits
+from flatcal_dist.training import loop
+from flatcal_dist.training.preemption import StopRequest
+from tests.launching import command, digits
+from tests.training.jobs import PATIENCE, SAVING, TINY, Run, kill, same
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(data, tmp_path_factory):
+    """By engine, a run that nothing happened to."""
+    path, runs = tmp_path_factory.mktemp("runs"), {}
+
+    def get(engine: str) -> Run:
+        if engine not in runs:
+            runs[engine] = Run(path / engine, data, engine).finish()
+        return runs[engine]
+
+    return get
+
+
+@pytest.mark.parametrize(("engine", "kills"), [("ddp", 2), ("zero2", 1), ("fsdp2", 1)])
+def test_killed_runs_end_with_the_same_bits(engine, kills, data, tmp_path, uninterrupted):
+    _kill_test(engine, kills, data, tmp_path, uninterrupted, damage=engine == "ddp")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+def test_killed_twenty_times(engine, data, tmp_path, uninterrupted):
+    _kill_test(engine, 20, data, tmp_path, uninterrupted)
+
+
+def _kill_test(engine, kills, data, tmp_path, uninterrupted, damage=False):
+    run = Run(tmp_path / "run", data, engine)
+    hits = 0
+    for seed in range(kills):
+        if run.path.exists() and run.state()["phase"] == "finished":
+            shutil.rmtree(run.path)  # from the start again, until there were enough kills
+        hits += kill(run, Random(f"{engine} {seed}"), seed + (engine == "zero2"))
+    assert hits, "no kill hit a run that was going"
+    if damage:
+        newest = max(run.path.glob("checkpoints/step_*")) / "state_00000.pt"
+        newest.write_bytes(newest.read_bytes()[:-1] + b"?")
+    run.finish()
+    if damage:
+        assert "passed over a checkpoint" in run.log.read_text()
+    assert same(run, uninterrupted(engine))
+
+
+def full_disk(rank):
+    """Rank 1 can write no file of more than 100 kB; a state has 200."""
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def hang(rank):
+    original = loop.Trainer._after_step
+
+    def after_step(self, result):
+        original(self, result)
+        if self.done == 10:
+            self.watchdog.limit = 6.0  # only now: on a busy machine a start may take long
+            if rank == 1:
+                time.sleep(3600)
+
+    loop.Trainer._after_step = after_step
+
+
+def slow(rank):
+    original = loop.Trainer._after_step
+
+    def after_step(self, result):
+        original(self, result)
+        time.sleep(0.2)
+
+    loop.Trainer._after_step = after_step
+
+
+def test_what_goes_wrong_is_named_and_the_run_goes_on(data, tmp_path, uninterrupted):
+    """One ZeRO-2 run through all of it, to the bits of the one that nothing happened to."""
+    run = Run(tmp_path / "run", data, "zero2")
+
+    job = run.start(fault=full_disk)
+    assert job.wait() == [1, 1]
+    assert "the checkpoint of step 4 could not be written" in run.state()["cause"], job.output()
+    assert "File too large" in run.state()["cause"]
+    assert run.state()["phase"] == "failed"
+
+    job = run.start(fault=hang)
+    assert job.wait() == [1, 1]
+    assert run.state()["cause"].startswith("rank 1: no step for 6 s"), run.state()
+    assert "hangs in after_step" in run.state()["cause"]
+    assert "most recent call first" in job.output(), "all stacks"
+    assert run.saved()[-1] == 8
+
+    job = run.start(fault=slow)
+    assert job.until(lambda: run.step() >= 12)
+    run.path.rename(tmp_path / "elsewhere")
+    assert job.wait(PATIENCE)[0] == 1
+    assert "has vanished" in job.output() or "could not be written" in job.output()
+    assert not run.path.exists(), "an empty one is not begun in its place"
+    (tmp_path / "elsewhere").rename(run.path)
+
+    job = run.start(fault=slow)
+    assert job.until(lambda: run.step() >= 14)
+    job.send(signal.SIGUSR1, rank=1)
+    assert job.wait(PATIENCE) == [75, 75], job.output()
+    assert (run.state()["phase"], run.state()["cause"]) == ("preempted", "SIGUSR1")
+    assert run.saved()[-1] == run.state()["step"]
+
+    job = run.start(fault=slow)
+    before = run.state()["step"]
+    assert job.until(lambda: run.step() > before)
+    (run.path / "STOP").touch()
+    assert job.wait(PATIENCE) == [75, 75], job.output()
+    assert "STOP" in run.state()["cause"]
+    assert not (run.path / "STOP").exists()
+
+    job = run.start("train.stop_after_minutes=0.0001")
+    before = run.state()["step"]
+    assert job.wait(PATIENCE) == [75, 75], job.output()
+    assert (run.state()["step"], run.state()["cause"]) == (before + 1, "deadline")
+
+    run.finish()
+    assert same(run, uninterrupted("zero2"))
+    assert run.state()["restarts"] == 6
+
+
+def test_a_run_that_diverged_says_where(data, tmp_path):
+    """A rate that blows the weights up in the second step: every later one is skipped."""
+    run = Run(tmp_path / "run", data, "ddp", "optimizer.learning_rate=1e30")
+    job = run.start("train.max_steps=100", ranks=1)
+    assert job.wait() == [1]
+    cause = run.state()["cause"]
+    assert "no finite gradient in 50 steps in a row" in cause, job.output()
+    assert re.search(r"is the output of \S+ \(\w+\), in the first pass, on rank 0", cause), cause
+
+
+def stop_after_six(rank):
+    """Ask for the end after six steps of this start."""
+    asked = iter([False] * 5)
+    StopRequest.asked = property(lambda self: next(asked, True))
+
+
+# LookSAM remembers a gradient, AdamW keeps two moments and a count: all of it changes hands.
+CHANGING = (
+    "sharpness.rule=looksam", "optimizer.name=adamw", "optimizer.learning_rate=0.001",
+    "train.average=ema", "train.average_decay=0.8", "optimizer.momentum=0.9",
+)  # fmt: skip
+
+
+def test_a_run_goes_on_on_other_engines_and_numbers_of_ranks(data, tmp_path):
+    """Six steps on each of five, against one that stayed: equal to rounding; then exported."""
+    run = Run(tmp_path / "run", data, "ddp", *CHANGING)
+    for engine, ranks in (("ddp", 2), ("zero2", 2), ("fsdp2", 1), ("zero3", 2)):
+        job = run.start(engine=engine, ranks=ranks, fault=stop_after_six)
+        assert job.wait() == [75] * ranks, job.output()
+    run.finish(engine="fsdp2", ranks=2)
+    assert run.log.read_text().count("was cut anew for") == 4
+    stayed = Run(tmp_path / "stayed", data, "ddp", *CHANGING).finish()
+    ours, theirs = run.weights(), stayed.weights()
+    # 30 steps whose sums were rounded in other orders; AdamW divides by small numbers.
+    assert max(float((ours[n] - theirs[n]).abs().max()) for n in ours) < 2e-5
+    losses = [[r["train/loss"] for k, r in x.records().items() if not k[1]] for x in (run, stayed)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    last = max(run.path.glob("checkpoints/step_*"))
+    assert len(list(last.glob("state_*.pt"))) == 2
+
+    flatcal = [sys.executable, "-m", "flatcal_dist.cli", "export", str(run.path)]
+    done = subprocess.run([*flatcal, str(tmp_path / "out.safetensors")], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    exported = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(exported[name], ours[name]) for name in ours), "the average, as the run"
+
+
+def test_workers_of_a_dead_launcher_end(data, tmp_path):
+    """SIGKILL to `accelerate launch` alone: its ranks save, and are gone within a minute."""
+    path = tmp_path / "run"
+    words = command("imagenet_csam", *digits("csam", path, data, *TINY, *SAVING))
+    words += ["train.max_steps=100000", "train.checkpoint_every_steps=50000"]
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+    run = Run(path, data)
+    deadline = time.monotonic() + 200
+    while run.step() < 5:
+        assert launcher.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    workers = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(workers) >= 2
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(workers, timeout=PATIENCE)
+    for process in alive:
+        process.kill()
+    assert not alive, (tmp_path / "log").read_text()
+    assert run.state()["phase"] == "preempted"
+    assert run.saved() == [run.state()["step"]]
