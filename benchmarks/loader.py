@@ -50,6 +50,7 @@ from flatcal_dist.data import (
 )
 from flatcal_dist.data import index as index_module
 from flatcal_dist.data.decode import decode
+from flatcal_dist.data.transforms import stack
 from flatcal_dist.data.walk import BLOCK, ShardIndex
 
 SIZE, BATCH, SHARDS = 224, 64, 8
@@ -78,11 +79,11 @@ def write_images(root: Path, count: int) -> None:
     )
 
 
-def contenders(root: Path) -> dict[str, Passes]:
+def contenders(root: Path, workers: int) -> dict[str, Passes]:
+    decoders = ("torchvision", "pil") if workers == 0 else ()
     return {
         "ours": functools.partial(ours, root, "auto"),
-        "ours, data.decoder=torchvision": functools.partial(ours, root, "torchvision"),
-        "ours, data.decoder=pil": functools.partial(ours, root, "pil"),
+        **{f"ours, data.decoder={d}": functools.partial(ours, root, d) for d in decoders},
         TIMM: functools.partial(timm_wds, root),
         "webdataset, PIL, torchvision": functools.partial(plain_webdataset, root),
         "torchvision ImageFolder": functools.partial(image_folder, root),
@@ -165,7 +166,7 @@ def _pss(process: int) -> float:
 
 
 def compare(root: Path, workers: int, rounds: int) -> dict[str, dict]:
-    makers = contenders(root)
+    makers = contenders(root, workers)
     memory = {name: worker_memory(make, workers) for name, make in makers.items()}  # and warm up
     passes: dict[str, list[tuple[int, float, float]]] = {name: [] for name in makers}
     order = random.Random(0)
@@ -205,12 +206,12 @@ def shares(root: Path, rounds: int) -> dict[str, float]:
             images.append(transform(image, sample_seed(0, 0, sample)))
             at.append(clock())
             if len(images) == BATCH:
-                torch.stack(images)
+                stack(images)
                 images.clear()
             at.append(clock())
             times += np.diff(at)
         runs.append(1e6 * times / len(index))
-    whole = [one_pass(contenders(root)["ours"], 0) for _ in range(rounds)]
+    whole = [one_pass(contenders(root, 0)["ours"], 0) for _ in range(rounds)]
     names = ("announce", "read", "decode", "crop, resize, flip", "stack")
     result = dict(zip(names, np.median(runs, axis=0).tolist(), strict=True))
     total = statistics.median(1e6 * cpu / images for images, _, cpu in whole)

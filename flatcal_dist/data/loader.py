@@ -31,14 +31,14 @@ from flatcal_dist.data.order import (
     steps_per_epoch,
 )
 from flatcal_dist.data.schedule import Ahead, Request, Schedule
-from flatcal_dist.data.transforms import Evaluation, Training
+from flatcal_dist.data.transforms import Evaluation, Training, stack
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of training."""
 
-    images: Tensor  # [N, C, H, W] uint8
+    images: Tensor  # [N, C, H, W] uint8, in memory [N, H, W, C]
     labels: Tensor  # [N] int64
     samples: Tensor  # [N] int64: numbers in the index; where one was bad, that of its substitute
     epoch: int
@@ -54,7 +54,7 @@ class Batch:
 class EvaluationBatch:
     """One batch of evaluation; padding repeats the last sample and is marked False in `valid`."""
 
-    images: Tensor  # [N, C, H, W] uint8
+    images: Tensor  # [N, C, H, W] uint8, in memory [N, H, W, C]
     labels: Tensor  # [N] int64
     samples: Tensor  # [N] int64: numbers in the index
     valid: Tensor  # [N] bool
@@ -203,7 +203,7 @@ class _TrainingImages(Dataset[Batch | DataError]):
         except DataError as error:
             return error  # DataLoader would bury the message of a raised one in tracebacks
         return Batch(
-            images=torch.stack(tensors),
+            images=stack(tensors),
             labels=_labels(index, samples),
             samples=torch.from_numpy(samples),
             epoch=request.epoch,
@@ -229,7 +229,7 @@ class _EvaluationImages(Dataset[EvaluationBatch | DataError]):
             return error
         tensors += tensors[-1:] * (len(samples) - len(tensors))
         return EvaluationBatch(
-            images=torch.stack(tensors),
+            images=stack(tensors),
             labels=_labels(self.images.index, samples),
             samples=torch.from_numpy(samples),
             valid=torch.arange(len(samples)) < valid,

@@ -41,7 +41,7 @@ from flatcal_dist.data.order import (
 from flatcal_dist.data.remote import RemoteFile, base_name, is_remote, shown
 from flatcal_dist.data.stream import Stream
 from flatcal_dist.data.tar_stream import read_samples
-from flatcal_dist.data.transforms import Training
+from flatcal_dist.data.transforms import Training, stack
 
 
 def streaming_loader(
@@ -202,7 +202,7 @@ class _Streamed(IterableDataset[Batch | DataError]):
             # A substitute is cut as the image that it stands for would have been.
             images.append(self.transform(image, sample_seed(self.seed, epoch, self._number(raw))))
         return Batch(
-            images=torch.stack(images),
+            images=stack(images),
             labels=torch.tensor([raw.label for raw in used]),
             samples=torch.tensor([self._number(raw) for raw in used]),
             epoch=epoch,
