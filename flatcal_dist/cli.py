@@ -130,6 +130,12 @@ def _number_or_all(text: str) -> int | None:
     return None if text == "all" else int(text)
 
 
+def _minutes(text: str) -> float:
+    if not 0 < float(text) < 1e6:
+        raise ValueError(text)
+    return float(text)
+
+
 def report(arguments: argparse.Namespace) -> None:
     if arguments.directory.is_file():
         output = arguments.output or arguments.directory.with_name(
@@ -171,7 +177,7 @@ def export(arguments: argparse.Namespace) -> None:
 def sync(arguments: argparse.Namespace) -> None:
     from flatcal_dist.sync import sync as send
 
-    send(arguments.directories, arguments.dry_run)
+    send(arguments.directories, arguments.dry_run, arguments.minutes)
 
 
 def environment(arguments: argparse.Namespace) -> None:
@@ -316,6 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("sync", help="send runs that were recorded offline to W&B")
     add.add_argument("directories", type=Path, nargs="+", metavar="RUN")
     add.add_argument("--dry-run", action="store_true", help="say what would be sent")
+    add.add_argument("--minutes", type=_minutes, default=30.0, help="for each run (30)")
     add.set_defaults(run=sync)
 
     add = commands.add_parser("environment", help="versions, code, devices")

@@ -18,8 +18,11 @@ from flatcal_dist.training.wandb_process import lines_sent
 SECONDS = 600.0  # that writing a log may take
 
 
-def sync(directories: Sequence[Path], dry_run: bool = False) -> None:
-    """Complete the logs of each run and send them. Raises ValueError, RuntimeError with the run."""
+def sync(directories: Sequence[Path], dry_run: bool = False, minutes: float = 30.0) -> None:
+    """Complete the logs of each run and send them, each in `minutes` at most.
+
+    Raises ValueError, RuntimeError with the run.
+    """
     for directory in directories:
         if not (directory / "config.yaml").exists():
             raise ValueError(f"{directory} is no run directory: it has no config.yaml")
@@ -40,7 +43,14 @@ def sync(directories: Sequence[Path], dry_run: bool = False) -> None:
             print(f"{directory}: nothing to send")
             continue
         command = [sys.executable, "-m", "wandb", "sync", "--yes", "--include-online", *logs]
-        if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
+        try:
+            code = subprocess.run(
+                command, stdin=subprocess.DEVNULL, timeout=60 * minutes
+            ).returncode
+        except subprocess.TimeoutExpired:
+            print(f"{directory}: not sent within {minutes:g} minutes (--minutes)", file=sys.stderr)
+            sent = False
+        if not sent:
             failed.append(str(directory))
     if failed:
         raise RuntimeError(

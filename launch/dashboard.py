@@ -39,7 +39,7 @@ LINES = {
         "Perturbation asked for and taken": ["optim/rho", "optim/effective_rho"],
         "Gradient norms": ["optim/gradient_norm", "optim/ascent_gradient_norm"],
         "Cosine of the two gradients": ["optim/gradient_cosine"],
-        "Steps left out": ["optim/skipped"],
+        "Steps left out": ["optim/skipped_steps"],
     },
     "Speed": {
         "Images per second": ["perf/images_per_second"],

@@ -45,7 +45,6 @@ def test_specifications_are_built_offline_and_show_what_they_say(kind, subject, 
     assert grid == ([] if kind != "sweep" else list(dashboard.load_sweep(SWEEP).grid))
 
 
-@pytest.mark.exhaustive
 def test_every_metric_on_a_panel_is_one_that_a_run_writes(tmp_path):
     data, run = prepare_digits(tmp_path / "digits"), tmp_path / "run"
     done = launch(

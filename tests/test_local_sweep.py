@@ -5,12 +5,8 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
-
 from flatcal_dist.data import prepare_digits
 from tests.launching import ROOT, interrupt, run
-
-pytestmark = pytest.mark.exhaustive  # until seen to pass on an idle machine
 
 
 def test_a_sweep_is_interrupted_goes_on_and_is_compared(tmp_path):

@@ -30,11 +30,11 @@ class StepResult:
 
     loss and perturbed_loss are of the same objective, that of the ascent, at w and at w + e: their
     difference is the sharpness. skipped: a value was not finite on some rank in either pass, so no
-    rank moved. stop: some rank passed stop=True. noted: sum of the ranks' `note`, votes: sums of
-    theirs. None in a step without a perturbation: perturbed_loss and ascent_gradient_norm (of a
-    scope smaller than all ranks, the mean of the ranks' own norms). Only with measure=True: cosine,
-    between the perturbation (SAM's: the ascent gradient) and the descent gradient; effective_rho,
-    the length of the perturbation that the forward pass saw after rounding to its precision; both
+    rank moved. stop: some rank passed stop=True. votes: sums of the ranks' own. None in a step
+    without a perturbation: perturbed_loss and ascent_gradient_norm (of a scope smaller than all
+    ranks, the mean of the ranks' own norms). Only with measure=True: cosine, between the
+    perturbation (SAM's: the ascent gradient) and the descent gradient; perturbation_norm, its
+    length; effective_rho, the length that the forward pass saw after rounding to its precision;
     means over the ranks.
     """
 
@@ -44,7 +44,6 @@ class StepResult:
     gradient_norm: float
     skipped: bool
     stop: bool
-    noted: float
     loss_scale: float
     cosine: float | None = None
     perturbation_norm: float | None = None
@@ -110,7 +109,6 @@ class SharpnessAwareStep:
         *,
         samples: int | None = None,
         stop: bool = False,
-        note: float = 0.0,
         measure: bool = False,
         votes: Sequence[float] = (),
     ) -> StepResult:
@@ -118,8 +116,8 @@ class SharpnessAwareStep:
 
         samples: size of the global batch over all ranks and micro-batches; one more small reduction
         finds it when it is not given, and checks that ranks have as many pairs. stop: this rank
-        wishes to end; the result tells all ranks. note: a number of this rank that all are to learn
-        of; votes: more of them. measure: also cosine, perturbation_norm and effective_rho.
+        wishes to end; the result tells all ranks. measure: also cosine, perturbation_norm and
+        effective_rho. votes: numbers of this rank, as many on each, of which all learn the sums.
 
         Raises StepError for a batch that cannot be taken; nothing has changed then.
         """
@@ -139,7 +137,7 @@ class SharpnessAwareStep:
             else:
                 self._plain_gradient(micro_batches, share, seen)
             norm = engine.gradient_norm()
-            total = self._agree(seen, norm, stop, note, votes)
+            total = self._agree(seen, norm, stop, votes)
             skipped = total[7] > 0
             if skipped:
                 replay.undo()
@@ -159,9 +157,8 @@ class SharpnessAwareStep:
             gradient_norm=total[6] / engine.world_size,
             skipped=skipped,
             stop=total[8] > 0,
-            noted=total[9],
             loss_scale=engine.loss_scale,
-            votes=tuple(total[10:]),
+            votes=tuple(total[9:]),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -315,13 +312,11 @@ class SharpnessAwareStep:
         self.scope.sum_(shards.gradients)
         return total, shards
 
-    def _agree(
-        self, seen: "Seen", norm: Tensor, stop: bool, note: float, votes: Sequence[float]
-    ) -> list[float]:
-        """Sums over ranks: of all seen, ranks that must skip, wish to stop; notes, votes."""
+    def _agree(self, seen: "Seen", norm: Tensor, stop: bool, votes: Sequence[float]) -> list[float]:
+        """Sums over ranks: of all seen, ranks that must skip, wish to stop; votes."""
         mine = torch.stack([*seen.numbers(), norm.double()])
         skip = 1 - mine.isfinite().all().double()
-        return self.engine.sum([*mine, skip, float(stop), float(note), *votes])
+        return self.engine.sum([*mine, skip, float(stop), *votes])
 
 
 class Seen:

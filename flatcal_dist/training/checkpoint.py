@@ -35,8 +35,9 @@ class CheckpointError(RuntimeError):
 class Progress:
     """`step` optimizer steps are done. `samples_per_perturbation`: m of m-sharpness, or None.
 
-    `engine` and `world_size` wrote it; `sharded`: each rank its own part. `validation`: figures of
-    the weights at this step, where they were taken, such as {"accuracy": 0.76, "nll": 0.98}.
+    `skipped` of the steps moved nothing. `engine` and `world_size` wrote it; `sharded`: each rank
+    its own part. `validation`: figures of the weights at this step, where they were taken, such as
+    {"accuracy": 0.76, "nll": 0.98}.
     """
 
     step: int
@@ -45,6 +46,7 @@ class Progress:
     world_size: int
     sharded: bool
     seconds: float
+    skipped: int = 0
     validation: dict[str, float] = field(default_factory=dict)
     wandb_id: str | None = None
 

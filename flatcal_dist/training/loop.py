@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -19,12 +18,10 @@ from flatcal_dist.config import Config
 from flatcal_dist.data import Batch, Index, Position, optimizer_steps, steps_per_epoch
 from flatcal_dist.data.order import sample_seed
 from flatcal_dist.data.stream import Stream
-from flatcal_dist.data.variants import of_index
 from flatcal_dist.distributed import FailedTogether, on_all_ranks
-from flatcal_dist.environment import describe_environment
-from flatcal_dist.run_directory import RunDirectory, State
+from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.sharpness import SharpnessAwareStep, StepResult
-from flatcal_dist.training import checkpoint, preemption, resuming
+from flatcal_dist.training import checkpoint, finishing, preemption, resuming
 from flatcal_dist.training.averaging import Average
 from flatcal_dist.training.bad_samples import BadSamples
 from flatcal_dist.training.build import build_step, rho_at, samples_per_perturbation
@@ -32,11 +29,11 @@ from flatcal_dist.training.checkpoint import Progress
 from flatcal_dist.training.diagnosis import explain_divergence
 from flatcal_dist.training.optimizers import build_schedule
 from flatcal_dist.training.preemption import StopRequest
+from flatcal_dist.training.records import Speed, sharpness_figures
 from flatcal_dist.training.saving import Saver
-from flatcal_dist.training.tracking import Tracker, read_metrics
+from flatcal_dist.training.tracking import Tracker
 from flatcal_dist.training.traffic import counted
 from flatcal_dist.training.watchdog import Watchdog
-from flatcal_dist.weights import save_weights
 
 MAX_SKIPPED = 50  # steps in a row without a finite gradient: the run has diverged, and says so
 
@@ -104,7 +101,7 @@ class Trainer:
         self.samples_per_perturbation = samples_per_perturbation(config, accelerator.num_processes)
         train = config.train
         self.average = Average(step.engine, train.average_decay) if train.average == "ema" else None
-        self.skipped = 0
+        self.skipped = self.skipped_in_a_row = 0  # steps without a finite gradient, all and last
         self.stopped_by: str | None = None
         self.saved = 0  # the step of the last checkpoint
         self.validated: tuple[int, dict[str, float]] = (0, {})  # at which step, what
@@ -113,7 +110,11 @@ class Trainer:
     def run(self) -> str:
         """Enter the run directory, train to the end or until asked to stop, evaluate and report."""
         found, remarks = resuming.find(self.directory, self.config, self.accelerator)
-        self.state = on_all_ranks(lambda: self._enter(found))
+        self.state, entry_remarks = on_all_ranks(
+            lambda: resuming.enter(
+                self.directory, self.config, self.accelerator, self.train, self.validation, found
+            )
+        )
         self.directory.entered = True
         self.done, self.seconds = 0, 0.0
         self.saver = Saver(
@@ -129,11 +130,13 @@ class Trainer:
             )
             progress = checkpoint.load_progress(found)
             self.done, self.seconds, self.saved = progress.step, progress.seconds, progress.step
+            self.skipped = progress.skipped
+        self.started = time.monotonic() - self.seconds
         self.tracker = Tracker(
             self.config, self.directory.path, self.total_steps, self.done, self.main
         )
         try:
-            self._announce(remarks)
+            self._announce([*remarks, *entry_remarks])
             self.bad_samples = BadSamples(
                 self.directory.bad_samples_file,
                 self.train,
@@ -143,7 +146,6 @@ class Trainer:
                 self.main,
                 self.tracker.say,
             )
-            self.started = time.monotonic() - self.seconds
             phase = self._train() if self.done < self.total_steps else "finished"
             if phase == "finished":
                 self.watchdog.rest()
@@ -170,13 +172,12 @@ class Trainer:
         batches = inputs.training_batches(
             config, self.train, position, rank, world_size, pin_memory=device.type == "cuda"
         )
-        self.window_start, self.window_steps, self.waited = time.monotonic(), 0, 0.0
-        waiting_since = time.monotonic()
+        self.speed = Speed()
         first = self.done + 1
         stop_file = self.directory.stop_file if self.main else None
         with StopRequest(stop_file, self.deadline) as request:
             for micro_batches in optimizer_steps(batches):
-                self.waited += time.monotonic() - waiting_since
+                self.speed.has_data()
                 self._set_rates()
                 self._set_random_state(self.done)
                 replaced = [one for batch in micro_batches for one in batch.replaced]
@@ -185,31 +186,31 @@ class Trainer:
                     [self._on_device(batch) for batch in micro_batches],
                     samples=self.batch_size,
                     stop=request.asked,
-                    note=len(replaced),
                     measure=self._sharpness_is_due(),
-                    votes=self.saver.votes,
+                    votes=(len(replaced), *self.saver.votes),
                 )
                 self.done += 1
                 # By the third step DDP has arranged its buckets for good.
                 result = self._count_traffic(take) if self.done == first + 2 else take()
-                self.saver.agreed(result.votes)
-                if result.noted:
+                anywhere_replaced, *saved = result.votes
+                self.saver.agreed(saved)
+                if anywhere_replaced:
                     self.bad_samples.add(replaced)
                 self._after_step(result)
                 self.watchdog.beat()
-                if self.skipped == MAX_SKIPPED:
+                if self.skipped_in_a_row == MAX_SKIPPED:
                     self._set_random_state(self.done - 1)
-                    explain_divergence(self.step, take, len(micro_batches), self.done, self.skipped)
+                    explain_divergence(self.step, take, len(micro_batches), self.done, MAX_SKIPPED)
                 if result.stop and self.done < self.total_steps:
                     self._stop(request)
                     return "preempted"
-                waiting_since = time.monotonic()
+                self.speed.waits_for_data()
         self.saver.finish()
         return "finished"
 
     def _stop(self, request: StopRequest) -> None:
         """With a checkpoint, unless steps are being skipped: then the one before them is better."""
-        if not self.skipped:
+        if not self.skipped_in_a_row:
             self._checkpoint()
         self.saver.finish()
         reasons = gather_object([request.reason])
@@ -262,14 +263,15 @@ class Trainer:
 
     def _after_step(self, result: StepResult) -> None:
         train = self.config.train
-        self.skipped = self.skipped + 1 if result.skipped else 0
+        self.skipped += result.skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         if self.average and not result.skipped:
             self.average.update()
-        self.window_steps += 1
+        self.speed.steps += 1
         if self.done % train.log_every_steps == 0 or self.done == self.total_steps:
             self._log(result)
         elif result.cosine is not None:  # the regular record's own step has no perturbation
-            self.tracker.log(self.done, self._sharpness(result))
+            self.tracker.log(self.done, sharpness_figures(result, self.step.rho))
         epoch, left = divmod(self.done, self.epoch_steps)
         end = self.done == self.total_steps
         whole_epoch = left == 0
@@ -281,48 +283,31 @@ class Trainer:
         if train.checkpoint_every_steps:
             due = due or self.done % train.checkpoint_every_steps == 0
         # While steps are skipped nothing new is worth keeping: the checkpoint before them is.
-        if due and not self.skipped:
+        if due and not self.skipped_in_a_row:
             self._checkpoint()
-        self.window_start += time.monotonic() - paused  # speed is that of steps
-
-    def _sharpness(self, result: StepResult) -> dict[str, float | None]:
-        """What only a step with a perturbation has."""
-        if result.perturbed_loss is None:
-            return {}
-        return {
-            "train/perturbed_loss": result.perturbed_loss,
-            "train/sharpness": result.perturbed_loss - result.loss,
-            "optim/ascent_gradient_norm": result.ascent_gradient_norm,
-            "optim/gradient_cosine": result.cosine,
-            "optim/rho": self.step.rho,
-            "optim/effective_rho": result.effective_rho,
-        }
+        self.speed.since += time.monotonic() - paused  # it is that of steps
 
     def _log(self, result: StepResult) -> None:
         """This step's own figures, which a resumed run repeats, and the speed since the last."""
-        elapsed = time.monotonic() - self.window_start
-        images_per_second = self.window_steps * self.batch_size / elapsed
+        speed = self.speed.read(self.batch_size)
         values = {
             "epoch": self.done / self.epoch_steps,
             "train/loss": result.loss,
             "optim/learning_rate": self.engine.optimizer.param_groups[0]["lr"],
             "optim/gradient_norm": result.gradient_norm,
-            "optim/skipped": int(result.skipped),
+            "optim/skipped_steps": self.skipped,
             "data/replaced": self.bad_samples.replaced,
-            "perf/images_per_second": images_per_second,
-            "perf/step_seconds": elapsed / self.window_steps,
-            "perf/data_wait_fraction": self.waited / elapsed,
+            **speed,
             **self.traffic,
         }
         self.traffic = {}
         if self.config.train.precision == "fp16":
             values["optim/loss_scale"] = result.loss_scale
-        values |= self._sharpness(result)
-        self.tracker.log(self.done, values)
+        self.tracker.log(self.done, values | sharpness_figures(result, self.step.rho))
         self._record("running")
-        left = (self.total_steps - self.done) * elapsed / self.window_steps
-        self.tracker.show(self.done, f"loss {result.loss:.4f}", images_per_second, left)
-        self.window_start, self.window_steps, self.waited = time.monotonic(), 0, 0.0
+        left = (self.total_steps - self.done) * speed["perf/step_seconds"]
+        text = f"loss {result.loss:.4f}"
+        self.tracker.show(self.done, text, speed["perf/images_per_second"], left)
 
     def _validate(self, epoch: int) -> None:
         self.engine.synchronize_buffers()
@@ -356,6 +341,7 @@ class Trainer:
             world_size=self.accelerator.num_processes,
             sharded=self.config.train.engine != "ddp",
             seconds=time.monotonic() - self.started,
+            skipped=self.skipped,
             validation=self.validated[1] if self.validated[0] == self.done else {},
             wandb_id=wandb_id.read_text().strip() if self.main and wandb_id.exists() else None,
         )
@@ -366,61 +352,16 @@ class Trainer:
         """The weights to use, and what they are worth."""
         self.engine.synchronize_buffers()
         with self._averaged():
-            self._export_and_report(time.monotonic() - self.started)
-
-    def _export_and_report(self, seconds: float) -> None:
-        weights = self.engine.full_weights()
-        if self.main:
-            save_weights(weights, self.directory.weights_file)
-        if self.config.evaluate.at_end:
-            config = self.config
-            where, classes = str(config.data.validation), config.model.num_classes
-            written = evaluation.report(
-                config,
-                self.engine.inference,
-                of_index(self.validation, where, classes),
+            finishing.export_and_report(
+                self.config,
+                self.directory,
+                self.engine,
+                self.validation,
                 self.accelerator,
-                self.directory.report,
-                weights_file=self.directory.weights_file,
-                training_seconds=seconds,
-                training=read_metrics(self.directory.metrics_file) if self.tracker.active else (),
+                self.tracker,
+                self.done,
+                training_seconds=time.monotonic() - self.started,
             )
-            if written is not None:
-                _, metrics = written
-                self.tracker.log(
-                    self.done,
-                    {
-                        f"calibration/{key}": value
-                        for key, value in metrics.items()
-                        if isinstance(value, float | int)
-                    },
-                )
-                self.tracker.say(f"report: {self.directory.report / 'index.html'}")
-
-    def _enter(self, found: Path | None) -> State | None:
-        """Claim the run directory; rank 0 does, and keeps its state."""
-        state = None
-        if self.main:
-            identities = {
-                "train_data": self.train.identity,
-                "validation_data": self.validation.identity,
-            }
-            environment = describe_environment(self.config.data.decoder)
-            self.directory.check_data(identities, environment["decoder"])
-            environment |= {
-                "engine": self.config.train.engine,
-                "precision": self.config.train.precision,
-                "world_size": self.accelerator.num_processes,
-                "device": str(self.accelerator.device.type),
-                "train_order": inputs.promise(self.train),
-                "readers": inputs.readers(self.config, self.accelerator.num_processes),
-                **identities,
-            }
-            before = self.directory.environment().get("readers", environment["readers"])
-            self.other_readers = before != environment["readers"]
-            state = self.directory.open(self.config, environment)
-            checkpoint.clean(self.directory.checkpoints, found)
-        return state
 
     def _announce(self, remarks: list[str]) -> None:
         say = self.tracker.say
@@ -429,12 +370,6 @@ class Trainer:
         at = f", going on after step {self.done}" if self.done else ""
         say(f"run directory: {self.directory.path}{at}")
         say(inputs.promise(self.train))
-        inside = isinstance(self.train, Stream) and self.done % self.epoch_steps
-        if inside and self.main and self.other_readers:
-            say(
-                "going on inside of an epoch with other ranks, workers or micro-batches than "
-                "before: some of its images come twice, others not at all"
-            )
         say(inputs.batch_arithmetic(self.config, self.accelerator.num_processes, len(self.train)))
 
     def _record(self, phase: str) -> None:

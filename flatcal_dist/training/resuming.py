@@ -5,9 +5,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from flatcal_dist import inputs
 from flatcal_dist.config import Config
+from flatcal_dist.data import Index, steps_per_epoch
+from flatcal_dist.data.stream import Stream
 from flatcal_dist.distributed import on_all_ranks, said_by_rank_0
-from flatcal_dist.run_directory import RunDirectory, RunError
+from flatcal_dist.environment import describe_environment
+from flatcal_dist.run_directory import RunDirectory, RunError, State
 from flatcal_dist.sharpness import SharpnessAwareStep
 from flatcal_dist.training import checkpoint, resharding
 from flatcal_dist.training.averaging import Average
@@ -43,6 +47,48 @@ def _refuse_other_samples(directory: RunDirectory, config: Config, ranks: int, p
             f"another algorithm. Go on with {before} ranks, begin another run, or say "
             "sharpness.allow_other_samples=true"
         )
+
+
+def enter(
+    directory: RunDirectory,
+    config: Config,
+    accelerator: Accelerator,
+    train: Index | Stream,
+    validation: Index,
+    found: Path | None,
+) -> tuple[State | None, list[str]]:
+    """Claim the run directory, to go on from the checkpoint `found`; its state, and remarks.
+
+    Rank 0 does, and keeps the state; other ranks get None. Raises RunError for a directory with a
+    job in it, or of other data.
+    """
+    if not accelerator.is_main_process:
+        return None, []
+    identities = {"train_data": train.identity, "validation_data": validation.identity}
+    environment = describe_environment(config.data.decoder)
+    directory.check_data(identities, environment["decoder"])
+    environment |= {
+        "engine": config.train.engine,
+        "precision": config.train.precision,
+        "world_size": accelerator.num_processes,
+        "device": str(accelerator.device.type),
+        "train_order": inputs.promise(train),
+        "readers": inputs.readers(config, accelerator.num_processes),
+        **identities,
+    }
+    before = directory.environment().get("readers", environment["readers"])
+    state = directory.open(config, environment)
+    checkpoint.clean(directory.checkpoints, found)
+    if not isinstance(train, Stream) or found is None or before == environment["readers"]:
+        return state, []
+    if checkpoint.load_progress(found).step % steps_per_epoch(
+        len(train), config.data.global_batch_size
+    ):
+        return state, [
+            "going on inside of an epoch with other ranks, workers or micro-batches than before: "
+            "some of its images come twice, others not at all"
+        ]
+    return state, []
 
 
 def load(

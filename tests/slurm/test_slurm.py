@@ -17,7 +17,7 @@ from tests.launching import ROOT, digits
 from tests.slurm.cluster import cluster, install, missing, query, until
 
 SECONDS = 600  # for a job; a busy machine takes several times as long as an idle one
-pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(2400)]
+pytestmark = pytest.mark.timeout(2400)
 
 
 @pytest.fixture(scope="module")

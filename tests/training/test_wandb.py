@@ -141,6 +141,26 @@ def test_an_interrupted_run_is_in_wandb_what_the_uninterrupted_one_is(run):
     assert "report" in artifacts
 
 
+def test_checkpoints_become_artifacts_when_asked_for(run):
+    for asked in (True, False):
+        config, path = run(f"asked_{asked}", log_checkpoints=asked)
+        (path / "checkpoints/step_00000003").mkdir(parents=True)
+        (path / "checkpoints/step_00000003/state_00000.pt").write_bytes(b"weights")
+        (path / "checkpoints/.step_00000006.ab").mkdir()  # being written: none yet
+        log(config, path, range(1, 7), "finished")
+        found = [r.artifact for r in read_records(segments(path)[0]) if r.HasField("artifact")]
+        found += [
+            r.request.log_artifact.artifact
+            for r in read_records(segments(path)[0])
+            if r.request.HasField("log_artifact")
+        ]
+        artifacts = [
+            (a.type, set(a.aliases), [(c.path, c.size) for c in a.manifest.contents]) for a in found
+        ]
+        expected = ("checkpoint", {"step_00000003", "latest"}, [("state_00000.pt", 7)])
+        assert artifacts == ([expected] if asked else [])
+
+
 def test_wandb_killed_in_the_middle_is_said_once_and_made_up_for(run, capfd):
     config, path = run("killed")
     tracker = Tracker(config, path, 100, 0, active=True)
@@ -194,6 +214,18 @@ def test_a_server_that_fails_costs_a_bounded_time_at_the_end(run, answer, monkey
     assert sorted({row["step"] for file in segments(path) for row in history(file)}) == list(
         range(1, 50)
     )
+
+
+def test_sync_gives_up_on_a_server_that_says_nothing_and_keeps_the_logs(run, monkeypatch, capfd):
+    config, path = run("offline", mode="offline")
+    log(config, path, range(1, 4), "finished")
+    with fake_server("nothing") as url:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        with pytest.raises(RuntimeError, match=r"W&B did not take .*offline; .* tries again"):
+            sync.sync([path], minutes=0.1)
+    assert "not sent within 0.1 minutes (--minutes)" in capfd.readouterr().err
+    assert sync.lines_sent(path) == sync.lines_wanted(path)
 
 
 class fake_server:

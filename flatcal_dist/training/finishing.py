@@ -1,0 +1,46 @@
+"""The end of a run: weights that others can load, and the report on them."""
+
+from accelerate import Accelerator
+
+from flatcal_dist import evaluation
+from flatcal_dist.config import Config
+from flatcal_dist.data import Index
+from flatcal_dist.data.variants import of_index
+from flatcal_dist.run_directory import RunDirectory
+from flatcal_dist.sharpness.engines import Engine
+from flatcal_dist.training.tracking import Tracker, read_metrics
+from flatcal_dist.weights import save_weights
+
+
+def export_and_report(
+    config: Config,
+    directory: RunDirectory,
+    engine: Engine,
+    validation: Index,
+    accelerator: Accelerator,
+    tracker: Tracker,
+    step: int,
+    training_seconds: float,
+) -> None:
+    """Write the engine's weights as they are now and, if asked for, evaluate. All ranks."""
+    weights = engine.full_weights()
+    if accelerator.is_main_process:
+        save_weights(weights, directory.weights_file)
+    if not config.evaluate.at_end:
+        return
+    written = evaluation.report(
+        config,
+        engine.inference,
+        of_index(validation, str(config.data.validation), config.model.num_classes),
+        accelerator,
+        directory.report,
+        weights_file=directory.weights_file,
+        training_seconds=training_seconds,
+        training=read_metrics(directory.metrics_file) if accelerator.is_main_process else (),
+    )
+    if written is None:
+        return
+    _, metrics = written
+    figures = {k: value for k, value in metrics.items() if isinstance(value, float | int)}
+    tracker.log(step, {f"calibration/{key}": value for key, value in figures.items()})
+    tracker.say(f"report: {directory.report / 'index.html'}")

@@ -1,0 +1,45 @@
+"""What a record of metrics.jsonl says of steps: figures of one, speed of those since the last."""
+
+import time
+
+from flatcal_dist.sharpness import StepResult
+
+
+def sharpness_figures(result: StepResult, rho: float) -> dict[str, float | None]:
+    """What only a step with a perturbation has; empty for one without."""
+    if result.perturbed_loss is None:
+        return {}
+    return {
+        "train/perturbed_loss": result.perturbed_loss,
+        "train/sharpness": result.perturbed_loss - result.loss,
+        "optim/ascent_gradient_norm": result.ascent_gradient_norm,
+        "optim/gradient_cosine": result.cosine,
+        "optim/rho": rho,
+        "optim/effective_rho": result.effective_rho,
+    }
+
+
+class Speed:
+    """Of the `steps` since the last reading; add to `since` what is not part of any step."""
+
+    def __init__(self) -> None:
+        self.since, self.steps, self.waited = time.monotonic(), 0, 0.0
+        self.waits_for_data()
+
+    def waits_for_data(self) -> None:
+        self.waiting_since = time.monotonic()
+
+    def has_data(self) -> None:
+        self.waited += time.monotonic() - self.waiting_since
+
+    def read(self, samples: int) -> dict[str, float]:
+        """samples: in a step. Begins anew."""
+        now = time.monotonic()
+        elapsed = now - self.since
+        values = {
+            "perf/images_per_second": self.steps * samples / elapsed,
+            "perf/step_seconds": elapsed / self.steps,
+            "perf/data_wait_fraction": self.waited / elapsed,
+        }
+        self.since, self.steps, self.waited = now, 0, 0.0
+        return values
