@@ -44,9 +44,8 @@ def sync(directories: Sequence[Path], dry_run: bool = False, minutes: float = 30
             continue
         command = [sys.executable, "-m", "wandb", "sync", "--yes", "--include-online", *logs]
         try:
-            code = subprocess.run(
-                command, stdin=subprocess.DEVNULL, timeout=60 * minutes
-            ).returncode
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=60 * minutes)
+            sent = done.returncode == 0
         except subprocess.TimeoutExpired:
             print(f"{directory}: not sent within {minutes:g} minutes (--minutes)", file=sys.stderr)
             sent = False
