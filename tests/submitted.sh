@@ -61,8 +61,12 @@ done
 # Exit codes are the launcher's; what became of the run stands in its state.
 state=$(cat "$run/state.json" 2> /dev/null)
 phase=$(sed -n 's/.*"phase": *"\([a-z]*\)".*/\1/p' <<< "$state")
+cause=$(sed -n 's/.*"cause": *"\(\([^"\\]\|\\.\)*\)".*/\1/p' <<< "$state")
 if [[ $phase == finished ]]; then
     exit 0
+elif [[ $phase == preempted && $asked == 0 && $cause == *"file $run/STOP" && $state != "$before" ]]; then
+    echo "stopped by $cause, so not requeued; sbatch this script again to go on" >&2
+    exit 75
 elif [[ $phase == preempted && ($asked == 1 || $state != "$before") ]] || [[ $asked == 1 && ! $state ]]; then
     if ((restarts < 20)); then
         echo "requeued after restart $restarts of at most 20"
@@ -73,7 +77,7 @@ elif [[ $phase == preempted && ($asked == 1 || $state != "$before") ]] || [[ $as
     exit 75
 fi
 echo "error: the run ended as '${phase:-not begun}' and is not requeued; sbatch this script again" \
-    "once the cause is mended: $(sed -n 's/.*"cause": *"\(.*\)".*/\1/p' <<< "$state")" >&2
+    "once the cause is mended: $cause" >&2
 exit 1
 
 # /runs/csam/slurm/evaluate.sh

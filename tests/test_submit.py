@@ -104,6 +104,9 @@ ENDS = {  # what the ranks leave behind, environment -> exit code, whether it is
     "preempted too often": (
         '{"phase": "preempted", "restarts": 1}', {"SLURM_RESTART_COUNT": "20"}, 75, False,
     ),
+    "stopped by hand": (
+        '{"phase": "preempted", "cause": "the file RUN/STOP", "restarts": 1}', {}, 75, False,
+    ),
     "failed": ('{"phase": "failed", "cause": "rank 1: no more"}', {}, 1, False),
     "killed": ('{"phase": "running"}', {}, 1, False),
     "another start's": ('{"phase": "preempted"}', {}, 1, False),
@@ -115,6 +118,7 @@ ENDS = {  # what the ranks leave behind, environment -> exit code, whether it is
 def test_only_a_preempted_run_is_requeued(submit, commands, tmp_path, end):
     left, environment, code, requeued = ENDS[end]
     run = tmp_path / "run"
+    left = left.replace("RUN", str(run))
     submit("--config", DIGITS, f"run.dir={run}", "--cpu")
     if end == "another start's":
         (run / "state.json").write_text(left)

@@ -120,3 +120,13 @@ def test_a_job_that_is_asked_to_stop_requeues_itself_and_ends_as_if_it_had_not(
     environment = json.loads((broken / "environment.json").read_text())
     assert environment["world_size"] == 4
     assert environment["slurm"]["SLURM_JOB_NODELIST"] == "n[1-2]"
+
+
+@pytest.mark.exhaustive
+def test_every_launcher_trains_the_same_network(slurm, data, tmp_path):
+    launchers = ("srun", "accelerate", "torchrun", "deepspeed")
+    steps = ("train.max_steps=20", "evaluate.at_end=false")
+    for launcher in launchers:
+        (job,) = submit(slurm, "--launcher", launcher, *training(tmp_path / launcher, data, *steps))
+        wait_for(slurm, job, "COMPLETED")
+    assert all(same_weights(tmp_path / "srun", tmp_path / other) for other in launchers)
