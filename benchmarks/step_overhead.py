@@ -7,8 +7,9 @@ Every contender trains its own copy of one network on the same images, with the 
 paired: in each, every contender takes one step, in a shuffled order; a ratio is the median over
 rounds of its time over the plain step's of the same round. Exact SAM cannot be under 2.0. Memory is
 the peak above the plain step's, in copies of the weights; collectives are those of one step, where
-several ranks run. Nothing is asserted. On a GPU when there is one, else on the CPU; peers that are
-not installed are left out.
+several ranks run; moving is the share of our SAM step in which weights are perturbed and restored,
+gradient norm and copies included. Nothing is asserted. On a GPU when there is one, else on the CPU;
+peers that are not installed are left out.
 """
 
 import argparse
@@ -20,7 +21,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 from flatcal_dist.distributed import start
 from flatcal_dist.losses import cross_entropy
 from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
+from flatcal_dist.sharpness.rules import Shards
 from flatcal_dist.training.traffic import counted
 
 RATE, MOMENTUM, RHO = 0.01, 0.9, 0.05
@@ -147,10 +150,12 @@ CONTENDERS = {
 
 
 def contender(name: str, network: nn.Module, device: torch.device) -> Step:
-    model = copy.deepcopy(network).to(device).train()
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        model = DistributedDataParallel(model)
-    return CONTENDERS[name](model)
+    return CONTENDERS[name](distributed(copy.deepcopy(network).to(device).train()))
+
+
+def distributed(model: nn.Module) -> nn.Module:
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    return model if alone else DistributedDataParallel(model)
 
 
 def installed(network: nn.Module, device: torch.device) -> dict[str, Step]:
@@ -163,14 +168,50 @@ def installed(network: nn.Module, device: torch.device) -> dict[str, Step]:
     return steps
 
 
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(step: Step, images: Tensor, labels: Tensor) -> float:
-    if images.device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = now(images.device)
     step(images, labels)
-    if images.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return now(images.device) - started
+
+
+def share_of_moving(model: nn.Module, images: Tensor, labels: Tensor, rounds: int) -> float:
+    """Of our SAM step: time from the ascent gradient to w + e, and from there back, median."""
+    device, moving = images.device, 0.0
+    engine = ReplicatedEngine(model, torch.optim.SGD(model.parameters(), RATE, MOMENTUM))
+    step = SharpnessAwareStep(engine, SAM(RHO))
+    perturbation, moved = step._gradient_to_perturbation_, engine.moved
+
+    @contextmanager
+    def timed(seen: Callable[[], AbstractContextManager]) -> Iterator[object]:
+        nonlocal moving
+        started = now(device)
+        with seen() as value:
+            moving += now(device) - started
+            yield value
+            started = now(device)
+        moving += now(device) - started
+
+    def timed_perturbation(shards: Shards) -> tuple:
+        nonlocal moving
+        started = now(device)
+        value = perturbation(shards)
+        moving += now(device) - started
+        return value
+
+    step._gradient_to_perturbation_ = timed_perturbation
+    engine.moved = lambda shards: timed(partial(moved, shards))
+    shares = []
+    for _ in range(3 + rounds):
+        moving = 0.0
+        total = seconds(lambda i, t: step([(i, t)]), images, labels)
+        shares.append(moving / total)
+    return statistics.median(shares[3:])
 
 
 def peak_memory(name: str, network: nn.Module, images: Tensor, labels: Tensor) -> int:
@@ -222,6 +263,8 @@ def compare(name: str, arguments: argparse.Namespace, device: torch.device) -> d
             / weights,
             "collectives": counted(partial(steps[contender], images, labels))[1:],
         }
+    model = distributed(copy.deepcopy(network).to(device).train())
+    rows["ours, SAM"]["moving"] = share_of_moving(model, images, labels, arguments.rounds)
     return rows
 
 
@@ -260,6 +303,7 @@ def main() -> None:
                 f"  {row['milliseconds']:8.1f} ms"
                 f"  + {row['extra_copies_of_weights']:.2f} weights{sent}"
             )
+        print(f"  perturbing and restoring: {rows['ours, SAM']['moving']:.1%} of our SAM step")
     if arguments.json:
         arguments.json.write_text(json.dumps(outcome, indent=1) + "\n")
 
