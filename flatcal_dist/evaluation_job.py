@@ -28,7 +28,7 @@ from flatcal_dist.data.variants import (
 from flatcal_dist.distributed import ending_together, on_all_ranks
 from flatcal_dist.models import build
 from flatcal_dist.run_directory import RunDirectory, RunError
-from flatcal_dist.training import checkpoint
+from flatcal_dist.training import checkpoint, resharding
 from flatcal_dist.training.tracking import read_metrics
 from flatcal_dist.weights import load_weights
 
@@ -51,7 +51,10 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Network:
-    """A network to evaluate: weights from a file, or for None those that its library publishes."""
+    """A network to evaluate.
+
+    weights: a file, or a checkpoint of any engine, or None for those that its library publishes.
+    """
 
     title: str
     config: Config
@@ -81,26 +84,15 @@ def _of_run(run: Path) -> Network:
     config = configuration.load(directory.config_file)
     title = directory.path.name
     if step is not None:
-        weights = _checkpoint_weights(run)
+        checkpoint.verify(run)
         output = directory.path / f"report_{step}"
-        return Network(f"{title} {step}", config, weights, output, log=directory.metrics_file)
+        return Network(f"{title} {step}", config, run, output, log=directory.metrics_file)
     if not directory.weights_file.exists():
         raise RunError(f"{run} has no model.safetensors yet: training writes it at its end")
     seconds = state.seconds if (state := directory.state()) else None
     return Network(
         title, config, directory.weights_file, directory.report, seconds, directory.metrics_file
     )
-
-
-def _checkpoint_weights(path: Path) -> Path:
-    checkpoint.verify(path)
-    progress = checkpoint.load_progress(path)
-    if progress.sharded:
-        raise RunError(
-            f"{path} holds the parts of {progress.world_size} ranks of {progress.engine}, not "
-            "whole weights: evaluate the run itself, whose model.safetensors is whole"
-        )
-    return path / "state_00000.pt"
 
 
 def evaluate_model(
@@ -229,9 +221,10 @@ def _evaluate_one(
         return of_index(index, str(config.data.validation), classes, wanted.real_file)
 
     data = on_all_ranks(opened)
+    weights_file = network.weights if network.weights and network.weights.is_file() else None
     written = evaluation.report(
         config, module, data, accelerator, network.output,
-        title=network.title, weights_file=network.weights, training_seconds=network.seconds,
+        title=network.title, weights_file=weights_file, training_seconds=network.seconds,
         training=_log(network, accelerator),
         logits_file=network.output / "logits.npz" if wanted.save_logits else None,
     )  # fmt: skip
@@ -258,7 +251,10 @@ def _on_device(network: Network, accelerator: Accelerator) -> nn.Module:
         if network.weights is None:
             return pretrained.build_pretrained(model.name, data.channels, model.options)
         module = build(model.name, model.num_classes, data.channels, data.image_size, model.options)
-        load_weights(module, network.weights)
+        if network.weights.is_dir():
+            resharding.fill_network(module, network.weights)
+        else:
+            load_weights(module, network.weights)
         return module
 
     if network.weights is None:  # one process of a machine fetches, the others find it there

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from flatcal_dist.files import write_atomically
 
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's
-# Where training scripts, and our checkpoints of replicated engines, keep the weights.
-NESTED = ("state_dict", "model", "engine", "weights")
+NESTED = ("state_dict", "model")  # where training scripts keep the weights
 
 
 class WeightsError(ValueError):

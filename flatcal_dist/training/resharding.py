@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatcal_dist import config as configuration
 from flatcal_dist.distributed import on_all_ranks
@@ -139,16 +139,29 @@ def export(run: Path, file: Path, step: int | None = None) -> Path:
     config = configuration.load(directory.config_file)
     model, data = config.model, config.data
     network = build(model.name, model.num_classes, data.channels, data.image_size, model.options)
-    whole = assemble(path, optimizer=False)
-    found = whole.rest | whole.weights | (whole.average or {})
-    missing, _ = network.load_state_dict(found, strict=False)
-    # Of names that share a tensor one was saved.
-    filled = {t.data_ptr() for name, t in network.state_dict().items() if name in found}
-    own = network.state_dict()
-    if missing := [name for name in missing if own[name].data_ptr() not in filled]:
-        raise CheckpointError(f"{path} does not hold {', '.join(missing[:3])}")
-    save_weights({n: t.float() if t.is_floating_point() else t for n, t in own.items()}, file)
+    fill_network(network, path)
+    weights = network.state_dict()
+    save_weights({n: t.float() if t.is_floating_point() else t for n, t in weights.items()}, file)
     return path
+
+
+def fill_network(network: nn.Module, path: Path) -> None:
+    """Let a plain network have the weights of a verified checkpoint; the average's, if it has one.
+
+    Raises CheckpointError where the checkpoint is of another network.
+    """
+    whole = assemble(path, optimizer=False)
+    found, own = whole.rest | whole.weights | (whole.average or {}), network.state_dict()
+    # Of names that share a tensor one was saved.
+    filled = {t.data_ptr() for name, t in own.items() if name in found}
+    for name, tensor in own.items():
+        saved = found.get(name)
+        if (saved is None and tensor.data_ptr() not in filled) or (
+            saved is not None and saved.shape != tensor.shape
+        ):
+            holds = "nothing" if saved is None else list(saved.shape)
+            raise CheckpointError(f"{path} holds {holds} for {name} of {list(tensor.shape)}")
+    network.load_state_dict(found, strict=False)
 
 
 def _cut(whole: Tensor, piece: list) -> Tensor:

@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from flatcal_dist.calibration.records import Records
 from flatcal_dist.data import prepare_digits
 from flatcal_dist.training import loop
 from flatcal_dist.training.preemption import StopRequest
@@ -193,6 +195,16 @@ def test_a_run_goes_on_on_other_engines_and_numbers_of_ranks(data, tmp_path):
     assert done.returncode == 0, done.stderr
     exported = load_file(tmp_path / "out.safetensors")
     assert all(torch.equal(exported[name], ours[name]) for name in ours), "the average, as the run"
+
+    flatcal = [sys.executable, "-m", "flatcal_dist.cli", "evaluate"]
+    for network, output in ((last, "of_checkpoint"), (run.path, "of_run")):
+        words = [*flatcal, str(network), "--data", str(data), "--output", str(tmp_path / output)]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, other = (
+        Records.load(tmp_path / f / "records.parquet") for f in ("of_checkpoint", "of_run")
+    )
+    assert np.array_equal(one.before.nll, other.before.nll), "of sharded parts as of the whole"
 
 
 def test_workers_of_a_dead_launcher_end(data, tmp_path):
