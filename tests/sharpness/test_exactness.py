@@ -24,7 +24,10 @@ GLOBAL += [("looksam", 2, "global", False)]
 OWN = [("sam", 3, "rank", False), ("csam", 1, "rank", False), ("asam", 2, "rank", False)]
 EACH = [("csam", 3, "global", True), ("sam", 2, "rank", True)]
 ALL = [(rule, parts, "global", False) for rule in RULES for parts in (1, 4, 5)]
-ALL_OWN = [(r, n, "rank", each) for r in ("sam", "csam", "asam") for n in (1, 3) for each in (0, 1)]
+ALL_OWN, ALL_EACH = (
+    [(rule, parts, "rank", each) for rule in ("sam", "csam", "asam") for parts in (1, 3)]
+    for each in (False, True)
+)
 
 
 def what_it_can(kind: str, own, each) -> list:
@@ -110,7 +113,7 @@ def test_four_ranks_and_groups_of_two():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ENGINES)
 def test_every_rule_accumulation_and_scope(kind):
-    check(on_ranks(2, trained, kind, ALL + what_it_can(kind, ALL_OWN, [])), 2)
+    check(on_ranks(2, trained, kind, ALL + what_it_can(kind, ALL_OWN, ALL_EACH)), 2)
 
 
 @pytest.mark.exhaustive
