@@ -154,6 +154,12 @@ class ReplicatedEngine:
         self.device = next(iter(self.weights.values())).device
         self.world_size = dist.get_world_size(self.group) if self.distributed else 1
         _refuse_part_of_the_world(self.world_size)
+        # Accelerate keeps the forward of a network that it casts for.
+        if compute_dtype == torch.float32 and hasattr(self.named, "_original_forward"):
+            raise StepError(
+                "the network was prepared by Accelerate in mixed precision, and the engine was not "
+                "told: give it torch.bfloat16 or torch.float16, whose losses have to be scaled"
+            )
         self.compute_dtype = compute_dtype
         self.scale = LossScale.start(compute_dtype)
         self.backup = Backup()

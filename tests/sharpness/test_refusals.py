@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from flatcal_dist.losses import csam_loss
@@ -216,3 +218,15 @@ def test_groups_that_do_not_divide_the_ranks():
             "divisor, or scope 'global' or 'rank'"
         )
         assert ranks_of_a_node == 1
+
+
+def test_accelerates_mixed_precision_that_the_engine_was_not_told_of():
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    network = make_network()
+    optimizer = make_optimizer(network)
+    prepared = accelerator.prepare_model(network)
+    with pytest.raises(StepError, match=r"in mixed precision, and the engine was not told"):
+        ReplicatedEngine(prepared, optimizer)
+    step = SharpnessAwareStep(ReplicatedEngine(prepared, optimizer, torch.bfloat16), SAM(0.1))
+    assert math.isfinite(step([make_batch(0)]).loss)
+    AcceleratorState._reset_state(reset_partial_state=True)
