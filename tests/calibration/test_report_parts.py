@@ -16,6 +16,7 @@ from flatcal_dist.calibration.confident_errors import (
     save_thumbnails,
     thumbnail,
 )
+from flatcal_dist.calibration.display import percent
 from flatcal_dist.calibration.literature import FIGURES, _literature, references
 from flatcal_dist.calibration.operating import operating_points
 from flatcal_dist.calibration.records import Records, Source
@@ -59,6 +60,10 @@ def test_page_of_a_report_with_everything(whole: Path) -> None:
     accepted = sum(bool(e["consistent"]) for e in errors)
     assert accepted > 0
     assert page.text.count("ReaL accepts the answer") == accepted
+    assert f"Top-5 accuracy is {percent(m['top5_accuracy'])}." in page.text
+    assert f"accuracy is {percent(m['real']['accuracy'])}, ECE {percent(m['real']['ece'])}" in (
+        page.text
+    )
     for text in ("Under shift", "digits-c", "elsewhere", "Training", "jpeg compression"):
         assert text in page.text
     assert [f.topic for f in verdict(m, shift)][-2:] == ["Labels", "Shift"]
