@@ -122,7 +122,7 @@ def _no_temperature(m: dict[str, Any], t: str) -> str:
     """Where the fit ran to the end of its range: what it returned must not be taken for advice."""
     way = "lower" if m["temperature"] == BOUNDS[0] else "higher"
     return (
-        f"No temperature can be fitted: the {way}, the less NLL, down to the end of the search, "
+        f"No temperature can be fitted: the {way}, the less NLL, to the end of the search, "
         f"T = {t}. The figures after temperature scaling are those of that end: use neither them "
         "nor this temperature."
     )
