@@ -175,6 +175,12 @@ def _sets(config: Config, wanted: Wanted) -> tuple[Variant | None, list[Variant]
         raise ConfigError(f"two data sets are called {twice[0]}: write --data NAME=PATH")
     first = next((group[0] for group in groups if not group[0].shifted), None)
     variants = [variant for group in groups for variant in group]
+    narrowed = wanted.corruptions is not None or wanted.severities is not None
+    if narrowed and not any(variant.corruption for variant in variants):
+        raise ConfigError(
+            "--corruptions and --severities choose from ImageNet-C, and none is given: add --data "
+            "imagenet_c=PATH, or imagenet_c_generated=PATH to corrupt clean images"
+        )
     if first is None and config.data.validation is None and variants:
         if len(variants) > 1 or variants[0].corruption:
             raise ConfigError(

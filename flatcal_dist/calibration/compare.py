@@ -217,6 +217,7 @@ def _write_page(
         figures=_figures(methods, output / "figures"),
         seconds={run["run"]: duration(run["training_seconds"]) for run in comparison["runs"]},
         grouped=len(methods) < len(runs),
+        over_seeds=any(d["before"]["accuracy"]["over_seeds"] for d in comparison["differences"]),
     )
     write_text(output / "index.html", html)
 

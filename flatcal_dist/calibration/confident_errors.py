@@ -46,16 +46,17 @@ def most_confident_errors(records: Records) -> list[dict[str, Any]]:
 
 
 def save_thumbnails(
-    errors: list[dict[str, Any]], image_of: Callable[[str], bytes | None], folder: Path
+    errors: list[dict[str, Any]], image_of: Callable[[str], bytes | None] | None, folder: Path
 ) -> None:
     """Write folder/errors/NN.jpg for every error of which `image_of(id)` gives an encoded image.
 
     NN is the error's place in the list. What Pillow cannot read is left out: a picture is a help,
-    not a result. Pictures of an earlier report are removed.
+    not a result. Pictures of an earlier report are removed, also without `image_of`: they would
+    be taken for these errors'.
     """
     for old in (folder / FOLDER).glob("*.jpg"):
         old.unlink()
-    for place, error in enumerate(errors):
+    for place, error in enumerate(errors if image_of is not None else ()):
         data = image_of(error["id"])
         picture = None if data is None else thumbnail(data)
         if picture is not None:

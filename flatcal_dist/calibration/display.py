@@ -38,8 +38,17 @@ def number(value: float | None, decimals: int = 3, sign: bool = False) -> str:
 
 
 def percent(value: float | None, decimals: int = 2) -> str:
-    """A fraction as per cent, `84.25 %`."""
-    return UNDEFINED if value is None else f"{number(100 * value, decimals)} %"
+    """A fraction as per cent, `84.25 %`; more decimals where these would make a whole of less."""
+    if value is None:
+        return UNDEFINED
+    while value < 1 and decimals < 6 and round(100 * value, decimals) == 100:
+        decimals += 1
+    return f"{number(100 * value, decimals)} %"
+
+
+def temperature(value: float) -> str:
+    """A temperature to two decimals, to three digits below a tenth: never `0.00`."""
+    return number(value, 2) if value >= 0.1 else f"{value:.3g}"
 
 
 def show(value: float | None, unit: Unit, *, difference: bool = False, suffix: bool = True) -> str:

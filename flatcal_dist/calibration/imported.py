@@ -11,6 +11,8 @@ id, ids; logits_0; prob_0, probs_0, p_0. Without ids images are called row_00000
 """
 
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ def read_file(path: Path) -> Records:
 
     Probabilities become logits by their logarithm. One that is exactly 0 counts as the smallest
     positive number; if it is the label's own, NLL would be infinite, and the file is refused.
+    Energy and the largest logit are lost in a softmax, and left out of the report.
     """
     path = Path(path)
     reader = {".npz": _npz, ".parquet": _parquet, ".csv": _csv}.get(path.suffix.lower())
@@ -41,7 +44,7 @@ def read_file(path: Path) -> Records:
         raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}")
     try:
         found = reader(path)
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, pa.ArrowException) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if isinstance(found, Records):
         return found
@@ -61,7 +64,8 @@ def _records(path: Path, names: Iterable[str], get: Callable[[str], np.ndarray])
         labels = labels.astype(np.int64)  # a csv or data frame whose column passed through floats
     if not are_logits:
         scores = _log_probabilities(scores, labels)
-    return Records.from_logits(ids, labels, scores, source=Source(name=path.stem))
+    source = Source(name=path.stem, probabilities=not are_logits)
+    return Records.from_logits(ids, labels, scores, source=source)
 
 
 def _one(names: list[str], wanted: tuple[str, ...], what: str) -> str:
@@ -78,7 +82,11 @@ def _one(names: list[str], wanted: tuple[str, ...], what: str) -> str:
 def _ids(names: list[str], get: Callable[[str], np.ndarray], images: int) -> list[str]:
     if not any(name.lower() in IDS for name in names):
         return [f"row_{i:07d}" for i in range(images)]
-    return [str(i) for i in get(_one(names, IDS, "the ids")).tolist()]
+    ids = get(_one(names, IDS, "the ids")).tolist()
+    missing = sum(i is None or i != i or str(i).strip() == "" for i in ids)
+    if missing:
+        raise ValueError(f"{missing} of {len(ids)} images have no id: give each one, or no ids")
+    return [str(i) for i in ids]
 
 
 def _scores(names: list[str], get: Callable[[str], np.ndarray]) -> tuple[np.ndarray, bool]:
@@ -132,6 +140,9 @@ def _log_probabilities(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _npz(path: Path) -> Any:
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            raise ValueError(f"{path} cannot be read: it is no npz archive, as numpy.savez writes")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)

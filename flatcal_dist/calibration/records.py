@@ -44,7 +44,9 @@ class Source:
     of ImageNet-C. generated: the corruption was applied by us, not published as files.
     temperature_from: name of the data whose temperature scales these records; None: their own,
     cross-fitted. own_temperature: fitted on all of these images, with their labels; where
-    temperature_from is set it is there to compare with, and scales nothing.
+    temperature_from is set it is there to compare with, and scales nothing. probabilities: only
+    the softmax was known, and logits are its logarithms: scores that need the logits' own level
+    (`scores.OF_LOGITS`) say nothing.
     """
 
     name: str | None = None
@@ -55,6 +57,7 @@ class Source:
     generated: bool = False
     temperature_from: str | None = None
     own_temperature: float | None = None
+    probabilities: bool = False
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,7 @@ def write_report(
     records.save(output / "records.parquet")
     write_text(output / "metrics.csv", metrics_csv(m))
     write_json(output / "metrics.json", m)
-    if image_of is not None:
-        save_thumbnails(m["confident_errors"], image_of, output)
+    save_thumbnails(m["confident_errors"], image_of, output)
     _write_page(m, output)
     return m
 
@@ -61,8 +60,13 @@ def read_report(folder: Path) -> tuple[dict[str, Any], Records]:
     for name in ("metrics.json", "records.parquet"):
         if not (folder / name).is_file():
             raise ValueError(f"no report in {folder}: {name} is missing; run `flatcal evaluate`")
-    m = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    if m.get("schema_version") != SCHEMA_VERSION:
+    try:
+        m = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / 'metrics.json'} is damaged ({error}); evaluate the run again"
+        ) from None
+    if not isinstance(m, dict) or m.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
             f"{folder / 'metrics.json'} has schema version {m.get('schema_version')}, expected "
             f"{SCHEMA_VERSION}; evaluate the run again"

@@ -8,10 +8,11 @@ from typing import Any
 from markupsafe import Markup
 
 from . import describe, figures, page, shift_figures
+from .calibrators import BOUNDS
 from .confident_errors import read_thumbnails
-from .display import duration, number
+from .display import duration, number, percent, temperature
 from .drawing import Curve
-from .statistics import Interval
+from .statistics import NORMS, Interval
 from .summary import interval_of
 from .verdict import class_name, verdict
 
@@ -42,6 +43,7 @@ def report_html(m: dict[str, Any], shift: dict[str, Any] | None, folder: Path) -
         stale_shift=stale,
         shift_figures=_shift_figures(shift, folder / "figures") if shift else [],
         interval_of=interval_of,
+        inflated=tuple(NORMS),
         difference_of=lambda name: _difference(m, name),
         class_name=lambda number: class_name(m, number),
         configuration=json.dumps(about["configuration"], indent=2, ensure_ascii=False),
@@ -143,28 +145,29 @@ def _tiles(m: dict[str, Any]) -> list[Tile]:
         low, high = (number(factor * v, decimals, sign) for v in (interval.low, interval.high))
         return f"{low} to {high}"
 
-    auroc = "not defined" if m["auroc"] is None else f"{number(100 * m['auroc'], 1)} %"
     chance = m["ece_null"]["mean"]
     return [
-        Tile("Accuracy", f"{number(100 * m['accuracy'], 1)} %", between("accuracy", 100, 1)),
+        Tile("Accuracy", percent(m["accuracy"], 1), between("accuracy", 100, 1)),
         Tile(
             "Signed gap",
             f"{number(100 * m['signed_gap'], 1, sign=True)}",
             f"points, {between('signed_gap', 100, 1, True)}",
         ),
         Tile("ECE", f"{number(100 * m['ece'], 1)} %", f"{number(100 * chance, 1)} % if calibrated"),
-        Tile("AUROC", auroc, between("auroc", 100, 1)),
+        Tile("AUROC", percent(m["auroc"], 1), between("auroc", 100, 1)),
         Tile("AURC × 1000", number(1000 * m["aurc"], 1), between("aurc", 1000, 1)),
-        Tile("Temperature", number(m["temperature"], 2), _temperature_note(m)),
+        Tile("Temperature", temperature(m["temperature"]), _temperature_note(m)),
     ]
 
 
 def _temperature_note(m: dict[str, Any]) -> str:
     if m["source"]["temperature_from"] is not None:
         return f"of {m['source']['temperature_from']}"
+    if m["temperature"] in BOUNDS:
+        return "the search's end: do not use"
     if m["temperature_interval"] is None:
         return "no interval"
-    low, high = (number(v, 2) for v in m["temperature_interval"])
+    low, high = (temperature(v) for v in m["temperature_interval"])
     return f"{low} to {high}"
 
 

@@ -26,6 +26,7 @@ NAMES = {
     "max_logit": "largest logit",
     "max_logit_pnorm": "largest logit over the p-norm of the logits, all less their mean",
 }
+OF_LOGITS = ("energy", "max_logit")  # not to be had from probabilities
 SOURCES = {
     "msp": "Hendrycks and Gimpel (ICLR 2017)",
     "msp_temperature": "Guo et al. (ICML 2017)",

@@ -109,7 +109,10 @@ def read_shift(output: Path) -> dict[str, Any] | None:
     path = output / "shift.json"
     if not path.exists():
         return None
-    table = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); evaluate again") from None
     if table.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
             f"{path} has schema version {table.get('schema_version')}, expected {SCHEMA_VERSION}; "

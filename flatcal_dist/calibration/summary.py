@@ -14,7 +14,7 @@ from .corp import corp_decomposition
 from .literature import references
 from .operating import operating_points
 from .records import Records
-from .scores import NAMES, SOURCES, score_table
+from .scores import NAMES, OF_LOGITS, SOURCES, score_table
 from .shift import real_figures
 from .softmax import Scores
 from .statistics import LEVEL, RESAMPLES, STATISTICS, Bootstrap, Interval, bootstrap
@@ -203,7 +203,11 @@ def _scores(records: Records, resamples: int, seed: int) -> dict[str, Any] | Non
     judged = records.compared
     if not judged.any():
         return None
-    columns = {name: score[judged] for name, score in records.ranking.items()}
+    columns = {
+        name: score[judged]
+        for name, score in records.ranking.items()
+        if not (records.source.probabilities and name in OF_LOGITS)
+    }
     table = score_table(columns, records.correct[judged], resamples=resamples, seed=seed)
     return {
         "images": int(judged.sum()),
@@ -254,7 +258,9 @@ def _conventions(records: Records, bins: int, resamples: int, seed: int) -> dict
     return {
         "units": "rates are fractions, NLL and entropy nats; metrics.csv has top1, top5 and their "
         "errors in per cent and param_count in millions, as timm's results files do",
-        "logits": f"{records.logits_dtype} as they came, computed on in float64",
+        "logits": "not known: logarithms of the probabilities given, float64"
+        if source.probabilities
+        else f"{records.logits_dtype} as they came, computed on in float64",
         "label_space": "all classes"
         if source.classes is None
         else f"{len(source.classes)} of the network's classes, the others left out before the "

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .display import number, percent, points
+from .calibrators import BOUNDS
+from .display import number, percent, points, temperature
 from .statistics import Interval
 from .summary import interval_of
 
@@ -25,9 +26,10 @@ def verdict(m: dict[str, Any], shift: dict[str, Any] | None = None) -> list[Find
     """Findings of the metrics.json of one run (and its shift.json), the most important first."""
     wrong = round(m["images"] * (1 - m["accuracy"]))
     if m["images"] < FEW_IMAGES:
+        counted = "One image is" if m["images"] == 1 else f"{m['images']} images are"
         text = (
-            f"{m['images']} images are too few for a verdict; the numbers below are those of "
-            "these images and say little of others."
+            f"{counted} too few for a verdict; the numbers below are those of these images and say "
+            "little of others."
         )
         return [Finding("Too few images", text)]
     findings = [
@@ -36,11 +38,11 @@ def verdict(m: dict[str, Any], shift: dict[str, Any] | None = None) -> list[Find
         Finding("Failures", _failure(m)),
     ]
     fewest = min(wrong, m["images"] - wrong)
-    if fewest < FEW_OF_A_KIND:
+    if 0 < fewest < FEW_OF_A_KIND:
         kind = "wrong" if wrong == fewest else "correct"
         text = (
-            f"Only {fewest} predictions are {kind}: read all that tells wrong from correct "
-            "with caution."
+            f"Only {fewest} {'prediction is' if fewest == 1 else 'predictions are'} {kind}: read "
+            "all that tells wrong from correct with caution."
         )
         findings.append(Finding("Caution", text))
     others = (("Classes", _classes(m)), ("Labels", _labels(m)), ("Shift", _shift(m, shift)))
@@ -81,7 +83,9 @@ def _ece(m: dict[str, Any]) -> str:
 
 
 def _temperature(m: dict[str, Any]) -> list[str]:
-    after, t = m["after_temperature"], number(m["temperature"], 2)
+    after, t = m["after_temperature"], temperature(m["temperature"])
+    if m["temperature"] in BOUNDS:
+        return [_no_temperature(m, t)]
     nll, ece = (Interval(**after["difference"][name]) for name in ("nll", "ece"))
     if nll.excludes_zero:
         low, high = sorted((abs(nll.low), abs(nll.high)))
@@ -112,6 +116,16 @@ def _temperature(m: dict[str, Any]) -> list[str]:
             "does not mend this network.",
         ]
     return [first, f"Where confidences are used as probabilities, divide the logits by {t}."]
+
+
+def _no_temperature(m: dict[str, Any], t: str) -> str:
+    """Where the fit ran to the end of its range: what it returned must not be taken for advice."""
+    way = "lower" if m["temperature"] == BOUNDS[0] else "higher"
+    return (
+        f"No temperature can be fitted: the {way}, the less NLL, to the end of the search, "
+        f"T = {t}. The figures after temperature scaling are those of that end: use neither them "
+        "nor this temperature."
+    )
 
 
 def _left(after: dict[str, Any]) -> str:
@@ -202,7 +216,12 @@ def _classes(m: dict[str, Any]) -> str | None:
     if over > 0.05 * count:
         i = max(range(count), key=lambda j: table["gap_low"][j])
         gap, low, high = points(*(table[k][i] for k in ("signed_gap", "gap_low", "gap_high")))
-        text += f" The worst is {class_name(m, table['class'][i])}, by {gap} points"
+        text += f" The most over-confident is {class_name(m, table['class'][i])}, by {gap} points"
+        text += f" ({low} to {high})."
+    if under > 0.05 * count:
+        i = min(range(count), key=lambda j: table["gap_high"][j])
+        gap, low, high = points(*(-table[k][i] for k in ("signed_gap", "gap_high", "gap_low")))
+        text += f" The most under-confident is {class_name(m, table['class'][i])}, by {gap} points"
         text += f" ({low} to {high})."
     return text
 

@@ -64,6 +64,8 @@ def test_files_and_page(runs: list[Path], tmp_path: Path) -> None:
     assert names == expected | {"index.html", "comparison.json", "comparison.csv"}
     assert strict_json(tmp_path / "comparison.json") == json.loads(json.dumps(c))
     page = assert_sound_page(tmp_path / "index.html")
+    assert "interval over seeds" not in page.text, "two seeds have none"
+    assert "these networks, not the method" in page.text
     for text in (*c["verdict"], "sgd_0", "csam_0", "over training seeds", "2 methods, 3 runs"):
         assert text in page.text
     rows = list(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))
@@ -121,8 +123,11 @@ def test_seeds_are_one_method(runs: list[Path], tmp_path: Path) -> None:
     assert c["differences"][0]["before"]["ece"]["over_seeds"] is None
 
 
-@pytest.mark.usefixtures("without_figures")
-def test_seeds_of_the_best_method_do_not_stand_in_each_others_way(tmp_path: Path) -> None:
+def test_seeds_of_the_best_method_do_not_stand_in_each_others_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn = ("reliability", "risk_coverage", "accuracy_ece", "accuracy_aurc")
+    monkeypatch.setattr(compare, "_figures", lambda *_: dict.fromkeys(undrawn, ""))
     base = tmp_path
     runs = [write_run(base / f"sgd_{s}", "sgd", s, 4.0) for s in range(3)]
     runs += [write_run(base / f"csam_{s}", "csam", s, 1.8) for s in range(3)]
@@ -135,6 +140,7 @@ def test_seeds_of_the_best_method_do_not_stand_in_each_others_way(tmp_path: Path
     assert over["mean"] == pytest.approx(difference["before"]["ece"]["value"])
     assert over["shown"]
     assert "over 3 training seeds or more" in c["verdict"][-1]
+    assert "interval over seeds" in (tmp_path / "out/index.html").read_text()
 
 
 @pytest.mark.usefixtures("without_figures")

@@ -8,6 +8,7 @@ import pytest
 from flatcal_dist import cli
 from flatcal_dist.calibration.imported import read_file
 from flatcal_dist.calibration.records import Records
+from flatcal_dist.calibration.summary import summarize
 
 from .synthetic import make_logits
 from .test_records import assert_same
@@ -34,6 +35,24 @@ def test_a_probability_of_zero_is_no_answer_for_the_label_only(tmp_path):
     np.savez(tmp_path / "q.npz", labels=np.tile([0, 2], 5), probs=p)
     with pytest.raises(ValueError, match="5 images give their own label the probability 0"):
         read_file(tmp_path / "q.npz")
+
+
+def test_scores_that_a_softmax_has_lost_are_left_out(tmp_path):
+    """The logarithm of the sum of probabilities is 0 for all: what it ranks by is rounding."""
+    ids, labels, logits = make_logits(120)
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(1, keepdims=True)
+    np.savez(tmp_path / "p.npz", ids=ids, labels=labels, probabilities=p)
+    np.savez(tmp_path / "z.npz", ids=ids, labels=labels, logits=logits)
+    of_p, of_z = (read_file(tmp_path / name) for name in ("p.npz", "z.npz"))
+    of_p.save(tmp_path / "records.parquet")
+    m, n = (summarize(r, resamples=2) for r in (Records.load(tmp_path / "records.parquet"), of_z))
+    names = [[row["name"] for row in found["scores"]["rows"]] for found in (m, n)]
+    assert set(names[1]) - set(names[0]) == {"energy", "max_logit"}
+    assert "not known" in m["conventions"]["logits"]
+    for row in m["scores"]["rows"]:
+        same = next(r for r in n["scores"]["rows"] if r["name"] == row["name"])
+        assert row["values"]["aurc"]["value"] == pytest.approx(same["values"]["aurc"]["value"])
 
 
 @pytest.mark.filterwarnings("ignore:no finite temperature")
@@ -68,6 +87,7 @@ def test_records_of_a_report_are_read_as_they_are(tmp_path, records):
         ("label,p_0,p_1\n0,0.7,0.7", "must sum to 1"),
         ("label,logit_0,prob_0,logit_00\n0,1,2,3", "two columns hold class 0"),
         ("label,logit_0,logit_1\n0,nan,2\n1,1,2", "column logit_0 has 1 empty or NaN cells"),
+        ("id,label,logit_0,logit_1\na,0,1,2\n,1,1,2", "1 of 2 images have no id"),
         ("label,logit_0,logit_1", r"x\.csv cannot be read.*Empty"),
     ],
 )
@@ -84,6 +104,16 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "y.npz").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"y\.npz cannot be read"):
         read_file(tmp_path / "y.npz")
+    np.savez(tmp_path / "w.npz", labels=np.arange(500), logits=np.zeros((500, 2)))
+    whole = (tmp_path / "w.npz").read_bytes()
+    for share in (0.3, 0.9):
+        (tmp_path / "w.npz").write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match=r"w\.npz cannot be read"):
+            read_file(tmp_path / "w.npz")
+    without = pa.table({"id": ["a", None], "label": [0, 1], "logits": [[1.0, 2.0], [1.0, 0.0]]})
+    pq.write_table(without, tmp_path / "v.parquet")
+    with pytest.raises(ValueError, match="1 of 2 images have no id"):
+        read_file(tmp_path / "v.parquet")
     with pytest.raises(ValueError, match=r"none of \.npz"):
         read_file(tmp_path / "x.pt")
     ragged = pa.table({"label": [0, 1], "logits": [[1.0, 2.0], [1.0]]})

@@ -285,8 +285,11 @@ def test_degenerate_runs(images: int, kind: str, tmp_path: Path) -> None:
     page = assert_sound_page(tmp_path / "index.html")
     if kind in ("right", "wrong"):
         assert m["auroc"] is None
-        assert m["intervals"]["accuracy"]["low"] is None
+        assert m["intervals"]["accuracy"]["high"] - m["intervals"]["accuracy"]["low"] > 0.04
+        assert m["intervals"]["signed_gap"]["low"] is None
         assert "not defined" in page.text
+        assert "divide the logits" not in page.text
+        assert "<small>without chance" not in (tmp_path / "index.html").read_text()
     if images < 50:
         assert "too few for a verdict" in page.text
 

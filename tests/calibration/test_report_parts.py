@@ -16,6 +16,7 @@ from flatcal_dist.calibration.confident_errors import (
     save_thumbnails,
     thumbnail,
 )
+from flatcal_dist.calibration.display import percent
 from flatcal_dist.calibration.literature import FIGURES, _literature, references
 from flatcal_dist.calibration.operating import operating_points
 from flatcal_dist.calibration.records import Records, Source
@@ -25,7 +26,7 @@ from flatcal_dist.calibration.training_curves import training_curves
 from flatcal_dist.calibration.verdict import verdict
 
 from .report_inputs import CORRUPTIONS, TRAINING, encoded_digit, write_some_shift
-from .synthetic import make_logits
+from .synthetic import make_logits, make_records
 from .test_report import ABOUT, assert_sound_page, files, strict_json
 
 SCHEMA = json.loads(Path(report.__file__).with_name("metrics.schema.json").read_text())
@@ -59,6 +60,10 @@ def test_page_of_a_report_with_everything(whole: Path) -> None:
     accepted = sum(bool(e["consistent"]) for e in errors)
     assert accepted > 0
     assert page.text.count("ReaL accepts the answer") == accepted
+    assert f"Top-5 accuracy is {percent(m['top5_accuracy'])}." in page.text
+    assert f"accuracy is {percent(m['real']['accuracy'])}, ECE {percent(m['real']['ece'])}" in (
+        page.text
+    )
     for text in ("Under shift", "digits-c", "elsewhere", "Training", "jpeg compression"):
         assert text in page.text
     assert [f.topic for f in verdict(m, shift)][-2:] == ["Labels", "Shift"]
@@ -173,6 +178,26 @@ def test_most_confident_errors(looked_at_again: Records) -> None:
         assert e["label_probability"] == pytest.approx(np.exp(-records.before.nll[i]))
         assert e["consistent"] == {1: True, 0: False, -1: None}[int(records.real[i])]
     assert {e["consistent"] for e in errors} == {True, False, None}
+
+
+def test_pictures_of_another_evaluation_are_not_taken_for_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_write_page", lambda m, output: None)
+    records = make_records(90, images_seed=5)
+    write_report(records, tmp_path, image_of=encoded_digit, resamples=2)
+    assert list((tmp_path / "errors").glob("*.jpg"))
+    write_report(records, tmp_path, resamples=2)
+    assert not list((tmp_path / "errors").glob("*.jpg"))
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "shift.json"])
+def test_a_damaged_file_is_named(name: str, whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "report")
+    content = (folder / name).read_text()
+    (folder / name).write_text(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        render_report(folder)
 
 
 def test_a_damaged_picture_is_left_out(records: Records, tmp_path: Path) -> None:

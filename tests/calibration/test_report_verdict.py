@@ -1,5 +1,7 @@
 """What the verdict says, and that it says no more than the intervals allow."""
 
+from flatcal_dist.calibration.calibrators import BOUNDS
+from flatcal_dist.calibration.display import percent
 from flatcal_dist.calibration.verdict import verdict
 
 
@@ -109,3 +111,30 @@ def test_verdict_on_coverage() -> None:
     assert any("all of these images can be answered" in s for s in said)
     said = texts(run(accuracy=0.995))
     assert "Only 5 predictions are wrong" in said[-1]
+    assert "Only 1 prediction is wrong" in texts(run(accuracy=0.999))[-1]
+
+
+def test_verdict_gives_no_advice_from_the_end_of_the_search() -> None:
+    for bound in BOUNDS:
+        said = " ".join(texts(run() | {"temperature": bound}))
+        assert "No temperature can be fitted" in said
+        assert "divide the logits" not in said
+        assert "T = 0.00," not in said
+    assert "divide the logits by 0.0123" in " ".join(texts(run() | {"temperature": 0.0123}))
+
+
+def test_verdict_names_the_worst_classes_on_either_side() -> None:
+    gaps = {"signed_gap": [0.3, 0.1, -0.2, -0.4], "gap_low": [0.2, -0.1, -0.3, -0.5]}
+    table = {"class": [0, 1, 2, 3], "images": [50] * 4, "gap_high": [0.4, 0.2, -0.1, -0.25]}
+    said = " ".join(texts(run() | {"per_class": table | gaps, "about": {"class_names": None}}))
+    assert "1 of 4 classes are over-confident and 2 under-confident" in said
+    assert "most over-confident is class 0, by 30.0 points (20.0 to 40.0)" in said
+    assert "most under-confident is class 3, by 40.0 points (25.0 to 50.0)" in said
+
+
+def test_what_is_not_whole_is_not_printed_as_100_per_cent() -> None:
+    assert percent(17297 / 17300, 1) == "99.98 %"
+    assert percent(1 - 1 / 14650, 1) == "99.99 %"
+    assert percent(0.9994, 0) == "99.9 %"
+    assert percent(1.0, 1) == "100.0 %"
+    assert percent(0.5, 1) == "50.0 %"

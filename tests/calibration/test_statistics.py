@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 from flatcal_dist.calibration import inflated, metrics, selective
 from flatcal_dist.calibration.records import Records, Scores
 from flatcal_dist.calibration.smooth import smooth_curve, smooth_error_at
+from flatcal_dist.calibration.softmax import score_images
 from flatcal_dist.calibration.statistics import (
     BINNED,
     RANKS,
@@ -156,8 +157,34 @@ def test_undefined_intervals() -> None:
     samples = bootstrap([right], 50)
     assert samples.interval(0, "auroc").value is None
     accuracy = samples.interval(0, "accuracy")
-    assert (accuracy.value, accuracy.low, accuracy.high) == (1.0, None, None)
-    assert samples.interval(0, "signed_gap").low is not None
+    wilson = wilson_by_roots(20, 20)
+    assert accuracy.value == 1.0
+    assert (accuracy.low, accuracy.high) == pytest.approx(wilson)
+    # 20 right answers do not tell the gap to within the spread of the confidences alone.
+    for name in ("signed_gap", "ece", "smooth_ece", "rmsce_debiased", "aurc", "top_label_brier"):
+        interval = samples.interval(0, name)
+        assert interval.value is not None, name
+        assert (interval.low, interval.high) == (None, None), name
+    assert samples.interval(0, "mean_confidence").low is not None
+
+
+def wilson_by_roots(k: int, n: int) -> tuple[float, float]:
+    """Wilson's interval, by solving (p - k/n)^2 = z^2 p (1 - p) / n for p."""
+    z2 = 1.959963984540054**2
+    low, high = sorted(np.roots([n + z2, -(2 * k + z2), k**2 / n]))
+    return float(low), float(high)
+
+
+def test_rounding_is_no_interval_and_no_difference() -> None:
+    """Of equal confidences, and of logits that differ by a constant, only rounding varies."""
+    labels = np.arange(60) % 3
+    equal = score_images(np.zeros((60, 10)), labels).scores()
+    interval = bootstrap([equal], 50).interval(0, "nll")
+    assert (interval.low, interval.high) == (None, None)
+    logits = np.random.default_rng(0).normal(size=(60, 10))
+    pair = [score_images(z, labels).scores() for z in (logits, logits + 3.3)]
+    samples = bootstrap(pair, 50)
+    assert not any(samples.difference(1, 0, name).excludes_zero for name in STATISTICS)
 
 
 def test_refused(records: Records) -> None:
