@@ -86,7 +86,7 @@ def open_stream(
     return Stream(
         shards=tuple(shards),
         lengths=tuple(lengths) if lengths else None,
-        sha256=tuple(checksums(shards, access) if cache else [None] * len(shards)),
+        sha256=tuple(checksums(shards, access)),
         samples=epoch_samples or sum(lengths),
         classes=classes,
         access=access,

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -296,6 +296,9 @@ def _read_piece(stream: Stream, piece: _Piece) -> Iterator[_Raw]:
     else:
         file = RemoteFile(url, stream.access)
     length = stream.lengths[piece.shard] if stream.lengths is not None else None
+    expected = stream.sha256[piece.shard]
+    if expected is not None:
+        file = _Hashed(file)
     number = -1
     with closing(file), closing(read_samples(file, shown(url), stream.classes)) as samples:
         for number, (key, image, label) in enumerate(samples):
@@ -314,6 +317,28 @@ def _read_piece(stream: Stream, piece: _Piece) -> Iterator[_Raw]:
             f"{shown(url)} holds {more} the {length} samples that its _info.json counts. Put the "
             "right one there, or correct it."
         )
+    if expected is not None and file.digest.hexdigest() != expected.lower():
+        cached = f" (and delete {stream.cache.path(url)})" if stream.cache is not None else ""
+        raise DataError(
+            f"{shown(url)} is damaged: its SHA-256 is {file.digest.hexdigest()}, but the .sha256 "
+            f"file beside it says {expected}. Put the right shard there{cached}, or correct that "
+            "file."
+        )
+
+
+class _Hashed:
+    """A file that feeds a digest with all that is read of it."""
+
+    def __init__(self, file: BinaryIO | RemoteFile):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.digest.update(data)
+        return data
+
+    def close(self) -> None:
+        self.file.close()
 
 
 def _as_it_is(batch: Batch | DataError) -> Batch | DataError:

@@ -541,6 +541,25 @@ def test_a_line_that_fails_now_and_then_changes_nothing(web):
     assert not any(web.script.values())
 
 
+@pytest.mark.parametrize("place", ["label", "image"])
+def test_a_flipped_bit_is_found_by_the_recorded_checksum(own_web, tmp_path, place):
+    """A label that became another, or pixels: nothing else could tell."""
+    shards = write_shards(make_samples(8), tmp_path, "f-train", split="train", samples_per_shard=4)
+    with tarfile.open(shards[1]) as tar:
+        suffix = {"label": ".cls", "image": ".png"}[place]
+        member = next(m for m in tar if m.name.endswith(suffix))
+    with shards[1].open("r+b") as file:
+        file.seek(member.offset_data + (40 if place == "image" else 0))
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    for pattern in (f"{own_web.url}/", str(tmp_path)):
+        with pytest.raises(DataError, match=r"f-train-0001.tar is damaged: its SHA-256 is"):
+            batches(open_stream(pattern, "train", 7, QUICK), global_batch_size=4)
+    (tmp_path / "f-train.sha256").unlink()
+    assert batches(open_stream(pattern, "train", 7, QUICK), global_batch_size=4)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_cannot_be_used_is_replaced_and_that_is_said(own_web, tmp_path, workers):
     """By the next of its micro-batch, with that one's label, as often as it comes."""
