@@ -290,13 +290,14 @@ def cut(order: np.ndarray, lengths: Sequence[int], begin: int, end: int) -> list
 
 
 def _read_piece(stream: Stream, piece: _Piece) -> Iterator[_Raw]:
-    url = stream.shards[piece.shard]
-    if stream.cache is not None and is_remote(url):
-        file = stream.cache.open(url, stream.sha256[piece.shard])
+    url, expected = stream.shards[piece.shard], stream.sha256[piece.shard]
+    cached = stream.cache is not None and is_remote(url)
+    if cached:
+        file = stream.cache.open(url, expected)
+        expected = expected or stream.cache.recorded(url)
     else:
         file = RemoteFile(url, stream.access)
     length = stream.lengths[piece.shard] if stream.lengths is not None else None
-    expected = stream.sha256[piece.shard]
     if expected is not None:
         file = _Hashed(file)
     number = -1
@@ -318,11 +319,14 @@ def _read_piece(stream: Stream, piece: _Piece) -> Iterator[_Raw]:
             "right one there, or correct it."
         )
     if expected is not None and file.digest.hexdigest() != expected.lower():
-        cached = f" (and delete {stream.cache.path(url)})" if stream.cache is not None else ""
+        mend = (
+            f"Delete {stream.cache.path(url)}, where it lies since it was downloaded."
+            if cached
+            else "Put the right shard there, or correct the .sha256 file beside it."
+        )
         raise DataError(
-            f"{shown(url)} is damaged: its SHA-256 is {file.digest.hexdigest()}, but the .sha256 "
-            f"file beside it says {expected}. Put the right shard there{cached}, or correct that "
-            "file."
+            f"{shown(url)} is damaged: its SHA-256 is {file.digest.hexdigest()}, expected "
+            f"{expected}. {mend}"
         )
 
 
