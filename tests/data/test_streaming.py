@@ -103,6 +103,18 @@ def test_a_connection_that_stays_bad_ends_in_an_error(web, mode):
     assert web.url in str(error.value)
 
 
+def test_a_connection_that_crawls_counts_as_one_that_stalls(web):
+    """A byte now and then is never silence, and would keep a run for days."""
+    name = "e-train-0001.tar"
+    web.script[name] = ["trickle"]
+    crawling = Access(stall_timeout=0.3, retries=1, backoff=0.01)
+    assert read(web, name, crawling) == (web.directory / name).read_bytes()
+    assert web.count(name) == 2
+    web.always[name] = "trickle"
+    with pytest.raises(DataError, match=rf"{name}: gave up .* only \d+ bytes came in"):
+        read(web, name, crawling)
+
+
 @pytest.mark.parametrize("status", ["401", "403", "404", "410"])
 def test_what_is_not_there_is_not_asked_for_again(web, status):
     web.always["e-train-0001.tar"] = status
