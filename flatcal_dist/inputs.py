@@ -32,7 +32,7 @@ from flatcal_dist.data.index import sidecar
 from flatcal_dist.data.loader import Batches
 from flatcal_dist.data.order import micro_batch_count
 from flatcal_dist.data.remote import Access, is_remote
-from flatcal_dist.data.stream import Stream, checksums, list_shards, open_stream
+from flatcal_dist.data.stream import Stream, checksums, class_names, list_shards, open_stream
 from flatcal_dist.data.streaming import streaming_loader
 from flatcal_dist.distributed import on_all_ranks
 
@@ -80,6 +80,28 @@ def open_index(data: DataConfig, split: str, classes: int) -> Index:
             f"{HOW_TO_PREPARE}"
         ) from None
     return load_index(shards, classes)
+
+
+def check_classes(data: DataConfig) -> None:
+    """Raise DataError if two of the shards that a run reads count different classes.
+
+    Known of shards that `flatcal shard` made of folders or archives. Folders that are plain numbers
+    are class numbers, and fit anything.
+    """
+    found: dict[str, list[str]] = {}
+    for pattern, split in ((data.train, "train"), (data.validation, "validation")):
+        if pattern is not None:
+            found |= class_names(list_shards(pattern, split, access(data)), access(data))
+    named = [(plan, names) for plan, names in found.items() if not all(map(str.isdigit, names))]
+    for plan, names in named[1:]:
+        if names == named[0][1]:
+            continue
+        odd = sorted({*names} ^ {*named[0][1]})
+        which = f"{odd[0]!r} is in one of them only ({len(odd)} such)" if odd else "in other order"
+        raise DataError(
+            f"{named[0][0]} has {len(named[0][1])} classes and {plan} has {len(names)}, {which}: "
+            "equal labels would mean different classes. Shard the complete data again."
+        )
 
 
 def agree_on_decoder(data: DataConfig) -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 class Web:
     """`script[NAME]` lists what happens at the next requests for a file; afterwards `always`.
 
-    "fine"; "stall": half of it, then silence; "cut": half of it, then the end; "reset": half of
-    it, then a reset connection; "long": a Content-Length of 1,024 bytes too many; "short": of
-    half the bytes; "unsized": no Content-Length; "unsized cut"; any number: that status.
+    "fine"; "stall": half of it, then silence; "trickle": half of it, then a byte now and then;
+    "cut": half of it, then the end; "reset": half of it, then a reset connection; "long": a
+    Content-Length of 1,024 bytes too many; "short": of half the bytes; "unsized": no
+    Content-Length; "unsized cut"; any number: that status.
     """
 
     directory: Path
@@ -94,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(size - first))
         self.end_headers()
         body = content[first:]
-        if behaviour in ("stall", "cut", "reset", "unsized cut"):
+        if behaviour in ("stall", "trickle", "cut", "reset", "unsized cut"):
             body = body[: len(body) // 2]
         elif behaviour == "short":
             body = body[: size - first]
@@ -103,6 +104,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             if behaviour == "stall":
                 self.served.closing.wait(60)
+            elif behaviour == "trickle":
+                while not self.served.closing.wait(0.05):
+                    self.wfile.write(content[first + len(body) :][:1])
+                    body += b"?"
             elif behaviour == "reset":
                 linger = struct.pack("ii", 1, 0)  # close with RST
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)

@@ -66,6 +66,13 @@ class ShardCache:
                 "set data.cache_limit, or name another directory."
             ) from error
 
+    def recorded(self, url: str) -> str | None:
+        """The SHA-256 that a shard had when it came; None if it is not there (any more)."""
+        try:
+            return str(json.loads(self.path(url).with_suffix(".json").read_text())["sha256"])
+        except (OSError, ValueError, KeyError):
+            return None
+
     def _whole(self, path: Path) -> BinaryIO | None:
         try:
             size = json.loads(path.with_suffix(".json").read_text())["size"]

@@ -31,6 +31,7 @@ from flatcal_dist.data.errors import DataError
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 CHUNK = 1 << 20  # bytes that a read asks for
+SLOWEST = 1024  # bytes/s; a connection that gives less counts as one that stalls
 LONGEST_WAIT = 30  # seconds between two attempts
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # worth another attempt
 
@@ -51,7 +52,7 @@ class _Broken(Exception):
 class Access:
     """How patient to be, and what is allowed."""
 
-    stall_timeout: float = 30.0  # seconds without a byte
+    stall_timeout: float = 30.0  # seconds without a byte, or with next to none
     retries: int = 5  # for a shard
     backoff: float = 0.5  # seconds before the first of them; doubles with each
     allow_pipe: bool = False
@@ -129,16 +130,22 @@ class RemoteFile:
         self._source: _Source | None = None
         self._tag: str | None = None
         self._failures = 0
+        self._waited, self._came = 0.0, 0  # seconds inside of reads, and what they gave
 
     def read(self, size: int = CHUNK) -> bytes:
         while True:
             try:
                 if self._source is None:
                     self._connect()
+                began = time.monotonic()
                 data = self._source.read(size)
+                self._waited += time.monotonic() - began
+                self._came += len(data)
                 if not data and self.size is not None and self.position < self.size:
                     raise _Broken("the connection was closed too early")
                 self.position += len(data)
+                if data and self.position != self.size:
+                    self._check_pace()
                 return data
             except (_Broken, requests.RequestException, urllib3.exceptions.HTTPError, OSError) as e:
                 self._wait_after(e)
@@ -174,6 +181,15 @@ class RemoteFile:
             if not (data := source.read(min(behind, CHUNK))):
                 raise _Broken("the connection was closed too early")
             behind -= len(data)
+
+    def _check_pace(self) -> None:
+        """Open the connection again, which may help, if it gave next to nothing."""
+        waited, came = self._waited, self._came
+        if waited <= self._access.stall_timeout:
+            return
+        self._waited, self._came = 0.0, 0
+        if came < SLOWEST * waited:
+            self._wait_after(_Broken(f"only {came:,} bytes came in {waited:.0f} s"))
 
     def _wait_after(self, error: Exception) -> None:
         self.close()
@@ -254,7 +270,7 @@ def _open_http(url: str, offset: int, tag: str | None, timeout: float) -> _Sourc
         start, size = offset, found[2]
     tag = response.headers.get("ETag", "")
     return _Source(
-        read=lambda n: response.raw.read(n, decode_content=False),
+        read=lambda n: response.raw.read1(n, decode_content=False),  # what is there
         close=response.close,
         start=start,
         size=int(size) if size and size.isdecimal() else None,

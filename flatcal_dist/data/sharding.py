@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,7 +31,14 @@ from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.index import index_shard, load_index, sidecar
 from flatcal_dist.data.order import shuffled
 from flatcal_dist.data.parallel import in_parallel
-from flatcal_dist.data.shards import Sample, add_to_info, locked, write_checksums, write_shard
+from flatcal_dist.data.shards import (
+    Sample,
+    add_to_info,
+    locked,
+    refuse_other_shards,
+    write_checksums,
+    write_shard,
+)
 from flatcal_dist.data.sources import Source
 
 QUALITY = 90  # of JPEGs that are encoded again, unless another is asked for
@@ -102,7 +110,11 @@ def prepare_shards(
     """
     encoding = encoding or Encoding()
     destination = Path(destination)
-    name = f"{prefix or source.prefix}-{split}"
+    if prefix is not None and not re.fullmatch(r"[^./\\][^/\\]*", prefix):
+        raise DataError(f"prefix begins the names of files, {prefix!r} cannot: use letters and -.")
+    if seed < 0:
+        raise DataError(f"seed is a number of 0 or more, not {seed}.")
+    name = f"{source.prefix if prefix is None else prefix}-{split}"
     count = min(source.shards[split] if shards is None else shards, len(source))
     if count < 1:
         raise DataError(f"{count} shards cannot hold {len(source)} images: use 1 or more of each.")
@@ -111,9 +123,11 @@ def prepare_shards(
     paths = [destination / f"{name}-{number:0{width}d}.tar" for number in range(count)]
     destination.mkdir(parents=True, exist_ok=True)
     plan = _plan(source, split, count, seed, encoding)
+    refuse_other_shards(destination, split, paths)
+    _refuse_other_plan(destination, name, split)
     with _planned(destination, name, plan) as alone:
         if alone:  # what killed runs have left
-            for path in destination.glob(f".{name}-*"):
+            for path in destination.glob(f".{escape(name)}-*"):
                 path.unlink(missing_ok=True)
         missing = [
             number for number in range(count) if not _is_done(paths[number], source, parts[number])
@@ -140,11 +154,23 @@ def _plan(source: Source, split: str, count: int, seed: int, encoding: Encoding)
     }
 
 
+def _refuse_other_plan(directory: Path, name: str, split: str) -> None:
+    """A directory has one set of shards a split: a second one would hide the first."""
+    for path in sorted({*directory.glob("*.plan.json")} - {directory / f"{name}.plan.json"}):
+        other = path.name.removesuffix(".plan.json")
+        if other.endswith(f"-{split}") and any(directory.glob(f"{escape(other)}-[0-9]*.tar")):
+            raise DataError(
+                f"{directory} already holds shards {other!r} of split {split!r}: with "
+                f"{name!r} beside them, readers would see only one of the two. Delete them "
+                f"and {path.name}, or choose another directory."
+            )
+
+
 @contextmanager
 def _planned(directory: Path, name: str, plan: dict[str, Any]) -> Iterator[bool]:
     """Write the plan or compare it with the one that is there, and be alone until the end."""
     path = directory / f"{name}.plan.json"
-    old = sorted(directory.glob(f"{name}-[0-9]*.tar"))
+    old = sorted(directory.glob(f"{escape(name)}-[0-9]*.tar"))
     if old and not path.exists():
         raise DataError(
             f"{directory} already holds {len(old)} shards of {name!r} ({old[0].name}, ...) without "

@@ -159,9 +159,28 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         os.close(handle)
 
 
+def refuse_other_shards(directory: Path, split: str, shards: Sequence[Path]) -> None:
+    """Raise DataError if `_info.json` gives `split` other shards, which are there."""
+    info = directory / "_info.json"
+    if not info.exists():
+        return
+    try:
+        names = json.loads(info.read_text())["splits"].get(split, {}).get("filenames", [])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{info} cannot be read ({error!r}). Mend it or take it away.") from error
+    ours = {shard.name for shard in shards}
+    if others := [name for name in names if name not in ours and (directory / name).exists()]:
+        raise DataError(
+            f"{directory} already holds {len(others)} other shards of split {split!r} "
+            f"({others[0]}, ...), which would drop out of _info.json and be lost to its readers. "
+            "Delete them, or choose another directory."
+        )
+
+
 def add_to_info(directory: Path, split: str, shards: list[Path], lengths: list[int]) -> None:
-    """Merge one split into `_info.json`, whose other splits stay."""
+    """Merge one split into `_info.json`, whose other splits stay. Raises as above."""
     with locked(directory):  # splits are often written at the same time
+        refuse_other_shards(directory, split, shards)
         path = directory / "_info.json"
         info = json.loads(path.read_text()) if path.exists() else {}
         splits = info.setdefault("splits", {})

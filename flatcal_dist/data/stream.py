@@ -86,7 +86,7 @@ def open_stream(
     return Stream(
         shards=tuple(shards),
         lengths=tuple(lengths) if lengths else None,
-        sha256=tuple(checksums(shards, access) if cache else [None] * len(shards)),
+        sha256=tuple(checksums(shards, access)),
         samples=epoch_samples or sum(lengths),
         classes=classes,
         access=access,
@@ -156,6 +156,32 @@ def checksums(shards: Sequence[str], access: Access) -> list[str | None]:
             found = re.findall(r"^([0-9a-f]{64}) [ *](.+)$", text, re.MULTILINE)
             recorded |= {place + name: digest for digest, name in found}
     return [recorded.get(_place(shard) + base_name(shard)) for shard in shards]
+
+
+def class_names(shards: Sequence[str], access: Access) -> dict[str, list[str]]:
+    """What labels stand for, in their order, by the plans that `flatcal shard` left beside shards.
+
+    By the plan's place; without those that do not exist. Raises DataError for a plan that cannot be
+    read.
+    """
+    plans = [
+        _place(shard) + re.sub(r"-\d+\.tar$", ".plan.json", base_name(shard))
+        for shard in shards
+        if _place(shard) and re.search(r"-\d+\.tar$", base_name(shard))
+    ]
+    found: dict[str, list[str]] = {}
+    for plan in dict.fromkeys(plans):
+        try:
+            found[shown(plan)] = list(map(str, json.loads(read_small(plan, access))["classes"]))
+        except NotThere:
+            continue
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(
+                f"{shown(plan)} is not as `flatcal shard` wrote it: {error!r}"
+            ) from None
+    return found
 
 
 def _place(shard: str) -> str:

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -290,12 +290,16 @@ def cut(order: np.ndarray, lengths: Sequence[int], begin: int, end: int) -> list
 
 
 def _read_piece(stream: Stream, piece: _Piece) -> Iterator[_Raw]:
-    url = stream.shards[piece.shard]
-    if stream.cache is not None and is_remote(url):
-        file = stream.cache.open(url, stream.sha256[piece.shard])
+    url, expected = stream.shards[piece.shard], stream.sha256[piece.shard]
+    cached = stream.cache is not None and is_remote(url)
+    if cached:
+        file = stream.cache.open(url, expected)
+        expected = expected or stream.cache.recorded(url)
     else:
         file = RemoteFile(url, stream.access)
     length = stream.lengths[piece.shard] if stream.lengths is not None else None
+    if expected is not None:
+        file = _Hashed(file)
     number = -1
     with closing(file), closing(read_samples(file, shown(url), stream.classes)) as samples:
         for number, (key, image, label) in enumerate(samples):
@@ -314,6 +318,31 @@ def _read_piece(stream: Stream, piece: _Piece) -> Iterator[_Raw]:
             f"{shown(url)} holds {more} the {length} samples that its _info.json counts. Put the "
             "right one there, or correct it."
         )
+    if expected is not None and file.digest.hexdigest() != expected.lower():
+        mend = (
+            f"Delete {stream.cache.path(url)}, where it lies since it was downloaded."
+            if cached
+            else "Put the right shard there, or correct the .sha256 file beside it."
+        )
+        raise DataError(
+            f"{shown(url)} is damaged: its SHA-256 is {file.digest.hexdigest()}, expected "
+            f"{expected}. {mend}"
+        )
+
+
+class _Hashed:
+    """A file that feeds a digest with all that is read of it."""
+
+    def __init__(self, file: BinaryIO | RemoteFile):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.digest.update(data)
+        return data
+
+    def close(self) -> None:
+        self.file.close()
 
 
 def _as_it_is(batch: Batch | DataError) -> Batch | DataError:

@@ -15,9 +15,8 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.remote import RemoteFile
-from flatcal_dist.data.walk import IMAGES
+from flatcal_dist.data.walk import IMAGES, LARGEST_MEMBER, is_text
 
-LARGEST_MEMBER = 256 << 20  # bytes; more is no image, and would have to fit into memory
 LARGEST_HEADER = 1 << 20  # bytes of a long name or of a pax header
 
 
@@ -82,6 +81,11 @@ def _members(file: BinaryIO | RemoteFile, name: str) -> Iterator[dict]:
     with tarfile.open(fileobj=file, mode="r|", bufsize=1 << 15, tarinfo=_Header) as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # tarfile would keep them all
+            if not is_text(member.name):
+                raise DataError(
+                    f"{name}: the name of member {member.name!a} is not UTF-8. Write the "
+                    "shard again with plain names."
+                )
             path = PurePosixPath(member.name)
             if path.is_absolute() or ".." in path.parts:
                 raise DataError(

@@ -35,7 +35,9 @@ from flatcal_dist.data import corruptions, imagenet
 from flatcal_dist.data.corruptions import Corrupted
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.index import Index, load_index
+from flatcal_dist.data.remote import Access
 from flatcal_dist.data.shards import expand
+from flatcal_dist.data.stream import class_names
 from flatcal_dist.data.tree import TreeIndex, class_folders, open_tree
 
 MASKED = ("imagenet_a", "imagenet_r")
@@ -200,7 +202,9 @@ def recognise(
 ) -> str:
     """The kind of the data at `path`; `named` decides where the data leave it open."""
     if not is_tree(path):
-        labels = np.unique(open_shards(path, classes).label)
+        index = open_shards(path, classes)
+        _check_recorded(index, classes)
+        labels = np.unique(index.label)
         return _kind_of_labels(path, labels, classes, named)
     root = Path(path).expanduser()
     folders = class_folders(root)
@@ -236,6 +240,24 @@ def _kind_of_folders(root: Path, folders: list[str], classes: int, named: str | 
 
 def _wnids(folders: list[str]) -> bool:
     return any(re.fullmatch(r"n\d{8}", name) for name in folders)
+
+
+def _check_recorded(index: Index, classes: int) -> None:
+    """The classes that labels count, where `flatcal shard` left a list, must be the network's."""
+    for plan, names in class_names([str(shard) for shard in index.shards], Access()).items():
+        if all(name.isascii() and name.isdigit() for name in names):
+            continue  # class numbers
+        if classes == imagenet.CLASSES and _wnids(names):
+            present = tuple(imagenet.numbers_of(names, Path(plan)).tolist())
+            if present in (tuple(range(classes)), *map(imagenet.subset, MASKED)):
+                continue
+        elif len(names) == classes:
+            continue
+        raise DataError(
+            f"{plan} lists {len(names)} classes ({names[0]}, ...), which the labels of these "
+            f"shards count, and the network has {classes} classes: expected the same ones. Shard "
+            "the complete data again."
+        )
 
 
 def _check_count(root: Path, folders: list[str], classes: int) -> None:

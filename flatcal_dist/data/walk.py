@@ -22,6 +22,7 @@ from flatcal_dist.data.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512  # of a tar: one header, and the unit of padding
+LARGEST_MEMBER = 256 << 20  # bytes; more is no image, and would have to fit into memory
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,13 @@ def _group(shard: Path, tar: tarfile.TarFile, samples: dict[str, _Sample], repor
     """Gather the samples of a tar by key, members grouped as webdataset does (at the first dot)."""
     current: _Sample | None = None
     for member in tar:
+        if not is_text(member.name):
+            text = (
+                f"{shard}: the name of member {member.name!a} is not UTF-8. Write the shard "
+                "again with plain names."
+            )
+            report(Problem("unsafe name", ascii(member.name), text))
+            continue
         path = PurePosixPath(member.name)
         if path.is_absolute() or ".." in path.parts:
             text = (
@@ -169,6 +177,14 @@ def _group(shard: Path, tar: tarfile.TarFile, samples: dict[str, _Sample], repor
             current.label = tar.extractfile(member).read(64).decode("ascii", "replace").strip()
 
 
+def is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # tarfile keeps bytes that are not UTF-8 as surrogates
+        return False
+    return True
+
+
 def _add_image(
     shard: Path, sample: _Sample, member: tarfile.TarInfo, tar: tarfile.TarFile, report: Report
 ) -> None:
@@ -184,6 +200,14 @@ def _add_image(
         sample.refused = True
         text = f"{shard}: image {member.name!r} is empty or sparse. Mend it."
         report(Problem("image empty", sample.key, text))
+    if member.size > LARGEST_MEMBER:
+        sample.refused = True
+        text = (
+            f"{shard}: image {member.name!r} has {member.size:,} bytes, more than "
+            f"{LARGEST_MEMBER:,}: it is none, or the tar is damaged. Write the shard again."
+        )
+        report(Problem("image too large", sample.key, text))
+        return
     sample.image = member
     tar.fileobj.seek(member.offset_data - BLOCK)
     sample.header = zlib.crc32(tar.fileobj.read(BLOCK))

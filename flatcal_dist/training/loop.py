@@ -63,6 +63,7 @@ def run(
             inputs.open_index(config.data, "validation", classes),
         )
     )
+    on_all_ranks(partial(inputs.check_classes, config.data))
     inputs.agree_on_decoder(config.data)
     on_all_ranks(lambda: inputs.batch_arithmetic(config, accelerator.num_processes, len(train)))
     step = build_step(config, accelerator)

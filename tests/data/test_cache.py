@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import tarfile
 import time
 from pathlib import Path
 
@@ -110,6 +111,25 @@ def test_recorded_checksums_are_checked_while_streaming(tmp_path, cache):
         assert len(list(_read_piece(stream, _Piece(0, 0, 6)))) == 6
         with pytest.raises(DataError, match=rf"s-0001.tar came twice .* expected {wrong}"):
             next(_read_piece(stream, _Piece(1, 0, 6)))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_flipped_bit_in_a_kept_shard_is_found(tmp_path, cache, recorded):
+    """Of its label, say; by the checksum from beside the shard, or else by that of the download."""
+    write_shards(make_samples(6), tmp_path, "s", split="train", samples_per_shard=6)
+    if not recorded:
+        (tmp_path / "s.sha256").unlink()
+    with serving(tmp_path) as web:
+        stream = open_stream(f"{web.url}/", "train", 7, QUICK, cache=cache)
+        assert len(list(_read_piece(stream, _Piece(0, 0, 6)))) == 6
+        kept = cache.path(stream.shards[0])
+        with tarfile.open(kept) as tar:
+            label = next(member for member in tar if member.name.endswith(".cls"))
+        with kept.open("r+b") as file:
+            file.seek(label.offset_data)
+            file.write(b"6")
+        with pytest.raises(DataError, match=rf"is damaged: .* Delete {kept}"):
+            list(_read_piece(stream, _Piece(0, 0, 6)))
 
 
 @pytest.mark.parametrize("damage", ["cut", "json", "no json"])

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tarfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from conftest import make_samples, png
 from flatcal_dist.data import DataError, Sample, index_shard, load_index, write_shards
 from flatcal_dist.data.errors import BadImage
 from flatcal_dist.data.index import COLUMNS, Index, _open, sidecar
+from flatcal_dist.data.tar_stream import read_samples
 from flatcal_dist.data.walk import ShardIndex
 
 SAMPLE = (("a.png", b"image a"), ("a.cls", b"1"))
@@ -39,17 +41,21 @@ def test_index_is_compact_and_pickles(index):
 
 
 def _own_memory(index, queue):
-    """Of the mapping that holds the columns: its size, and what only this process has of it."""
+    """Of the mappings that hold the columns: their size, and what only this process has of them.
+
+    The kernel may cut one block of memory into several mappings, or join it with its neighbours.
+    """
     total = sum(int(getattr(index, name).sum()) for name in COLUMNS)
-    address, found = index._memory.data_ptr(), {}
+    first_byte, found = index._memory.data_ptr(), Counter()
+    last_byte = first_byte + index._memory.numel() - 1
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()
         if "-" in first:
             start, end = (int(part, 16) for part in first.split("-"))
-            inside = start <= address < end
+            inside = start <= last_byte and first_byte < end
         elif inside and first in ("Size:", "Private_Dirty:", "Private_Clean:"):
-            found[first] = 1024 * int(rest[0])
-    queue.put((total, found))
+            found[first] += 1024 * int(rest[0])
+    queue.put((total, dict(found)))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -110,6 +116,23 @@ def test_strangers_tars(tar, form):
     assert [index.read(0), index.read(1)] == [b"image a", b"image n"]
     theirs = list(webdataset.WebDataset(str(shard), shardshuffle=False))
     assert index.keys() == [sample["__key__"] for sample in theirs] == ["./d/a", long]
+
+
+@pytest.mark.parametrize("kind", ["megabytes", "name"])
+def test_what_no_shard_should_hold_is_refused_in_words(tmp_path, kind):
+    """A member that would fill the memory, and a name that is no text."""
+    shard = tmp_path / "t.tar"
+    member = tarfile.TarInfo("a.png" if kind == "megabytes" else "\udcff.png")
+    member.size = (5 << 30) if kind == "megabytes" else 0
+    with shard.open("wb") as file:
+        file.write(member.tobuf(tarfile.GNU_FORMAT, errors="surrogateescape"))
+        file.seek(member.size, os.SEEK_CUR)  # a hole
+        file.write(bytes(1024))
+    message = {"megabytes": r"'a.png' has 5,368,709,120 bytes", "name": r"udcff.png' is not UTF-8"}
+    with pytest.raises(DataError, match=message[kind]):
+        index_shard(shard)
+    with shard.open("rb") as file, pytest.raises(DataError):
+        list(read_samples(file, "t.tar", 7))
 
 
 def test_gnu_tar_is_read(tmp_path):

@@ -14,12 +14,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from conftest import make_samples
 from photographs import AWKWARD, CLASSES, awkward_image, write_photographs
 from PIL import Image
 from timm.data import create_dataset
 
 from flatcal_dist.cli import main
-from flatcal_dist.data import DataError, expand, image_folder, load_index, prepare_shards, sharding
+from flatcal_dist.data import (
+    DataError,
+    expand,
+    image_folder,
+    load_index,
+    prepare_shards,
+    sharding,
+    write_shards,
+)
 from flatcal_dist.data.sharding import Encoding
 from flatcal_dist.data.sources import torchvision_set
 
@@ -280,6 +289,33 @@ def test_splits_of_other_classes_are_refused(tree, tmp_path):
     prepare_shards(image_folder(whole), out, "validation", shards=2)
     assert len(load_index(expand(out, "validation"))) == 5
     assert len(load_index(expand(out, "train"))) == 21
+
+
+def test_a_split_is_not_hidden_by_another_of_its_name(tree, tmp_path):
+    """`_info.json` has one list of shards a split: the first would be lost without a word."""
+    source = image_folder(tree)
+    first = prepare_shards(source, tmp_path / "a", "train", prefix="first", shards=2)
+    for what in ("plan", "list"):
+        with pytest.raises(DataError, match=r"already holds .*first"):
+            prepare_shards(source, tmp_path / "a", "train", prefix="second", shards=2)
+        (tmp_path / "a/first-train.plan.json").unlink(missing_ok=True)
+        assert expand(tmp_path / "a", "train") == first.shards, what
+    with pytest.raises(DataError, match="2 other shards of split 'train'"):
+        write_shards(make_samples(3), tmp_path / "a", "t", split="train", samples_per_shard=3)
+
+
+def test_prefixes_are_names(tree, tmp_path):
+    """Also such as mean something in a pattern; other options are refused under them as well."""
+    source = image_folder(tree)
+    for prefix in ("a/b", "../a", ".a", ""):
+        with pytest.raises(DataError, match="prefix begins the names of files"):
+            prepare_shards(source, tmp_path / "a", "train", prefix=prefix)
+    prepare_shards(source, tmp_path / "b", "train", prefix="[x]", shards=2)
+    other = Encoding(quality=50)
+    with pytest.raises(DataError, match="planned otherwise: quality"):
+        prepare_shards(source, tmp_path / "b", "train", prefix="[x]", shards=2, encoding=other)
+    with pytest.raises(DataError, match="0 or more, not -1"):
+        prepare_shards(source, tmp_path / "c", "train", seed=-1)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

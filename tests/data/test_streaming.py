@@ -103,6 +103,18 @@ def test_a_connection_that_stays_bad_ends_in_an_error(web, mode):
     assert web.url in str(error.value)
 
 
+def test_a_connection_that_crawls_counts_as_one_that_stalls(web):
+    """A byte now and then is never silence, and would keep a run for days."""
+    name = "e-train-0001.tar"
+    web.script[name] = ["trickle"]
+    crawling = Access(stall_timeout=0.3, retries=1, backoff=0.01)
+    assert read(web, name, crawling) == (web.directory / name).read_bytes()
+    assert web.count(name) == 2
+    web.always[name] = "trickle"
+    with pytest.raises(DataError, match=rf"{name}: gave up .* only \d+ bytes came in"):
+        read(web, name, crawling)
+
+
 @pytest.mark.parametrize("status", ["401", "403", "404", "410"])
 def test_what_is_not_there_is_not_asked_for_again(web, status):
     web.always["e-train-0001.tar"] = status
@@ -539,6 +551,25 @@ def test_a_line_that_fails_now_and_then_changes_nothing(web):
     bad = batches(stream, workers=2)
     assert all(torch.equal(a.images, b.images) for a, b in zip(calm, bad, strict=True))
     assert not any(web.script.values())
+
+
+@pytest.mark.parametrize("place", ["label", "image"])
+def test_a_flipped_bit_is_found_by_the_recorded_checksum(own_web, tmp_path, place):
+    """A label that became another, or pixels: nothing else could tell."""
+    shards = write_shards(make_samples(8), tmp_path, "f-train", split="train", samples_per_shard=4)
+    with tarfile.open(shards[1]) as tar:
+        suffix = {"label": ".cls", "image": ".png"}[place]
+        member = next(m for m in tar if m.name.endswith(suffix))
+    with shards[1].open("r+b") as file:
+        file.seek(member.offset_data + (40 if place == "image" else 0))
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    for pattern in (f"{own_web.url}/", str(tmp_path)):
+        with pytest.raises(DataError, match=r"f-train-0001.tar is damaged: its SHA-256 is"):
+            batches(open_stream(pattern, "train", 7, QUICK), global_batch_size=4)
+    (tmp_path / "f-train.sha256").unlink()
+    assert batches(open_stream(pattern, "train", 7, QUICK), global_batch_size=4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -316,6 +316,15 @@ def test_command(four, tmp_path, capsys):
         main(["index", directory, "--workers", "2"])
 
 
+@pytest.mark.parametrize("words", ["--decode -5", "--decode some", "--classes 0", "--workers 0"])
+def test_numbers_that_mean_nothing_are_refused(four, capsys, words):
+    """-5 images to decode would be none, and look like a check that passed."""
+    with pytest.raises(SystemExit) as ended:
+        main(["validate", str(four[0].parent), *words.split()])
+    assert ended.value.code == 2
+    assert "is not a number of" in capsys.readouterr().err
+
+
 def test_table_can_be_read(four):
     flip_an_image(four)
     result = validate_shards(four)

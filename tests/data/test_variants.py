@@ -51,6 +51,21 @@ def test_shards_made_of_v2_keep_the_numbers(trees, tmp_path):
     assert keys == {file.stem: int(file.parent.name) for file in (trees / "v2").glob("*/*")}
 
 
+def test_shards_whose_labels_count_other_classes_are_refused(trees, tmp_path):
+    """A class less, and all labels after it are those of other classes."""
+    tree = shutil.copytree(trees / "val", tmp_path / "tree")
+    whole = prepare_shards(image_folder(tree), tmp_path / "whole", "validation", shards=1).shards
+    assert find(str(tmp_path / "whole"), K)[0].kind == "imagenet"
+    shutil.rmtree(tree / WNIDS[500])
+    prepare_shards(image_folder(tree), tmp_path / "less", "validation", shards=1)
+    with pytest.raises(DataError, match=r"lists 999 classes \(n01440764, .* has 1000 classes"):
+        find(f"imagenet={tmp_path / 'less'}", K)
+    assert len(load_index(whole, K)) >= K
+    for kind in ("imagenet_a", "imagenet_r"):
+        prepare_shards(image_folder(trees / kind), tmp_path / kind, "validation", shards=1)
+        assert find(f"{kind}={tmp_path / kind}", K)[0].kind == kind
+
+
 @pytest.mark.parametrize("kind", ["imagenet_a", "imagenet_r"])
 def test_a_and_r_have_200_classes_of_the_network(trees, kind):
     (variant,) = find(str(trees / kind), K)
