@@ -116,7 +116,7 @@ def _score(path: Path, keep_best: str | None) -> float | None:
         return None
     try:
         value = load_progress(path).validation.get(keep_best)
-    except (OSError, ValueError, TypeError):
+    except CheckpointError:
         return None
     return None if value is None else BEST[keep_best] * value
 
@@ -157,7 +157,13 @@ def verify(path: Path) -> None:
 
 
 def load_progress(path: Path) -> Progress:
-    return Progress(**json.loads((path / "progress.json").read_text()))
+    try:
+        return Progress(**json.loads((path / "progress.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path / 'progress.json'} is not as this version writes it ({error}): go on with the "
+            "version that environment.json names, or begin another run"
+        ) from None
 
 
 def load_part(path: Path, rank: int) -> dict[str, Any]:

@@ -302,3 +302,11 @@ def test_an_export_is_what_timm_loads(tmp_path):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     with pytest.raises(CheckpointError, match=r"step_00000007 is not there; .* \[3, 4\]"):
         export(run, tmp_path / "none.safetensors", step=7)
+
+
+def test_a_checkpoint_of_another_version_is_named(tmp_path):
+    path = save(tmp_path, 2)
+    file = path / "progress.json"
+    file.write_text(file.read_text().replace('"step"', '"steps"'))
+    with pytest.raises(CheckpointError, match=r"progress\.json is not as this version writes it"):
+        checkpoint.load_progress(path)
