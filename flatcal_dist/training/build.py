@@ -63,7 +63,8 @@ def build_engine(config: Config, network: nn.Module, accelerator: Accelerator) -
             arrange_buckets(prepared, (config.data.channels, size, size), accelerator.device)
         return ReplicatedEngine(prepared, build_optimizer(config.optimizer, network), dtype)
     if name == "fsdp2":
-        from flatcal_dist.sharpness.fsdp2 import ShardedEngine, shard
+        from flatcal_dist.sharpness.fsdp2 import ShardedEngine
+        from flatcal_dist.sharpness.fsdp2_start import shard
 
         world_size = accelerator.num_processes
         ranks = ranks_of(config.sharpness.scope, world_size)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.sharpness import ReplicatedEngine, zero_start
-from flatcal_dist.sharpness.fsdp2 import ShardedEngine, shard
+from flatcal_dist.sharpness.fsdp2 import ShardedEngine
+from flatcal_dist.sharpness.fsdp2_start import shard
 from flatcal_dist.sharpness.zero import ZeroEngine, start_zero
 from tests.ranks import on_ranks
 from tests.sharpness.reference import LeavesOutABlock, make_network, make_optimizer

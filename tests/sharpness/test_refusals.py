@@ -20,7 +20,8 @@ from flatcal_dist.sharpness import (
     SharpnessAwareStep,
     StepError,
 )
-from flatcal_dist.sharpness.fsdp2 import ShardedEngine, shard
+from flatcal_dist.sharpness.fsdp2 import ShardedEngine
+from flatcal_dist.sharpness.fsdp2_start import shard
 from tests.ranks import on_ranks
 from tests.sharpness.engines import CPU, ENGINES, make_engine
 from tests.sharpness.reference import (
