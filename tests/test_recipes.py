@@ -293,10 +293,12 @@ def test_image_folder_to_network_with_the_command(tmp_path):
         f"data.validation={shards}",
         "data.global_batch_size=16",
         "data.micro_batch_size=4",
-        "data.workers=1",
+        "data.workers=0",
         "optimizer.learning_rate=0.01",
         "sharpness.rule=csam",
         "train.max_steps=4",
+        "train.validate_every_epochs=null",
+        "evaluate.at_end=false",
         "wandb.mode=disabled",
         *options,
     )
