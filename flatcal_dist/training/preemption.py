@@ -4,7 +4,6 @@ SIGINT, SIGTERM, SIGUSR1, SIGUSR2; a file STOP in the run directory; a deadline.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import time
@@ -15,7 +14,6 @@ from flatcal_dist.config import TrainConfig
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 LOOK_EVERY = 1.0  # seconds between two looks for the file STOP: a shared file system is slow
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class StopRequest:
@@ -84,11 +82,3 @@ def deadline(config: TrainConfig, started: float) -> float | None:
     if end := os.environ.get("SLURM_JOB_END_TIME"):
         ends.append(float(end) - 60 * config.stop_margin_minutes)
     return min(ends, default=None)
-
-
-def end_with_the_launcher() -> None:
-    """Be told by SIGTERM when the process that launched this rank ends. Linux only."""
-    if "RANK" not in os.environ:
-        return  # from a shell, which may well go away
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
