@@ -4,13 +4,12 @@ A run has a log for each of its starts, which `wandb sync` sends in their order 
 What no log holds, because W&B was killed or failed, is first written from metrics.jsonl.
 """
 
-import fcntl
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.training.sink import WandbSink
 from flatcal_dist.training.wandb_files import segments
 from flatcal_dist.training.wandb_process import lines_sent
@@ -26,8 +25,8 @@ def sync(directories: Sequence[Path], dry_run: bool = False, minutes: float = 30
     for directory in directories:
         if not (directory / "config.yaml").exists():
             raise ValueError(f"{directory} is no run directory: it has no config.yaml")
-        if _in_use(directory):
-            raise ValueError(f"{directory} is in use by a job; sync it when that has ended")
+        if holder := RunDirectory(directory).in_use():
+            raise ValueError(f"{directory} is in use ({holder}); sync it when that has ended")
     failed = []
     for directory in directories:
         missing = lines_wanted(directory) - lines_sent(directory)
@@ -76,16 +75,5 @@ def complete(directory: Path) -> None:
 
 
 def _phase(directory: Path) -> str | None:
-    state = directory / "state.json"
-    return json.loads(state.read_text())["phase"] if state.exists() else None
-
-
-def _in_use(directory: Path) -> bool:
-    try:
-        with (directory / ".lock").open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock, or a file system without locks
-        return False
-    return False
+    state = RunDirectory(directory).state()
+    return None if state is None else state.phase

@@ -45,12 +45,18 @@ class StopRequest:
         if self.reason is None and self.stop_file is not None and now - self.looked >= LOOK_EVERY:
             self.looked = now
             if self.stop_file.exists():
-                self.reason = f"the file {self.stop_file}"
+                self.reason = self._by_file()
         return self.reason is not None
 
+    def _by_file(self) -> str:
+        return f"the file {self.stop_file}"
+
     def heeded(self) -> None:
-        """The run has stopped: a file that asked for it has had its way, and goes."""
-        if self.stop_file is not None:
+        """The run has stopped: a file that asked for it has had its way, and goes.
+
+        Where a signal was first the file stays, for the next start: a job may requeue itself.
+        """
+        if self.stop_file is not None and self.reason == self._by_file():
             with contextlib.suppress(OSError):
                 self.stop_file.unlink(missing_ok=True)
 
@@ -66,8 +72,18 @@ class StopRequest:
 
 def interrupt_on_signals() -> None:
     """Outside the steps each of the signals ends the process as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
     for number in SIGNALS:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, interrupt)
+
+
+def ignore_signals() -> None:
+    """For a process that is ending because of one: others mean the same."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def deadline(config: TrainConfig, started: float) -> float | None:

@@ -6,6 +6,7 @@ step again, the last record of the step counts.
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ class Tracker:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         self._watch_wandb()
+
+    def sync(self) -> None:
+        """Make what was logged durable: it outlives the machine."""
+        if self.active:
+            os.fsync(self.file.fileno())
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""

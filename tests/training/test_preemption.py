@@ -42,6 +42,16 @@ def test_a_stop_file_has_its_way_once(tmp_path):
     assert not (tmp_path / "STOP").exists()
 
 
+def test_a_stop_file_that_a_signal_preceded_is_for_the_next_start(tmp_path):
+    """The job may requeue itself for the signal; the file is to end it for good."""
+    with StopRequest(tmp_path / "STOP") as request:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        (tmp_path / "STOP").touch()
+        assert request.asked
+        request.heeded()
+    assert (tmp_path / "STOP").exists()
+
+
 def test_the_deadline_is_the_earlier_one(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
     assert deadline(TrainConfig(), 1000.0) is None
