@@ -202,7 +202,9 @@ class Trainer:
                 self.watchdog.beat()
                 if self.skipped_in_a_row == MAX_SKIPPED:
                     self._set_random_state(self.done - 1)
-                    explain_divergence(self.step, take, len(micro_batches), self.done, MAX_SKIPPED)
+                    explain_divergence(
+                        self.step, take, len(micro_batches), self.done, MAX_SKIPPED, self.saved
+                    )
                 if result.stop and self.done < self.total_steps:
                     self._stop(request)
                     return "preempted"

@@ -159,6 +159,8 @@ def test_a_run_that_diverged_says_where(data, tmp_path):
     cause = run.state()["cause"]
     assert "no finite gradient in 50 steps in a row" in cause, job.output()
     assert re.search(r"is the output of \S+ \(\w+\), in the first pass, on rank 0", cause), cause
+    assert "There is no checkpoint yet" in cause
+    assert not run.saved()
 
 
 def stop_after_six(rank):
