@@ -11,8 +11,8 @@ from pathlib import Path
 
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.training.sink import WandbSink
-from flatcal_dist.training.wandb_files import segments
-from flatcal_dist.training.wandb_process import lines_sent
+from flatcal_dist.training.wandb_files import history, segments
+from flatcal_dist.training.wandb_process import Lines, lines_sent
 
 SECONDS = 600.0  # that writing a log may take
 
@@ -29,6 +29,13 @@ def sync(directories: Sequence[Path], dry_run: bool = False, minutes: float = 30
             raise ValueError(f"{directory} is in use ({holder}); sync it when that has ended")
     failed = []
     for directory in directories:
+        if lost := lines_lost(directory):
+            print(
+                f"{directory}: {lost} records before the last one sent stand in no log that can be "
+                f"read. If W&B lacks them, move {directory / 'wandb'} aside and sync again: all is "
+                "then written anew from metrics.jsonl",
+                file=sys.stderr,
+            )
         missing = lines_wanted(directory) - lines_sent(directory)
         if dry_run:
             logs = "".join(f"\n  {file}" for file in segments(directory))
@@ -64,6 +71,16 @@ def lines_wanted(directory: Path) -> int:
     return lines + (
         _phase(directory) == "finished" and (directory / "report/metrics.json").exists()
     )
+
+
+def lines_lost(directory: Path) -> int:
+    """How many records should stand in the logs there are and do not: one is damaged, or removed.
+
+    They cannot be added: W&B takes no row that lies before its last one.
+    """
+    held = {row.get("_step", -1) for log in segments(directory) for row in history(log)}
+    lines = Lines(directory / "metrics.jsonl").new()
+    return sum(number not in held for number, _ in lines if number < max(held, default=-1))
 
 
 def complete(directory: Path) -> None:
