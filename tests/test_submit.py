@@ -209,12 +209,30 @@ def test_what_cannot_be_submitted(submit, tmp_path, monkeypatch):
     refused("run.world_size=3, but 1 nodes with 8 ranks are 8", "run.world_size=3")
     refused("SLURM takes no blanks", f"run.dir={tmp_path}/a b")
     refused("did you mean sharpness.rho", "sharpness.roh=1")
+    refused("--time 5 is no more than the 300 s", "--time", "5")
     finished = tmp_path / "finished"
     finished.mkdir()
     (finished / "state.json").write_text('{"phase": "finished"}')
     refused("is finished already", f"run.dir={finished}")
     monkeypatch.setenv("PATH", "/nowhere")
     refused("submit from a login node", f"run.dir={tmp_path}/run")
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("30", 1800),
+        ("1:30", 90),
+        ("24:00:00", 86400),
+        ("2-1", 176400),
+        ("1-2:3", 93780),
+        ("1-0:0:1", 86401),
+        ("UNLIMITED", None),
+        ("", None),
+    ],
+)
+def test_times_as_sbatch_reads_them(time, seconds):
+    assert launcher._seconds(time) == seconds
 
 
 def test_status_of_a_running_job(commands, tmp_path):
