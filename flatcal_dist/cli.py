@@ -171,6 +171,8 @@ def status(arguments: argparse.Namespace) -> None:
         print(json.dumps([asdict(one) for one in found], indent=1))
     else:
         states.print_status(found, Console())
+    if any(one.phase == "unreadable" for one in found):
+        sys.exit(1)
 
 
 def export(arguments: argparse.Namespace) -> None:

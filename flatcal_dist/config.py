@@ -197,7 +197,8 @@ class TrainConfig(Section):
     checkpoint_every_steps: int | None = Field(None, ge=1, description="within epochs, too")
     keep_checkpoints: int = Field(2, ge=1, description="the newest so many")
     keep_best: Literal["accuracy", "nll"] | None = Field(
-        None, description="keep the checkpoint of the best validation as well"
+        None,
+        description="keep the checkpoint of the best validation as well; each is then saved",
     )
     average: Literal["none", "ema"] = Field(
         "none", description="ema: of the weights; it is what is validated, reported and exported"

@@ -21,6 +21,7 @@ from accelerate.utils import (
 )
 
 from flatcal_dist.run_directory import RunDirectory
+from flatcal_dist.training.preemption import ignore_signals
 
 T = TypeVar("T")
 
@@ -158,7 +159,7 @@ def meant_for_people(error: BaseException) -> bool:
 def describe(error: BaseException) -> str:
     """The message of an error meant for people as it is; any other with the name of its type."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command goes on"
+        return f"interrupted by {error}; the same command goes on"
     text = str(error) if meant_for_people(error) else f"{type(error).__name__}: {error}"
     if any(sign in text for sign in LOST):
         text += (
@@ -184,7 +185,12 @@ def ending_together(
         accelerator.end_training()
     except (Exception, KeyboardInterrupt) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
-        if not (meant_for_people(error) or interrupted):
+        if interrupted:
+            ignore_signals()
+            if directory and directory.entered:
+                with suppress(OSError, RuntimeError):
+                    directory.interrupt(str(error))
+        elif not meant_for_people(error):
             traceback.print_exc()
         end(
             describe(error),
@@ -213,7 +219,8 @@ def end(
     if not agreed:
         print(f"error on rank {rank}: {cause}", file=sys.stderr)
         if first != cause and not first.endswith(cause):
-            print(f"the first error was on {first}", file=sys.stderr)
+            was = "the first error was on" if first.startswith("rank ") else "the run was ended by"
+            print(f"{was} {first}", file=sys.stderr)
     elif rank == 0:
         print(f"error: {cause}", file=sys.stderr)
     tell_launcher(first)

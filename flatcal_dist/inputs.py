@@ -1,7 +1,7 @@
 """From the configuration's data section to indexes and loaders, for training and evaluation."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -155,11 +155,16 @@ def _cache(data: DataConfig, key: str) -> ShardCache:
     return ShardCache(Path(data.cache).expanduser(), access(data), limit)
 
 
-def download(data: DataConfig, accelerator: Accelerator, *splits: str) -> None:
+def download(
+    data: DataConfig,
+    accelerator: Accelerator,
+    *splits: str,
+    alive: Callable[[], None] = lambda: None,
+) -> None:
     """Bring shards from URLs that will be read in any order into the cache, and index them.
 
     All ranks take part, each beginning with its own share; in rounds, so that none waits in a
-    collective for as long as a download takes. Raises FailedTogether.
+    collective for as long as a download takes. `alive` is called after each. Raises FailedTogether.
     """
     todo = on_all_ranks(lambda: _to_download(data, splits))
     first = len(todo) * accelerator.process_index // accelerator.num_processes
@@ -177,6 +182,7 @@ def download(data: DataConfig, accelerator: Accelerator, *splits: str) -> None:
 
     while left := max(gather_object([on_all_ranks(some)])):
         accelerator.print(f"downloading: {left:,} shards to go")
+        alive()
 
 
 def _to_download(

@@ -9,14 +9,19 @@ import fcntl
 import json
 import os
 import socket
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from flatcal_dist import config as configuration
 from flatcal_dist.config import Config
 from flatcal_dist.files import write_json, write_text
 
-SUBMITTED = ("code", "slurm")  # what launch/submit.py writes into a run directory
+# What may lie in a run directory before the first start: launch/submit.py's, a request to stop, and
+# what a start that was killed, or had no room, left.
+BEFORE = ("code", "slurm", "STOP", ".lock", "checkpoints")
+LOCK_PATIENCE = 5.0  # seconds; a job that was just killed may take as long to be gone
 
 
 class RunError(RuntimeError):
@@ -50,6 +55,7 @@ class RunDirectory:
         self.wandb_id_file = self.path / "wandb_id"
         self.stop_file = self.path / "STOP"
         self.entered = False  # whether this start may write here
+        self.lock: TextIO | None = None
 
     def check(self, config: Config) -> None:
         """Whether this configuration may run here. Reads only. Raises RunError."""
@@ -58,7 +64,8 @@ class RunDirectory:
         if not self.path.is_dir():
             raise RunError(f"run.dir={self.path} is a file; name a directory")
         if not self.config_file.exists():
-            if any(entry.name not in SUBMITTED for entry in self.path.iterdir()):
+            begun = any(self.checkpoints.glob("*"))
+            if begun or any(not _before(entry.name) for entry in self.path.iterdir()):
                 raise RunError(
                     f"run.dir={self.path} holds files but no config.yaml, so it is not a run "
                     "directory; name a new or an empty one"
@@ -95,15 +102,23 @@ class RunDirectory:
     def environment(self) -> dict:
         """What the last start recorded; empty before the first."""
         file = self.path / "environment.json"
-        return json.loads(file.read_text()) if file.exists() else {}
+        try:
+            return json.loads(file.read_text()) if file.exists() else {}
+        except ValueError as error:
+            raise RunError(f"{file} cannot be read ({error}); delete it to go on") from None
 
-    def open(self, config: Config, environment: dict) -> State:
-        """Enter the run (one rank does): lock it, write what describes it, count the start.
+    def claim(self) -> None:
+        """Have the directory to oneself from here on. Raises RunError while another job is in it.
 
-        Raises RunError while another job is in it.
+        Before anything in it is looked at: another job may be about to change it.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        if self.lock is None or self.lock.closed:
+            self._lock()
+
+    def open(self, config: Config, environment: dict) -> State:
+        """Enter the run (one rank does): claim it, write what describes it, count the start."""
+        self.claim()
         state = self.state()
         state = State() if state is None else state
         if self.config_file.exists():
@@ -117,20 +132,40 @@ class RunDirectory:
     def _lock(self) -> None:
         """Hold the directory until this process ends, however it ends."""
         self.lock = (self.path / ".lock").open("a+")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.lock.seek(0)
-            raise RunError(
-                f"run.dir={self.path} is in use by another job ({self.lock.read().strip()}); "
-                "wait for it or end it, or name another run.dir"
-            ) from None
-        except OSError as error:  # a file system without locks
-            print(f"{self.path} cannot be locked ({error}): start one job in it only")
-            return
+        until = time.monotonic() + LOCK_PATIENCE
+        while True:
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < until:
+                    time.sleep(0.1)
+                    continue
+                self.lock.seek(0)
+                holder = self.lock.read().strip()
+                self.lock.close()
+                raise RunError(
+                    f"run.dir={self.path} is in use by another job ({holder}); "
+                    "wait for it or end it, or name another run.dir"
+                ) from None
+            except OSError as error:  # a file system without locks
+                print(f"{self.path} cannot be locked ({error}): start one job in it only")
+                return
         self.lock.truncate(0)
         self.lock.write(f"host {socket.gethostname()}, process {os.getpid()}")
         self.lock.flush()
+
+    def in_use(self) -> str | None:
+        """Who holds the directory; None where nobody does, or that cannot be told."""
+        try:
+            with (self.path / ".lock").open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return file.read().strip() or "a job that is starting"
+        except OSError:  # no lock, or a file system without locks
+            pass
+        return None
 
     def state(self) -> State | None:
         """The recorded state, or None before the first start. Raises RunError if unreadable."""
@@ -161,13 +196,28 @@ class RunDirectory:
                 "with it back in its place the same command goes on from its newest checkpoint"
             )
 
+    def has_ended(self) -> bool:
+        """Whether a rank has recorded that this start of the run is over."""
+        state = self.state()
+        return state is not None and state.phase != "running"
+
     def fail(self, cause: str, rank: int) -> str:
         """Record a failure; the first rank to do so keeps its word. Returns the first cause."""
+        return self._end("failed", cause, f"rank {rank}: {cause}")
+
+    def interrupt(self, cause: str) -> str:
+        """Record that the run was asked to stop, by any rank; unless it has ended before."""
+        return self._end("preempted", cause, cause)
+
+    def _end(self, phase: str, cause: str, recorded: str) -> str:
         state = self.state()
         if state is None:
-            return cause
-        if state.phase == "failed":
-            return state.cause or cause
-        state.phase, state.cause = "failed", f"rank {rank}: {cause}"
-        self.write(state)
-        return state.cause
+            return recorded
+        if state.phase == "running":  # else this start of the run has ended for another cause
+            state.phase, state.cause = phase, recorded
+            self.write(state)
+        return state.cause or cause
+
+
+def _before(name: str) -> bool:
+    return name in BEFORE or (name.startswith(".config.") and name.endswith(".yaml"))

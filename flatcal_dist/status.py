@@ -1,7 +1,7 @@
 """What runs are doing: `flatcal status RUN ...`, from what they write and from SLURM's queue."""
 
-import json
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flatcal_dist import config as configuration
+from flatcal_dist.config import ConfigError
 from flatcal_dist.run_directory import RunDirectory, RunError
 from flatcal_dist.training.tracking import read_metrics
 
@@ -21,6 +22,8 @@ from flatcal_dist.training.tracking import read_metrics
 class Status:
     """One run. `job`: its number in SLURM; `queue`: what SLURM says of it (None: not queued).
 
+    `phase`: the run's, or: submitted, not begun; dead, if it was killed and could not say so;
+    unreadable, for a directory that is no run's or is damaged (`cause` tells).
     `seconds_left` is what is left at the speed of the run so far, pauses between steps included;
     `quiet_seconds` since it last wrote. `val` holds the last value of each val/ metric.
     """
@@ -41,9 +44,17 @@ class Status:
 
 
 def status(runs: Sequence[Path]) -> list[Status]:
-    """The status of each run, also of one that is submitted and has not begun. Raises RunError."""
+    """The status of each run, also of one that is submitted and has not begun."""
     queue = _queue()
-    return [_status(RunDirectory(run), queue) for run in runs]
+    return [_readable(RunDirectory(run), queue) for run in runs]
+
+
+def _readable(directory: RunDirectory, queue: dict[str, tuple[str, str]]) -> Status:
+    """One that cannot be read does not hide the others."""
+    try:
+        return _status(directory, queue)
+    except (RunError, ConfigError, OSError) as error:
+        return Status(str(directory.path), "unreadable", cause=str(error))
 
 
 def _status(directory: RunDirectory, queue: dict[str, tuple[str, str]]) -> Status:
@@ -64,14 +75,15 @@ def _status(directory: RunDirectory, queue: dict[str, tuple[str, str]]) -> Statu
     total, left = _total_steps(directory, last), None
     if state.phase in ("running", "preempted") and total and state.step and state.seconds:
         left = state.seconds / state.step * (total - state.step)
-    environment = json.loads((path / "environment.json").read_text())
+    environment = directory.environment()
+    slurm = environment.get("slurm", {})
     return Status(
         str(path),
-        state.phase,
+        "dead" if state.phase == "running" and _is_dead(directory, queued) else state.phase,
         state.step,
         total,
         state.restarts,
-        nodes or environment["slurm"].get("SLURM_JOB_NODELIST", environment["host"]),
+        nodes or slurm.get("SLURM_JOB_NODELIST", environment.get("host", "")),
         job,
         queued,
         left,
@@ -82,13 +94,20 @@ def _status(directory: RunDirectory, queue: dict[str, tuple[str, str]]) -> Statu
     )
 
 
+def _is_dead(directory: RunDirectory, queued: str | None) -> bool:
+    """Whether nobody holds the directory, and that can be told: locks may not reach other hosts."""
+    lock = directory.path / ".lock"
+    here = lock.exists() and lock.read_text().startswith(f"host {socket.gethostname()},")
+    return queued is None and here and directory.in_use() is None
+
+
 def _total_steps(directory: RunDirectory, last: dict[str, float]) -> int | None:
     """Of the whole run; steps of an epoch follow from the last record, which knows both."""
     train = configuration.load(directory.config_file).train
     if train.max_steps:
         return train.max_steps
-    epoch = last.get("epoch")
-    return round(train.epochs * last["step"] / epoch) if epoch else None
+    epoch, step = last.get("epoch"), last.get("step")
+    return round(train.epochs * step / epoch) if epoch and step else None
 
 
 def _queue() -> dict[str, tuple[str, str]]:

@@ -27,6 +27,8 @@ from pydantic import Field, ValidationError
 from flatcal_dist import config as configuration
 from flatcal_dist.config import Config, ConfigError, Section, fingerprint
 
+FROM_SWEEP = ("run.dir", "wandb.name")  # each run has its own
+
 
 class Sweep(Section):
     name: str = Field(pattern=r"^[\w.+-]+$", description="also the W&B group of its runs")
@@ -82,9 +84,16 @@ def load_sweep(path: str | Path) -> Sweep:
 def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[Element]:
     """Every run of the sweep, in the order of the grid, numbered from 0.
 
-    `overrides` of all runs win over the file's. Raises ConfigError for a run whose configuration
-    cannot be used, and for two that would be the same.
+    `overrides` of all runs win over the file's `set`. Raises ConfigError for a run whose
+    configuration cannot be used, for two that would be the same, and for an override of what
+    belongs to each run.
     """
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in FROM_SWEEP:
+            raise ConfigError(f"{override}: {key} follows from the sweep (`directory`, `grid`)")
+        if key in sweep.grid:
+            raise ConfigError(f"{override}: {key} is turned by the grid; change it in the file")
     common = [_override(key, value) for key, value in sweep.set.items()] + list(overrides)
     found: list[Element] = []
     for values in itertools.product(*sweep.grid.values()):
@@ -111,7 +120,7 @@ def _check(sweep: Sweep, path: Path) -> None:
     for key, values in sweep.grid.items():
         if not values:
             raise ConfigError(f"{path}: grid.{key} lists no value")
-    for key in ("run.dir", "wandb.name"):
+    for key in FROM_SWEEP:
         if key in sweep.grid or key in sweep.set:
             raise ConfigError(f"{path}: {key} follows from the sweep (`directory`, `grid`)")
     if both := sorted(sweep.grid.keys() & sweep.set.keys()):

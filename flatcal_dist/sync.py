@@ -4,16 +4,15 @@ A run has a log for each of its starts, which `wandb sync` sends in their order 
 What no log holds, because W&B was killed or failed, is first written from metrics.jsonl.
 """
 
-import fcntl
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.training.sink import WandbSink
-from flatcal_dist.training.wandb_files import segments
-from flatcal_dist.training.wandb_process import lines_sent
+from flatcal_dist.training.wandb_files import history, segments
+from flatcal_dist.training.wandb_process import Lines, lines_sent
 
 SECONDS = 600.0  # that writing a log may take
 
@@ -26,10 +25,17 @@ def sync(directories: Sequence[Path], dry_run: bool = False, minutes: float = 30
     for directory in directories:
         if not (directory / "config.yaml").exists():
             raise ValueError(f"{directory} is no run directory: it has no config.yaml")
-        if _in_use(directory):
-            raise ValueError(f"{directory} is in use by a job; sync it when that has ended")
+        if holder := RunDirectory(directory).in_use():
+            raise ValueError(f"{directory} is in use ({holder}); sync it when that has ended")
     failed = []
     for directory in directories:
+        if lost := lines_lost(directory):
+            print(
+                f"{directory}: {lost} records before the last one sent stand in no log that can be "
+                f"read. If W&B lacks them, move {directory / 'wandb'} aside and sync again: all is "
+                "then written anew from metrics.jsonl",
+                file=sys.stderr,
+            )
         missing = lines_wanted(directory) - lines_sent(directory)
         if dry_run:
             logs = "".join(f"\n  {file}" for file in segments(directory))
@@ -67,6 +73,16 @@ def lines_wanted(directory: Path) -> int:
     )
 
 
+def lines_lost(directory: Path) -> int:
+    """How many records should stand in the logs there are and do not: one is damaged, or removed.
+
+    They cannot be added: W&B takes no row that lies before its last one.
+    """
+    held = {row.get("_step", -1) for log in segments(directory) for row in history(log)}
+    lines = Lines(directory / "metrics.jsonl").new()
+    return sum(number not in held for number, _ in lines if number < max(held, default=-1))
+
+
 def complete(directory: Path) -> None:
     """Write an offline log of the records that no log holds. Raises RuntimeError."""
     code = 0 if _phase(directory) == "finished" else 1
@@ -76,16 +92,5 @@ def complete(directory: Path) -> None:
 
 
 def _phase(directory: Path) -> str | None:
-    state = directory / "state.json"
-    return json.loads(state.read_text())["phase"] if state.exists() else None
-
-
-def _in_use(directory: Path) -> bool:
-    try:
-        with (directory / ".lock").open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock, or a file system without locks
-        return False
-    return False
+    state = RunDirectory(directory).state()
+    return None if state is None else state.phase

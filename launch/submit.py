@@ -61,6 +61,7 @@ class Job:
 def main() -> None:
     arguments = _parser().parse_intermixed_args()
     try:
+        _refuse_short(arguments)
         job = _sweep(arguments) if arguments.sweep else _run(arguments)
         scripts = render(job, arguments)
         if arguments.dry_run:
@@ -103,6 +104,28 @@ def _sweep(arguments: argparse.Namespace) -> Job:
         raise SubmitError(f"all {len(found)} runs of {directory} are finished")
     base, runs = configuration.load(sweep.base), [element.run for element in found]
     return Job(sweep.name, directory, base, runs, missing)
+
+
+def _refuse_short(arguments: argparse.Namespace) -> None:
+    """A job that is told to stop as it starts would requeue itself again and again."""
+    limit = _seconds(arguments.time)
+    if limit and limit <= arguments.signal_seconds:  # none and 0 are no limit
+        raise SubmitError(
+            f"--time {arguments.time} is no more than the {arguments.signal_seconds} s before its "
+            "end in which the run is to stop (--signal-seconds): ask for more, or for fewer"
+        )
+
+
+def _seconds(time: str) -> int | None:
+    """Of sbatch's --time: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; None for what has no number."""
+    days, _, rest = time.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdecimal() for part in [days or "0", *parts]) or len(parts) > 3:
+        return None  # UNLIMITED, or sbatch's to refuse
+    numbers = [*map(int, parts), 0, 0]
+    if days or len(parts) == 3:
+        return int(days or 0) * 86400 + numbers[0] * 3600 + numbers[1] * 60 + numbers[2]
+    return numbers[0] * 60 + numbers[1]
 
 
 def _finished(run: Path) -> bool:
@@ -268,7 +291,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--time", default="24:00:00", help="limit of one stretch")
     add("--signal-seconds", type=_positive, default=300, metavar="S",
         help="before the limit, to stop in; SLURM may ask a minute earlier")  # fmt: skip
-    add("--max-restarts", type=int, default=20, metavar="N")
+    add("--max-restarts", type=_not_negative, default=20, metavar="N")
     add("--parallel", type=_positive, metavar="N", help="elements of a sweep that run at once")
     add("--evaluate", nargs="?", const="", metavar="OPTIONS",
         help="then flatcal evaluate, in a job of its own; its options in quotes")  # fmt: skip
@@ -281,6 +304,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print the scripts, change nothing")
     add("overrides", nargs="*", metavar="key.sub=value")
     return parser
+
+
+def _not_negative(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
 
 
 def _positive(text: str) -> int:

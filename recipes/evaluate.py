@@ -7,6 +7,11 @@
 The same as `flatcal evaluate`, which runs on one process.
 """
 
+from flatcal_dist.launcher import end_with_the_launcher
+
+end_with_the_launcher()  # before the imports that take seconds
+
+# ruff: noqa: E402
 import argparse
 
 from flatcal_dist.cli import evaluate_arguments, run_command

@@ -6,13 +6,15 @@ A real cluster is in tests/slurm.
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from flatcal_dist.run_directory import RunError
+from flatcal_dist.config import Config
+from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.status import status
 from tests.launching import ROOT
 
@@ -207,12 +209,30 @@ def test_what_cannot_be_submitted(submit, tmp_path, monkeypatch):
     refused("run.world_size=3, but 1 nodes with 8 ranks are 8", "run.world_size=3")
     refused("SLURM takes no blanks", f"run.dir={tmp_path}/a b")
     refused("did you mean sharpness.rho", "sharpness.roh=1")
+    refused("--time 5 is no more than the 300 s", "--time", "5")
     finished = tmp_path / "finished"
     finished.mkdir()
     (finished / "state.json").write_text('{"phase": "finished"}')
     refused("is finished already", f"run.dir={finished}")
     monkeypatch.setenv("PATH", "/nowhere")
     refused("submit from a login node", f"run.dir={tmp_path}/run")
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("30", 1800),
+        ("1:30", 90),
+        ("24:00:00", 86400),
+        ("2-1", 176400),
+        ("1-2:3", 93780),
+        ("1-0:0:1", 86401),
+        ("UNLIMITED", None),
+        ("", None),
+    ],
+)
+def test_times_as_sbatch_reads_them(time, seconds):
+    assert launcher._seconds(time) == seconds
 
 
 def test_status_of_a_running_job(commands, tmp_path):
@@ -231,5 +251,24 @@ def test_status_of_a_running_job(commands, tmp_path):
     assert (one.phase, one.step, one.total_steps, one.restarts) == ("running", 30, 120, 3)
     assert one.seconds_left == pytest.approx(180.0)  # 90 steps at two seconds
     assert (one.where, one.queue, one.loss, one.val) == ("n[1-2]", "running", 0.7, {"val/nll": 0.5})
-    with pytest.raises(RunError, match="not a run directory"):
-        status([tmp_path])
+    (run / "environment.json").unlink()
+    (run / "metrics.jsonl").write_bytes(
+        b'{"epoch": 1}\n[1]\n\x00\xff\n{"step": 30, "epoch": 2.5}\n{"st'
+    )
+    shutil.copytree(run, tmp_path / "other")
+    (tmp_path / "other/config.yaml").unlink()
+    odd, stranger, again = status([tmp_path / "other", tmp_path, run])  # others are shown still
+    assert (odd.phase, stranger.phase) == ("unreadable", "unreadable")
+    assert "config.yaml" in odd.cause
+    assert "not a run directory" in stranger.cause
+    assert (again.phase, again.total_steps, again.where) == ("running", 120, "n[1-2]")
+
+
+def test_a_run_that_was_killed_is_not_shown_as_running(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.open(Config(), {"host": "h"})
+    assert status([directory.path])[0].phase == "running"
+    directory.lock.close()  # what the system does when the process is gone
+    assert status([directory.path])[0].phase == "dead"
+    (directory.path / ".lock").write_text("host of.another.machine, process 7")
+    assert status([directory.path])[0].phase == "running", "locks may not reach that far"

@@ -93,3 +93,16 @@ def test_what_cannot_be_swept_is_refused_with_its_key(sweep_file, text, message)
     with pytest.raises(ConfigError) as error:
         elements(load_sweep(sweep_file(text)))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.dir=/elsewhere", "run.dir follows from the sweep"),  # of all runs at once
+        ("wandb.name=one", "wandb.name follows from the sweep"),
+        ("run.seed=5", "run.seed is turned by the grid"),
+    ],
+)
+def test_an_override_of_what_is_each_runs_own_is_refused(sweep_file, override, message):
+    with pytest.raises(ConfigError, match=message):
+        elements(load_sweep(sweep_file("grid: {run.seed: [1, 2]}")), [override])

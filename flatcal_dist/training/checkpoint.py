@@ -11,6 +11,7 @@ Nothing is unpickled but tensors and plain containers. (torch.distributed.checkp
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -101,7 +102,7 @@ def publish(
 
 
 def _drop_old(directory: Path, step: int, keep: int, keep_best: str | None) -> None:
-    paths = [p for p in sorted(directory.glob("step_*")) if _number(p) <= step]
+    paths = [path for number, path in found(directory).items() if number <= step]
     scores = {p: score for p in paths if (score := _score(p, keep_best)) is not None}
     best = max(scores, key=scores.get, default=None)
     for path in paths[:-keep]:
@@ -121,10 +122,16 @@ def _score(path: Path, keep_best: str | None) -> float | None:
     return None if value is None else BEST[keep_best] * value
 
 
+def found(directory: Path) -> dict[int, Path]:
+    """What is called a checkpoint by its step, oldest first; a user's copies are not."""
+    numbers = {path: re.fullmatch(r"step_(\d{8,})", path.name) for path in directory.glob("step_*")}
+    return dict(sorted((int(number[1]), path) for path, number in numbers.items() if number))
+
+
 def newest(directory: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, or None; and what is wrong with newer ones, passed over."""
     problems = []
-    for path in sorted(directory.glob("step_*"), reverse=True):
+    for path in reversed(found(directory).values()):
         try:
             verify(path)
             return path, problems
@@ -137,8 +144,10 @@ def clean(directory: Path, newest_whole: Path | None) -> None:
     """Remove what killed saves left; rename the damaged after `newest_whole`: they never count."""
     for leftover in directory.glob(".step_*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for path in directory.glob("step_*"):
-        if newest_whole is None or path.name > newest_whole.name:
+    there = found(directory)
+    whole = next((number for number, path in there.items() if path == newest_whole), -1)
+    for number, path in there.items():
+        if number > whole:
             aside = directory / f"damaged_{path.name}"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -148,10 +157,15 @@ def verify(path: Path) -> None:
     """Compare every file with the manifest. Raises CheckpointError naming the first difference."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        if "progress.json" not in manifest:
+            raise CheckpointError(f"{path / 'manifest.json'} lists no progress.json")
         for name, recorded in manifest.items():
             file = path / name
             if file.stat().st_size != recorded["size"] or sha256(file) != recorded["sha256"]:
                 raise CheckpointError(f"{file} is not what was saved (size or SHA-256 differ)")
+        for rank in range(load_progress(path).parts):
+            if (name := f"state_{rank:05d}.pt") not in manifest:
+                raise CheckpointError(f"{path / 'manifest.json'} lists no {name}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not whole: {error}") from None
 
@@ -228,7 +242,3 @@ def _write(path: Path, fill: Callable[[HashedFile], Any]) -> dict[str, Any]:
 def _write_json(path: Path, value: Any) -> dict[str, Any]:
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     return _write(path, lambda file: file.write(text.encode()))
-
-
-def _number(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))

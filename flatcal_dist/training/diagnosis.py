@@ -14,23 +14,30 @@ from flatcal_dist.sharpness import SharpnessAwareStep
 
 
 def explain_divergence(
-    step: SharpnessAwareStep, take: Callable[[], Any], micro_batches: int, done: int, skipped: int
+    step: SharpnessAwareStep,
+    take: Callable[[], Any],
+    micro_batches: int,
+    done: int,
+    skipped: int,
+    saved: int,
 ) -> NoReturn:
     """Raise FailedTogether, with the layer and the pass where the last step is first not finite.
 
     take: takes that step again. micro_batches: in it. done: steps so far, the last `skipped`
-    without a finite gradient. Called by all ranks.
+    without a finite gradient. saved: the step of the last checkpoint, or 0. Called by all ranks.
     """
     step.taken = done - 1
     findings = gather_object([first_not_finite(step, micro_batches, take)])
     where = [f"{found}, on rank {rank}" for rank, found in enumerate(findings) if found]
     first = where[0] if where else "the norm of the gradients, each of which is finite"
 
+    kept = f"The checkpoint of step {saved} is kept" if saved else "There is no checkpoint yet"
+
     def fail() -> NoReturn:
         raise RunError(
             f"no finite gradient in {skipped} steps in a row, up to step {done}: training has "
-            f"diverged. The first value that is not finite is {first}. The checkpoint before these "
-            "steps is kept. Begin another run with a lower optimizer.learning_rate or "
+            f"diverged. The first value that is not finite is {first}. {kept}. "
+            "Begin another run with a lower optimizer.learning_rate or "
             "sharpness.rho, or a longer optimizer.warmup_epochs"
         )
 

@@ -55,7 +55,7 @@ def run(
         accelerator.print(f"{directory.path} is finished already")
         return "finished"
     on_all_ranks(lambda: accelerator.is_main_process and inputs.prepare(config.data))
-    inputs.download(config.data, accelerator, "train", "validation")
+    inputs.download(config.data, accelerator, "train", "validation", alive=watchdog.beat)
     classes = config.model.num_classes
     train, validation = on_all_ranks(
         lambda: (
@@ -110,6 +110,7 @@ class Trainer:
 
     def run(self) -> str:
         """Enter the run directory, train to the end or until asked to stop, evaluate and report."""
+        on_all_ranks(lambda: self.main and self.directory.claim())
         found, remarks = resuming.find(self.directory, self.config, self.accelerator)
         self.state, entry_remarks = on_all_ranks(
             lambda: resuming.enter(
@@ -152,7 +153,8 @@ class Trainer:
                 self.watchdog.rest()
                 self._finish()
             self._record(phase)
-        except KeyboardInterrupt:  # outside the steps: whatever is missing is done next time
+        except KeyboardInterrupt as error:  # outside the steps: what is missing is done next time
+            self.stopped_by = self.stopped_by or str(error)
             self._record("preempted")
             self.tracker.close(exit_code=1)
             raise
@@ -201,7 +203,9 @@ class Trainer:
                 self.watchdog.beat()
                 if self.skipped_in_a_row == MAX_SKIPPED:
                     self._set_random_state(self.done - 1)
-                    explain_divergence(self.step, take, len(micro_batches), self.done, MAX_SKIPPED)
+                    explain_divergence(
+                        self.step, take, len(micro_batches), self.done, MAX_SKIPPED, self.saved
+                    )
                 if result.stop and self.done < self.total_steps:
                     self._stop(request)
                     return "preempted"
@@ -278,9 +282,11 @@ class Trainer:
         whole_epoch = left == 0
         paused = time.monotonic()
         every = train.validate_every_epochs
-        if every and (end or (whole_epoch and epoch % every == 0)):
+        validated = every and (end or (whole_epoch and epoch % every == 0))
+        if validated:
             self._validate(epoch)
         due = end or (whole_epoch and epoch % train.checkpoint_every_epochs == 0)
+        due = due or (validated and train.keep_best is not None)
         if train.checkpoint_every_steps:
             due = due or self.done % train.checkpoint_every_steps == 0
         # While steps are skipped nothing new is worth keeping: the checkpoint before them is.
@@ -334,6 +340,7 @@ class Trainer:
             return
         self.saved = self.done
         self.engine.synchronize_buffers()
+        self.tracker.sync()  # what a run that goes on from here does not write again
         wandb_id = self.directory.wandb_id_file
         progress = Progress(
             step=self.done,
@@ -375,6 +382,8 @@ class Trainer:
 
     def _record(self, phase: str) -> None:
         if self.main:
+            if phase == "running" and self.directory.has_ended():
+                return  # another rank has ended the run: its word stays
             self.state.phase, self.state.step = phase, self.done
             self.state.cause = self.stopped_by if phase == "preempted" else None
             self.state.epoch = self.done // self.epoch_steps

@@ -1,5 +1,10 @@
 """What a recipe calls: command line -> ranks -> run; and how all of it ends."""
 
+from flatcal_dist.launcher import end_with_the_launcher
+
+end_with_the_launcher()  # here: ranks that are importing when it dies would wait for it in vain
+
+# ruff: noqa: E402
 import os
 import sys
 import time
@@ -14,7 +19,7 @@ from flatcal_dist.distributed import ending_together, preempted_code, tell_launc
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.training.dry_run import dry_run
 from flatcal_dist.training.loop import run
-from flatcal_dist.training.preemption import end_with_the_launcher, interrupt_on_signals
+from flatcal_dist.training.preemption import interrupt_on_signals
 from flatcal_dist.training.watchdog import Watchdog
 
 
@@ -25,7 +30,7 @@ def main(default_config: Path, description: str | None = None) -> None:
     FLATCAL_EXIT_PREEMPTED=0 makes 0 of the 75, for launchers that end the other ranks otherwise.
     """
     started = time.time()
-    end_with_the_launcher()
+    end_with_the_launcher()  # where this module was imported before the rank was forked
     arguments = configuration.command_line(description, default_config).parse_intermixed_args()
     try:
         config = configuration.load(arguments.config, arguments.overrides)

@@ -4,7 +4,6 @@ SIGINT, SIGTERM, SIGUSR1, SIGUSR2; a file STOP in the run directory; a deadline.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import time
@@ -15,7 +14,6 @@ from flatcal_dist.config import TrainConfig
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 LOOK_EVERY = 1.0  # seconds between two looks for the file STOP: a shared file system is slow
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class StopRequest:
@@ -47,12 +45,18 @@ class StopRequest:
         if self.reason is None and self.stop_file is not None and now - self.looked >= LOOK_EVERY:
             self.looked = now
             if self.stop_file.exists():
-                self.reason = f"the file {self.stop_file}"
+                self.reason = self._by_file()
         return self.reason is not None
 
+    def _by_file(self) -> str:
+        return f"the file {self.stop_file}"
+
     def heeded(self) -> None:
-        """The run has stopped: a file that asked for it has had its way, and goes."""
-        if self.stop_file is not None:
+        """The run has stopped: a file that asked for it has had its way, and goes.
+
+        Where a signal was first the file stays, for the next start: a job may requeue itself.
+        """
+        if self.stop_file is not None and self.reason == self._by_file():
             with contextlib.suppress(OSError):
                 self.stop_file.unlink(missing_ok=True)
 
@@ -68,8 +72,18 @@ class StopRequest:
 
 def interrupt_on_signals() -> None:
     """Outside the steps each of the signals ends the process as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
     for number in SIGNALS:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, interrupt)
+
+
+def ignore_signals() -> None:
+    """For a process that is ending because of one: others mean the same."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def deadline(config: TrainConfig, started: float) -> float | None:
@@ -84,11 +98,3 @@ def deadline(config: TrainConfig, started: float) -> float | None:
     if end := os.environ.get("SLURM_JOB_END_TIME"):
         ends.append(float(end) - 60 * config.stop_margin_minutes)
     return min(ends, default=None)
-
-
-def end_with_the_launcher() -> None:
-    """Be told by SIGTERM when the process that launched this rank ends. Linux only."""
-    if "RANK" not in os.environ:
-        return  # from a shell, which may well go away
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -122,8 +122,10 @@ def export(run: Path, file: Path, step: int | None = None) -> Path:
     """Write the weights of a run's checkpoint as safetensors; the checkpoint it came from.
 
     The average's, if the run keeps one. step: by default the newest whole checkpoint.
-    Raises CheckpointError where there is none.
+    Raises CheckpointError where there is none, ValueError for a file of another kind.
     """
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file}: name it .safetensors, by which timm knows how to read it")
     directory = RunDirectory(run)
     if step is None:
         path, problems = checkpoint.newest(directory.checkpoints)
@@ -133,8 +135,8 @@ def export(run: Path, file: Path, step: int | None = None) -> Path:
     else:
         path = directory.checkpoints / f"step_{step:08d}"
         if not path.is_dir():
-            there = sorted(int(p.name[5:]) for p in directory.checkpoints.glob("step_*"))
-            raise CheckpointError(f"{path} is not there; checkpoints of {run}: {there or 'none'}")
+            there = ", ".join(map(str, checkpoint.found(directory.checkpoints))) or "none"
+            raise CheckpointError(f"{path} is not there; checkpoints of {run}: {there}")
         checkpoint.verify(path)
     config = configuration.load(directory.config_file)
     model, data = config.model, config.data

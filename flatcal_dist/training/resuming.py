@@ -108,7 +108,7 @@ def load(
     wandb_id = directory.wandb_id_file
     if rank == 0 and progress.wandb_id and not wandb_id.exists():
         wandb_id.write_text(progress.wandb_id)
-    if progress.engine == engine and progress.parts in (1, ranks):
+    if progress.engine == engine and (not progress.sharded or progress.world_size == ranks):
         number = rank if progress.sharded else 0
         state = on_all_ranks(partial(checkpoint.load_part, path, number))
         checkpoint.fill(step, state, average)

@@ -6,6 +6,7 @@ step again, the last record of the step counts.
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ class Tracker:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         self._watch_wandb()
+
+    def sync(self) -> None:
+        """Make what was logged durable: it outlives the machine."""
+        if self.active:
+            os.fsync(self.file.fileno())
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -102,18 +108,20 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, in the order written; a torn last line is left out.
+    """The records of a metrics.jsonl, in the order written; lines that are torn are left out.
 
     Empty where there is no such file.
     """
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except ValueError:  # a machine that went down may leave anything
             continue
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 

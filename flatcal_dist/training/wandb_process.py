@@ -52,7 +52,8 @@ class Lines:
                     record = json.loads(line)
                 except ValueError:
                     continue
-                yield number, {key: value for key, value in record.items() if value is not None}
+                if isinstance(record, dict):
+                    yield number, {k: value for k, value in record.items() if value is not None}
 
 
 class Follower:

@@ -1,7 +1,9 @@
 """Checkpoints: whole or absent, verified, and without a way for code to come in."""
 
+import json
 import os
 import pickle
+import shutil
 import threading
 
 import pytest
@@ -79,6 +81,8 @@ def test_the_newest_whole_one_is_found_and_old_ones_go(tmp_path):
         lambda path: (path / "state_00000.pt").unlink(),
         lambda path: (path / "manifest.json").unlink(),
         lambda path: (path / "manifest.json").write_text("{"),
+        lambda path: (path / "manifest.json").write_text("{}"),
+        lambda path: _unlist(path / "manifest.json", "state_00000.pt"),
         lambda path: _flip_a_byte(path / "state_00000.pt"),
     ],
 )
@@ -89,6 +93,20 @@ def test_a_damaged_one_is_passed_over_and_named(tmp_path, damage):
     assert path == tmp_path / "step_00000001"
     assert len(problems) == 1
     assert "step_00000002" in problems[0]
+
+
+def _unlist(manifest, name) -> None:
+    listed = json.loads(manifest.read_text())
+    del listed[name]
+    manifest.write_text(json.dumps(listed))
+
+
+def test_a_copy_beside_the_checkpoints_is_left_alone(tmp_path):
+    shutil.copytree(save(tmp_path, 1), tmp_path / "step_00000001.bak")
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step_00000001", [])
+    save(tmp_path, 2, keep=1)
+    checkpoint.clean(tmp_path, tmp_path / "step_00000002")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001.bak", "step_00000002"]
 
 
 def _flip_a_byte(path) -> None:
@@ -300,8 +318,10 @@ def test_an_export_is_what_timm_loads(tmp_path):
         key = next(iter(ours))
         assert torch.equal(theirs.pop(key) * factor, ours.pop(key))
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    with pytest.raises(CheckpointError, match=r"step_00000007 is not there; .* \[3, 4\]"):
+    with pytest.raises(CheckpointError, match=r"step_00000007 is not there; .* 3, 4"):
         export(run, tmp_path / "none.safetensors", step=7)
+    with pytest.raises(ValueError, match=r"name it \.safetensors"):  # timm would unpickle it
+        export(run, tmp_path / "weights.pth")
 
 
 def test_a_checkpoint_of_another_version_is_named(tmp_path):

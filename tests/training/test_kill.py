@@ -1,5 +1,6 @@
 """Runs that are killed, hung, starved and moved: they end soon, say why, and go on exactly."""
 
+import os
 import re
 import resource
 import shutil
@@ -159,6 +160,8 @@ def test_a_run_that_diverged_says_where(data, tmp_path):
     cause = run.state()["cause"]
     assert "no finite gradient in 50 steps in a row" in cause, job.output()
     assert re.search(r"is the output of \S+ \(\w+\), in the first pass, on rank 0", cause), cause
+    assert "There is no checkpoint yet" in cause
+    assert not run.saved()
 
 
 def stop_after_six(rank):
@@ -177,10 +180,10 @@ CHANGING = (
 def test_a_run_goes_on_on_other_engines_and_numbers_of_ranks(data, tmp_path):
     """Six steps on each of five, against one that stayed: equal to rounding; then exported."""
     run = Run(tmp_path / "run", data, "ddp", *CHANGING)
-    for engine, ranks in (("ddp", 2), ("zero2", 2), ("fsdp2", 1), ("zero3", 2)):
+    for engine, ranks in (("ddp", 2), ("fsdp2", 1), ("fsdp2", 2), ("zero3", 2)):
         job = run.start(engine=engine, ranks=ranks, fault=stop_after_six)
         assert job.wait() == [75] * ranks, job.output()
-    run.finish(engine="fsdp2", ranks=2)
+    run.finish(engine="zero2", ranks=2)
     assert run.log.read_text().count("was cut anew for") == 4
     stayed = Run(tmp_path / "stayed", data, "ddp", *CHANGING).finish()
     ours, theirs = run.weights(), stayed.weights()
@@ -206,6 +209,38 @@ def test_a_run_goes_on_on_other_engines_and_numbers_of_ranks(data, tmp_path):
         Records.load(tmp_path / f / "records.parquet") for f in ("of_checkpoint", "of_run")
     )
     assert np.array_equal(one.before.nll, other.before.nll), "of sharded parts as of the whole"
+
+
+def signalled_report(rank):
+    """While ranks wait for each other in the report rank 1 is signalled, and rank 0 not yet."""
+    if os.environ["RANK"] == "1":
+        loop.finishing.export_and_report = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        loop.finishing.export_and_report = lambda *_, **__: torch.distributed.barrier()
+
+
+def signalled_load(rank):
+    loop.resuming.load = lambda *_: os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_signal_outside_the_steps_is_a_preemption(data, tmp_path):
+    """So that a SLURM job requeues itself: in the report, and while a checkpoint is loaded."""
+    run = Run(tmp_path / "run", data, "ddp", "train.max_steps=4")
+    job = run.start(fault=signalled_report)
+    assert job.wait(PATIENCE)[1] == 75, job.output()
+    assert (run.state()["phase"], run.state()["cause"]) == ("preempted", "SIGTERM"), job.output()
+    job = run.start(fault=signalled_load)
+    assert job.wait(PATIENCE) == [75, 75], job.output()
+    assert (run.state()["phase"], run.state()["cause"]) == ("preempted", "SIGUSR1")
+    run.finish()
+    assert run.saved() == [4]
+
+
+def test_every_validation_is_saved_where_the_best_is_kept(data, tmp_path):
+    words = ("train.keep_best=nll", "train.checkpoint_every_steps=null")
+    words += ("train.checkpoint_every_epochs=100", "train.keep_checkpoints=9")
+    run = Run(tmp_path / "run", data).finish(*words, ranks=1)
+    assert run.saved() == [12, 24, 30]
 
 
 def test_workers_of_a_dead_launcher_end(data, tmp_path):

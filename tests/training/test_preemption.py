@@ -2,9 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -15,6 +18,7 @@ from flatcal_dist.training import watchdog
 from flatcal_dist.training.diagnosis import first_not_finite
 from flatcal_dist.training.preemption import SIGNALS, StopRequest, deadline
 from flatcal_dist.training.watchdog import Watchdog
+from tests.launching import ROOT
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -36,6 +40,16 @@ def test_a_stop_file_has_its_way_once(tmp_path):
     assert request.asked
     request.heeded()
     assert not (tmp_path / "STOP").exists()
+
+
+def test_a_stop_file_that_a_signal_preceded_is_for_the_next_start(tmp_path):
+    """The job may requeue itself for the signal; the file is to end it for good."""
+    with StopRequest(tmp_path / "STOP") as request:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        (tmp_path / "STOP").touch()
+        assert request.asked
+        request.heeded()
+    assert (tmp_path / "STOP").exists()
 
 
 def test_the_deadline_is_the_earlier_one(monkeypatch):
@@ -106,3 +120,27 @@ def test_a_gradient_that_overflows_is_named():
     step = SharpnessAwareStep(ReplicatedEngine(network, optimizer), None)
     found = first_not_finite(step, 1, lambda: step([(torch.randn(2, 3), torch.tensor([0, 1]))]))
     assert found == "the gradient at the output of 0 (Linear), in the pass"
+
+
+def test_a_rank_that_is_importing_ends_with_its_launcher(tmp_path):
+    """Imports take seconds, and what comes after them waits for the launcher: minutes."""
+    (tmp_path / "torch.py").write_text(
+        "import pathlib, time\npathlib.Path(__file__).with_name('there').touch()\ntime.sleep(50)\n"
+    )
+    words = [sys.executable, str(ROOT / "recipes/imagenet_csam.py")]
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.run({words})"],
+        env=os.environ | {"RANK": "0", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "there").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    ranks = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    for rank in alive:
+        rank.kill()
+    assert ranks
+    assert not alive

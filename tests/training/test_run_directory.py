@@ -2,9 +2,11 @@
 
 import json
 import os
+import threading
 
 import pytest
 
+from flatcal_dist import run_directory
 from flatcal_dist.config import Config, RunConfig, SharpnessConfig
 from flatcal_dist.run_directory import RunDirectory, RunError
 from flatcal_dist.training.tracking import Tracker, read_metrics
@@ -13,6 +15,11 @@ from flatcal_dist.training.tracking import Tracker, read_metrics
 @pytest.fixture
 def config(tmp_path) -> Config:
     return Config(run=RunConfig(dir=str(tmp_path / "run")), wandb={"mode": "disabled"})
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(run_directory, "LOCK_PATIENCE", 0.2)
 
 
 def test_another_configuration_is_refused_and_nothing_is_written(config):
@@ -51,8 +58,54 @@ def test_a_second_job_is_refused_and_told_who_is_there(config):
         RunError, match=rf"in use by another job \(host .*, process {os.getpid()}\)"
     ):
         second.open(config, {})
+    assert f"process {os.getpid()}" in second.in_use()
     first.lock.close()
+    assert second.in_use() is None
     assert second.open(config, {}).restarts == 1
+
+
+def test_a_job_that_is_just_ending_is_waited_for(config, monkeypatch):
+    """Killed with SIGKILL it may hold the lock for a while; and those who look hold it a moment."""
+    monkeypatch.setattr(run_directory, "LOCK_PATIENCE", 30.0)
+    first, second = RunDirectory(config.run.dir), RunDirectory(config.run.dir)
+    first.open(config, {})
+    threading.Timer(0.3, first.lock.close).start()
+    assert second.open(config, {}).restarts == 1
+
+
+def test_what_a_start_left_that_never_began_is_no_hindrance(config, tmp_path):
+    directory = RunDirectory(config.run.dir)
+    directory.claim()  # and then it was killed, or found no room for config.yaml
+    directory.lock.close()
+    directory.stop_file.touch()  # asked for while the job was in the queue
+    again = RunDirectory(config.run.dir)
+    again.check(config)
+    assert again.open(config, {}).restarts == 0
+    (directory.checkpoints / "step_00000001").mkdir()
+    directory.config_file.unlink()
+    with pytest.raises(RunError, match=r"holds files but no config\.yaml"):
+        again.check(config)
+
+
+def test_how_a_run_ended_is_said_once(config):
+    """An interrupted rank ends at once; those it leaves see a lost connection, and may be first."""
+    directory = RunDirectory(config.run.dir)
+    state = directory.open(config, {})
+    assert directory.interrupt("SIGTERM") == "SIGTERM"
+    assert directory.fail("connection closed", rank=0) == "SIGTERM"
+    assert (directory.state().phase, directory.state().cause) == ("preempted", "SIGTERM")
+    state.phase = "finished"
+    directory.write(state)
+    directory.interrupt("SIGTERM")  # while W&B was ending, say
+    assert directory.state().phase == "finished"
+
+
+def test_an_unreadable_environment_is_named(config):
+    directory = RunDirectory(config.run.dir)
+    directory.open(config, {})
+    (directory.path / "environment.json").write_text("{")
+    with pytest.raises(RunError, match=r"environment\.json cannot be read"):
+        directory.check_data({}, "pil 1")
 
 
 def test_other_data_is_refused(config):

@@ -228,6 +228,20 @@ def test_sync_gives_up_on_a_server_that_says_nothing_and_keeps_the_logs(run, mon
     assert sync.lines_sent(path) == sync.lines_wanted(path)
 
 
+def test_what_a_damaged_log_lost_is_said_and_can_be_made_up_for(run, capfd):
+    config, path = run("damaged", mode="offline")
+    log(config, path, range(1, 3), "preempted")
+    log(config, path, range(3, 5), "finished")
+    assert sync.lines_lost(path) == 0
+    segments(path)[0].write_bytes(b"")
+    sync.sync([path], dry_run=True)
+    assert "3 records before the last one sent stand in no log" in capfd.readouterr().err
+    (path / "wandb").rename(path / "aside")  # as it says
+    sync.complete(path)
+    assert sync.lines_lost(path) == 0
+    assert sync.lines_sent(path) == sync.lines_wanted(path)
+
+
 class fake_server:
     """A W&B server on 127.0.0.1 that answers every request with 500, or takes it and is silent."""
 
