@@ -1,8 +1,13 @@
 """The real recipes, started as users start them: two processes under `accelerate launch`."""
 
 import json
+import os
+import pty
+import select
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +18,7 @@ from safetensors.torch import load_file
 
 from flatcal_dist.calibration.records import Records
 from flatcal_dist.data import index_shard, prepare_digits
+from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.training.tracking import read_metrics
 from tests.launching import ROOT, command, digits, interrupt, launch, run
 
@@ -147,6 +153,32 @@ def test_ctrl_c_keeps_what_was_done_and_the_same_command_goes_on(data, tmp_path)
         for path in (broken, whole)
     )
     assert ours == theirs
+
+
+def test_a_closed_terminal_ends_a_run_with_a_checkpoint(data, tmp_path):
+    path = tmp_path / "run"
+    words = command("imagenet_csam", *digits("csam", path, data, "train.epochs=1000"), processes=1)
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may themselves run under nohup
+        os.execvp(words[0], words)
+    until = time.monotonic() + 200
+    log = path / "metrics.jsonl"
+    while not (log.exists() and log.read_bytes()):
+        assert time.monotonic() < until
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 1 << 16)
+    os.close(terminal)
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    directory = RunDirectory(path)
+    while directory.in_use():  # the launcher may be gone before its rank
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    state = directory.state()
+    assert (state.phase, state.cause) == ("preempted", "SIGHUP")
+    assert (path / f"checkpoints/step_{state.step:08d}").is_dir()
 
 
 def _untimed(record: dict) -> dict:

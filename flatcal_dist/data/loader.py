@@ -276,11 +276,11 @@ def _as_it_is(batch: Any) -> Any:
 def _start_worker(number: int) -> None:
     """Workers leave signals to the main process.
 
-    Ctrl-C and SLURM's preemption signals reach every process of a job; a worker that died of one
-    would take the run with it before it could write its checkpoint. The main process itself ends
-    its workers by SIGTERM, so that one is obeyed when it comes from there.
+    Ctrl-C, a closed terminal and SLURM's preemption reach every process of a job; a worker that
+    died of one would take the run with it before it could write its checkpoint. The main process
+    itself ends its workers by SIGTERM, so that one is obeyed when it comes from there.
     """
-    for received in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for received in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(received, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_the_main_process, daemon=True).start()

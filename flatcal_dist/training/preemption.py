@@ -1,6 +1,7 @@
 """Asking a run to end: noted as it comes, acted on between steps by all ranks together.
 
-SIGINT, SIGTERM, SIGUSR1, SIGUSR2; a file STOP in the run directory; a deadline.
+SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGHUP (a terminal that was closed; not under nohup); a file STOP
+in the run directory; a deadline.
 """
 
 import contextlib
@@ -13,6 +14,8 @@ from types import FrameType, TracebackType
 from flatcal_dist.config import TrainConfig
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    SIGNALS += (signal.SIGHUP,)
 LOOK_EVERY = 1.0  # seconds between two looks for the file STOP: a shared file system is slow
 
 

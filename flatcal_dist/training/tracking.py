@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ class Tracker:
         if not self.active:
             return
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, text=text)
+            with suppress(OSError):
+                self.bar.update(self.task, completed=step, text=text)
         else:
             self.say(
                 f"step {step}/{self.total_steps}  {text}  {images_per_second:,.0f} images/s  "
@@ -71,7 +73,8 @@ class Tracker:
         self.active = False
         self.file.close()
         if self.bar is not None:
-            self.bar.stop()
+            with suppress(OSError):
+                self.bar.stop()
         if self.wandb is not None:
             for text in self.wandb.finish(exit_code):
                 self._print(text)
@@ -89,7 +92,8 @@ class Tracker:
         return bar
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        with suppress(OSError):  # the terminal was closed: the run is not about it
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _start_wandb(self, config: Config, path: Path) -> WandbSink | None:
         try:

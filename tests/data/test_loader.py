@@ -217,11 +217,12 @@ def test_evaluation_covers_each_sample_once(index, world_size, workers):
 
 
 class KillsItself:
-    """A transform that gets the signals of Ctrl-C and of SLURM while it works."""
+    """A transform that gets the signals of Ctrl-C, a closed terminal and SLURM while it works."""
 
     def __call__(self, image: torch.Tensor, seed: int) -> torch.Tensor:
         assert multiprocessing.parent_process() is not None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+        for number in asking:
             os.kill(os.getpid(), number)
         assert torch.get_num_threads() == 1
         return TRAIN(image, seed)
