@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from flatcal_dist.files import sync_directory
+from flatcal_dist.run_directory import RunError
 from flatcal_dist.sharpness import SharpnessAwareStep
 from flatcal_dist.training.averaging import Average
 from flatcal_dist.weights import sha256
@@ -117,7 +118,7 @@ def _score(path: Path, keep_best: str | None) -> float | None:
         return None
     try:
         value = load_progress(path).validation.get(keep_best)
-    except CheckpointError:
+    except (OSError, RunError):
         return None
     return None if value is None else BEST[keep_best] * value
 
@@ -154,7 +155,10 @@ def clean(directory: Path, newest_whole: Path | None) -> None:
 
 
 def verify(path: Path) -> None:
-    """Compare every file with the manifest. Raises CheckpointError naming the first difference."""
+    """Compare every file with the manifest. Raises CheckpointError naming the first difference.
+
+    RunError for one that is whole and of another version: it must not be passed over as damaged.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         if "progress.json" not in manifest:
@@ -171,10 +175,11 @@ def verify(path: Path) -> None:
 
 
 def load_progress(path: Path) -> Progress:
+    """Of a verified checkpoint. Raises RunError for one of another version."""
     try:
         return Progress(**json.loads((path / "progress.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
+    except (ValueError, TypeError) as error:
+        raise RunError(
             f"{path / 'progress.json'} is not as this version writes it ({error}): go on with the "
             "version that environment.json names, or begin another run"
         ) from None

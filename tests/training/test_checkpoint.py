@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, verified, and without a way for code to come in."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flatcal_dist.config import Config, to_yaml
+from flatcal_dist.run_directory import RunError
 from flatcal_dist.sharpness import LookSAM, ReplicatedEngine, SharpnessAwareStep
 from flatcal_dist.training import checkpoint
 from flatcal_dist.training.averaging import Average
@@ -324,9 +326,15 @@ def test_an_export_is_what_timm_loads(tmp_path):
         export(run, tmp_path / "weights.pth")
 
 
-def test_a_checkpoint_of_another_version_is_named(tmp_path):
+def test_a_checkpoint_of_another_version_is_refused_and_not_passed_over(tmp_path):
     path = save(tmp_path, 2)
-    file = path / "progress.json"
+    file, manifest = path / "progress.json", path / "manifest.json"
     file.write_text(file.read_text().replace('"step"', '"steps"'))
-    with pytest.raises(CheckpointError, match=r"progress\.json is not as this version writes it"):
-        checkpoint.load_progress(path)
+    with pytest.raises(CheckpointError, match=r"progress\.json is not what was saved"):
+        checkpoint.verify(path)
+    listed = json.loads(manifest.read_text())
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    listed["progress.json"] = {"size": file.stat().st_size, "sha256": digest}
+    manifest.write_text(json.dumps(listed))
+    with pytest.raises(RunError, match=r"progress\.json is not as this version writes it"):
+        checkpoint.newest(tmp_path)
