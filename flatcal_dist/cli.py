@@ -25,6 +25,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from flatcal_dist.arguments import whole_number
 from flatcal_dist.calibration.compare import write_comparison
 from flatcal_dist.calibration.imported import read_file
 from flatcal_dist.calibration.report import render_report, write_report
@@ -127,13 +128,7 @@ def validate(arguments: argparse.Namespace) -> None:
 
 
 def _number_or_all(text: str) -> int | None:
-    return None if text == "all" else _number(text, 0)
-
-
-def _number(text: str, least: int = 1) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of {least} or more")
-    return int(text)
+    return None if text == "all" else whole_number(0)(text)
 
 
 def _minutes(text: str) -> float:
@@ -293,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
         "--decode", type=_number_or_all, default=1000, metavar="N|all",
         help="how many images to decode, 1000 by default",
     )  # fmt: skip
-    add.add_argument("--classes", type=_number, metavar="K", help="labels must be 0 to K-1")
+    add.add_argument("--classes", type=whole_number(), metavar="K", help="labels must be 0 to K-1")
     add.add_argument("--json", type=Path, metavar="FILE", help="write the findings there, too")
     _workers(add)
     add.set_defaults(run=validate)
@@ -340,7 +335,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--workers", type=_number, default=usable_cores(), metavar="N",
+        "--workers", type=whole_number(), default=usable_cores(), metavar="N",
         help="processes; by default the usable cores. The result is the same",
     )  # fmt: skip
 

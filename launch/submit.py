@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
 
 from flatcal_dist import config as configuration  # noqa: E402
+from flatcal_dist.arguments import whole_number  # noqa: E402
 from flatcal_dist.config import Config, ConfigError  # noqa: E402
 from flatcal_dist.environment import code_version  # noqa: E402
 from flatcal_dist.files import write_json, write_text  # noqa: E402
@@ -284,15 +285,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--recipe", default="imagenet_csam", help="any recipe runs any configuration")
     add("--launcher", choices=("srun", "accelerate", "torchrun", "deepspeed"), default="srun",
         help="srun, one task per rank, has nothing between SLURM and the ranks")  # fmt: skip
-    add("--nodes", type=_positive, default=1)
-    add("--ranks-per-node", type=_positive, default=8, metavar="N", help="and GPUs, unless --cpu")
+    add("--nodes", type=whole_number(), default=1)
+    add("--ranks-per-node", type=whole_number(), default=8, metavar="N",
+        help="and GPUs, unless --cpu")  # fmt: skip
     add("--cpu", action="store_true", help="ask for no GPUs")
-    add("--cpus-per-rank", type=_positive, default=8, metavar="N")
+    add("--cpus-per-rank", type=whole_number(), default=8, metavar="N")
     add("--time", default="24:00:00", help="limit of one stretch")
-    add("--signal-seconds", type=_positive, default=300, metavar="S",
+    add("--signal-seconds", type=whole_number(), default=300, metavar="S",
         help="before the limit, to stop in; SLURM may ask a minute earlier")  # fmt: skip
-    add("--max-restarts", type=_not_negative, default=20, metavar="N")
-    add("--parallel", type=_positive, metavar="N", help="elements of a sweep that run at once")
+    add("--max-restarts", type=whole_number(0), default=20, metavar="N")
+    add("--parallel", type=whole_number(), metavar="N", help="elements of a sweep that run at once")
     add("--evaluate", nargs="?", const="", metavar="OPTIONS",
         help="then flatcal evaluate, in a job of its own; its options in quotes")  # fmt: skip
     add("--compare", nargs="*", metavar="RUN", help="then flatcal compare, with these runs as well")
@@ -304,18 +306,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print the scripts, change nothing")
     add("overrides", nargs="*", metavar="key.sub=value")
     return parser
-
-
-def _not_negative(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return value
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
 
+from flatcal_dist.arguments import whole_number  # noqa: E402
 from flatcal_dist.config import ConfigError  # noqa: E402
 from flatcal_dist.run_directory import RunDirectory, RunError  # noqa: E402
 from flatcal_dist.sweep import Element, Sweep, elements, load_sweep  # noqa: E402
@@ -187,20 +188,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("file", type=Path, metavar="FILE")
-    add("--parallel", type=_positive, default=1, metavar="N", help="runs at a time")
-    add("--processes", type=_positive, default=1, metavar="N", help="ranks of each run")
+    add("--parallel", type=whole_number(), default=1, metavar="N", help="runs at a time")
+    add("--processes", type=whole_number(), default=1, metavar="N", help="ranks of each run")
     add("--launcher", type=Path, metavar="FILE",
         help="Accelerate's configuration, such as configs/accelerate/node_ddp.yaml; by default CPU "
         "processes, or plain Python for one")  # fmt: skip
     add("--list", action="store_true", help="print the runs, start none")
     add("overrides", nargs="*", metavar="key.sub=value")
     return parser
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def _loader(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         multiprocessing_context=context if workers else None,
         generator=torch.Generator(),  # else DataLoader draws from the process's random stream
     )
@@ -273,7 +273,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _start_worker(number: int) -> None:
+def start_worker(number: int) -> None:
     """Workers leave signals to the main process.
 
     Ctrl-C, a closed terminal and SLURM's preemption reach every process of a job; a worker that

@@ -28,7 +28,7 @@ from webdataset.filters import shuffle
 from flatcal_dist.data.decode import MAX_PIXELS, decode
 from flatcal_dist.data.errors import BadImage, DataError
 from flatcal_dist.data.images import Replaced
-from flatcal_dist.data.loader import Batch, Batches, _start_worker
+from flatcal_dist.data.loader import Batch, Batches, start_worker
 from flatcal_dist.data.order import (
     Position,
     micro_batch_count,
@@ -104,7 +104,7 @@ def streaming_loader(
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             pin_memory=pin_memory,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             multiprocessing_context=multiprocessing_context if workers else None,
             generator=torch.Generator(),  # else DataLoader draws from the process's random stream
         )
