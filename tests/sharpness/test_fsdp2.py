@@ -13,7 +13,6 @@ from flatcal_dist.sharpness import SharpnessAwareStep
 from tests.ranks import on_ranks
 from tests.sharpness.engines import make_engine, used
 from tests.sharpness.reference import (
-    CLASSES,
     CLOSE,
     RULES,
     STEPS,
@@ -174,7 +173,7 @@ def low_precision(rank, world_size, names):
         norms = [m for m in network.modules() if hasattr(m, "running_mean")]
         for norm in norms:
             norm.register_forward_hook(
-                lambda m, *_: seen.update({m.weight.dtype, m.running_mean.dtype})
+                lambda m, *_, s=seen: s.update({m.weight.dtype, m.running_mean.dtype})
             )
         linear = network[0]
         linear.register_forward_hook(lambda m, *_, s=seen: s.add(("linear", m.weight.dtype)))

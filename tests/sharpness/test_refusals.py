@@ -169,7 +169,7 @@ def under_zero(rank, world_size):
         "stage": message(lambda: make_engine("zero0")),
         "number": message(lambda: make_engine("zero1", WithNumber())),
         "precision": message(lambda: make_engine("zero1", precision=torch.float64)),
-        "half here": (half(), deepspeed.get_accelerator().is_fp16_supported()),
+        "half here": (half(), bool(deepspeed.get_accelerator().is_fp16_supported())),
         "half": half(supported=False),
         "half elsewhere": half(supported=True),
         "clip": message(lambda: train(SharpnessAwareStep(clips, SAM(0.1)), rank, world_size)),
