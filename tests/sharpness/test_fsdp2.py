@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +20,7 @@ from tests.sharpness.reference import (
     bits,
     far,
     make_network,
+    my_part,
     reference,
     train,
 )
@@ -178,7 +180,7 @@ def low_precision(rank, world_size, names):
         linear = network[0]
         linear.register_forward_hook(lambda m, *_, s=seen: s.add(("linear", m.weight.dtype)))
         engine = make_engine("fsdp2", network, torch.bfloat16)
-        results = train(SharpnessAwareStep(engine, RULES["sam"]), rank, world_size, 2)
+        results = train(SharpnessAwareStep(engine, RULES["sam"]), rank, world_size)
         outcome[name] = seen, used(engine), [r.skipped for r in results]
     return outcome
 
@@ -191,7 +193,9 @@ def test_norms_with_statistics_stay_in_fp32_beside_bf16(names):
         seen, weights, skipped = outcomes[0][name]
         assert seen == {torch.float32, ("linear", torch.bfloat16)}, name
         assert not any(skipped), name
-        expected = reference(RULES["sam"], 2, micro_batches=2, network=partial(with_norm, name))[0]
+        # Plain autograd knows checkpoints of the other kind only; they compute the same.
+        plain = partial(with_norm, {"reentrant": "checkpoint"}.get(name, name))
+        expected = reference(RULES["sam"], 2, network=plain)[0]
         assert far(weights, {n: expected[n] for n in weights}) < 0.03, name
         statistics = [n for n in expected if "running" in n]
         assert statistics
@@ -199,3 +203,38 @@ def test_norms_with_statistics_stay_in_fp32_beside_bf16(names):
             assert torch.allclose(weights[own], expected[own], rtol=0.02, atol=0.02), (name, own)
         shared = {n for n in weights if "running" not in n and "tracked" not in n}
         assert all(torch.equal(weights[n], outcomes[1][name][1][n]) for n in shared), name
+
+
+# Gradients that nothing public reaches
+
+
+def leftovers(rank, world_size):
+    """Whether a backward pass that was never reduced is gone: by precision, and way to end."""
+    outcome = {}
+    for precision in (torch.float32, torch.bfloat16):
+        pairs = my_part(rank, world_size, 0, 2)
+        engine = make_engine("fsdp2", precision=precision)
+        gradients = []
+        for way in ("nothing before", "between passes", "amid a pass"):
+            if way != "nothing before":
+                backward(engine, pairs[0], reduce=False)
+            if way == "amid a pass":
+                with pytest.raises(ZeroDivisionError), engine.accumulation(False):
+                    _ = engine.model(pairs[1][0]), 1 / 0
+            engine.zero_gradients()
+            backward(engine, pairs[1], reduce=True)
+            gradients.append(bits(dict(enumerate(engine.shards().gradients))))
+            engine.zero_gradients()
+        outcome[precision] = [g == gradients[0] for g in gradients]
+    return outcome
+
+
+def backward(engine, pairs, reduce: bool) -> None:
+    inputs, target = pairs
+    with engine.accumulation(reduce):
+        engine.backward(F.cross_entropy(engine.model(inputs), target))
+
+
+def test_no_gradients_means_none_within_fsdp2_either():
+    for outcome in on_ranks(2, leftovers):
+        assert outcome == dict.fromkeys([torch.float32, torch.bfloat16], [True] * 3)
