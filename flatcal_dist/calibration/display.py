@@ -24,6 +24,7 @@ class Unit:
 
 PERCENT = Unit(100, 2, " %", difference_suffix=" points")
 POINTS = Unit(100, 2, " points", signed=True)
+GAP = Unit(100, 2, signed=True)  # points, where a column's head says so
 THOUSANDTHS = Unit(1000, 1)
 PLAIN = Unit(1, 3, difference_decimals=4)
 

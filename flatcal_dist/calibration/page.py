@@ -35,6 +35,7 @@ def render(template: str, **values: Any) -> str:
         "score_names": naming.SCORES,
         "PERCENT": display.PERCENT,
         "POINTS": display.POINTS,
+        "GAP": display.GAP,
     }
     html = environment.get_template(template).render(**values)
     return re.sub(r"(?<=\d) %", "\u00a0%", html)  # no line ends between a number and its unit

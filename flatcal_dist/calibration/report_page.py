@@ -14,7 +14,7 @@ from .display import counted, duration, number, percent, temperature
 from .drawing import Curve
 from .statistics import NORMS, Interval
 from .summary import interval_of
-from .verdict import class_name, verdict
+from .verdict import class_name, usable_temperature, verdict
 
 SIDES = ("before", "after")
 UNKNOWN = "unknown"
@@ -46,6 +46,7 @@ def report_html(m: dict[str, Any], shift: dict[str, Any] | None, folder: Path) -
         errors=list(zip(m["confident_errors"], pictures, strict=True)),
         pictured=any(pictures),
         shift=shift,
+        usable_temperature=usable_temperature(m),
         stale_shift=stale,
         shift_figures=_shift_figures(shift, folder / "figures") if shift else [],
         interval_of=interval_of,

@@ -17,7 +17,7 @@ from .literature import references
 from .operating import operating_points
 from .records import Records
 from .scores import NAMES, OF_LOGITS, SOURCES, score_table
-from .shift import real_figures
+from .shift_rows import real_figures
 from .softmax import Scores
 from .statistics import LEVEL, RESAMPLES, STATISTICS, Bootstrap, Interval, bootstrap
 from .training_curves import training_curves

@@ -268,6 +268,7 @@ def test_nothing_is_said_to_hold_where_nothing_is_shown(runs: list[Path], tmp_pa
 
 
 def test_differences_show_their_sign() -> None:
+
     unit = METRICS["ece"].unit
     assert show_difference(0.00004, 0.00001, 0.0002, unit) == (
         "+0.004 points", "+0.001 to +0.020",

@@ -7,17 +7,13 @@ import pytest
 
 from flatcal_dist.calibration.calibrators import TemperatureScaling
 from flatcal_dist.calibration.records import Records, Source
-from flatcal_dist.calibration.shift import (
+from flatcal_dist.calibration.shift import Shifted, read_shift, save_shifted, write_shift
+from flatcal_dist.calibration.shift_groups import (
     ALEXNET_ERROR,
     SEVERITIES,
-    Shifted,
     mean_corruption_error,
-    read_shift,
-    real_figures,
-    row,
-    save_shifted,
-    write_shift,
 )
+from flatcal_dist.calibration.shift_rows import measure, real_figures
 from flatcal_dist.calibration.softmax import score_images
 
 from .synthetic import make_logits
@@ -111,7 +107,7 @@ def test_the_table_and_its_means(clean, tmp_path):
     rows = [save_shifted(Shifted(records, "hash"), tmp_path) for records in subsets(clean)]
     other = Records.from_logits(*make_logits(40, seed=9), clean=clean, source=Source("v2"))
     rows.append(save_shifted(Shifted(other, "hash2"), tmp_path))
-    write_shift(row(clean, "hash0", tmp_path / "records.parquet"), rows, tmp_path)
+    write_shift(measure(clean, "hash0", tmp_path / "records.parquet"), rows, tmp_path)
     table = read_shift(tmp_path)
     assert [r["name"] for r in table["sets"]] == ["imagenet_c"] * 4 + ["v2"]
     for r in table["sets"]:
@@ -138,7 +134,7 @@ def test_an_undefined_figure_makes_the_mean_null_and_the_json_stays_valid(clean,
     with pytest.warns(RuntimeWarning, match="no finite temperature"):
         records = Records.from_logits(ids, labels, right, clean=clean, source=source)
     rows = [save_shifted(Shifted(records, "hash"), tmp_path)]
-    write_shift(row(clean, "", tmp_path), rows, tmp_path)
+    write_shift(measure(clean, "", tmp_path), rows, tmp_path)
     table = json.loads((tmp_path / "shift.json").read_text())
     assert table["sets"][0]["before"]["auroc"] is None
     assert table["corruptions"][0]["before"]["all"]["auroc"] is None
