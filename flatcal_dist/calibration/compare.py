@@ -12,6 +12,7 @@ from markupsafe import Markup
 from flatcal_dist.files import write_json, write_text
 
 from . import comparison_figures, decisions, figures, page, pairing
+from .calibrators import is_fitted
 from .comparison_verdict import verdict
 from .display import duration, enumerate_names, number, percent
 from .drawing import Curve
@@ -251,6 +252,7 @@ def _write_page(
         metrics=[METRICS[key] for key in COMPARED],
         figures=_figures(methods, output / "figures"),
         known=lambda value: "unknown" if value is None else value,
+        usable=is_fitted,
         seconds={run["run"]: duration(run["training_seconds"]) for run in comparison["runs"]},
         grouped=len(methods) < len(runs),
         over_seeds=any(d["before"]["accuracy"]["over_seeds"] for d in comparison["differences"]),

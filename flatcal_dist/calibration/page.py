@@ -42,9 +42,9 @@ def render(template: str, **values: Any) -> str:
 
 
 def figure(drawn: Figure, folder: Path, name: str, title: str, description: str) -> Markup:
-    """Save a figure as folder/name.png and .svg; return it for the page, with its alternative text.
+    """Save a figure as folder/name.png, .svg and .pdf; return it for the page.
 
-    Its texts were escaped when the SVG was made, so that it is safe as it is.
+    It has an alternative text. Its texts were escaped when the SVG was made: it is safe as it is.
     """
     svg = drawing.save_figure(drawn, folder, name)
     return Markup(drawing.inline_svg(svg, f"figure-{name.replace('_', '-')}", title, description))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .calibrators import BOUNDS
+from .calibrators import is_fitted
 from .display import number, percent, points
 
 
@@ -27,7 +27,7 @@ def at_worst(m: dict[str, Any], shift: dict[str, Any] | None) -> str | None:
         f"{where}, accuracy is {accuracy} against {percent(m['accuracy'], 1)} on the clean images. "
         f"As trained, {_beside(before)}; on the clean images it is {_points(m['signed_gap'])}."
     )
-    if shift["clean"]["temperature"] in BOUNDS:
+    if not is_fitted(shift["clean"]["temperature"]):
         return f"{text} The clean images give no temperature that could be used here."
     return (
         f"{text} With the temperature of the clean images {_beside(after)}"
@@ -105,7 +105,7 @@ def corruptions(m: dict[str, Any], shift: dict[str, Any] | None) -> str | None:
     sure = max(before, key=lambda c: before[c]["signed_gap"])
     if sign_of_gap(before[sure]) > 0:
         text += f" Over-confidence is largest under {_name(sure)}: {_beside(before[sure])}."
-    if shift["clean"]["temperature"] in BOUNDS:
+    if not is_fitted(shift["clean"]["temperature"]):
         return text
     effect = {c: e["ece"] for c, e in group["effect"]["by_corruption"].items()}
     raised = [c for c, d in effect.items() if d["low"] is not None and d["low"] > 0]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import shift_verdict
-from .calibrators import BOUNDS
+from .calibrators import BOUNDS, is_fitted
 from .display import counted, number, percent, points, temperature
 from .statistics import Interval
 from .summary import interval_of
@@ -91,7 +91,7 @@ def _ece(m: dict[str, Any]) -> str:
 
 def _temperature(m: dict[str, Any]) -> list[str]:
     after, t = m["after_temperature"], temperature(m["temperature"])
-    if not usable_temperature(m):
+    if not is_fitted(m["temperature"]):
         return [_no_temperature(m)]
     nll, ece = (Interval(**after["difference"][name]) for name in ("nll", "ece"))
     if nll.excludes_zero:
@@ -123,11 +123,6 @@ def _temperature(m: dict[str, Any]) -> list[str]:
             "does not mend this network.",
         ]
     return [first, f"Where confidences are used as probabilities, divide the logits by {t}."]
-
-
-def usable_temperature(m: dict[str, Any]) -> bool:
-    """Whether the fit found a temperature, and did not run to the end of its range."""
-    return m["temperature"] not in BOUNDS
 
 
 def _no_temperature(m: dict[str, Any]) -> str:
@@ -201,7 +196,7 @@ def _of_others(m: dict[str, Any]) -> str:
 
 def _after_scaling(m: dict[str, Any]) -> str:
     after = m["after_temperature"]
-    if after["confidence_at_95_accuracy"] is None or not usable_temperature(m):
+    if after["confidence_at_95_accuracy"] is None or not is_fitted(m["temperature"]):
         return ""
     return (
         f" (after temperature scaling {percent(after['coverage_at_95_accuracy'], 0)}, from "

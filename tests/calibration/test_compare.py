@@ -62,7 +62,7 @@ def test_files_and_page(runs: list[Path], tmp_path: Path) -> None:
     c = write_comparison(runs, tmp_path, resamples=100)
     names = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     figures = ("reliability", "risk_coverage", "accuracy_ece", "accuracy_aurc")
-    expected = {f"figures/{n}.{s}" for n in figures for s in ("png", "svg")}
+    expected = {f"figures/{n}.{s}" for n in figures for s in ("png", "svg", "pdf")}
     assert names == expected | {"index.html", "comparison.json", "comparison.csv"}
     assert strict_json(tmp_path / "comparison.json") == json.loads(json.dumps(c))
     page = assert_sound_page(tmp_path / "index.html")

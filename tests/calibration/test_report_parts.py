@@ -66,7 +66,7 @@ def test_page_of_a_report_with_everything(whole: Path) -> None:
     )
     for text in ("Under shift", "digits-c", "elsewhere", "Training", "jpeg compression"):
         assert text in page.text
-    assert [f.topic for f in verdict(m, shift)][-2:] == ["Labels", "Shift"]
+    assert [f.topic for f in verdict(m, shift)][-3:] == ["Labels", "Shift", "Corruptions"]
     for finding in verdict(m, shift):
         assert finding.text in page.text
     drawn = {p.stem for p in (whole / "figures").glob("*.svg")}
@@ -76,11 +76,12 @@ def test_page_of_a_report_with_everything(whole: Path) -> None:
 def test_page_is_rendered_again_with_pictures_and_shift(whole: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
-    for name in ("index.html", "figures", "metrics.csv"):
+    for name in ("index.html", "figures", "metrics.csv", "table.csv", "table.tex"):
         shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
     render_report(copy)
     expected = files(whole)
-    del expected["metrics.csv"]
+    for name in ("metrics.csv", "table.csv", "table.tex"):
+        expected.pop(name)
     assert files(copy) == expected
 
 
@@ -104,7 +105,7 @@ def test_metrics_json_keeps_to_its_schema(whole: Path, tmp_path: Path) -> None:
     ids, labels, logits = make_logits(60, classes=3)
     bare = summarize(Records.from_logits(ids, np.zeros_like(labels), logits), resamples=5)
     validator.validate(bare)
-    for spoiled in ({"ece": "0.1"}, {"accuracy": 1.2}, {"schema_version": 1}, {"surprise": 0}):
+    for spoiled in ({"ece": "0.1"}, {"accuracy": 1.2}, {"schema_version": 2}, {"surprise": 0}):
         with pytest.raises(jsonschema.ValidationError):
             validator.validate(m | spoiled)
     short = {k: v for k, v in m.items() if k != "signed_gap"}

@@ -126,10 +126,14 @@ def test_verdict_gives_no_advice_from_the_end_of_the_search() -> None:
 def test_verdict_names_the_worst_classes_on_either_side() -> None:
     gaps = {"signed_gap": [0.3, 0.1, -0.2, -0.4], "gap_low": [0.2, -0.1, -0.3, -0.5]}
     table = {"class": [0, 1, 2, 3], "images": [50] * 4, "gap_high": [0.4, 0.2, -0.1, -0.25]}
+    table |= {"accuracy": [0.5, 0.4, 0.8, 0.9], "mean_confidence": [0.8, 0.5, 0.6, 0.5]}
+    table |= {"confused_with": [1, 2, None, 0], "confused_share": [0.3, 0.25, 0.0, 0.1]}
     said = " ".join(texts(run() | {"per_class": table | gaps, "about": {"class_names": None}}))
     assert "1 of 4 classes are over-confident and 2 under-confident" in said
     assert "most over-confident is class 0, by 30.0 points (20.0 to 40.0)" in said
     assert "most under-confident is class 3, by 40.0 points (25.0 to 50.0)" in said
+    assert "The least accurate class is class 1: 40.0 % of its 50 images are right" in said
+    assert "(30.0 % to 60.0 %); 25 % are taken for class 2" in said
 
 
 def test_what_is_not_whole_is_not_printed_as_100_per_cent() -> None:
