@@ -5,7 +5,7 @@ from typing import Any
 
 from . import shift_verdict
 from .calibrators import BOUNDS, is_fitted
-from .display import counted, number, percent, points, temperature
+from .display import MOST_IN_PROSE, counted, number, percent, points, temperature
 from .statistics import Interval
 from .summary import interval_of
 
@@ -65,7 +65,7 @@ def _gap(m: dict[str, Any]) -> str:
     gap = interval_of(m, "signed_gap")
     if gap.low is None:
         return f"Mean confidence minus accuracy is {points(gap.value)[0]} points."
-    if not gap.excludes_zero:
+    if not gap.excludes_zero or round(100 * gap.value, MOST_IN_PROSE) == 0:
         return (
             "Neither over- nor under-confidence is shown overall: mean confidence minus accuracy "
             f"is {points(gap.value, gap.low, gap.high)[0]} points ({_limits(gap)})."
@@ -238,6 +238,8 @@ def _least_accurate(m: dict[str, Any], enough: list[int]) -> str:
     """The worst class, with what its images are taken for."""
     table = m["per_class"]
     i = min(enough, key=lambda j: (table["accuracy"][j], j))
+    if table["accuracy"][i] == 1:
+        return "No image of any of them is answered wrongly."
     # Wilson's interval, from the one of the gap: mean confidence minus it.
     low, high = (table["mean_confidence"][i] - table[k][i] for k in ("gap_high", "gap_low"))
     text = (
