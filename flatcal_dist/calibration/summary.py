@@ -29,7 +29,8 @@ class About:
 
     parameters: their number. crop_pct and interpolation as timm names them. checkpoint: hash of
     the weights. data: name of the evaluated images; data_identity: a hash of them, which decides
-    what may be compared. configuration: the resolved one.
+    what may be compared. origin: of records that come from a file, what was understood of it.
+    configuration: the resolved one.
     """
 
     title: str | None = None
@@ -38,6 +39,7 @@ class About:
     rho: float | None = None
     gamma: float | None = None
     seed: int | None = None
+    origin: str | None = None
     data: str | None = None
     data_identity: str | None = None
     class_names: list[str] | None = None
