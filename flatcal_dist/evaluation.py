@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,41 @@ from flatcal_dist.environment import describe_environment
 from flatcal_dist.files import write_atomically
 from flatcal_dist.models import parameter_count
 from flatcal_dist.weights import sha256, weights_hash
+
+# The settings of the data that evaluation depends on; all others belong to a training.
+EVALUATED_DATA = {
+    "image_size", "channels", "mean", "std", "interpolation", "crop_pct", "decoder",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a network was trained, as far as that is known; by default nothing is.
+
+    method: rule or optimizer. seconds: of training. configuration: the run's own. Nothing of an
+    evaluation's configuration tells how the weights came about, so it stands for none of these.
+    """
+
+    method: str | None = None
+    rho: float | None = None
+    gamma: float | None = None
+    seed: int | None = None
+    seconds: float | None = None
+    configuration: Config | None = None
+
+    @classmethod
+    def of_run(cls, config: Config, seconds: float | None) -> "Provenance":
+        """Of a network that this configuration trained."""
+        sharpness = config.sharpness
+        plain = sharpness.rule == "none"
+        return cls(
+            method=config.optimizer.name if plain else sharpness.rule,
+            rho=None if plain else sharpness.rho,
+            gamma=sharpness.gamma if sharpness.rule == "csam" else None,
+            seed=config.run.seed,
+            seconds=seconds,
+            configuration=config,
+        )
 
 
 @torch.inference_mode()
@@ -149,14 +185,15 @@ def report(
     *,
     title: str | None = None,
     weights_file: Path | None = None,
-    training_seconds: float | None = None,
+    trained: Provenance = Provenance(),
     training: Sequence[Mapping[str, Any]] = (),
     logits_file: Path | None = None,
 ) -> tuple[Records, dict[str, Any]] | None:
     """Evaluate on all ranks; on rank 0 write the report into `output`; its records and metrics.
 
-    training: the records of the run's metrics.jsonl, for the curves over epochs. A table of data
-    under shift that lies there is deleted: it belongs to an older evaluation.
+    trained: how the network was trained. training: the records of the run's metrics.jsonl, for the
+    curves over epochs. A table of data under shift that lies there is deleted: it belongs to an
+    older evaluation.
     """
     records = evaluate(config, module, data, accelerator, logits_file=logits_file)
 
@@ -166,8 +203,7 @@ def report(
         (output / "shift.json").unlink(missing_ok=True)
         shutil.rmtree(output / "shift", ignore_errors=True)
         about = _about(
-            config, module, data, accelerator, title or output.parent.name, weights_file,
-            training_seconds,
+            config, module, data, accelerator, title or output.parent.name, weights_file, trained,
         )  # fmt: skip
         image_of = _image_of(data)
         return records, write_report(records, output, about, image_of=image_of, training=training)
@@ -195,18 +231,19 @@ def _about(
     accelerator: Accelerator,
     title: str,
     weights_file: Path | None,
-    training_seconds: float | None,
+    trained: Provenance,
 ) -> About:
-    sharpness = config.sharpness
+    identity, known = data.identity, trained.configuration
     return About(
         title=title,
         model=config.model.name,
-        method=config.optimizer.name if sharpness.rule == "none" else sharpness.rule,
-        rho=None if sharpness.rule == "none" else sharpness.rho,
-        gamma=sharpness.gamma if sharpness.rule == "csam" else None,
-        seed=config.run.seed,
-        data=f"{data.variant.path} ({data.index.identity[:16]})",
-        data_identity=data.index.identity,
+        method=trained.method,
+        rho=trained.rho,
+        gamma=trained.gamma,
+        seed=trained.seed,
+        data=f"{data.variant.path} ({identity[:16]})",
+        data_identity=identity,
+        known_by="images",
         class_names=data.class_names,
         image_size=config.data.image_size,
         crop_pct=config.data.crop_pct,
@@ -214,12 +251,19 @@ def _about(
         parameters=parameter_count(module),
         checkpoint=sha256(weights_file) if weights_file else weights_hash(module),
         precision=config.train.precision,
-        engine=config.train.engine,
+        engine=None if known is None else known.train.engine,
         world_size=accelerator.num_processes,
-        training_seconds=training_seconds,
+        training_seconds=trained.seconds,
         versions=describe_environment()["packages"],
-        configuration=config.model_dump(),
+        configuration=_of_evaluation(config) if known is None else known.model_dump(),
     )
+
+
+def _of_evaluation(config: Config) -> dict[str, Any]:
+    """What of a configuration decides the logits of a network that it did not train."""
+    data = config.data.model_dump(include=EVALUATED_DATA)
+    evaluate = {"folds": config.evaluate.folds}
+    return {"model": config.model.model_dump(), "data": data, "evaluate": evaluate}
 
 
 def report_shift(
@@ -258,7 +302,7 @@ def report_shift(
         def written(records: Records | None = records, data: DataSet = data) -> None:
             if records is None:
                 return
-            rows.append(save_shifted(Shifted(records, data.index.identity), output))
+            rows.append(save_shifted(Shifted(records, data.identity), output))
             write_shift(row(clean, clean_identity, Path("records.parquet")), rows, output)
             print(_line(data.variant, rows[-1]))
 

@@ -6,7 +6,7 @@ none is named. One shifted data set alone, for a network without a run, gets a r
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -26,6 +26,7 @@ from flatcal_dist.data.variants import (
     path_of,
 )
 from flatcal_dist.distributed import ending_together, on_all_ranks
+from flatcal_dist.evaluation import Provenance
 from flatcal_dist.models import build
 from flatcal_dist.run_directory import RunDirectory, RunError
 from flatcal_dist.training import checkpoint, resharding
@@ -54,13 +55,14 @@ class Network:
     """A network to evaluate.
 
     weights: a file, or a checkpoint of any engine, or None for those that its library publishes.
+    trained: how; by default unknown.
     """
 
     title: str
     config: Config
     weights: Path | None
     output: Path
-    seconds: float | None = None
+    trained: Provenance = field(default_factory=Provenance)
     log: Path | None = None  # of its training, for the curves in the report
 
 
@@ -86,13 +88,13 @@ def _of_run(run: Path) -> Network:
     if step is not None:
         checkpoint.verify(run)
         output = directory.path / f"report_{step}"
-        return Network(f"{title} {step}", config, run, output, log=directory.metrics_file)
+        trained = Provenance.of_run(config, None)
+        return Network(f"{title} {step}", config, run, output, trained, directory.metrics_file)
     if not directory.weights_file.exists():
         raise RunError(f"{run} has no model.safetensors yet: training writes it at its end")
     seconds = state.seconds if (state := directory.state()) else None
-    return Network(
-        title, config, directory.weights_file, directory.report, seconds, directory.metrics_file
-    )
+    trained, weights = Provenance.of_run(config, seconds), directory.weights_file
+    return Network(title, config, weights, directory.report, trained, directory.metrics_file)
 
 
 def evaluate_model(
@@ -136,7 +138,7 @@ def evaluate_model(
 
 def _into(output: Path, network: Network, several: bool) -> Network:
     target = output / network.title.replace(" ", "_") if several else output
-    return Network(network.title, network.config, network.weights, target, network.seconds)
+    return replace(network, output=target)
 
 
 def _evaluate(networks: Sequence[Network], wanted: Wanted, needs_output: bool = False) -> None:
@@ -230,14 +232,14 @@ def _evaluate_one(
     weights_file = network.weights if network.weights and network.weights.is_file() else None
     written = evaluation.report(
         config, module, data, accelerator, network.output,
-        title=network.title, weights_file=weights_file, training_seconds=network.seconds,
+        title=network.title, weights_file=weights_file, trained=network.trained,
         training=_log(network, accelerator),
         logits_file=network.output / "logits.npz" if wanted.save_logits else None,
     )  # fmt: skip
     if shifted:
         records = written[0] if written else None
         evaluation.report_shift(
-            config, module, shifted, accelerator, network.output, records, data.index.identity,
+            config, module, shifted, accelerator, network.output, records, data.identity,
             _shards(config),
         )  # fmt: skip
     accelerator.print(network.output / "index.html")

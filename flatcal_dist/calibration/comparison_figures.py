@@ -14,7 +14,7 @@ from .palette import light
 def draw_reliability_overlay(curves: Sequence[Curve], title: str) -> Figure:
     """Smooth accuracy against confidence, one line per run, where images are not too few."""
     with style():
-        figure = Figure(figsize=(5.6, 5.4), layout="constrained")
+        figure = Figure(figsize=(4.6, 4.7), layout="constrained")
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], **DIAGONAL)
         for c in curves:
@@ -39,7 +39,7 @@ def draw_scatter(curves: Sequence[Curve], key: str, title: str) -> Figure:
     """
     metric = METRICS[key]
     with style():
-        figure = Figure(figsize=(5.6, 5.4), layout="constrained")
+        figure = Figure(figsize=(4.6, 4.7), layout="constrained")
         axes = figure.subplots()
         for c in curves:
             x, y, limits = c.side["accuracy"], c.side[key], c.side["intervals"]

@@ -26,6 +26,7 @@ def render(template: str, **values: Any) -> str:
         "palette": PALETTE,
         "show": display.show,
         "show_interval": display.show_interval,
+        "show_difference": display.show_difference,
         "between": display.between,
         "duration": display.duration,
         "enumerate_names": display.enumerate_names,

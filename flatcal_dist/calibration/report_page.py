@@ -10,13 +10,19 @@ from markupsafe import Markup
 from . import describe, figures, page, shift_figures
 from .calibrators import BOUNDS
 from .confident_errors import read_thumbnails
-from .display import duration, number, percent, temperature
+from .display import counted, duration, number, percent, temperature
 from .drawing import Curve
 from .statistics import NORMS, Interval
 from .summary import interval_of
 from .verdict import class_name, verdict
 
 SIDES = ("before", "after")
+UNKNOWN = "unknown"
+KNOWN_BY = {
+    "images": "names, labels and sizes",
+    "ids": "ids and labels",
+    "rows": "labels in the order of rows: there were no ids",
+}
 
 
 def report_html(m: dict[str, Any], shift: dict[str, Any] | None, folder: Path) -> str:
@@ -176,29 +182,33 @@ def _identity(m: dict[str, Any]) -> str:
     about = m["about"]
     parts = [
         about["model"],
-        about["method"] and about["method"].upper(),
+        about["method"].upper() if about["method"] else "method unknown",
         about["checkpoint"] and f"weights {about['checkpoint'][:12]}",
         about["data"],
-        f"{m['images']:,} images",
+        counted(m["images"], "image"),
         f"{m['classes']:,} classes",
     ]
     return " · ".join(p for p in parts if p)
 
 
 def _facts(m: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was evaluated, as name and value; what is not known is left out."""
+    """What was evaluated, as name and value.
+
+    What is not known is left out, but for how the network was trained: nobody should take silence
+    for a default.
+    """
     about = m["about"]
     size, count = about["image_size"], about["parameters"]
     source = m["source"]
     shift = [source["kind"], source["corruption"], source["severity"] and f"{source['severity']}"]
     facts = [
         ("Model", about["model"]),
-        ("Method", about["method"]),
+        ("Method", about["method"] or UNKNOWN),
         ("ρ", about["rho"]),
         ("γ", about["gamma"]),
-        ("Training seed", about["seed"]),
+        ("Training seed", UNKNOWN if about["seed"] is None else about["seed"]),
         ("Data", about["data"]),
-        ("Identity of the data", about["data_identity"]),
+        ("Identity of the data", f"{about['data_identity']} ({KNOWN_BY[about['known_by']]})"),
         ("Kind of data", ", ".join(part for part in shift if part)),
         ("Images", f"{m['images']:,}"),
         ("Classes", f"{m['classes']:,}"),

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from . import curves, metrics, selective
-from .classes import per_class
+from flatcal_dist.identity import data_identity
+
+from . import curves, metrics, pairing, selective
+from .classes import class_numbers, per_class
 from .confident_errors import most_confident_errors
 from .corp import corp_decomposition
 from .literature import references
@@ -20,7 +22,7 @@ from .softmax import Scores
 from .statistics import LEVEL, RESAMPLES, STATISTICS, Bootstrap, Interval, bootstrap
 from .training_curves import training_curves
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,10 @@ class About:
     """What was evaluated. Everything is optional; what is not given is not shown.
 
     parameters: their number. crop_pct and interpolation as timm names them. checkpoint: hash of
-    the weights. data: name of the evaluated images; data_identity: a hash of them, which decides
-    what may be compared. origin: of records that come from a file, what was understood of it.
+    the weights. method, seed: of the training; None where a network comes from elsewhere and they
+    are not known. data: name of the evaluated images; data_identity: a hash of them, which decides
+    what may be compared, over what known_by says (see `pairing`); both are found from the records
+    where they are not given. origin: of records that come from a file, what was understood of it.
     configuration: the resolved one.
     """
 
@@ -42,6 +46,7 @@ class About:
     origin: str | None = None
     data: str | None = None
     data_identity: str | None = None
+    known_by: pairing.KnownBy | None = None
     class_names: list[str] | None = None
     image_size: int | None = None
     crop_pct: float | None = None
@@ -71,7 +76,7 @@ def summarize(
     scaling, and `difference` (after minus before) with paired intervals. training: the records of
     the run's metrics.jsonl. metrics.schema.json describes what is returned.
     """
-    about = about or About()
+    about = _identified(about or About(), records)
     samples = bootstrap([records.before, records.after], resamples, seed, bins)
     before, after = (
         _side(records, which, samples, bins, resamples, seed) for which in ("before", "after")
@@ -104,6 +109,15 @@ def summarize(
         # Paths and such become text, tuples lists: what is returned is what is read again.
         "about": json.loads(json.dumps(asdict(about), default=str)),
     }
+
+
+def _identified(about: About, records: Records) -> About:
+    """With the identity of the images, from their ids and labels where nothing else is known."""
+    if about.data_identity is not None:
+        return replace(about, known_by=about.known_by or "images")
+    labels = class_numbers(records)[records.label]
+    found = data_identity(records.id, labels)
+    return replace(about, data_identity=found, known_by=pairing.known_by(records.id))
 
 
 def point_metrics(scores: Scores, bins: int = 15) -> dict[str, float | None]:

@@ -39,6 +39,7 @@ from flatcal_dist.data.remote import Access
 from flatcal_dist.data.shards import expand
 from flatcal_dist.data.stream import class_names
 from flatcal_dist.data.tree import TreeIndex, class_folders, open_tree
+from flatcal_dist.identity import data_identity
 
 MASKED = ("imagenet_a", "imagenet_r")
 CLEAN = ("plain", "imagenet")
@@ -101,6 +102,15 @@ class DataSet:
     @property
     def cropped(self) -> bool:
         return self.variant.corruption is not None
+
+    @property
+    def identity(self) -> str:
+        """Of the images by name, label and size: the same for a tree and for any shards of it."""
+        index, more = self.index, ""
+        if isinstance(index, Corrupted):
+            index, more = index.clean, f"{index.corruption} {index.severity}"
+        label = self.label if self.classes is None else np.array(self.classes)[self.label]
+        return data_identity(index.keys(), label, index.size, more)
 
     @property
     def class_names(self) -> list[str] | None:
