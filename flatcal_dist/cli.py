@@ -236,25 +236,35 @@ def environment(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    from flatcal_dist.calibration.class_list import read_class_names
+    from flatcal_dist.evaluation import Provenance
     from flatcal_dist.evaluation_job import Wanted, evaluate_model, evaluate_runs
 
+    classes = arguments.classes
     wanted = Wanted(
         data=arguments.data,
         corruptions=arguments.corruptions.split(",") if arguments.corruptions else None,
         severities=_severities(arguments.severities),
         real_file=arguments.real,
         save_logits=arguments.save_logits,
+        class_names=None if classes is None else read_class_names(classes),
     )
     if arguments.directories:
         if arguments.model or arguments.weights or arguments.overrides:
             raise ValueError(
                 "evaluate takes a RUN, or --model with --weights, --data and --output; not both"
             )
+        for option in ("method", "seed", "weights_key"):
+            if getattr(arguments, option) is not None:
+                raise ValueError(
+                    f"--{option.replace('_', '-')} goes with --model; a RUN knows what it is"
+                )
         evaluate_runs(arguments.directories, wanted, arguments.output)
     else:
         evaluate_model(
-            arguments.model, arguments.weights, wanted, arguments.output, arguments.overrides
-        )
+            arguments.model, arguments.weights, wanted, arguments.output, arguments.overrides,
+            arguments.weights_key, Provenance(method=arguments.method, seed=arguments.seed),
+        )  # fmt: skip
 
 
 def _severities(text: str | None) -> list[int] | None:
@@ -272,6 +282,9 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="NAME", help="of timm, timm:NAME, torchvision:NAME, mlp; without RUN")
     add("--weights", type=Path, nargs="+", default=[], metavar="FILE",
         help="safetensors or state_dict; left out: what the library publishes")  # fmt: skip
+    add("--weights-key", metavar="NAME",
+        help="which of several weights in the file, such as state_dict_ema; by default those that "
+        "were trained, not their average")  # fmt: skip
     add("--data", action="append", default=[], metavar="[NAME=]DATA",
         help="shards or an ImageFolder tree; may be repeated; by default the run's. The first that "
         "is clean gives the temperature to the others. A NAME that is a kind demands it: imagenet, "
@@ -284,6 +297,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, metavar="DIR", help="by default RUN/report")
     add("--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value",
         help="with --model: configuration, such as model.num_classes=100")  # fmt: skip
+    _origin(parser)
     parser.set_defaults(run=evaluate)
 
 

@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +188,13 @@ def report(
     trained: Provenance = Provenance(),
     training: Sequence[Mapping[str, Any]] = (),
     logits_file: Path | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> tuple[Records, dict[str, Any]] | None:
     """Evaluate on all ranks; on rank 0 write the report into `output`; its records and metrics.
 
     trained: how the network was trained. training: the records of the run's metrics.jsonl, for the
     curves over epochs. A table of data under shift that lies there is deleted: it belongs to an
-    older evaluation.
+    older evaluation. class_names: of the network's classes, where the data do not tell them.
     """
     records = evaluate(config, module, data, accelerator, logits_file=logits_file)
 
@@ -205,6 +206,8 @@ def report(
         about = _about(
             config, module, data, accelerator, title or output.parent.name, weights_file, trained,
         )  # fmt: skip
+        if class_names is not None:
+            about = replace(about, class_names=list(class_names))
         image_of = _image_of(data)
         return records, write_report(records, output, about, image_of=image_of, training=training)
 
