@@ -54,7 +54,7 @@ FIGURES = {
 
 
 @dataclass(frozen=True)
-class Scores:
+class Found:
     """Where the scores are.
 
     names: one array [N, K] or one column of a binary classifier, or a column per class. kind: one
@@ -115,29 +115,29 @@ def find_ids(names: Sequence[str], split: str | None) -> list[str]:
     return [name for tier in IDS for name in first_of(names, [tier], split)]
 
 
-def find_scores(names: Sequence[str], wanted: str | None) -> tuple[Scores, str | None] | None:
+def find_scores(names: Sequence[str], wanted: str | None) -> tuple[Found, str | None] | None:
     """The scores and their split, or None where no name tells.
 
     wanted: the kind that the user says they are, whatever their name. Raises ValueError if names
     allow more than one reading.
     """
-    found: list[tuple[Scores, str | None]] = []
+    found: list[tuple[Found, str | None]] = []
     splits = dict.fromkeys([None, *(split_of(name)[1] for name in names)])
     for kind, words in (*KINDS.items(), (None, OPEN)):
         if kind is None and found:
             break  # names that say what they are go before those that do not
         for split in splits:
             whole = [n for n in names if split_of(n) in {(word, split) for word in words}]
-            found += [(Scores([name], kind), split) for name in whole]
+            found += [(Found([name], kind), split) for name in whole]
             numbered = _numbered(names, words, split)
             if numbered:
                 ordered, first = _in_order(numbered)
-                found.append((Scores(ordered, kind, first=first), split))
+                found.append((Found(ordered, kind, first=first), split))
             elif split is None and (by_class := _by_class(names, words)):
-                found.append((Scores(list(by_class), kind, list(by_class.values())), split))
+                found.append((Found(list(by_class), kind, list(by_class.values())), split))
     if not found and (bare := _numbered(names, ("",), None)) and len(bare) > 1:
         ordered, first = _in_order(bare)
-        found.append((Scores(ordered, None, first=first), None))
+        found.append((Found(ordered, None, first=first), None))
     if wanted is not None and len(found) > 1:
         found = [one for one in found if one[0].kind == wanted] or found
     if len(found) > 1:
@@ -160,7 +160,7 @@ def _no_scores(names: Sequence[str]) -> ValueError:
 
 def scores_by_labels(
     names: Sequence[str], known: Collection[str], classes: Sequence[str] | None
-) -> Scores:
+) -> Found:
     """Columns that are called by the classes alone: the names of the classes tell which.
 
     known: columns that are labels or ids. classes: their names as the user gave them. Raises
@@ -168,7 +168,7 @@ def scores_by_labels(
     """
     rest = [name for name in names if name not in known]
     if classes is not None and len(classes) > 1 and set(classes) <= set(rest):
-        return Scores(list(classes), None, list(classes))
+        return Found(list(classes), None, list(classes))
     raise _no_scores(names)
 
 

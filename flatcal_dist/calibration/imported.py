@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from . import column_names, score_arrays
-from .column_names import Scores
+from . import column_names, label_arrays, score_arrays
+from .checks import FloatArray, IntArray, image_ids, logits_and_labels
+from .column_names import Found
 from .records import METADATA_KEY, Records, Source
 from .tables import DAMAGED, Columns, open_columns, text_of
 
@@ -33,6 +34,23 @@ class Imported:
     class_names: list[str] | None
     understood: str
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a file says of N images and K classes, in the order of its rows.
+
+    ids [N] unique; labels [N] in 0..K-1; logits [N, K] finite; kind: what the file holds.
+    class_names, understood, warnings: as in `Imported`.
+    """
+
+    ids: list[str]
+    labels: IntArray
+    logits: FloatArray
+    kind: str
+    class_names: list[str] | None
+    understood: str
+    warnings: tuple[str, ...]
 
 
 def read_file(path: Path) -> Records:
@@ -66,10 +84,24 @@ def import_file(
     path = Path(path)
     if path.suffix.lower() == ".parquet" and _is_records(path):
         return Imported(Records.load(path), None, f"{path.name}: records of a report")
+    found = read_scores(path, classes=classes, labels=labels, scores=scores)
+    source = Source(name=path.stem, probabilities=found.kind != "logits")
+    records = Records.from_logits(found.ids, found.labels, found.logits, source=source)
+    return Imported(records, found.class_names, found.understood, found.warnings)
+
+
+def read_scores(
+    path: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    labels: Path | None = None,
+    scores: str | None = None,
+) -> Scores:
+    """What a file holds, before anything is computed; arguments and errors as of `import_file`."""
     columns = open_columns(path)
     other = None if labels is None else open_columns(labels)
     try:
-        return _Reading(path, columns, other, classes, scores).imported()
+        return _Reading(path, columns, other, classes, scores).read()
     except DAMAGED as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     except ValueError as error:
@@ -95,9 +127,8 @@ class _Reading:
         self.wanted = wanted
         self.notes, self.warnings, self.used = list(columns.notes), [], []
 
-    def imported(self) -> Imported:
-        names = self.columns.names
-        found = column_names.find_scores(names, self.wanted)
+    def read(self) -> Scores:
+        found = column_names.find_scores(self.columns.names, self.wanted)
         split = found[1] if found else None
         label_names, labels = self._labels(split)
         chosen = found[0] if found else self._scores_by_class(label_names, labels)
@@ -106,18 +137,17 @@ class _Reading:
         self.notes += table.notes
         self.warnings += table.warnings
         count = table.scores.shape[1]
-        names_of_classes = self._class_names(chosen, count)
-        numbers, note = score_arrays.class_numbers(labels, count, names_of_classes, chosen.first)
+        class_names = self._class_names(chosen, count)
+        numbers, note = label_arrays.class_numbers(labels, count, class_names, chosen.first)
         self.notes += [note] if note else []
         ids = self._ids(split, len(labels))
         logits = score_arrays.to_logits(table, numbers)
+        logits_and_labels(logits, numbers, image_ids(ids, len(logits)))
         self._compare_with_predictions(logits)
-        source = Source(name=self.path.stem, probabilities=table.kind != "logits")
-        records = Records.from_logits(ids, numbers, logits, source=source)
-        return Imported(
-            records, names_of_classes, self._understood(records, chosen, table.kind, label_names),
-            tuple(self.warnings),
-        )  # fmt: skip
+        understood = self._understood(logits.shape, chosen, table.kind, label_names)
+        return Scores(
+            ids, numbers, logits, table.kind, class_names, understood, tuple(self.warnings)
+        )
 
     def _get(self, names: Sequence[str], text: bool = False) -> list[np.ndarray]:
         twins = [name for name in names if self.columns.names.count(name) > 1]
@@ -133,15 +163,15 @@ class _Reading:
             if len(names) > 1:
                 names = column_names.find_labels(names, split)
             arrays = self.other.get(names, True)
-            return [f"{name} (--labels)" for name in names], score_arrays.labels(arrays)
+            return [f"{name} (--labels)" for name in names], label_arrays.labels(arrays)
         names = self.columns.names
         if not column_names.first_of(names, column_names.LABELS, split) and "arr_1" in names:
             found = ["arr_1"]  # as numpy.savez calls what has no name
         else:
             found = column_names.find_labels(names, split)
-        return found, score_arrays.labels(self._get(found, text=True))
+        return found, label_arrays.labels(self._get(found, text=True))
 
-    def _scores_by_class(self, label_names: Sequence[str], labels: np.ndarray) -> Scores:
+    def _scores_by_class(self, label_names: Sequence[str], labels: np.ndarray) -> Found:
         """Scores whose columns are called by the classes alone: cat, dog."""
         names = self.columns.names
         known = {*label_names, *column_names.find_ids(names, None)}
@@ -151,10 +181,10 @@ class _Reading:
                 sums = sum(np.asarray(v, np.float64) for v in self.columns.get(rest, False))
                 if not np.allclose(sums, 1, atol=score_arrays.OFF):
                     return column_names.scores_by_labels(names, known, None)
-            return Scores(rest, None, rest)
+            return Found(rest, None, rest)
         return column_names.scores_by_labels(names, known, self.classes)
 
-    def _class_names(self, chosen: Scores, count: int) -> list[str] | None:
+    def _class_names(self, chosen: Found, count: int) -> list[str] | None:
         if self.classes is not None:
             if len(self.classes) != count:
                 raise ValueError(
@@ -218,7 +248,7 @@ class _Reading:
             if column_names.split_of(name)[0] not in PREDICTIONS or name in self.used:
                 continue
             try:
-                answers = score_arrays.labels(self.columns.get([name], True))
+                answers = label_arrays.labels(self.columns.get([name], True))
             except ValueError:
                 continue  # another figure under this name
             if answers.dtype.kind == "U" or len(answers) != len(logits):
@@ -232,14 +262,14 @@ class _Reading:
                 )
 
     def _understood(
-        self, records: Records, chosen: Scores, kind: str, label_names: Sequence[str]
+        self, shape: tuple[int, ...], chosen: Found, kind: str, label_names: Sequence[str]
     ) -> str:
         where = chosen.names[0]
         if len(chosen.names) > 1:
             where = f"{chosen.names[0]} to {chosen.names[-1]}"
         unused = [name for name in self.columns.names if name not in self.used]
         parts = [
-            f"{self.path.name}: {len(records)} images, {records.classes} classes",
+            f"{self.path.name}: {shape[0]:,} images, {shape[1]:,} classes",
             f"{kind} from {where}",
             "labels from " + column_names.shortened(label_names),
             *self.notes,

@@ -14,7 +14,7 @@ from .display import counted, duration, number, percent, temperature
 from .drawing import Curve
 from .statistics import NORMS, Interval
 from .summary import interval_of
-from .verdict import class_name, verdict
+from .verdict import FEW_OF_A_CLASS, class_name, verdict
 
 SIDES = ("before", "after")
 UNKNOWN = "unknown"
@@ -43,6 +43,7 @@ def report_html(m: dict[str, Any], shift: dict[str, Any] | None, folder: Path) -
         facts=_facts(m),
         figures=_figures(m, folder / "figures"),
         classes=_class_rows(m),
+        few=FEW_OF_A_CLASS,
         errors=list(zip(m["confident_errors"], pictures, strict=True)),
         pictured=any(pictures),
         shift=shift,
@@ -207,6 +208,7 @@ def _facts(m: dict[str, Any]) -> list[tuple[str, str]]:
         ("ρ", about["rho"]),
         ("γ", about["gamma"]),
         ("Training seed", UNKNOWN if about["seed"] is None else about["seed"]),
+        ("Origin", about["origin"]),
         ("Data", about["data"]),
         ("Identity of the data", f"{about['data_identity']} ({KNOWN_BY[about['known_by']]})"),
         ("Kind of data", ", ".join(part for part in shift if part)),

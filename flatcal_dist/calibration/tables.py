@@ -11,7 +11,6 @@ Nothing is unpickled: of PyTorch's files tensors alone are read.
 
 import bz2
 import gzip
-import json
 import lzma
 import re
 import zipfile
@@ -77,7 +76,7 @@ def open_columns(path: Path) -> Columns:
             return BINARY[suffix](path)
         data = path.read_bytes()
         data = unpack(data) if unpack else data
-        return _json(data, suffix != ".json") if "js" in suffix or "nd" in suffix else _text(data)
+        return _of_text(data, suffix)
     except DAMAGED as error:
         raise ValueError(f"{path} cannot be read: {_reason(error)}") from None
     except ValueError as error:
@@ -91,10 +90,14 @@ def _reason(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _text(data: bytes) -> Columns:
-    from .delimited import read_delimited
+def _of_text(data: bytes, suffix: str) -> Columns:
+    from . import delimited, json_tables
 
-    return read_delimited(data)
+    if suffix == ".json":
+        return json_tables.read_json(data)
+    if suffix in (".jsonl", ".ndjson"):
+        return json_tables.read_json_lines(data)
+    return delimited.read_delimited(data)
 
 
 def _npz(path: Path) -> Columns:
@@ -167,7 +170,7 @@ def _pt(path: Path) -> Columns:
             )
         return _with_partners(path, stored, read)
     arrays = {
-        str(name): value if isinstance(value, np.ndarray) else _of_list(value, str(name))
+        str(name): value if isinstance(value, np.ndarray) else of_list(value, str(name))
         for name, value in stored.items()
         if isinstance(value, np.ndarray | list | tuple)
     }
@@ -249,62 +252,7 @@ def _values(column: pa.Array, name: str) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False)
 
 
-def _json(data: bytes, lines: bool) -> Columns:
-    text = data.decode(json.detect_encoding(data))
-    stored = _parse_lines(text) if lines else _parse(text)
-    if isinstance(stored, list):
-        if not stored or not all(isinstance(row, dict) for row in stored):
-            raise ValueError('expected a list of objects such as {"label": 0, "logits": [1, 2]}')
-        names = list(dict.fromkeys(name for row in stored for name in row))
-        stored = {name: [row.get(name) for row in stored] for name in names}
-    if not isinstance(stored, dict):
-        raise ValueError(
-            'expected an object such as {"labels": [0, 1], "logits": [[1, 2], [3, 4]]}'
-        )
-    if set(stored) >= {"columns", "data"} and isinstance(stored["columns"], list):  # pandas' split
-        rows, names = stored["data"], [str(name) for name in stored["columns"]]
-        if len(set(names)) < len(names) or not all(
-            isinstance(row, list) and len(row) == len(names) for row in rows
-        ):
-            raise ValueError("the rows of data have other lengths than columns has names")
-        stored = {name: [row[i] for row in rows] for i, name in enumerate(names)}
-    of_rows = {n: list(v.values()) for n, v in stored.items() if isinstance(v, dict)}  # pandas
-    if of_rows and len({tuple(v) for v in stored.values() if isinstance(v, dict)}) > 1:
-        raise ValueError("its objects do not hold the same rows")
-    columns = {n: v for n, v in stored.items() if isinstance(v, list)} | of_rows
-
-    def get(names: Sequence[str], text: bool) -> list[np.ndarray]:
-        return [_of_list(columns[name], name) for name in names]
-
-    return Columns([name for name in stored if name in columns], get)
-
-
-def _parse(text: str) -> Any:
-    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({name for name, _ in pairs}) < len(pairs):
-            raise ValueError("an object has two entries of one name")
-        return dict(pairs)
-
-    try:
-        return json.loads(text, object_pairs_hook=no_twins)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return _parse_lines(text)  # objects line by line under the name of json
-        raise ValueError(f"it is no JSON: {error}") from None
-
-
-def _parse_lines(text: str) -> list[Any]:
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is no JSON: {error}") from None
-    return rows
-
-
-def _of_list(values: Any, name: str) -> np.ndarray:
+def of_list(values: Any, name: str) -> np.ndarray:
     """Nested lists as an array. Numbers, texts and truth values are not mixed."""
     kinds: set[type] = set()
     pending = [values]
