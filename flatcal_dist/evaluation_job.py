@@ -40,7 +40,7 @@ class Wanted:
 
     data: PATH or NAME=PATH each, see `data.variants`. corruptions, severities: of ImageNet-C, by
     default all that there are. real_file: other ReaL labels than timm's. save_logits: also write
-    the clean images' logits.
+    the clean images' logits. class_names: of the network's classes, in their order.
     """
 
     data: Sequence[str] = ()
@@ -48,6 +48,7 @@ class Wanted:
     severities: Sequence[int] | None = None
     real_file: Path | None = None
     save_logits: bool = False
+    class_names: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Network:
     """A network to evaluate.
 
     weights: a file, or a checkpoint of any engine, or None for those that its library publishes.
-    trained: how; by default unknown.
+    trained: how; by default unknown. key: which of several weights in the file.
     """
 
     title: str
@@ -64,6 +65,7 @@ class Network:
     output: Path
     trained: Provenance = field(default_factory=Provenance)
     log: Path | None = None  # of its training, for the curves in the report
+    key: str | None = None
 
 
 def evaluate_runs(runs: Sequence[Path], wanted: Wanted, output: Path | None = None) -> None:
@@ -103,12 +105,23 @@ def evaluate_model(
     wanted: Wanted,
     output: Path | None,
     overrides: Sequence[str] = (),
+    key: str | None = None,
+    trained: Provenance | None = None,
 ) -> None:
     """Write the report of any weights of a network.
 
-    name: of timm (or "mlp"), timm:NAME or torchvision:NAME; the latter two without weights have
-    those that the library publishes. Image size, crop and normalization are the library's for this
-    network, unless overrides say otherwise.
+    Image size, crop and normalization are the library's for this network, unless overrides say
+    otherwise.
+
+    Args:
+        name: of timm (or "mlp"), timm:NAME or torchvision:NAME; the latter two without weights have
+            those that the library publishes.
+        weights: files. Several of them are reported on one after another.
+        wanted: what to evaluate on.
+        output: directory of the report, or of a folder for each of several.
+        overrides: of the configuration, `key.sub=value` each.
+        key: which of several weights in a file to take, see `weights.load_weights`.
+        trained: how the network was trained, as far as the user tells.
     """
     published = name is not None and ":" in name and not weights
     missing = [
@@ -128,8 +141,10 @@ def evaluate_model(
         raise ConfigError(f"evaluate needs a run directory, or also {', '.join(missing)}{hint}")
     settings = pretrained.settings(name, published)
     config = configuration.load(None, [f"model.name={name}", *settings, *overrides])
+    trained = trained or Provenance()
     networks = [
-        Network(file.stem if file else name, config, file, output) for file in weights or [None]
+        Network(file.stem if file else name, config, file, output, trained, key=key)
+        for file in weights or [None]
     ]
     if len(networks) > 1:
         networks = [_into(output, network, True) for network in networks]
@@ -143,6 +158,11 @@ def _into(output: Path, network: Network, several: bool) -> Network:
 
 def _evaluate(networks: Sequence[Network], wanted: Wanted, needs_output: bool = False) -> None:
     _refuse_clashes(networks)
+    for classes in {network.config.model.num_classes for network in networks}:
+        if wanted.class_names is not None and len(wanted.class_names) != classes:
+            raise ConfigError(
+                f"--classes has {len(wanted.class_names)} names, and the network {classes} classes"
+            )
     accelerator = distributed.start("ddp", networks[0].config.train.precision)
     with ending_together(accelerator):
         for network in networks:
@@ -233,7 +253,7 @@ def _evaluate_one(
     written = evaluation.report(
         config, module, data, accelerator, network.output,
         title=network.title, weights_file=weights_file, trained=network.trained,
-        training=_log(network, accelerator),
+        training=_log(network, accelerator), class_names=wanted.class_names,
         logits_file=network.output / "logits.npz" if wanted.save_logits else None,
     )  # fmt: skip
     if shifted:
@@ -262,7 +282,9 @@ def _on_device(network: Network, accelerator: Accelerator) -> nn.Module:
         if network.weights.is_dir():
             resharding.fill_network(module, network.weights)
         else:
-            load_weights(module, network.weights)
+            taken = str(load_weights(module, network.weights, network.key))
+            if taken:
+                accelerator.print(f"{network.weights}: {taken}")
         return module
 
     if network.weights is None:  # one process of a machine fetches, the others find it there

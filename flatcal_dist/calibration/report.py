@@ -22,6 +22,7 @@ def write_report(
     output: Path,
     about: About | None = None,
     *,
+    all_classes: Records | None = None,
     image_of: Callable[[str], bytes | None] | None = None,
     training: Sequence[Mapping[str, Any]] = (),
     bins: int = 15,
@@ -36,9 +37,14 @@ def write_report(
 
     image_of: gives the encoded image of a record's id, or None; for pictures of the most confident
     errors. training: the records of the run's metrics.jsonl, for the curves over epochs.
+    all_classes: where the records are among a part of the network's classes, those of the same
+    images among all of them.
     """
     output = Path(output)
-    m = summarize(records, about, training=training, bins=bins, resamples=resamples, seed=seed)
+    m = summarize(
+        records, about, all_classes=all_classes, training=training, bins=bins,
+        resamples=resamples, seed=seed,
+    )  # fmt: skip
     records.save(output / "records.parquet")
     write_text(output / "metrics.csv", metrics_csv(m))
     write_text(output / "table.csv", table_csv(m))

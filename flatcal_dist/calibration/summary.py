@@ -24,6 +24,9 @@ from .statistics import LEVEL, RESAMPLES, STATISTICS, Bootstrap, Interval, boots
 from .training_curves import training_curves
 
 SCHEMA_VERSION = 3
+OF_ALL_CLASSES = (
+    "accuracy", "mean_confidence", "signed_gap", "ece", "nll", "brier", "aurc", "auroc",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class About:
     the weights. method, seed: of the training; None where a network comes from elsewhere and they
     are not known. data: name of the evaluated images; data_identity: a hash of them, which decides
     what may be compared, over what known_by says (see `pairing`); both are found from the records
-    where they are not given. configuration: the resolved one.
+    where they are not given. origin: of records that come from a file, what was understood of it.
+    configuration: the resolved one.
     """
 
     title: str | None = None
@@ -43,6 +47,7 @@ class About:
     rho: float | None = None
     gamma: float | None = None
     seed: int | None = None
+    origin: str | None = None
     data: str | None = None
     data_identity: str | None = None
     known_by: pairing.KnownBy | None = None
@@ -64,6 +69,7 @@ def summarize(
     records: Records,
     about: About | None = None,
     *,
+    all_classes: Records | None = None,
     training: Sequence[Mapping[str, Any]] = (),
     bins: int = 15,
     resamples: int = RESAMPLES,
@@ -72,8 +78,9 @@ def summarize(
     """All numbers of the report. Rates are fractions, NLL and entropy nats.
 
     The top level holds the network as it is; `after_temperature` the same keys after temperature
-    scaling, and `difference` (after minus before) with paired intervals. training: the records of
-    the run's metrics.jsonl. metrics.schema.json describes what is returned.
+    scaling, and `difference` (after minus before) with paired intervals. all_classes: of records
+    among a part of the network's classes, those of the same images among all. training: the records
+    of the run's metrics.jsonl. metrics.schema.json describes what is returned.
     """
     about = _identified(about or About(), records)
     samples = bootstrap([records.before, records.after], resamples, seed, bins)
@@ -92,6 +99,7 @@ def summarize(
         "top5_accuracy": float((records.rank < 5).mean()) if records.classes >= 5 else None,
         "source": asdict(records.source),
         "real": real_figures(records),
+        "all_classes": None if all_classes is None else _all_classes(all_classes),
         **before,
         "temperature": records.temperature,
         "temperature_interval": None if interval is None else list(interval),
@@ -109,6 +117,15 @@ def summarize(
         # Paths and such become text, tuples lists: what is returned is what is read again.
         "about": json.loads(json.dumps(asdict(about), default=str)),
     }
+
+
+def _all_classes(records: Records) -> dict[str, Any]:
+    """A few figures of the same images among all classes of the network."""
+    sides = {
+        side: {key: point_metrics(getattr(records, side))[key] for key in OF_ALL_CLASSES}
+        for side in ("before", "after")
+    }
+    return {"classes": records.classes, "temperature": records.temperature, **sides}
 
 
 def _identified(about: About, records: Records) -> About:
