@@ -15,7 +15,7 @@ LATEX = {
     "%": r"\%", "_": r"\_", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
     "<": r"\textless{}", ">": r"\textgreater{}",
     MINUS: "$-$", "×": r"$\times$", "…": r"\ldots{}", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
-    "→": r"$\to$", "ρ": r"$\rho$", "γ": r"$\gamma$", "\u00a0": "~",
+    "→": r"$\to$", "ρ": r"$\rho$", "γ": r"$\gamma$", "\u00a0": "~", "±": r"$\pm$",
 }  # fmt: skip
 
 
