@@ -151,7 +151,7 @@ class _Sorted:
             *self.ranked.figures(images, errors),
         ]  # fmt: skip
         gaps = [equal, mass, mass_100, equal / self.root_share, rising[self.drift_points]]
-        return values, self.smooth.sums(w, drift, images), [g / n for g in gaps]
+        return values, self.smooth.sums(w, drift), [g / n for g in gaps]
 
 
 _SMOOTH = STATISTICS.index("smooth_ece")

@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 
 from flatcal_dist.calibration import inflated, metrics, selective
 from flatcal_dist.calibration.records import Records, Scores
-from flatcal_dist.calibration.smooth import smooth_curve, smooth_error_at
+from flatcal_dist.calibration.smooth import kernel_width, smooth_error_at
 from flatcal_dist.calibration.softmax import score_images
 from flatcal_dist.calibration.statistics import (
     BINNED,
@@ -63,7 +63,7 @@ def test_figures_with_choices_of_their_own(records: Records) -> None:
     scores = records.before
     samples = bootstrap([scores], resamples=3, seed=5)
     inner = metrics.equal_mass_edges(scores.confidence, 15)
-    width = smooth_curve(scores.confidence, scores.correct).width
+    width = kernel_width(scores.confidence, scores.correct)
     rng = np.random.default_rng(5)
     draws = [np.arange(400), *(rng.integers(400, size=400) for _ in range(3))]
     for chosen, row in zip(draws, (samples.point[0], *samples.replicates[:, 0]), strict=True):
