@@ -202,7 +202,7 @@ def test_smooth_error_finds_no_error_of_a_calibrated_network() -> None:
 
 
 def smooth_error_by_quadrature(confidence: np.ndarray, correct: np.ndarray, width: float) -> float:
-    """The definition, image by image: the Gaussian and its mirror images, integrated over [0, 1]."""
+    """The definition: each Gaussian and its mirror images, integrated over [0, 1]."""
     at = np.linspace(0, 1, 4001)
     residual = np.zeros(len(at))
     for turn in range(-4, 5):
