@@ -156,6 +156,7 @@ def point_metrics(scores: Scores, bins: int = 15) -> dict[str, float | None]:
         "adaptive_ece": metrics.adaptive_calibration_error(c, correct, bins),
         "adaptive_ece_100": metrics.adaptive_calibration_error(c, correct, 100),
         "smooth_ece": metrics.smooth_calibration_error(c, correct),
+        "smooth_ece_relplot": metrics.smooth_calibration_error_relplot(c, correct),
         "mce": metrics.maximum_calibration_error(c, correct, bins),
         "rmsce": metrics.root_mean_square_calibration_error(c, correct, bins),
         "rmsce_debiased": metrics.root_mean_square_calibration_error(
