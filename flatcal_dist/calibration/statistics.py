@@ -47,6 +47,9 @@ NORMS = {  # of the gaps that make up an error, see `inflated`
     "smooth_ece": inflated.absolute,
 }
 OF_OUTCOMES = {"accuracy", "signed_gap", "top_label_brier", *BINNED, *RANKS}
+RISKS = {"coverage_at_95_accuracy": 0.05, "coverage_at_99_accuracy": 0.01}
+FEWEST_ERRORS = 5  # among the images answered; a coverage that rests on fewer has no interval
+FEWEST_FOR_100_BINS = 1000  # ten images a bin
 DRIFT_POINTS = 256  # at which the running sum of KS is kept for its interval
 
 
@@ -167,7 +170,7 @@ class Bootstrap:
         noise: theirs is that of `inflated`, begins at 0 unless calibration is refuted, and may lie
         below the value. The debiased RMSCE is not inflated, only its resamples are: they are
         shifted to its square. Failure prediction: `intervals.of_ranking`, and Wilson's for the risk
-        at 80 % coverage.
+        at 80 % coverage; none for a coverage that allows fewer than `FEWEST_ERRORS` errors.
         Where all images are right, or all wrong, resamples know no other outcome, which is no
         proof that there is none: accuracy then has Wilson's interval, the rest of it none.
         """
@@ -178,6 +181,8 @@ class Bootstrap:
                 low, high = proportion_interval(round(point * self.images), self.images)
                 return Interval(float(point), float(low), float(high))
             return Interval(float(point) if np.isfinite(point) else None, None, None)
+        if statistic == "adaptive_ece_100" and self.images < FEWEST_FOR_100_BINS:
+            return Interval(float(point), None, None)
         if statistic in NORMS:
             seen, *resampled = self.gaps[statistic][which]
             limits = inflated.interval(seen, np.array(resampled), NORMS[statistic], LEVEL)
@@ -191,6 +196,8 @@ class Bootstrap:
             answered = np.ceil(0.8 * self.images - 1e-9)
             low, high = proportion_interval(point * answered, answered)
             return Interval(float(point), float(low), float(high))
+        if point * self.images * RISKS.get(statistic, np.inf) < FEWEST_ERRORS:
+            return Interval(float(point), None, None)
         interval = percentile(point, replicates)
         # Equal confidences, or a single image: nothing varies, which is no proof either.
         return Interval(interval.value, None, None) if no_width(interval) else interval

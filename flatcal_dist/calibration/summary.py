@@ -319,9 +319,14 @@ def _conventions(records: Records, bins: int, resamples: int, seed: int) -> dict
         "after_temperature": after,
         "folds": len(records.fold_temperatures),
         "fold_seed": records.fold_seed,
-        "intervals": f"{100 * LEVEL:.0f} % bootstrap over images, percentiles; of errors of "
-        "calibration, which chance inflates, by test inversion: they hold the error without "
-        "chance, begin at 0 unless calibration is refuted, and may lie below the value",
+        "intervals": f"{100 * LEVEL:.0f} %, bootstrap over images. Means: percentiles. Failure "
+        "prediction: on a logarithmic or log-odds scale with Student's t; with some 30 wrong "
+        "images those of E-AURC, NAURC and AUPR of success hold the truth in 90 to 95 % of cases. "
+        "Errors of calibration, which chance inflates: by test inversion, so that they hold the "
+        "error without chance, begin at 0 unless calibration is refuted, and may lie below the "
+        "value; with few images they hold it in 89 to 97 % of cases",
+        "smooth_ece": "the definition, with a kernel of mass 1 for each image; relplot's value, "
+        "which gives images at confidence 1 half of it, is smooth_ece_relplot",
         "ece_null": "ECE of a perfectly calibrated network with these confidences",
         "resamples": resamples,
         "seed": seed,
