@@ -196,7 +196,7 @@ class Bootstrap:
             answered = np.ceil(0.8 * self.images - 1e-9)
             low, high = proportion_interval(point * answered, answered)
             return Interval(float(point), float(low), float(high))
-        if point * self.images * RISKS.get(statistic, np.inf) < FEWEST_ERRORS:
+        if statistic in RISKS and point * self.images * RISKS[statistic] < FEWEST_ERRORS:
             return Interval(float(point), None, None)
         interval = percentile(point, replicates)
         # Equal confidences, or a single image: nothing varies, which is no proof either.
