@@ -245,8 +245,8 @@ def environment(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     from flatcal_dist.calibration.class_list import read_class_names
-    from flatcal_dist.evaluation import Provenance
     from flatcal_dist.evaluation_job import Wanted, evaluate_model, evaluate_runs
+    from flatcal_dist.provenance import Provenance
 
     classes = arguments.classes
     wanted = Wanted(

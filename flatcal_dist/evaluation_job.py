@@ -6,7 +6,7 @@ none is named. One shifted data set alone, for a network without a run, gets a r
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -26,8 +26,8 @@ from flatcal_dist.data.variants import (
     path_of,
 )
 from flatcal_dist.distributed import ending_together, on_all_ranks
-from flatcal_dist.evaluation import Provenance
 from flatcal_dist.models import build
+from flatcal_dist.provenance import UNKNOWN, Provenance
 from flatcal_dist.run_directory import RunDirectory, RunError
 from flatcal_dist.training import checkpoint, resharding
 from flatcal_dist.training.tracking import read_metrics
@@ -63,7 +63,7 @@ class Network:
     config: Config
     weights: Path | None
     output: Path
-    trained: Provenance = field(default_factory=Provenance)
+    trained: Provenance = UNKNOWN
     log: Path | None = None  # of its training, for the curves in the report
     key: str | None = None
 
@@ -141,7 +141,7 @@ def evaluate_model(
         raise ConfigError(f"evaluate needs a run directory, or also {', '.join(missing)}{hint}")
     settings = pretrained.settings(name, published)
     config = configuration.load(None, [f"model.name={name}", *settings, *overrides])
-    trained = trained or Provenance()
+    trained = trained or UNKNOWN
     networks = [
         Network(file.stem if file else name, config, file, output, trained, key=key)
         for file in weights or [None]
