@@ -194,6 +194,8 @@ def tensors(path: Path) -> Any:
             "it holds more than tensors, and unpickling that would run its code: save "
             "{'logits': logits, 'labels': labels} as tensors, or use numpy.savez"
         ) from None
+    except FileNotFoundError:
+        raise
     except Exception:  # of damaged bytes the unpickler raises what it pleases
         raise OSError("it is damaged, or no file that torch.save wrote") from None
 

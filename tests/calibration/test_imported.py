@@ -115,6 +115,8 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="1 of 2 images have no id"):
         read_file(tmp_path / "v.parquet")
     with pytest.raises(ValueError, match=r"none of \.npz"):
+        read_file(tmp_path / "x.mat")
+    with pytest.raises(ValueError, match="No such file"):
         read_file(tmp_path / "x.pt")
     ragged = pa.table({"label": [0, 1], "logits": [[1.0, 2.0], [1.0]]})
     pq.write_table(ragged, tmp_path / "z.parquet")
