@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from flatcal_dist.arguments import usable_cores, whole_number
 from flatcal_dist.files import write_json
+from flatcal_dist.warning_lines import print_warnings_plainly
 
 if TYPE_CHECKING:
     from flatcal_dist.data.sources import Source
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> None:
+    print_warnings_plainly()
     try:
         arguments.run(arguments)
     except (ValueError, OSError, RuntimeError) as error:
@@ -103,7 +105,8 @@ def index(arguments: argparse.Namespace) -> None:
     done = dict(in_parallel(_index, [(path,) for path in shards], arguments.workers))
     if refused := [text for _, text in sorted(done.items()) if isinstance(text, str)]:
         raise ValueError(f"{len(refused)} shards cannot be indexed:\n" + "\n".join(refused))
-    print(f"{len(shards)} shards indexed, {sum(done.values()):,} images")
+    images = sum(done.values())
+    print(f"{len(shards)} shards indexed, {images:,} image{'s' * (images != 1)}")
 
 
 def _index(path: Path) -> int | str:
@@ -151,6 +154,11 @@ def report(arguments: argparse.Namespace) -> None:
     from flatcal_dist.calibration.report import render_report
 
     of_file = ("output", "method", "seed", "classes", "labels", "scores")
+    if not arguments.directory.exists():
+        raise ValueError(
+            f"there is no {arguments.directory}: expected a run or report directory, or a file of "
+            "scores and labels"
+        )
     if arguments.directory.is_file():
         _report_on_file(arguments)
         return

@@ -16,9 +16,11 @@ from torch import nn
 
 from flatcal_dist import inputs
 from flatcal_dist.calibration.binned import BinnedEvaluation
+from flatcal_dist.calibration.display import counted
 from flatcal_dist.calibration.records import Records, Source
 from flatcal_dist.calibration.report import render_report, write_report
-from flatcal_dist.calibration.shift import Shifted, row, save_shifted, write_shift
+from flatcal_dist.calibration.shift import Shifted, save_shifted, write_shift
+from flatcal_dist.calibration.shift_rows import Measured, measure
 from flatcal_dist.calibration.summary import About
 from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.data import DataError, Index
@@ -316,7 +318,8 @@ def report_shift(
     data set, and the page again at the end. Raises FailedTogether where `evaluate` does, and for
     an ImageNet-C whose subsets do not hold the same images.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Measured] = []
+    clean_row: list[Measured] = []  # measured once, on rank 0
     first: dict[str, DataSet] = {}
     for variant in variants:
 
@@ -338,8 +341,10 @@ def report_shift(
                 if records is None:
                     continue
                 rows.append(save_shifted(Shifted(records, data.identity), output))
-                write_shift(row(clean, clean_identity, Path("records.parquet")), rows, output)
-                print(_line(data.variant, rows[-1]))
+                if not clean_row:
+                    clean_row.append(measure(clean, clean_identity, Path("records.parquet")))
+                write_shift(clean_row[0], rows, output)
+                print(_line(data.variant, rows[-1].row))
 
         on_all_ranks(written)
     on_all_ranks(lambda: render_report(output) if clean is not None else None)
@@ -350,8 +355,9 @@ def _line(variant: Variant, figures: dict[str, Any]) -> str:
     generated = " (generated)" if variant.generated else ""
     generated += " among all classes" * figures["name"].endswith(ALL_CLASSES)
     return (
-        f"{variant}{generated}: {figures['images']} images, accuracy {before['accuracy']:.4f}, ECE "
-        f"{before['ece']:.4f}, with the clean temperature {after['ece']:.4f}"
+        f"{variant}{generated}: {counted(figures['images'], 'image')}, accuracy "
+        f"{before['accuracy']:.4f}, ECE {before['ece']:.4f}, with the clean temperature "
+        f"{after['ece']:.4f}"
     )
 
 

@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from flatcal_dist.files import write_json, write_text
 
-from . import comparison_figures, decisions, figures, page, pairing
+from . import comparison_figures, comparison_table, decisions, figures, page, pairing
+from .calibrators import is_fitted
 from .comparison_verdict import verdict
 from .display import duration, enumerate_names, number, percent
 from .drawing import Curve
@@ -30,9 +31,9 @@ def write_comparison(
     """Compare the reports of `runs` (run directories or report directories) into `output`.
 
     Runs that differ by their seed alone are one method; the method of the first run is the
-    baseline. Writes index.html (one file, needs no network), comparison.json, comparison.csv and
-    figures; returns what comparison.json holds. ValueError if a run has no report, or if the runs
-    were not evaluated on the same images.
+    baseline. Writes index.html (one file, needs no network), comparison.json, comparison.csv,
+    table.tex and figures; returns what comparison.json holds. ValueError if a run has no report, or
+    if the runs were not evaluated on the same images.
     """
     if len(runs) < 2:
         raise ValueError(f"a comparison needs at least two runs, got {len(runs)}")
@@ -59,6 +60,8 @@ def write_comparison(
     output = Path(output)
     write_json(output / "comparison.json", comparison)
     write_text(output / "comparison.csv", _csv(comparison))
+    first = [method.runs[0].metrics for method in methods]
+    write_text(output / "table.tex", comparison_table.table_tex(comparison, first))
     _write_page(comparison, loaded, methods, output)
     return comparison
 
@@ -251,6 +254,7 @@ def _write_page(
         metrics=[METRICS[key] for key in COMPARED],
         figures=_figures(methods, output / "figures"),
         known=lambda value: "unknown" if value is None else value,
+        usable=is_fitted,
         seconds={run["run"]: duration(run["training_seconds"]) for run in comparison["runs"]},
         grouped=len(methods) < len(runs),
         over_seeds=any(d["before"]["accuracy"]["over_seeds"] for d in comparison["differences"]),

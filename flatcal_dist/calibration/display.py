@@ -8,6 +8,7 @@ from .statistics import Interval
 UNDEFINED = "not defined"
 MINUS = "−"
 MOST_DECIMALS = 6  # that a value gets in order to show its sign
+MOST_IN_PROSE = 3
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Unit:
 
 PERCENT = Unit(100, 2, " %", difference_suffix=" points")
 POINTS = Unit(100, 2, " points", signed=True)
+GAP = Unit(100, 2, signed=True)  # points, where a column's head says so
 THOUSANDTHS = Unit(1000, 1)
 PLAIN = Unit(1, 3, difference_decimals=4)
 
@@ -95,12 +97,12 @@ def show_difference(
     return text + ending * suffix, " to ".join(limits) if limits else None
 
 
-def telling_decimals(least: int, values: Sequence[float]) -> int:
+def telling_decimals(least: int, values: Sequence[float], most: int = MOST_DECIMALS) -> int:
     """The decimals, `least` or more, with which none of the values that are not 0 reads as 0.
 
-    What would read as 0 with `MOST_DECIMALS`, too, is left to do so.
+    What would read as 0 with `most` of them, too, is left to do so.
     """
-    visible = [abs(v) for v in values if round(abs(v), MOST_DECIMALS) > 0]
+    visible = [abs(v) for v in values if round(abs(v), most) > 0]
     decimals, smallest = least, min(visible, default=1.0)
     while round(smallest, decimals) == 0:
         decimals += 1
@@ -108,9 +110,9 @@ def telling_decimals(least: int, values: Sequence[float]) -> int:
 
 
 def points(value: float, *others: float | None) -> tuple[str, ...]:
-    """Percentage points to one decimal, or to more where one would hide the sign of any of them."""
+    """Percentage points to one decimal, or up to three where one would hide the sign of any."""
     scaled = [100 * v for v in (value, *others) if v is not None]
-    decimals = telling_decimals(1, scaled)
+    decimals = telling_decimals(1, scaled, MOST_IN_PROSE)
     return tuple(number(v, decimals) for v in scaled)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import decisions
+from .calibrators import is_fitted
 from .naming import METRICS, Metric
 from .records import Records
 from .seeds import over_seeds, seed_difference
@@ -111,7 +112,7 @@ def summary(method: Method) -> dict[str, Any]:
         "name": method.name,
         "runs": [run.name for run in method.runs],
         "seeds": [run.seed for run in method.runs],
-        "temperature": asdict(over_seeds([run.metrics["temperature"] for run in method.runs])),
+        "temperature": asdict(over_seeds([_temperature(run) for run in method.runs])),
         **{
             side: {
                 key: asdict(over_seeds([run.side(side)[key] for run in method.runs]))
@@ -120,6 +121,11 @@ def summary(method: Method) -> dict[str, Any]:
             for side in SIDES
         },
     }
+
+
+def _temperature(run: Run) -> float | None:
+    temperature = run.metrics["temperature"]
+    return temperature if is_fitted(temperature) else None
 
 
 def differences(methods: Sequence[Method], samples: dict[str, Bootstrap]) -> dict[str, Any]:

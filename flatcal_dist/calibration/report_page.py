@@ -8,11 +8,12 @@ from typing import Any
 from markupsafe import Markup
 
 from . import describe, figures, page, shift_figures
-from .calibrators import BOUNDS
+from .calibrators import is_fitted
 from .confident_errors import read_thumbnails
 from .display import counted, duration, number, percent, temperature
 from .drawing import Curve
-from .statistics import NORMS, Interval
+from .main_table import change
+from .statistics import NORMS
 from .summary import interval_of
 from .verdict import FEW_OF_A_CLASS, class_name, verdict
 
@@ -47,11 +48,12 @@ def report_html(m: dict[str, Any], shift: dict[str, Any] | None, folder: Path) -
         errors=list(zip(m["confident_errors"], pictures, strict=True)),
         pictured=any(pictures),
         shift=shift,
+        usable_temperature=is_fitted(m["temperature"]),
         stale_shift=stale,
         shift_figures=_shift_figures(shift, folder / "figures") if shift else [],
         interval_of=interval_of,
         inflated=tuple(NORMS),
-        difference_of=lambda name: _difference(m, name),
+        difference_of=lambda name: change(m, name),
         class_name=lambda number: class_name(m, number),
         configuration=json.dumps(about["configuration"], indent=2, ensure_ascii=False),
     )
@@ -63,11 +65,6 @@ def run_title(about: dict[str, Any]) -> str:
         return about["title"]
     parts = [about["model"], about["method"] and about["method"].upper()]
     return ", ".join(p for p in parts if p) or "Calibration report"
-
-
-def _difference(m: dict[str, Any], name: str) -> Interval | None:
-    value = m["after_temperature"]["difference"].get(name)
-    return None if value is None else Interval(**value)
 
 
 def _figures(m: dict[str, Any], folder: Path) -> dict[str, Markup]:
@@ -93,6 +90,12 @@ def _figures(m: dict[str, Any], folder: Path) -> dict[str, Markup]:
         figures.draw_risk_coverage(curves, "Risk against coverage", reference=True), folder,
         "risk_coverage", "Risk-coverage curve", describe.risk_coverage(m),
     )  # fmt: skip
+    if m["confusions"]["matrix"] is not None:
+        names = [class_name(m, k).removeprefix("class ") for k in m["confusions"]["classes"]]
+        drawn["confusions"] = page.figure(
+            figures.draw_confusions(m["confusions"]["matrix"], names), folder,
+            "confusions", "Confusion matrix", describe.confusions(m),
+        )  # fmt: skip
     if m["training"] is not None and len(m["training"]["epoch"]) > 1:
         drawn["training"] = page.figure(
             figures.draw_training(m["training"]), folder,
@@ -113,9 +116,9 @@ def _shift_figures(shift: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
                 describe.heat_map(group, rows, key, side),
             )
             for key, side, title in (
-                ("accuracy", "before", "Accuracy, per cent"),
-                ("signed_gap", "before", "Signed gap, points, as trained"),
-                ("signed_gap", "after", "Signed gap, points, clean temperature"),
+                ("accuracy", "before", "Accuracy"),
+                ("signed_gap", "before", "Signed gap, as trained"),
+                ("signed_gap", "after", "Signed gap, clean temperature"),
             )
         ]  # fmt: skip
         curves = page.figure(
@@ -129,10 +132,13 @@ def _shift_figures(shift: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 
 def _class_rows(m: dict[str, Any]) -> list[dict[str, Any]]:
-    """One dictionary per class, the most over-confident first."""
+    """One dictionary per class, the most over-confident first; those of `few` images after all."""
     table = m["per_class"]
     rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
-    return sorted(rows, key=lambda row: (-row["signed_gap"], row["class"]))
+    rows = [row | {"few": row["images"] < FEW_OF_A_CLASS} for row in rows]
+    return sorted(
+        rows, key=lambda row: (row["few"], 0 if row["few"] else -row["signed_gap"], row["class"])
+    )
 
 
 @dataclass(frozen=True)
@@ -163,15 +169,19 @@ def _tiles(m: dict[str, Any]) -> list[Tile]:
         Tile("ECE", f"{number(100 * m['ece'], 1)} %", f"{number(100 * chance, 1)} % if calibrated"),
         Tile("AUROC", percent(m["auroc"], 1), between("auroc", 100, 1)),
         Tile("AURC × 1000", number(1000 * m["aurc"], 1), between("aurc", 1000, 1)),
-        Tile("Temperature", temperature(m["temperature"]), _temperature_note(m)),
+        Tile("Temperature", _temperature(m), _temperature_note(m)),
     ]
 
 
+def _temperature(m: dict[str, Any]) -> str:
+    return temperature(m["temperature"]) if is_fitted(m["temperature"]) else "none"
+
+
 def _temperature_note(m: dict[str, Any]) -> str:
+    if not is_fitted(m["temperature"]):
+        return "no temperature can be fitted"
     if m["source"]["temperature_from"] is not None:
         return f"of {m['source']['temperature_from']}"
-    if m["temperature"] in BOUNDS:
-        return "the search's end: do not use"
     if m["temperature_interval"] is None:
         return "no interval"
     low, high = (temperature(v) for v in m["temperature_interval"])

@@ -346,4 +346,6 @@ def proportion_interval(successes: ArrayLike, trials: ArrayLike) -> tuple[FloatA
     n = np.where(n > 0, n, np.nan)
     middle = (k + z**2 / 2) / (n + z**2)
     half = z / (n + z**2) * np.sqrt(k * (n - k) / n + z**2 / 4)
-    return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
+    low, high = np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
+    # By the formula these ends are 0 and 1, and rounding must not make a gap of them.
+    return np.where(k == 0, 0 * low, low), np.where(k == n, 1.0, high)

@@ -12,12 +12,13 @@ from flatcal_dist.identity import data_identity
 from . import curves, metrics, pairing, selective
 from .classes import class_numbers, per_class
 from .confident_errors import most_confident_errors
+from .confusions import confusions
 from .corp import corp_decomposition
 from .literature import references
 from .operating import operating_points
 from .records import Records
 from .scores import NAMES, OF_LOGITS, SOURCES, score_table
-from .shift import real_figures
+from .shift_rows import real_figures
 from .softmax import Scores
 from .statistics import LEVEL, RESAMPLES, STATISTICS, Bootstrap, Interval, bootstrap
 from .training_curves import training_curves
@@ -106,6 +107,7 @@ def summarize(
         "after_temperature": after,
         "scores": _scores(records, resamples, seed),
         "per_class": per_class(records, about.class_names),
+        "confusions": confusions(records),
         "confident_errors": most_confident_errors(records),
         "training": training_curves(training),
         "references": references(about.model, about.data, records.classes, len(records))

@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,8 @@ def test_files_and_page(runs: list[Path], tmp_path: Path) -> None:
     c = write_comparison(runs, tmp_path, resamples=100)
     names = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     figures = ("reliability", "risk_coverage", "accuracy_ece", "accuracy_aurc")
-    expected = {f"figures/{n}.{s}" for n in figures for s in ("png", "svg")}
-    assert names == expected | {"index.html", "comparison.json", "comparison.csv"}
+    expected = {f"figures/{n}.{s}" for n in figures for s in ("png", "svg", "pdf")}
+    assert names == expected | {"index.html", "comparison.json", "comparison.csv", "table.tex"}
     assert strict_json(tmp_path / "comparison.json") == json.loads(json.dumps(c))
     page = assert_sound_page(tmp_path / "index.html")
     assert "interval over seeds" not in page.text, "two seeds have none"
@@ -73,6 +74,10 @@ def test_files_and_page(runs: list[Path], tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))
     assert [r["run"] for r in rows] == ["sgd_0", "sgd_1", "csam_0"]
     assert rows[0]["nll_difference"] == rows[0]["against"] == ""
+    tex = (tmp_path / "table.tex").read_text()
+    assert tex.isascii()
+    assert len(re.findall(r"^(sgd|csam) &.*\\\\$", tex, re.M)) == 4, "two methods, two sides"
+    assert tex.count(r"$\pm$") == 15, "two seeds have a spread; the caption names it"
     assert rows[2]["against"] == "sgd_0"  # the baseline's run of the same seed
     assert float(rows[2]["nll_difference"]) == c["runs"][2]["difference"]["nll"]["value"]
 
@@ -268,6 +273,7 @@ def test_nothing_is_said_to_hold_where_nothing_is_shown(runs: list[Path], tmp_pa
 
 
 def test_differences_show_their_sign() -> None:
+
     unit = METRICS["ece"].unit
     assert show_difference(0.00004, 0.00001, 0.0002, unit) == (
         "+0.004 points", "+0.001 to +0.020",
