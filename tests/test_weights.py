@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flatcal_dist.weights import Taken, WeightsError, load_weights
+from flatcal_dist.weights import WeightsError, load_weights
 
 
 def network(seed: int = 1, classes: int = 5) -> nn.Sequential:
@@ -74,7 +74,8 @@ def test_wrappers_come_off_until_the_network_is_left(tmp_path, kind):
 def test_which_of_several_was_taken_is_said_and_can_be_chosen(tmp_path):
     torch.save({"state_dict": STATE, "state_dict_ema": EMA}, tmp_path / "w.pth")
     module = network(2)
-    assert load_weights(module, tmp_path / "w.pth") == Taken("state_dict", ("state_dict_ema",))
+    taken = load_weights(module, tmp_path / "w.pth")
+    assert (taken.name, taken.others, taken.left_out) == ("state_dict", ("state_dict_ema",), 0)
     taken = load_weights(module, tmp_path / "w.pth", "state_dict_ema")
     assert equal(module, EMA)
     assert str(taken).startswith("weights taken: state_dict_ema; also there: state_dict (choose")

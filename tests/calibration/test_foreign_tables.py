@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ import torch
 from flatcal_dist import cli
 from flatcal_dist.calibration import report
 from flatcal_dist.calibration.class_list import read_class_names
-from flatcal_dist.calibration.imported import Scores, import_file, read_file, read_scores
+from flatcal_dist.calibration.imported import Scores, import_file, read_scores
 
 from .foreign_tables import (
     BINARY,
@@ -86,28 +84,6 @@ def test_shapes_and_kinds(tmp_path, arrays, p, y):
     assert found.ids == ROWS
     assert found.labels.tolist() == y.tolist()
     assert softmax(found.logits) == pytest.approx(p, abs=1e-7)
-
-
-def test_ids_are_the_same_from_every_format(tmp_path):
-    """Or compare would lose the pairs, and folds would be others."""
-    seen = []
-    for name in ("Id", "ID", "ids"):
-        (tmp_path / "a.csv").write_text(PLAIN.replace("id,", f"{name},", 1))
-        seen.append(read_file(tmp_path / "a.csv"))
-    np.savez(tmp_path / "b.npz", ids=np.array(IDS, "S"), labels=Y, logits=Z)
-    seen.append(read_file(tmp_path / "b.npz"))
-    for records in seen:
-        assert records.id.tolist() == IDS
-        assert records.after.nll == pytest.approx(seen[0].after.nll, abs=1e-12)
-
-
-def test_unsigned_labels_do_not_pass_a_probability_of_zero(tmp_path):
-    p = P.copy()
-    p[0] = np.eye(K)[(Y[0] + 1) % K]
-    for kind in (np.uint8, np.uint16, np.int32, np.float64):
-        np.savez(tmp_path / "a.npz", probabilities=p, labels=Y.astype(kind))
-        with pytest.raises(ValueError, match="1 images give their own label the probability 0"):
-            read_file(tmp_path / "a.npz")
 
 
 def test_probabilities_called_logits_earn_a_warning(tmp_path, capsys):
@@ -304,15 +280,3 @@ def test_the_command_says_what_it_understood(tmp_path, capsys, monkeypatch):
     assert m["per_class"]["name"] == NAMES
     with pytest.raises(SystemExit, match="--seed is for a file of scores"):
         cli.main(["report", str(tmp_path), "--seed", "3"])
-
-
-def test_a_report_on_a_file_needs_no_torch(tmp_path):
-    """Its import takes seconds, once most of the time of a small report."""
-    np.savez(tmp_path / "a.npz", logits=Z, labels=Y)
-    code = (
-        "import sys; from flatcal_dist import cli; from flatcal_dist.calibration import report; "
-        "report.write_report = lambda *_: None; "
-        f"cli.main(['report', {str(tmp_path / 'a.npz')!r}]); "
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code]).returncode == 0
