@@ -9,10 +9,10 @@ difference where there is none is 5 % at most.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import norm, t
 
 from .checks import FloatArray
-from .statistics import BINNED, Bootstrap
+from .statistics import BINNED, RANKS, Bootstrap
 
 LEVEL = 0.05
 ALIKE = 1e-6  # differences of rates and nats that come from the rounding of logits
@@ -42,8 +42,9 @@ def difference_p_value(
 
     It is the share of the resamples that lie on the other side of zero, doubled. Resamples cannot
     count a small tail: where fewer than `COUNTED` lie there, the normal tail with their standard
-    deviation may make it smaller. It is 1 for a difference below `ALIKE`, and None where the
-    difference is undefined.
+    deviation may make it smaller. Failure prediction depends on the images of the rarer outcome
+    alone: there it is no smaller than by Student's t with their number less one. It is 1 for a
+    difference below `ALIKE`, and None where the difference is undefined.
     """
     m = samples.statistics.index(statistic)
     moved = samples.replicates[:, which, m] - samples.replicates[:, baseline, m]
@@ -53,7 +54,14 @@ def difference_p_value(
         return None
     if statistic in BINNED:  # inflated in resamples, as in `Bootstrap.difference`
         defined = defined - defined.mean() + point
-    return _two_sided(float(point), defined)
+    p = _two_sided(float(point), defined)
+    if statistic not in RANKS or p == 1.0:
+        return p
+    rarer, spread = min(samples.rarer[which], samples.rarer[baseline]), float(defined.std())
+    if rarer < 2 or spread == 0:
+        return 1.0
+    size = abs(float(point)) / spread * np.sqrt((rarer - 1) / rarer)
+    return max(p, float(2 * t.sf(size, rarer - 1)))
 
 
 def _two_sided(point: float, replicates: FloatArray) -> float:

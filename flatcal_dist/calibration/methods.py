@@ -242,6 +242,9 @@ def _means(samples: Bootstrap, *groups: Sequence[Run]) -> Bootstrap:
     return Bootstrap(
         np.stack([samples.point[p].mean(axis=0) for p in places]),
         np.stack([samples.replicates[:, p].mean(axis=1) for p in places], axis=1),
+        samples.statistics,
+        images=samples.images,
+        rarer=[min(samples.rarer[place] for place in p) for p in places],
     )
 
 

@@ -18,6 +18,7 @@ from .summary import interval_of
 from .verdict import FEW_OF_A_CLASS, class_name, verdict
 
 SIDES = ("before", "after")
+FEW_OUTCOMES = 100  # images of the rarer outcome, see the table of coverage in this room's README
 UNKNOWN = "unknown"
 KNOWN_BY = {
     "images": "names, labels and sizes",
@@ -53,10 +54,21 @@ def report_html(m: dict[str, Any], shift: dict[str, Any] | None, folder: Path) -
         shift_figures=_shift_figures(shift, folder / "figures") if shift else [],
         interval_of=interval_of,
         inflated=tuple(NORMS),
+        few_outcomes=_few_outcomes(m),
         difference_of=lambda name: change(m, name),
         class_name=lambda number: class_name(m, number),
         configuration=json.dumps(about["configuration"], indent=2, ensure_ascii=False),
     )
+
+
+def _few_outcomes(m: dict[str, Any]) -> str | None:
+    """The images of the rarer outcome, in words, if they are too few for exact intervals."""
+    right = round(m["accuracy"] * m["images"])
+    wrong = m["images"] - right
+    if min(right, wrong) >= FEW_OUTCOMES:
+        return None
+    outcome, number_of = ("wrong", wrong) if wrong <= right else ("right", right)
+    return f"{counted(number_of, 'image')} {'is' if number_of == 1 else 'are'} {outcome}"
 
 
 def run_title(about: dict[str, Any]) -> str:

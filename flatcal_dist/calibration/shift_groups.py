@@ -61,12 +61,14 @@ def _means(subsets: Sequence[Measured], side: str) -> dict[str, Any]:
     unknown = {"low": None, "high": None}
     limits = dict.fromkeys(FIGURES, unknown)
     for name in FIGURES if mean is not None else ():
-        m = mean.statistics.index(name)
-        replicates = mean.replicates[:, place, m]
         if name in BINNED:  # inflated in resamples: spread around what was seen
+            m = mean.statistics.index(name)
+            replicates = mean.replicates[:, place, m]
             moved = replicates - replicates.mean() + mean.point[place, m]
-            replicates = np.maximum(moved, 0.0)
-        limits[name] = central(replicates)
+            limits[name] = central(np.maximum(moved, 0.0))
+        else:
+            interval = mean.interval(place, name)
+            limits[name] = {"low": interval.low, "high": interval.high}
     return found | {"intervals": limits}
 
 
@@ -78,7 +80,9 @@ def _mean(subsets: Sequence[Measured]) -> Bootstrap | None:
         return None
     point = np.mean([s.samples.point for s in subsets], axis=0)
     replicates = np.mean([s.samples.replicates for s in subsets], axis=0)
-    return Bootstrap(point, replicates, first.samples.statistics)
+    rarer = [min(s.samples.rarer[place] for s in subsets) for place in range(len(SIDES))]
+    statistics, images = first.samples.statistics, first.samples.images
+    return Bootstrap(point, replicates, statistics, images=images, rarer=rarer)
 
 
 def _no_effect(subsets: Sequence[Measured]) -> dict[str, dict[str, float | None]]:

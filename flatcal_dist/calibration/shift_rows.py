@@ -1,7 +1,7 @@
 """What is measured on one set of images under shift: its ROW of `shift.json`, see `shift`."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def measure(records: Records, data: str, path: Path, resamples: int | None = Non
     }
     drawn_from = hashlib.sha256("\0".join(records.id.tolist()).encode()).hexdigest()
     # The gaps behind the intervals are large, and means over subsets do without them.
-    return Measured(row, Bootstrap(samples.point, samples.replicates), drawn_from)
+    return Measured(row, replace(samples, gaps={}), drawn_from)
 
 
 def _intervals(samples: Bootstrap, place: int) -> dict[str, dict[str, float | None]]:

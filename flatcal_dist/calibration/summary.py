@@ -156,6 +156,7 @@ def point_metrics(scores: Scores, bins: int = 15) -> dict[str, float | None]:
         "adaptive_ece": metrics.adaptive_calibration_error(c, correct, bins),
         "adaptive_ece_100": metrics.adaptive_calibration_error(c, correct, 100),
         "smooth_ece": metrics.smooth_calibration_error(c, correct),
+        "smooth_ece_relplot": metrics.smooth_calibration_error_relplot(c, correct),
         "mce": metrics.maximum_calibration_error(c, correct, bins),
         "rmsce": metrics.root_mean_square_calibration_error(c, correct, bins),
         "rmsce_debiased": metrics.root_mean_square_calibration_error(
@@ -318,9 +319,14 @@ def _conventions(records: Records, bins: int, resamples: int, seed: int) -> dict
         "after_temperature": after,
         "folds": len(records.fold_temperatures),
         "fold_seed": records.fold_seed,
-        "intervals": f"{100 * LEVEL:.0f} % bootstrap over images, percentiles; of errors of "
-        "calibration, which chance inflates, by test inversion: they hold the error without "
-        "chance, begin at 0 unless calibration is refuted, and may lie below the value",
+        "intervals": f"{100 * LEVEL:.0f} %, bootstrap over images. Means: percentiles. Failure "
+        "prediction: on a logarithmic or log-odds scale with Student's t; with some 30 wrong "
+        "images those of E-AURC, NAURC and AUPR of success hold the truth in 90 to 95 % of cases. "
+        "Errors of calibration, which chance inflates: by test inversion, so that they hold the "
+        "error without chance, begin at 0 unless calibration is refuted, and may lie below the "
+        "value; with few images they hold it in 89 to 97 % of cases",
+        "smooth_ece": "the definition, with a kernel of mass 1 for each image; relplot's value, "
+        "which gives images at confidence 1 half of it, is smooth_ece_relplot",
         "ece_null": "ECE of a perfectly calibrated network with these confidences",
         "resamples": resamples,
         "seed": seed,

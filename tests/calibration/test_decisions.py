@@ -1,5 +1,6 @@
 """Which differences a comparison calls shown: one level for all of its claims together."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,13 @@ from flatcal_dist.calibration.seeds import seed_difference
 from flatcal_dist.calibration.statistics import STATISTICS, Bootstrap
 
 SEEDS = 5
+
+
+def made(point: np.ndarray, replicates: np.ndarray) -> Bootstrap:
+    """A bootstrap as if of 5,000 images, of which each network has 1,000 wrong."""
+    samples = Bootstrap(point, replicates)
+    about = {"images": 5000, "rarer": [1000] * len(point)}
+    return replace(samples, **{k: v for k, v in about.items() if hasattr(samples, k)})
 
 
 def two_methods(random: np.random.Generator, seeds: int, effect: float = 0.0) -> tuple:
@@ -48,7 +56,7 @@ def two_methods(random: np.random.Generator, seeds: int, effect: float = 0.0) ->
         for i in range(len(runs)):
             points[side][i][at] = points["before"][i][at]
             replicates[side][i][:, at] = replicates["before"][i][:, at]
-        samples[side] = Bootstrap(np.stack(points[side]), np.stack(replicates[side], axis=1))
+        samples[side] = made(np.stack(points[side]), np.stack(replicates[side], axis=1))
     return [Method("a", tuple(runs[:seeds])), Method("b", tuple(runs[seeds:]))], samples
 
 
@@ -117,10 +125,10 @@ def test_p_value_of_images_is_the_share_beyond_zero_or_the_normal_tail() -> None
     for effect in (0.0, 0.01, 0.02, 0.05):
         replicates = effect + 0.01 * random.normal(size=(4000, 2, len(STATISTICS)))
         replicates[:, 1] -= effect
-        samples = Bootstrap(np.full((2, len(STATISTICS)), 0.0), replicates)
+        samples = made(np.full((2, len(STATISTICS)), 0.0), replicates)
         samples.point[0] = effect
         expected = 2 * norm.sf(effect / (0.01 * np.sqrt(2)))
-        for name in ("nll", "ece"):
+        for name in ("nll", "ece", "auroc"):
             p = difference_p_value(samples, 0, 1, name)
             assert p == pytest.approx(expected, rel=0.25, abs=1e-5) or effect == 0
             assert p > 0.9 or effect > 0
