@@ -273,7 +273,7 @@ def test_the_command_says_what_it_understood(tmp_path, capsys, monkeypatch):
         "a.csv: 24 images, 4 classes; logits from logit_0 to logit_3; labels from label; .*"
         "ids from image_path; not used: loss", out,
     )  # fmt: skip
-    assert errors.startswith("warning: the scores are called logits")
+    assert "warning: the scores are called logits" in errors
     m = json.loads((tmp_path / "r/metrics.json").read_text())
     assert (m["about"]["method"], m["about"]["seed"]) == ("sam", 7)
     assert "are called logits" in m["about"]["origin"]
