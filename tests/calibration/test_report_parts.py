@@ -138,6 +138,7 @@ def test_per_class_against_a_plain_loop(records: Records) -> None:
         most = max(counts.values())
         assert table["confused_with"][row] == min(c for c in counts if counts[c] == most)
         assert table["confused_share"][row] == most / len(mine)
+        assert (table["correct"][row], table["confused_images"][row]) == (len(right), most)
 
 
 def test_classes_of_a_part_of_the_label_space_have_the_networks_numbers() -> None:
