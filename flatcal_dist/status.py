@@ -103,7 +103,7 @@ def _is_dead(directory: RunDirectory, queued: str | None) -> bool:
 
 def _total_steps(directory: RunDirectory, last: dict[str, float]) -> int | None:
     """Of the whole run; steps of an epoch follow from the last record, which knows both."""
-    train = configuration.load(directory.config_file).train
+    train = configuration.load(directory.config_file, recorded=True).train
     if train.max_steps:
         return train.max_steps
     epoch, step = last.get("epoch"), last.get("step")

@@ -178,7 +178,7 @@ def start(directory: Path, config: Config, mode: str) -> Any:
 
 def follow(directory: Path, mode: str, code: int | None) -> None:
     """Send what comes until the training process says it is over (`code`), or is no more."""
-    config = configuration.load(directory / "config.yaml")
+    config = configuration.load(directory / "config.yaml", recorded=True)
     order = Order(config.wandb.finish_seconds, code)
     try:
         follower = Follower(directory, config, mode)
