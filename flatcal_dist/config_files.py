@@ -37,6 +37,10 @@ CORE = (  # tag, pattern, first characters; the order decides
 )
 
 
+class _TooMuch(Exception):
+    pass
+
+
 class _Loader(yaml.SafeLoader):
     """The core schema, with merge keys; each key is a word, and is written once."""
 
@@ -46,6 +50,17 @@ class _Loader(yaml.SafeLoader):
         for tag, construct in yaml.SafeLoader.yaml_constructors.items()
         if tag is None or tag.rsplit(":", 1)[1] in ("null", "bool", "str", "seq", "map")
     }
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise _TooMuch
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -111,7 +126,7 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
         return value
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {error}{_hint(str(error))}") from None
-    except (RecursionError, _TooMuch):
+    except _TooMuch:
         raise ConfigError(
             f"{where} cannot be read: at most {MAX_DEPTH} levels and {MAX_VALUES:,} values are "
             "allowed, aliases counted as often as they are used"
@@ -126,10 +141,6 @@ def _hint(problem: str) -> str:
     if "could not determine a constructor" in problem:
         return "\nNo tag is needed: write numbers, words, lists and keys as they are"
     return ""
-
-
-class _TooMuch(Exception):
-    pass
 
 
 def _measure(value: Any) -> None:

