@@ -1,4 +1,4 @@
-"""Keys that only one choice reads are refused beside another, and are no part of what is computed."""
+"""Keys that only one choice reads are refused beside another, and make no other run."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ SGD = ROOT / "configs/digits/sgd.yaml"
         ("sharpness.eta=0.1", "sharpness.rule=asam"),
         ("sharpness.rho=0.1", "a sharpness.rule such as sam"),
         ("sharpness.scope=rank", "a sharpness.rule such as sam"),
-        ("sharpness.rho_min=0.01", "sharpness.rho_schedule=learning_rate"),
+        ("sharpness.rho_min=0.01", "a sharpness.rule such as sam and sharpness.rho_schedule"),
         ("train.average_decay=0.9", "train.average=ema"),
         ("data.flip=0.1", "data.augmentation=resized_crop"),
         ("data.auto_augment_magnitude=3", "data.auto_augment=randaugment or augmix"),
