@@ -16,7 +16,6 @@ flatcal environment
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -40,17 +39,23 @@ from flatcal_dist.data.sources import TORCHVISION, Source, torchvision_set
 from flatcal_dist.data.validation import validate_shards
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.files import write_json
+from flatcal_dist.launcher import give_up
+from flatcal_dist.printing import never_fail, problem_of_output
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    never_fail()
     run_command(_parser().parse_args(argv))
 
 
 def run_command(arguments: argparse.Namespace) -> None:
+    """Do what was asked; an error becomes a message, and what was printed has to have arrived."""
     try:
         arguments.run(arguments)
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        give_up(str(error))
+    if problem := problem_of_output():
+        give_up(f"standard output cannot be written: {problem}")
 
 
 def shard(arguments: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import (
     BaseModel,
@@ -407,9 +407,16 @@ def flatten(config: Config) -> Iterator[tuple[str, Any]]:
     yield from walk(config.model_dump(), "")
 
 
+class CommandLine(argparse.ArgumentParser):
+    """Leaves what to say, and on which rank, to the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\n{self.format_usage().strip()}")
+
+
 def command_line(description: str, default_config: Path | None = None) -> argparse.ArgumentParser:
     """The options that every recipe has; `overrides` takes the dotted ones."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=default_config, metavar="FILE")

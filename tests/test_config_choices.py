@@ -7,7 +7,6 @@ from torch import nn
 
 from flatcal_dist import config as configuration
 from flatcal_dist.config import ConfigError, OptimizerConfig, load
-from flatcal_dist.config_choices import CHOICES
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.sweep import elements, load_sweep
 from flatcal_dist.training.optimizers import build_optimizer
@@ -74,6 +73,8 @@ def test_a_run_that_recorded_such_a_key_goes_on(tmp_path):
 
 
 def test_every_choice_names_keys_that_exist_and_is_made_by_keys_that_exist():
+    from flatcal_dist.config_choices import CHOICES
+
     known = {key for key, _ in configuration.flatten(configuration.Config())}
     for choice in CHOICES:
         assert {*choice.keys, *choice.by} <= known
