@@ -16,6 +16,7 @@ flatcal environment
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ from flatcal_dist.environment import describe_environment
 from flatcal_dist.files import write_json
 from flatcal_dist.launcher import give_up
 from flatcal_dist.printing import never_fail, problem_of_output
+
+WIDE = 1000  # cells
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -132,6 +135,12 @@ def validate(arguments: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def _console() -> Console:
+    """As wide as the terminal, or as COLUMNS says; a file or a pipe has room for any line."""
+    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if narrow else WIDE)
+
+
 def _number_or_all(text: str) -> int | None:
     return None if text == "all" else whole_number(0)(text)
 
@@ -170,7 +179,7 @@ def status(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps([asdict(one) for one in found], indent=1))
     else:
-        states.print_status(found, Console())
+        states.print_status(found, _console())
     if any(one.phase == "unreadable" for one in found):
         sys.exit(1)
 

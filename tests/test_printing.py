@@ -69,7 +69,10 @@ def test_letters_that_the_terminal_does_not_know(tmp_path):
     assert (done.returncode, done.stdout) == (0, "\\xe9\n")
 
 
-@pytest.mark.parametrize("redirection", ["2>&1 | head -n 1", ">/dev/full 2>&1"])
+@pytest.mark.parametrize(
+    "redirection",
+    ["2>&1 | head -n 1", pytest.param(">/dev/full 2>&1", marks=pytest.mark.exhaustive)],
+)
 def test_a_run_ends_well_when_nobody_reads(redirection, data, tmp_path):
     options = ("train.max_steps=30", "train.log_every_steps=1")
     words = command("imagenet_sam", *digits("sam", tmp_path / "run", data, *options), processes=1)
@@ -85,6 +88,10 @@ def test_commands_end_quietly_when_the_reader_has_gone(tmp_path):
     done = shell(line, tmp_path)
     assert done.stdout.splitlines()[-1] == "1"  # these are no runs
     assert done.stderr == ""
-    done = shell(f"{flatcal} environment > /dev/full", tmp_path)
+
+
+@pytest.mark.exhaustive
+def test_what_a_command_printed_has_to_have_arrived(tmp_path):
+    done = shell(f"{sys.executable} -m flatcal_dist.cli environment > /dev/full", tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: standard output cannot be written: ")

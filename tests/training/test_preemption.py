@@ -141,9 +141,11 @@ def test_a_rank_that_is_importing_ends_with_its_launcher(tmp_path):
         "import pathlib, time\npathlib.Path(__file__).with_name('there').touch()\ntime.sleep(50)\n"
     )
     words = [sys.executable, str(ROOT / "recipes/imagenet_csam.py")]
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     launcher = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess; subprocess.run({words})"],
-        env=os.environ | {"RANK": "0", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        env=os.environ | rank | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "there").exists():
