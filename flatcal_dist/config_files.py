@@ -75,6 +75,25 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
         return node
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge keys: a mapping's own values win, then those of the first that is merged.
+
+        PyYAML does the second only in some of its versions.
+        """
+        merges = [value for key, value in node.value if key.tag.endswith(":merge")]
+        own = [pair for pair in node.value if not pair[0].tag.endswith(":merge")]
+        node.value = own  # before looking into others, which may contain this one
+        seen, merged = {key.value for key, _ in own}, []
+        for value in merges:
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(source, yaml.MappingNode):
+                    raise _problem("<< merges a mapping, or a list of mappings", value)
+                self.flatten_mapping(source)
+                new = [pair for pair in source.value if pair[0].value not in seen]
+                seen |= {key.value for key, _ in new}
+                merged += new
+        node.value = merged + own
+
 
 def _problem(text: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(None, None, text, node.start_mark)
@@ -242,6 +261,8 @@ def _parse_override(override: str) -> dict[str, Any]:
 
 def _files(path: Path, chain: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
     """Name and values of a file, after those that it inherits."""
+    if "\0" in str(path):
+        raise ConfigError(f"cannot read the configuration {str(path)!r}: no name contains a NUL")
     path = path.resolve()
     if path in chain:
         raise ConfigError(f"{path} inherits itself, by way of {chain[-1]}")
@@ -269,7 +290,7 @@ def _read_file(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         hint = ""
         if re.search(r"\w+:/", str(path)):
             hint = ". A URL is not read: download the file, and name it by its path"
-        elif path.is_dir():
+        elif isinstance(error, IsADirectoryError):
             hint = f". Name a file in it{_candidates(path)}"
         raise ConfigError(f"cannot read the configuration {path}{written}: {error}{hint}") from None
     if len(text) > MAX_BYTES:
