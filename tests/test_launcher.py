@@ -72,32 +72,6 @@ def test_one_process_a_rank_or_the_variable_that_misleads(environment, expected)
         assert expected in str(error.value)
 
 
-LEFTOVERS = [
-    {"MASTER_PORT": "29500"},
-    {"LOCAL_RANK": "5"},
-    {"WORLD_SIZE": ""},
-    {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "192.0.2.1",
-     "MASTER_PORT": "29500"},
-    {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "PMI_SIZE": "x"},
-    SALLOC,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("environment", LEFTOVERS, ids=str)
-def test_after_settling_the_libraries_see_one_process(environment, monkeypatch):
-    """Accelerate reads the same variables by rules of its own."""
-    from accelerate.state import AcceleratorState, PartialState
-
-    monkeypatch.setattr(os, "environ", os.environ.copy() | environment)
-    AcceleratorState._reset_state(True)
-    try:
-        accelerator = start("ddp", "fp32")
-        assert accelerator.num_processes == 1
-        assert PartialState().distributed_type == "NO"
-    finally:
-        AcceleratorState._reset_state(True)
-
-
 def test_ranks_keep_their_variables():
     environment = RANK | {"OMPI_COMM_WORLD_RANK": "7"}
     settle(environment, launch_of(environment))
