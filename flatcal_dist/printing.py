@@ -69,12 +69,12 @@ def _forgiving(stream: TextIO | None, descriptor: int) -> TextIO:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
         descriptor = stream.fileno()
+    by_line = stream is not None and (stream.line_buffering or stream.write_through)  # python -u
     return io.TextIOWrapper(
         io.BufferedWriter(Forgiving(descriptor)),
         encoding=stream.encoding if stream else "utf-8",
         errors="backslashreplace",  # a letter that the terminal does not know ends no run either
-        line_buffering=descriptor == 2 or (stream is not None and stream.line_buffering),
-        write_through=stream is not None and stream.write_through,
+        line_buffering=by_line or descriptor == 2,
     )
 
 

@@ -69,6 +69,13 @@ def test_letters_that_the_terminal_does_not_know(tmp_path):
     assert (done.returncode, done.stdout) == (0, "\\xe9\n")
 
 
+def test_a_line_is_there_as_soon_as_it_is_written(tmp_path):
+    """What is asked for by `python -u` in jobs, whose process may be killed at any time."""
+    code = "import os; from flatcal_dist import printing as p; p.never_fail(); print('a'); "
+    done = shell(f'{sys.executable} -u -c "{code} os._exit(0)"', tmp_path)
+    assert done.stdout == "a\n"
+
+
 @pytest.mark.parametrize(
     "redirection",
     ["2>&1 | head -n 1", pytest.param(">/dev/full 2>&1", marks=pytest.mark.exhaustive)],
