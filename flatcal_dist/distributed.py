@@ -82,9 +82,15 @@ def start(
             ],
         )
     except (RuntimeError, ValueError, OSError) as error:  # torch's DistErrors are RuntimeErrors
-        if launch.world_size == 1:
+        if launch.world_size > 1:
+            raise LaunchError(_not_joined(launch, error)) from error
+        variables = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
+        if not variables:
             raise
-        raise LaunchError(_not_joined(launch, error)) from error
+        raise LaunchError(
+            f"Accelerate does not start: {error}. It reads {', '.join(variables)} from the "
+            "environment: `unset` those that are left over"
+        ) from error
     if accelerator.num_processes != launch.world_size:
         raise LaunchError(
             f"the launcher was asked for {launch.world_size} processes, but this one found itself "

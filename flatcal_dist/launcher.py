@@ -76,6 +76,7 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
             "over, or check the launcher"
         )
     _number(environment, "LOCAL_RANK", required=f"RANK={rank} and WORLD_SIZE={size} need it")
+    _number(environment, "LOCAL_WORLD_SIZE")
     _number(environment, "MASTER_PORT", required=f"WORLD_SIZE={size} needs it", most=65535)
     if not environment.get("MASTER_ADDR", "").strip():
         raise LaunchError(

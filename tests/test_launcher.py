@@ -54,6 +54,7 @@ TABLE = [
     (RANK | {"RANK": "4"}, "RANK=4 is not below WORLD_SIZE=4"),
     (RANK | {"LOCAL_RANK": ""}, "LOCAL_RANK="),
     (RANK | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+    (RANK | {"LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE=two"),
     (RANK | {"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 says"),
     ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "PMI_SIZE=2 says"),

@@ -42,6 +42,8 @@ def test_after_settling_the_libraries_see_one_process(environment, monkeypatch):
         (SALLOC | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8"),
         ({"RANK": "9", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, "RANK=9"),
         ({"FLATCAL_EXIT_PREEMPTED": "abc"}, "FLATCAL_EXIT_PREEMPTED=abc"),
+        ({"ACCELERATE_TORCH_DEVICE": "word"}, "ACCELERATE_TORCH_DEVICE"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "ACCELERATE_MIXED_PRECISION"),
     ],
     ids=str,
 )

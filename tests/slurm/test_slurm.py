@@ -140,7 +140,9 @@ export MASTER_ADDR=127.0.0.1 MASTER_PORT=29501
 @pytest.mark.parametrize(
     ("before", "key", "told"),
     [
-        (RANKS, "sharpness.roh=1", "sharpness.roh: no such key"),
+        pytest.param(
+            RANKS, "sharpness.roh=1", "sharpness.roh: no such key", marks=pytest.mark.exhaustive
+        ),
         (RANKS, "$([ $RANK = 3 ] && echo sharpness.roh=1 || echo run.seed=1)",
          "error on rank 3: sharpness.roh: no such key"),
         ("", "run.seed=1", "SLURM_STEP_NUM_TASKS=4 says that this process is one of 4"),
