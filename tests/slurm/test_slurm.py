@@ -145,7 +145,10 @@ export MASTER_ADDR=127.0.0.1 MASTER_PORT=29501
         ),
         (RANKS, "$([ $RANK = 3 ] && echo sharpness.roh=1 || echo run.seed=1)",
          "error on rank 3: sharpness.roh: no such key"),
-        ("", "run.seed=1", "SLURM_STEP_NUM_TASKS=4 says that this process is one of 4"),
+        pytest.param(
+            "", "run.seed=1", "SLURM_STEP_NUM_TASKS=4 says that this process is one of 4",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )  # fmt: skip
 def test_srun_ends_with_the_reason(slurm, tmp_path, before, key, told):
