@@ -254,6 +254,11 @@ def _parse_override(override: str) -> dict[str, Any]:
     if len(parts) > MAX_DEPTH:
         raise ConfigError(f"'{override[:100]}...' is nested too deeply: write key.sub=value")
     value = parse_yaml(text, f"the override '{override[:100]}'")
+    if re.search(r"(^|\s)#", text) and "#" not in str(value):
+        raise ConfigError(
+            f"'{override[:100]}': what stands behind # is a comment in YAML, and would be lost. "
+            f"Write quotes around the value: {key.strip()}='\"...\"'"
+        )
     for part in reversed(parts):
         value = {part: value}
     return value

@@ -163,6 +163,14 @@ def test_what_is_no_override(override):
         load(None, [override])
 
 
+@pytest.mark.parametrize("text", ["#", "run #1", "[a, b] # c", " #x"])
+def test_a_comment_in_an_override_is_not_lost(text):
+    with pytest.raises(ConfigError, match="is a comment in YAML, and would be lost"):
+        load(None, [f"wandb.name={text}"])
+    assert load(None, ["wandb.name='run #1'"]).wandb.name == "run #1"
+    assert load(None, ["wandb.name=run#1"]).wandb.name == "run#1"
+
+
 def test_an_older_run_goes_on_from_its_own_file(tmp_path):
     """A file that PyYAML wrote by YAML 1.1, with every key there is."""
     import yaml
