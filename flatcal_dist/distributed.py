@@ -27,6 +27,7 @@ from flatcal_dist.launcher import (
 )
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.training.preemption import ignore_signals
+from flatcal_dist.warning_lines import print_warnings_plainly
 
 T = TypeVar("T")
 
@@ -60,6 +61,7 @@ def start(
     """
     preempted_code()  # a wrong variable is named now, and not when the run ends
     launch = launch_of(os.environ)
+    print_warnings_plainly()
     # The new name that torch >= 2.13 asks for is one that Accelerate does not pass on yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     # Only replicated weights are cast by autocast; the other engines keep low-precision copies.
