@@ -85,7 +85,7 @@ def _of_run(run: Path) -> Network:
     directory = RunDirectory(run.parent.parent if step else run)
     if not directory.config_file.exists():
         raise RunError(f"{directory.path} is not a run directory: it has no config.yaml")
-    config = configuration.load(directory.config_file)
+    config = configuration.load(directory.config_file, recorded=True)
     title = directory.path.name
     if step is not None:
         checkpoint.verify(run)

@@ -71,7 +71,7 @@ class RunDirectory:
                     "directory; name a new or an empty one"
                 )
             return
-        old = configuration.load(self.config_file)
+        old = configuration.load(self.config_file, recorded=True)
         if different := configuration.differences(old, config):
             raise RunError(
                 f"run.dir={self.path} belongs to a run of another configuration:\n  "

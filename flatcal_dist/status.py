@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
 
 from flatcal_dist import config as configuration
 from flatcal_dist.config import ConfigError
@@ -103,7 +103,7 @@ def _is_dead(directory: RunDirectory, queued: str | None) -> bool:
 
 def _total_steps(directory: RunDirectory, last: dict[str, float]) -> int | None:
     """Of the whole run; steps of an epoch follow from the last record, which knows both."""
-    train = configuration.load(directory.config_file).train
+    train = configuration.load(directory.config_file, recorded=True).train
     if train.max_steps:
         return train.max_steps
     epoch, step = last.get("epoch"), last.get("step")
@@ -127,29 +127,59 @@ def _queue() -> dict[str, tuple[str, str]]:
     return found
 
 
+ALWAYS = ("run", "phase", "step")
+IMPORTANCE = ("job", "left", "loss", "wrote", "restarts", "where", "val")  # of the others
+BETWEEN = 2  # blanks
+
+
 def print_status(found: Sequence[Status], console: Console) -> None:
-    table = Table(box=None, header_style="bold")
-    for name in ("run", "phase", "job", "where", "step", "left", "restarts", "loss", "val"):
-        table.add_column(name, overflow="fold")
-    for one in found:
-        quiet = f", wrote {_time(one.quiet_seconds)} ago" if one.phase == "running" else ""
-        shown = ("val/accuracy", "val/nll", "val/ece")
-        val = [f"{key[4:]} {one.val[key]:.4f}" for key in shown if one.val and key in one.val]
-        table.add_row(
-            one.run,
-            one.phase + quiet,
-            f"{one.job} {one.queue or 'not queued'}" if one.job else "",
-            one.where,
-            f"{one.step}/{one.total_steps or '?'}",
-            "" if one.seconds_left is None else _time(one.seconds_left),
-            str(one.restarts),
-            "" if one.loss is None else f"{one.loss:.4f}",
-            ", ".join(val),
-        )
-    console.print(table)
+    """One line a run, with the columns that the console has room for; no value is cut or split."""
+    rows = [_row(one) for one in found]
+    told = [name for name in IMPORTANCE if any(row[name] for row in rows)]
+    chosen = list(ALWAYS)
+    for name in told:
+        widths = _widths(rows, [*chosen, name])
+        if sum(widths.values()) + BETWEEN * len(chosen) <= console.width:
+            chosen.append(name)
+    columns = [name for name in rows[0] if name in chosen]
+    left_out = [name for name in told if name not in chosen]
+    widths = _widths(rows, columns)
+    # Where even these have no room the terminal breaks the line, which can still be copied.
+    for row in ({name: name for name in columns}, *rows):
+        cells = (row[name] + " " * (widths[name] - cell_len(row[name])) for name in columns)
+        line = (" " * BETWEEN).join(cells).rstrip()
+        style = "bold" if row not in rows else ""
+        console.print(line, markup=False, highlight=False, soft_wrap=True, style=style)
+    if left_out:
+        console.print(f"(no room for: {', '.join(left_out)}; --json shows all)", soft_wrap=True)
     for one in found:
         if one.cause:
             console.print(f"{one.run}: {one.cause}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _row(one: Status) -> dict[str, str]:
+    shown = ("val/accuracy", "val/nll", "val/ece")
+    val = [f"{key[4:]} {one.val[key]:.4f}" for key in shown if one.val and key in one.val]
+    return {
+        "run": one.run,
+        "phase": one.phase,
+        "job": f"{one.job} {one.queue or 'not queued'}" if one.job else "",
+        "where": one.where,
+        "step": f"{one.step}/{one.total_steps or '?'}",
+        "left": "" if one.seconds_left is None else _time(one.seconds_left),
+        "wrote": f"{_time(one.quiet_seconds)} ago" if one.phase == "running" else "",
+        "restarts": str(one.restarts or ""),
+        "loss": "" if one.loss is None else f"{one.loss:.4f}",
+        "val": ", ".join(val),
+    }
+
+
+def _widths(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> dict[str, int]:
+    """Of each column, in cells of the terminal."""
+    return {
+        name: max(cell_len(text) for text in (name, *(row[name] for row in rows)))
+        for name in columns
+    }
 
 
 def _time(seconds: float) -> str:

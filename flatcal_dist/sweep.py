@@ -26,6 +26,7 @@ from pydantic import Field, ValidationError
 
 from flatcal_dist import config as configuration
 from flatcal_dist.config import Config, ConfigError, Section, fingerprint
+from flatcal_dist.config_choices import unread
 
 FROM_SWEEP = ("run.dir", "wandb.name")  # each run has its own
 
@@ -103,6 +104,7 @@ def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[
         name = "-".join(_part(key, value) for key, value in point.items())
         run = Path(sweep.directory) / name
         explicit = [*common, *(_override(key, value) for key, value in point.items())]
+        explicit = _read_ones(sweep, explicit)
         if not any(text.startswith("wandb.group=") for text in explicit):
             explicit.insert(0, f"wandb.group={sweep.name}")
         try:
@@ -114,6 +116,18 @@ def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[
     if not found:
         raise ConfigError(f"sweep {sweep.name}: exclude leaves out every run of the grid")
     return found
+
+
+def _read_ones(sweep: Sweep, overrides: list[str]) -> list[str]:
+    """Without those that a choice in the grid leaves unread: plain training has no gamma."""
+    try:
+        config = configuration.load(sweep.base, overrides, recorded=True)
+    except ConfigError:
+        return overrides  # the run itself is refused, by its name
+    aside = {
+        key for key, choice in unread(config).items() if any(b in sweep.grid for b in choice.by)
+    }
+    return [text for text in overrides if text.partition("=")[0].strip() not in aside]
 
 
 def _check(sweep: Sweep, path: Path) -> None:
@@ -159,9 +173,9 @@ def _part(key: str, value: Any) -> str:
 
 def _refuse_twins(found: list[Element]) -> None:
     """Two runs of one name would share a directory; two of one configuration are one run."""
-    for what, key in (
-        ("are called", lambda e: e.name),
-        ("compute", lambda e: fingerprint(e.config)),
+    for what, key, hint in (
+        ("are called", lambda e: e.name, ""),
+        ("compute", lambda e: fingerprint(e.config), "; leave one of them out by `exclude`"),
     ):
         seen: dict[str, Element] = {}
         for element in found:
@@ -169,5 +183,5 @@ def _refuse_twins(found: list[Element]) -> None:
             if twin is not element:
                 raise ConfigError(
                     f"runs {twin.index} and {element.index} of the sweep {what} the same: "
-                    f"{' '.join(twin.overrides)} and {' '.join(element.overrides)}"
+                    f"{' '.join(twin.overrides)} and {' '.join(element.overrides)}{hint}"
                 )

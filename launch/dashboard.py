@@ -22,6 +22,7 @@ import wandb_workspaces.workspaces as ws  # noqa: E402
 from wandb_workspaces import expr  # noqa: E402
 
 from flatcal_dist.config import Config, ConfigError  # noqa: E402
+from flatcal_dist.printing import never_fail  # noqa: E402
 from flatcal_dist.sweep import Sweep, load_sweep  # noqa: E402
 
 # Lines over the steps: section -> panels, each its title and metrics.
@@ -151,6 +152,7 @@ def specification(view: ws.Workspace | wr.Report) -> dict[str, Any]:
 
 
 def main() -> None:
+    never_fail()
     arguments = _parser().parse_args()
     try:
         name, grid, project = _subject(arguments.kind, arguments.subject)

@@ -30,6 +30,7 @@ from flatcal_dist.arguments import whole_number  # noqa: E402
 from flatcal_dist.config import Config, ConfigError  # noqa: E402
 from flatcal_dist.environment import code_version  # noqa: E402
 from flatcal_dist.files import write_json, write_text  # noqa: E402
+from flatcal_dist.printing import never_fail  # noqa: E402
 from flatcal_dist.run_directory import RunDirectory  # noqa: E402
 from flatcal_dist.sweep import Element, elements, load_sweep  # noqa: E402
 
@@ -60,6 +61,7 @@ class Job:
 
 
 def main() -> None:
+    never_fail()
     arguments = _parser().parse_intermixed_args()
     try:
         _refuse_short(arguments)

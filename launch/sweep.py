@@ -10,6 +10,7 @@ no other. The output of each run is in DIRECTORY/logs. Exits with 1 if a run fai
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
 
 from flatcal_dist.arguments import whole_number  # noqa: E402
 from flatcal_dist.config import ConfigError  # noqa: E402
+from flatcal_dist.printing import never_fail  # noqa: E402
 from flatcal_dist.run_directory import RunDirectory, RunError  # noqa: E402
 from flatcal_dist.sweep import Element, Sweep, elements, load_sweep  # noqa: E402
 
@@ -90,7 +92,8 @@ class Jobs:
         if self.stopping:
             return
         self.stopping, self.deadline = True, time.monotonic() + PATIENCE
-        os.write(1, b"stopping: runs under way save a checkpoint; the same command goes on\n")
+        with contextlib.suppress(OSError):
+            os.write(1, b"stopping: runs under way save a checkpoint; the same command goes on\n")
         self._signal(signal.SIGINT)
 
     def _signal(self, number: int) -> None:
@@ -100,6 +103,7 @@ class Jobs:
 
 
 def main() -> None:
+    never_fail()
     arguments = _parser().parse_intermixed_args()
     try:
         sweep = load_sweep(arguments.file)

@@ -57,7 +57,7 @@ def test_the_overrides_alone_make_the_configuration(sweep_file):
 
 
 def test_values_are_read_back_as_they_were_written(sweep_file):
-    text = "grid:\n  wandb.project: ['1', 'true', 'a: b', plain]\n  data.mean: [[0.0], [0.5]]\n"
+    text = "grid:\n  wandb.project: ['1', 'true', '- b', plain]\n  data.mean: [[0.0], [0.5]]\n"
     sweep = load_sweep(sweep_file(text + "  wandb.tags: [[a, b]]\n  train.max_steps: [null]"))
     with pytest.raises(ConfigError, match="compute the same"):  # W&B's keys change no result
         elements(sweep)

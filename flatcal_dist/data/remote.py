@@ -28,6 +28,7 @@ import urllib3
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from flatcal_dist.data.errors import DataError
+from flatcal_dist.patterns import too_many_names
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 CHUNK = 1 << 20  # bytes that a read asks for
@@ -65,6 +66,8 @@ def is_remote(name: str) -> bool:
 
 def expand_urls(pattern: str, access: Access) -> list[str]:
     """The URLs that a brace pattern stands for. Raises DataError for a scheme not allowed."""
+    if problem := too_many_names(pattern):
+        raise DataError(f"The shard pattern {problem}.")
     try:
         urls = list(braceexpand(pattern))
     except UnbalancedBracesError as error:

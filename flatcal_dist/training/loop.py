@@ -68,7 +68,10 @@ def run(
     on_all_ranks(lambda: inputs.batch_arithmetic(config, accelerator.num_processes, len(train)))
     step = build_step(config, accelerator)
     trainer = Trainer(config, directory, accelerator, train, validation, step)
-    trainer.watchdog, trainer.deadline = watchdog, preemption.deadline(config.train, started)
+    trainer.watchdog = watchdog
+    trainer.deadline, remark = preemption.deadline(config.train, started)
+    if remark:
+        accelerator.print(remark)
     return trainer.run()
 
 

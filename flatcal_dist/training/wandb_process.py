@@ -21,6 +21,7 @@ from typing import Any
 
 from flatcal_dist import config as configuration
 from flatcal_dist.config import Config
+from flatcal_dist.printing import never_fail
 from flatcal_dist.training.wandb_files import history, segments
 
 BEST = {"val/accuracy": max, "val/nll": min}
@@ -178,7 +179,7 @@ def start(directory: Path, config: Config, mode: str) -> Any:
 
 def follow(directory: Path, mode: str, code: int | None) -> None:
     """Send what comes until the training process says it is over (`code`), or is no more."""
-    config = configuration.load(directory / "config.yaml")
+    config = configuration.load(directory / "config.yaml", recorded=True)
     order = Order(config.wandb.finish_seconds, code)
     try:
         follower = Follower(directory, config, mode)
@@ -248,6 +249,7 @@ if __name__ == "__main__":
     os.nice(10)
     MESSAGES = os.dup(1)  # whatever else is printed goes to the log
     os.dup2(2, 1)
+    never_fail()
     try:
         follow(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) if sys.argv[3:] else None)
     except BaseException as error:
