@@ -40,6 +40,7 @@ from flatcal_dist.data.sources import TORCHVISION, Source, torchvision_set
 from flatcal_dist.data.validation import validate_shards
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.files import write_json
+from flatcal_dist.urls import hide
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,7 +51,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     try:
         arguments.run(arguments)
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        sys.exit(f"error: {hide(str(error))}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
 def shard(arguments: argparse.Namespace) -> None:

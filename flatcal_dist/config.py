@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +29,18 @@ from pydantic import (
     model_validator,
 )
 
+from flatcal_dist.files import read_bytes, write_text
+from flatcal_dist.urls import hide, identified, public
+
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key, its origin and the remedy."""
+    """A configuration that cannot be used; the message names the key, its origin and the remedy.
+
+    It never holds the credentials of a URL.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(hide(text))
 
 
 class Section(BaseModel):
@@ -41,6 +51,10 @@ class Section(BaseModel):
 
 class RunConfig(Section):
     dir: str | None = Field(None, description="run directory; by default runs/NAME-HASH")
+    start_again: int | None = Field(
+        None, ge=1, description="begin at step 0 although the checkpoints are lost: how often the "
+        "run was started so far, so that this holds for one start only"
+    )  # fmt: skip
     seed: int = Field(0, ge=0, description="seed of weights, order, augmentation and dropout")
     world_size: int | None = Field(
         None, ge=1, description="refuse to run on another number of ranks"
@@ -270,7 +284,7 @@ class Config(Section):
 # who watches, not what it is meant to compute (batch norm and dropout do see the micro-batches).
 # Everything else belongs to the identity of the run.
 MAY_CHANGE = (
-    "run.dir", "run.world_size", "data.workers", "data.micro_batch_size", "data.max_bad_samples",
+    "run.dir", "run.world_size", "run.start_again", "data.workers", "data.micro_batch_size", "data.max_bad_samples",
     "data.cache", "data.cache_limit", "data.stall_timeout", "data.retries", "data.allow_pipe",
     "train.log_every_steps", "train.validate_every_epochs", "train.checkpoint_every_epochs",
     "train.checkpoint_every_steps", "train.keep_checkpoints", "train.keep_best",
@@ -306,7 +320,8 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
 
 def fingerprint(config: Config) -> str:
     """Eight hexadecimal digits that identify what the run computes, whatever its directory."""
-    text = json.dumps({k: v for k, v in flatten(config) if not _may_change(k)}, sort_keys=True)
+    kept = {k: identified(v) for k, v in flatten(config) if not _may_change(k)}
+    text = json.dumps(kept, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -314,19 +329,65 @@ def differences(old: Config, new: Config) -> list[str]:
     """What keeps `new` from continuing the run of `old`: one line per key.
 
     Another engine does not: a checkpoint is resharded. It has a fingerprint of its own all the
-    same, so that engines are compared in different directories.
+    same, so that engines are compared in different directories. Neither do renewed credentials.
     """
     before, after = dict(flatten(old)), dict(flatten(new))
     return [
-        f"{key}: the run has {before.get(key)!r}, now {after.get(key)!r}"
+        f"{key}: the run has {public(before.get(key))!r}, now {public(after.get(key))!r}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not _may_change(key) and key != "train.engine"
+        if identified(before.get(key)) != identified(after.get(key))
+        and not _may_change(key)
+        and key != "train.engine"
     ]
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration, loadable again."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, default_flow_style=None)
+    """The resolved configuration, loadable again, without the credentials of URLs."""
+    return _dump(public(config.model_dump()))
+
+
+def write(config: Config, file: Path) -> None:
+    """Write it resolved; credentials of URLs beside it, into a file that its owner alone may read.
+
+    `load` finds both. Raises WriteError.
+    """
+    if private := _only_private(config.model_dump()):
+        write_text(_private_file(file), _dump(private), private=True)
+    else:
+        _private_file(file).unlink(missing_ok=True)
+    write_text(file, to_yaml(config))
+
+
+def _dump(values: dict) -> str:
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
+
+
+def _private_file(file: Path) -> Path:
+    return file.with_name(f"{file.stem}.private{file.suffix}")
+
+
+def _only_private(values: dict) -> dict:
+    """What `public` changes, in the sections where it stands."""
+    opened = {k: _only_private(v) if isinstance(v, dict) else v for k, v in values.items()}
+    return {k: v for k, v in opened.items() if v and v != public(values[k])}
+
+
+def _with_private(values: dict, file: Path) -> dict:
+    """The values of a file with the credentials that lie beside it, where they belong to them."""
+    try:
+        private = parse_yaml(read_bytes(_private_file(file)).decode(), str(_private_file(file)))
+    except FileNotFoundError:
+        return values
+    except (OSError, ValueError) as error:  # another user's, say: the server will tell
+        print(f"URLs are opened without credentials: {hide(str(error))}", file=sys.stderr)
+        return values
+
+    def filled(own: Any, full: Any) -> Any:
+        if isinstance(own, dict) and isinstance(full, dict):
+            return own | {key: filled(own[key], full[key]) for key in own.keys() & full.keys()}
+        return full if public(full) == own else own
+
+    return filled(values, private)
 
 
 def flatten(config: Config) -> Iterator[tuple[str, Any]]:
@@ -390,13 +451,14 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict, dict[str, str]]:
     if path in chain:
         raise ConfigError(f"{path} inherits itself, by way of {chain[-1]}")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path).decode("utf-8")
+    except (OSError, ValueError) as error:
         written = f", inherited by {chain[-1]}" if chain else ""
         raise ConfigError(f"cannot read the configuration {path}{written}: {error}") from None
     own = parse_yaml(text, str(path)) or {}
     if not isinstance(own, dict):
         raise ConfigError(f"{path} must hold keys and values, not a {type(own).__name__}")
+    own = _with_private(own, path)
     parents = own.pop("inherits", [])
     values: dict = {}
     origin: dict[str, str] = {}

@@ -26,6 +26,7 @@ from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.files import write_atomically
 from flatcal_dist.models import parameter_count
+from flatcal_dist.urls import public, shown
 from flatcal_dist.weights import sha256, weights_hash
 
 
@@ -205,7 +206,7 @@ def _about(
         rho=None if sharpness.rule == "none" else sharpness.rho,
         gamma=sharpness.gamma if sharpness.rule == "csam" else None,
         seed=config.run.seed,
-        data=f"{data.variant.path} ({data.index.identity[:16]})",
+        data=f"{shown(data.variant.path)} ({data.index.identity[:16]})",
         data_identity=data.index.identity,
         class_names=data.class_names,
         image_size=config.data.image_size,
@@ -218,7 +219,7 @@ def _about(
         world_size=accelerator.num_processes,
         training_seconds=training_seconds,
         versions=describe_environment()["packages"],
-        configuration=config.model_dump(),
+        configuration=public(config.model_dump()),
     )
 
 

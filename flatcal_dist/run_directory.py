@@ -16,11 +16,11 @@ from typing import TextIO
 
 from flatcal_dist import config as configuration
 from flatcal_dist.config import Config
-from flatcal_dist.files import write_json, write_text
+from flatcal_dist.files import write_json
 
 # What may lie in a run directory before the first start: launch/submit.py's, a request to stop, and
 # what a start that was killed, or had no room, left.
-BEFORE = ("code", "slurm", "STOP", ".lock", "checkpoints")
+BEFORE = ("code", "slurm", "STOP", ".lock", "checkpoints", "config.private.yaml")
 LOCK_PATIENCE = 5.0  # seconds; a job that was just killed may take as long to be gone
 
 
@@ -123,7 +123,7 @@ class RunDirectory:
         state = State() if state is None else state
         if self.config_file.exists():
             state.restarts += 1
-        write_text(self.config_file, configuration.to_yaml(config))
+        configuration.write(config, self.config_file)
         write_json(self.path / "environment.json", environment)
         state.phase, state.cause = "running", None
         self.write(state)

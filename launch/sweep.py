@@ -10,7 +10,6 @@ no other. The output of each run is in DIRECTORY/logs. Exits with 1 if a run fai
 """
 
 import argparse
-import csv
 import json
 import os
 import shlex
@@ -28,6 +27,7 @@ sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
 
 from flatcal_dist.arguments import whole_number  # noqa: E402
 from flatcal_dist.config import ConfigError  # noqa: E402
+from flatcal_dist.files import csv_text, write_text  # noqa: E402
 from flatcal_dist.run_directory import RunDirectory, RunError  # noqa: E402
 from flatcal_dist.sweep import Element, Sweep, elements, load_sweep  # noqa: E402
 
@@ -167,9 +167,7 @@ def summarize(sweep: Sweep, found: list[Element]) -> None:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     file = Path(sweep.directory) / "summary.csv"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as stream:
-        csv.writer(stream).writerows([header, *rows])
+    write_text(file, csv_text([header, *rows]))
     print(f"table: {file}")
 
 

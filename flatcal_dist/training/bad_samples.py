@@ -12,10 +12,10 @@ from pathlib import Path
 from accelerate.utils import gather_object
 
 from flatcal_dist.data import DataError, Index, Replaced
-from flatcal_dist.data.remote import shown
 from flatcal_dist.data.stream import Stream
 from flatcal_dist.distributed import FailedTogether, on_all_ranks
 from flatcal_dist.files import write_text
+from flatcal_dist.urls import shown
 
 
 class BadSamples:

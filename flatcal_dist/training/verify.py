@@ -16,6 +16,7 @@ from flatcal_dist.environment import describe_environment
 from flatcal_dist.files import write_json
 from flatcal_dist.training.faults import FAULTS, refuse_fault
 from flatcal_dist.training.verification import Row, engine_class, verify
+from flatcal_dist.urls import public
 
 DEFAULT = Path(__file__).parents[2] / "configs/digits/csam.yaml"
 
@@ -78,7 +79,7 @@ def _save(rows: list[Row], config: Config, ranks: int, output: Path, fault: str 
             "fault": fault,
             "world_size": ranks,
             "invariants": table,
-            "configuration": config.model_dump(),
+            "configuration": public(config.model_dump()),
             "environment": describe_environment(),
         },
     )

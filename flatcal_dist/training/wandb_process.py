@@ -22,6 +22,7 @@ from typing import Any
 from flatcal_dist import config as configuration
 from flatcal_dist.config import Config
 from flatcal_dist.training.wandb_files import history, segments
+from flatcal_dist.urls import hide, public
 
 BEST = {"val/accuracy": max, "val/nll": min}
 TABLES = {
@@ -162,7 +163,7 @@ def start(directory: Path, config: Config, mode: str) -> Any:
         resume="allow",
         mode=mode,
         dir=str(directory),
-        config=config.model_dump() | {"environment": _json(directory / "environment.json")},
+        config=public(config.model_dump()) | {"environment": _json(directory / "environment.json")},
         settings=wandb.Settings(
             silent=True,
             console="off",
@@ -222,7 +223,7 @@ class Order:
 def say(text: str) -> None:
     """To the training process, which shows it."""
     try:
-        os.write(MESSAGES, (text.replace("\n", " ") + "\n").encode())
+        os.write(MESSAGES, (hide(text).replace("\n", " ") + "\n").encode())
     except OSError:  # it is no more
         print(text, file=sys.stderr)
 
@@ -252,6 +253,6 @@ if __name__ == "__main__":
         follow(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) if sys.argv[3:] else None)
     except BaseException as error:
         say(f"W&B failed: {_first_line(error)}")
-        traceback.print_exc()
+        print(hide(traceback.format_exc()), file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)  # not by way of W&B's own handlers, which may wait for what is no more
