@@ -284,8 +284,8 @@ class Config(Section):
 # who watches, not what it is meant to compute (batch norm and dropout do see the micro-batches).
 # Everything else belongs to the identity of the run.
 MAY_CHANGE = (
-    "run.dir", "run.world_size", "run.start_again", "data.workers", "data.micro_batch_size", "data.max_bad_samples",
-    "data.cache", "data.cache_limit", "data.stall_timeout", "data.retries", "data.allow_pipe",
+    "run.dir", "run.world_size", "run.start_again", "data.workers", "data.micro_batch_size",
+    "data.max_bad_samples", "data.cache", "data.cache_limit", "data.stall_timeout", "data.retries", "data.allow_pipe",
     "train.log_every_steps", "train.validate_every_epochs", "train.checkpoint_every_epochs",
     "train.checkpoint_every_steps", "train.keep_checkpoints", "train.keep_best",
     "train.stop_after_minutes", "train.stop_margin_minutes", "train.hang_minutes",
@@ -334,6 +334,8 @@ def differences(old: Config, new: Config) -> list[str]:
     before, after = dict(flatten(old)), dict(flatten(new))
     return [
         f"{key}: the run has {public(before.get(key))!r}, now {public(after.get(key))!r}"
+        + " (they differ in what is not shown)"
+        * (public(before.get(key)) == public(after.get(key)))
         for key in sorted(before.keys() | after.keys())
         if identified(before.get(key)) != identified(after.get(key))
         and not _may_change(key)

@@ -55,7 +55,8 @@ def write_atomically(path: Path, private: bool = False) -> Iterator[Path]:
 
 def write_text(path: Path, text: str, private: bool = False) -> None:
     with write_atomically(path, private) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        # A name that is no UTF-8 may stand in a message; in JSON this is an escape.
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -40,7 +40,9 @@ class ShardCache:
     def path(self, url: str) -> Path:
         """Where the shard lies, or will."""
         name = re.sub(r"[^A-Za-z0-9._-]", "_", base_name(url)).removesuffix(".tar")[-80:]
-        return self.directory / f"{hashlib.sha256(identity(url).encode()).hexdigest()[:32]}-{name}.tar"
+        return (
+            self.directory / f"{hashlib.sha256(identity(url).encode()).hexdigest()[:32]}-{name}.tar"
+        )
 
     def open(self, url: str, sha256: str | None = None) -> BinaryIO:
         """The shard, downloaded unless it is there; open, so that it cannot vanish again.

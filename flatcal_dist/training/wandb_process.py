@@ -8,7 +8,6 @@ what goes back, drops nothing where a resumed run takes a step again; charts are
 (define_metric). A later start, or `flatcal sync`, sends what an earlier one did not.
 """
 
-import json
 import os
 import secrets
 import signal
@@ -21,6 +20,9 @@ from typing import Any
 
 from flatcal_dist import config as configuration
 from flatcal_dist.config import Config
+from flatcal_dist.files import read_json, write_text
+from flatcal_dist.run_directory import RunDirectory
+from flatcal_dist.training.tracking import parse_record
 from flatcal_dist.training.wandb_files import history, segments
 from flatcal_dist.urls import hide, public
 
@@ -49,11 +51,7 @@ class Lines:
                     return
                 self.offset += len(line)
                 number, self.number = self.number, self.number + 1
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(record, dict):
+                if (record := parse_record(line)) is not None:
                     yield number, {k: value for k, value in record.items() if value is not None}
 
 
@@ -149,9 +147,9 @@ def start(directory: Path, config: Config, mode: str) -> Any:
         os.environ.setdefault(name, str((directory / "wandb/data").resolve()))
     import wandb
 
-    id_file = directory / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
+    run_directory = RunDirectory(directory)
+    if (run_id := run_directory.wandb_id()) is None:
+        write_text(run_directory.wandb_id_file, run_id := secrets.token_hex(4))
     settings = config.wandb
     run = wandb.init(
         project=settings.project,
@@ -159,7 +157,7 @@ def start(directory: Path, config: Config, mode: str) -> Any:
         group=settings.group,
         job_type="train",
         tags=settings.tags,
-        id=id_file.read_text().strip(),
+        id=run_id,
         resume="allow",
         mode=mode,
         dir=str(directory),
@@ -235,7 +233,7 @@ def lines_sent(directory: Path) -> int:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _first_line(error: Exception) -> str:
