@@ -285,7 +285,8 @@ class Config(Section):
 # Everything else belongs to the identity of the run.
 MAY_CHANGE = (
     "run.dir", "run.world_size", "run.start_again", "data.workers", "data.micro_batch_size",
-    "data.max_bad_samples", "data.cache", "data.cache_limit", "data.stall_timeout", "data.retries", "data.allow_pipe",
+    "data.max_bad_samples", "data.cache", "data.cache_limit", "data.stall_timeout", "data.retries",
+    "data.allow_pipe",
     "train.log_every_steps", "train.validate_every_epochs", "train.checkpoint_every_epochs",
     "train.checkpoint_every_steps", "train.keep_checkpoints", "train.keep_best",
     "train.stop_after_minutes", "train.stop_margin_minutes", "train.hang_minutes",

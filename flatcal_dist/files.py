@@ -73,9 +73,8 @@ def open_to_append(path: Path) -> TextIO:
     try:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
-        if path.is_symlink():
-            error = OSError("it is a symbolic link, which is not followed: remove it")
-        raise WriteError(path, error) from None
+        followed = OSError("it is a symbolic link, which is not followed: remove it")
+        raise WriteError(path, followed if path.is_symlink() else error) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise WriteError(path, OSError("it is no regular file: remove it"))

@@ -141,7 +141,8 @@ class RunDirectory:
         except (OSError, ValueError) as error:  # a name may hold what no name can
             raise RunError(
                 f"run.dir={self.path}: no directory can be made as {self.checkpoints} "
-                f"({getattr(error, 'strerror', None) or error}). Name another run.dir, or mend the file system"
+                f"({getattr(error, 'strerror', None) or error}). Name another run.dir, or mend the "
+                "file system"
             ) from None
         if self.lock is None or self.lock.closed:
             self._lock()
@@ -212,8 +213,8 @@ class RunDirectory:
             return STATE.validate_json(read_bytes(file))
         except (OSError, ValueError) as error:
             raise RunError(
-                f"{file} cannot be read ({in_words(error)}); delete it, and the run goes on from its newest "
-                "checkpoint"
+                f"{file} cannot be read ({in_words(error)}); delete it, and the run goes on from "
+                "its newest checkpoint"
             ) from None
 
     def write(self, state: State) -> None:

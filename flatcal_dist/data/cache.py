@@ -1,8 +1,8 @@
 """Shards from elsewhere, kept on a local disk: each downloaded once, whole, and checked.
 
 A directory holds HASH-NAME.tar, the hash being that of the URL without what is renewed, such as a
-signature (base names repeat), and beside it HASH-NAME.json: where it came from, its size and SHA-256. A shard appears by rename when
-all of it is there; until then its downloader holds a lock that ends with the process, however it
+signature (base names repeat), and beside it HASH-NAME.json: where it came from, its size and
+SHA-256. A shard appears by rename when all of it is there; until then its downloader holds a lock that ends with the process, however it
 ends. So any number of ranks, workers and jobs may share a directory. A URL's contents are taken
 never to change: shards that do need another name.
 """
@@ -40,9 +40,8 @@ class ShardCache:
     def path(self, url: str) -> Path:
         """Where the shard lies, or will."""
         name = re.sub(r"[^A-Za-z0-9._-]", "_", base_name(url)).removesuffix(".tar")[-80:]
-        return (
-            self.directory / f"{hashlib.sha256(identity(url).encode()).hexdigest()[:32]}-{name}.tar"
-        )
+        digest = hashlib.sha256(identity(url).encode()).hexdigest()
+        return self.directory / f"{digest[:32]}-{name}.tar"
 
     def open(self, url: str, sha256: str | None = None) -> BinaryIO:
         """The shard, downloaded unless it is there; open, so that it cannot vanish again.

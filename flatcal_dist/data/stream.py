@@ -120,8 +120,8 @@ def list_shards(pattern: str | Sequence[str], split: str, access: Access) -> lis
     for shard in shards:
         if seen.setdefault(identity(shard), shard) != shard:
             raise DataError(
-                f"{shown(shard)} is named twice, with different user info, query or fragment, which "
-                "are no part of a shard's identity. Name each shard once, by a path of its own."
+                f"{shown(shard)} is named twice, with different user info, query or fragment, "
+                "which are no part of a shard's identity. Name each shard once, by a path of its own."
             )
     return shards
 
