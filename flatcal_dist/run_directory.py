@@ -238,6 +238,11 @@ class RunDirectory:
         found = _words(self.wandb_id_file)
         return found if re.fullmatch(r"[\w-]{1,64}", found, re.ASCII) else None
 
+    def job(self) -> str | None:
+        """The number of the SLURM job that the run was submitted as, such as 41 or 41_3."""
+        found = _words(self.path / "slurm/job")
+        return found if re.fullmatch(r"[0-9]+(_[0-9]+)?", found) else None
+
     def has_ended(self) -> bool:
         """Whether a rank has recorded that this start of the run is over."""
         state = self.state()

@@ -25,11 +25,13 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
 
+from flatcal_dist import config as configuration  # noqa: E402
 from flatcal_dist.arguments import whole_number  # noqa: E402
 from flatcal_dist.config import ConfigError  # noqa: E402
 from flatcal_dist.files import csv_text, write_text  # noqa: E402
 from flatcal_dist.run_directory import RunDirectory, RunError  # noqa: E402
 from flatcal_dist.sweep import Element, Sweep, elements, load_sweep  # noqa: E402
+from flatcal_dist.urls import hide  # noqa: E402
 
 METRICS = ("accuracy", "nll", "ece", "signed_gap", "aurc", "temperature")
 PATIENCE = 300.0  # seconds that a run may take to stop, a checkpoint among them
@@ -105,11 +107,11 @@ def main() -> None:
         sweep = load_sweep(arguments.file)
         found = elements(sweep, arguments.overrides)
         phases = {element.index: phase_of(element) for element in found}
-    except (ConfigError, RunError) as error:
+    except (ConfigError, RunError, OSError) as error:
         sys.exit(f"error: {error}")
     if arguments.list:
         for element in found:
-            print(element.index, phases[element.index], shlex.join(element.arguments))
+            print(element.index, phases[element.index], hide(shlex.join(element.arguments)))
         return
     missing = [element for element in found if phases[element.index] != "finished"]
     print(f"sweep {sweep.name}: {len(found)} runs, {len(found) - len(missing)} finished already")
@@ -130,7 +132,12 @@ def main() -> None:
 
 def command(sweep: Sweep, element: Element, arguments: argparse.Namespace) -> list[str]:
     """What a user would type for this run."""
-    recipe = [str(ROOT / "recipes/imagenet_csam.py"), "--config", sweep.base, *element.arguments]
+    options = ["--config", sweep.base, *element.arguments]
+    if any(hide(word) != word for word in options):
+        # Everybody on a machine can read the words of a command.
+        configuration.write(element.config, logs(element).with_suffix(".yaml"))
+        options = ["--config", str(logs(element).with_suffix(".yaml"))]
+    recipe = [str(ROOT / "recipes/imagenet_csam.py"), *options]
     if arguments.processes == 1 and arguments.launcher is None:
         return [sys.executable, *recipe]
     engine = element.config.train.engine
@@ -160,7 +167,8 @@ def summarize(sweep: Sweep, found: list[Element]) -> None:
         values = dict(text.split("=", 1) for text in element.overrides)
         metrics = _metrics(element) or {}
         figures = ["" if metrics.get(m) is None else f"{metrics[m]:.4f}" for m in METRICS]
-        rows.append([str(element.index), *(values[k] for k in keys), phase_of(element), *figures])
+        turned = (hide(values[key]) for key in keys)
+        rows.append([str(element.index), *turned, phase_of(element), *figures])
     header = ["run", *keys, "phase", *METRICS]
     table = Table(*header)
     for row in rows:

@@ -2,8 +2,9 @@
 
 A directory holds HASH-NAME.tar, the hash being that of the URL without what is renewed, such as a
 signature (base names repeat), and beside it HASH-NAME.json: where it came from, its size and
-SHA-256. A shard appears by rename when all of it is there; until then its downloader holds a lock that ends with the process, however it
-ends. So any number of ranks, workers and jobs may share a directory. A URL's contents are taken
+SHA-256. A shard appears by rename when all of it is there; until then its downloader holds a lock
+that ends with the process, however it ends. So any number of ranks, workers and jobs may share a
+directory. A URL's contents are taken
 never to change: shards that do need another name.
 """
 

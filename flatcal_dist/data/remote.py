@@ -81,8 +81,8 @@ def _check_allowed(url: str, access: Access) -> None:
     if url.startswith("pipe:"):
         if not access.allow_pipe:
             raise DataError(
-                f"{shown(url)!r} would run a command in a shell. If you trust where this name comes "
-                "from, set data.allow_pipe=true."
+                f"{shown(url)!r} would run a command in a shell. If you trust where this name "
+                "comes from, set data.allow_pipe=true."
             )
     elif (scheme := url.partition("://")[0]) not in SCHEMES:
         raise DataError(

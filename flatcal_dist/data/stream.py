@@ -121,7 +121,7 @@ def list_shards(pattern: str | Sequence[str], split: str, access: Access) -> lis
         if seen.setdefault(identity(shard), shard) != shard:
             raise DataError(
                 f"{shown(shard)} is named twice, with different user info, query or fragment, "
-                "which are no part of a shard's identity. Name each shard once, by a path of its own."
+                "which are no part of its identity. Name each shard once, by a path of its own."
             )
     return shards
 
