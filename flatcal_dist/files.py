@@ -11,17 +11,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+ROOM = "Make room on its file system, or mend the permissions, and give the same command again"
 LARGEST = 64 << 20  # bytes of a file that is read as a whole; ours have far fewer
 
 
 class WriteError(OSError):
     """A file that cannot be written; the message names it, the cause and the remedy."""
 
-    def __init__(self, path: Path, error: OSError) -> None:
-        super().__init__(
-            f"{path} cannot be written ({error.strerror or error}). Make room on its file system, "
-            "or mend the permissions, and give the same command again"
-        )
+    def __init__(self, path: Path, cause: OSError | str, remedy: str = ROOM) -> None:
+        words = cause if isinstance(cause, str) else cause.strerror or str(cause)
+        super().__init__(f"{path} cannot be written ({words}). {remedy}")
 
 
 @contextmanager
@@ -31,6 +30,9 @@ def write_atomically(path: Path, private: bool = False) -> Iterator[Path]:
     private: only its owner may read the file, from its first byte on. Raises WriteError where the
     file system refuses.
     """
+    special = path.is_symlink() and str(path.readlink()).startswith("/proc/")  # /dev/stdout
+    if special or (path.exists() and not path.is_file()):  # a device would be replaced
+        raise WriteError(path, "it is there, and no regular file", "Name another one")
     # The suffix stays last, because writers choose a format by it.
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
@@ -73,11 +75,12 @@ def open_to_append(path: Path) -> TextIO:
     try:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
-        followed = OSError("it is a symbolic link, which is not followed: remove it")
-        raise WriteError(path, followed if path.is_symlink() else error) from None
+        if path.is_symlink():
+            raise WriteError(path, "it is a symbolic link", "Remove the link") from None
+        raise WriteError(path, error) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise WriteError(path, OSError("it is no regular file: remove it"))
+        raise WriteError(path, "it is no regular file", "Remove it")
     return os.fdopen(descriptor, "a+", encoding="utf-8")
 
 
