@@ -176,7 +176,7 @@ class RunDirectory:
                     time.sleep(0.1)
                     continue
                 self.lock.close()
-                holder = _words(self.path / ".lock") or "it says not which"
+                holder = self.holder() or "it says not which"
                 raise RunError(
                     f"run.dir={self.path} is in use by another job ({holder}); "
                     "wait for it or end it, or name another run.dir"
@@ -197,12 +197,16 @@ class RunDirectory:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return _words(self.path / ".lock") or "a job that is starting"
+            return self.holder() or "a job that is starting"
         except OSError:  # a file system without locks
             pass
         finally:
             os.close(descriptor)
         return None
+
+    def holder(self) -> str:
+        """The job that was the last to hold the directory, by its own words; "" for none."""
+        return _words(self.path / ".lock")
 
     def state(self) -> State | None:
         """The recorded state, or None before the first start. Raises RunError if unreadable."""

@@ -42,7 +42,7 @@ class Lines:
         self.file, self.offset, self.number = file, 0, 0
 
     def new(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        if not self.file.exists():
+        if not self.file.is_file():
             return
         with self.file.open("rb") as file:
             file.seek(self.offset)
