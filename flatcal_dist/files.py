@@ -118,7 +118,10 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> Any:
-    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\r", "\n")  # which the writer would not quote, and readers end a row at
+    if not value.startswith(("=", "+", "-", "@", "\t", "\n")):
         return value
     try:
         float(value)
