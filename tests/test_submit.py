@@ -224,7 +224,6 @@ def test_what_cannot_be_submitted(submit, tmp_path, monkeypatch):
     refused("a line break", run, "--sbatch", "--qos=a\n#SBATCH --wrap=x")
     refused("a colon, which separates", f"run.dir={tmp_path}/10:30")
     refused("SLURM takes no", f"run.dir={tmp_path}/a#b")
-    refused("control", f"run.dir={tmp_path}/a\x1bb")
     refused("--recipe nosuch: expected one of evaluate, imagenet_csam", run, "--recipe", "nosuch")
     refused("--recipe ../launch/submit", run, "--recipe", "../launch/submit")
     refused("there is no program /nowhere/python", run, "--python", "/nowhere/python")

@@ -23,16 +23,14 @@ from rich.console import Console
 
 from flatcal_dist import run_directory, status
 from flatcal_dist import sync as syncing
-from flatcal_dist.config import Config, ConfigError, RunConfig
-from flatcal_dist.files import WriteError
-from flatcal_dist.run_directory import RunDirectory, RunError
-from flatcal_dist.training import bad_samples, checkpoint, resuming
-from flatcal_dist.training.checkpoint import CheckpointError
+from flatcal_dist.config import Config, RunConfig
+from flatcal_dist.distributed import meant_for_people
+from flatcal_dist.run_directory import RunDirectory
+from flatcal_dist.training import bad_samples, checkpoint
 from flatcal_dist.training.tracking import Tracker, read_metrics
 from tests.training.test_checkpoint import save
 
 SECONDS = 20  # in which one directory has to be read
-MEANT_FOR_PEOPLE = (RunError, ConfigError, CheckpointError, WriteError)
 TEXTS = (
     b"", b"{", b"[]", b"5", b'"x"', b"null", b"\xff\xfe\x00", b"\x00" * 64, b"[" * 100_000,
     b'{"a":' * 100_000, b'{"step": NaN}', b'{"step": 1e999}', b'{"step": ' + b"9" * 5000 + b"}",
@@ -70,6 +68,8 @@ def whole(tmp_path_factory) -> Path:
     state.phase, state.step, state.saved = "preempted", 7, 7
     directory.write(state)
     directory.lock.close()
+    # The same in fewer lines, which are read some hundred times.
+    directory.config_file.write_text(f"run: {{dir: {path}}}\nwandb: {{mode: disabled}}\n")
     return path
 
 
@@ -188,7 +188,9 @@ def attempt(work: Callable, *arguments: object) -> object:
     """What it returns, or None where it refuses in words meant for people."""
     try:
         return work(*arguments)
-    except MEANT_FOR_PEOPLE as error:
+    except Exception as error:
+        if not meant_for_people(error):
+            raise
         says(error)
     return None
 
@@ -200,8 +202,8 @@ def says(error: Exception, *words: object) -> None:
     assert not words or any(str(word) in str(error) for word in words), error
 
 
-def everything(run: Path, config: Config) -> None:
-    """All that reads or enters a run directory, in the order of a start."""
+def everything(run: Path, config: Config) -> tuple[Path | None, list[str]] | None:
+    """All that reads or enters a run directory, in the order of a start; the checkpoint found."""
     directory = RunDirectory(run)
     attempt(directory.check, config)
     attempt(directory.state)
@@ -211,8 +213,6 @@ def everything(run: Path, config: Config) -> None:
         attempt(directory.claim)
         found = attempt(checkpoint.newest, directory.checkpoints)
         if found is not None:
-            if found[0] is None:
-                attempt(resuming._refuse_lost, directory, config, found[1])
             attempt(checkpoint.clean, directory.checkpoints, found[0])
             if found[0] is not None:
                 assert "engine" in checkpoint.load_part(found[0], 0)
@@ -234,6 +234,7 @@ def everything(run: Path, config: Config) -> None:
             syncing.sync([run], dry_run=True)
         except (ValueError, RuntimeError) as error:
             says(error, run)
+        return found
     finally:
         if directory.lock is not None:
             directory.lock.close()
@@ -250,7 +251,7 @@ def tree(path: Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize(("damage", "count"), [(any_file, 150), (in_newest, 120), (links, 60)])
+@pytest.mark.parametrize(("damage", "count"), [(any_file, 120), (in_newest, 100), (links, 50)])
 def test_damaged_run_directories_are_read_in_words(
     damage, count, whole, outside, tmp_path, monkeypatch, capsys
 ):
@@ -264,17 +265,14 @@ def test_damaged_run_directories_are_read_in_words(
         said = f"{damage.__name__} {number}: {what}"
         with in_time():
             try:
-                found = shown([run, whole])
-                assert found[1].phase == "preempted", said
-                if what.startswith("checkpoints/step_00000007") and damage is not links:
-                    path, problems = checkpoint.newest(run / "checkpoints")
-                    assert path == run / "checkpoints/step_00000003", said
-                    assert "step_00000007" in problems[0]
-                everything(run, config)
-            except RunError as error:
-                says(error, "this version")
+                assert [one.phase for one in shown([run, whole])][1] == "preempted"
+                found = everything(run, config)
             except Exception as error:
                 raise AssertionError(said) from error
+        if damage is in_newest and found is not None:  # None: of another version, as it seems
+            path, problems = found
+            assert path == run / "checkpoints/step_00000003", said
+            assert "step_00000007" in problems[0]
         assert tree(outside) == before, said
         shutil.rmtree(run)
     assert not Path("/tmp/run-by-a-checkpoint").exists()

@@ -26,7 +26,7 @@ def begun(path, saved: int, step: int = 9) -> RunDirectory:
 
 def test_a_run_that_had_a_checkpoint_says_what_to_do(tmp_path):
     directory = begun(tmp_path / "run", saved=8)
-    with pytest.raises(RunError, match=r"had a checkpoint of step 8.*run\.start_again=1"):
+    with pytest.raises(RunError, match=r"(?s)had a checkpoint of step 8.*run\.start_again=1"):
         resuming._refuse_lost(directory, config(directory.path), ["step 8 is damaged"])
     with pytest.raises(RunError, match=r"run\.start_again=2 was for another start"):
         resuming._refuse_lost(directory, config(directory.path, 2), [])
