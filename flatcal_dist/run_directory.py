@@ -80,6 +80,15 @@ class RunDirectory:
 
     def check(self, config: Config) -> None:
         """Whether this configuration may run here. Reads only. Raises RunError."""
+        try:
+            self._check(config)
+        except OSError as error:
+            raise RunError(
+                f"run.dir={self.path} cannot be read ({error.strerror or error}). Mend its "
+                "permissions, or name another run.dir"
+            ) from None
+
+    def _check(self, config: Config) -> None:
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -211,9 +220,9 @@ class RunDirectory:
     def state(self) -> State | None:
         """The recorded state, or None before the first start. Raises RunError if unreadable."""
         file = self.path / "state.json"
-        if not file.exists():
-            return None
         try:
+            if not file.exists():
+                return None
             return STATE.validate_json(read_bytes(file))
         except (OSError, ValueError) as error:
             raise RunError(
