@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, JSON that any reader accepts, and reading with a bound."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 ROOM = "Make room on its file system, or mend the permissions, and give the same command again"
+REFUSALS = (
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ESTALE,
+)  # fmt: skip
 LARGEST = 64 << 20  # bytes of a file that is read as a whole; ours have far fewer
 
 
@@ -45,9 +50,9 @@ def write_atomically(path: Path, private: bool = False) -> Iterator[Path]:
         temporary.replace(path)
         sync_directory(path.parent)
     except OSError as error:
-        # What the block itself reads has a name of its own; FileNotFoundError: the place is gone.
+        # What the block itself reads has a name of its own, or fails in other ways.
         ours = error.filename in (None, str(temporary), str(path.parent))
-        if isinstance(error, FileNotFoundError | WriteError) or not ours:
+        if error.errno not in REFUSALS or not ours:
             raise
         raise WriteError(path, error) from None
     finally:

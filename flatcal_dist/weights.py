@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flatcal_dist.files import write_atomically
+from flatcal_dist.files import WriteError, write_atomically
 
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's
 NESTED = ("state_dict", "model")  # where training scripts keep the weights
@@ -31,7 +31,10 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     with write_atomically(path) as temporary:
         temporary.touch()  # with the permissions of any new file: safetensors' own are private
         mode = temporary.stat().st_mode
-        save_file(own, str(temporary))
+        try:
+            save_file(own, str(temporary))
+        except SafetensorError as error:
+            raise WriteError(path, str(error)) from None
         temporary.chmod(mode)
 
 

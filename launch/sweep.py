@@ -10,7 +10,6 @@ no other. The output of each run is in DIRECTORY/logs. Exits with 1 if a run fai
 """
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
 from flatcal_dist import config as configuration  # noqa: E402
 from flatcal_dist.arguments import whole_number  # noqa: E402
 from flatcal_dist.config import ConfigError  # noqa: E402
-from flatcal_dist.files import csv_text, write_text  # noqa: E402
+from flatcal_dist.files import csv_text, read_json, write_text  # noqa: E402
 from flatcal_dist.run_directory import RunDirectory, RunError  # noqa: E402
 from flatcal_dist.sweep import Element, Sweep, elements, load_sweep  # noqa: E402
 from flatcal_dist.urls import hide  # noqa: E402
@@ -53,7 +53,12 @@ class Jobs:
         waiting = list(waiting)
         while self.running or (waiting and not self.stopping):
             while waiting and not self.stopping and len(self.running) < self.arguments.parallel:
-                self._start(waiting.pop(0))
+                element = waiting.pop(0)
+                try:
+                    self._start(element)
+                except OSError as error:  # no room for its log, say
+                    self.failed.append(element)
+                    print(f"[{element.index}] {element.name}: not started: {error}", flush=True)
             time.sleep(0.2)
             self._collect()
             if self.stopping and time.monotonic() > self.deadline:
@@ -81,7 +86,10 @@ class Jobs:
     def _collect(self) -> None:
         for process in [process for process in self.running if process.poll() is not None]:
             element = self.running.pop(process)
-            phase = phase_of(element)
+            try:
+                phase = phase_of(element)
+            except RunError as error:  # the others go on
+                phase = f"unreadable: {error}"
             text = f"[{element.index}] {element.name}: {phase}"
             if phase != "finished" and not self.stopping:
                 self.failed.append(element)
@@ -119,7 +127,10 @@ def main() -> None:
     jobs.run(missing)
     if jobs.stopping:
         sys.exit(130)
-    summarize(sweep, found)
+    try:
+        summarize(sweep, found)
+    except (OSError, RunError) as error:
+        sys.exit(f"error: {error}")
     if jobs.failed:
         sys.exit(f"error: {len(jobs.failed)} of {len(found)} runs did not finish")
     if len(found) > 1 and all(_metrics(element) for element in found):
@@ -172,7 +183,7 @@ def summarize(sweep: Sweep, found: list[Element]) -> None:
     header = ["run", *keys, "phase", *METRICS]
     table = Table(*header)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     file = Path(sweep.directory) / "summary.csv"
     write_text(file, csv_text([header, *rows]))
@@ -181,7 +192,15 @@ def summarize(sweep: Sweep, found: list[Element]) -> None:
 
 def _metrics(element: Element) -> dict | None:
     file = element.run / "report/metrics.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    try:
+        if not file.exists():
+            return None
+        written = read_json(file)
+        known = {name: written.get(name) for name in METRICS}
+        return {name: None if value is None else float(value) for name, value in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        print(f"{file} cannot be read ({error}); `flatcal evaluate` writes it again")
+        return None
 
 
 def _path() -> str:
