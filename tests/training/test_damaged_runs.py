@@ -258,8 +258,8 @@ def test_damaged_run_directories_are_read_in_words(
     monkeypatch.setattr(run_directory, "LOCK_PATIENCE", 0.2)
     config = Config(run=RunConfig(dir=str(whole)), wandb={"mode": "disabled"})
     before = tree(outside)
-    for number in range(count):
-        run = tmp_path / f"run [/b] {number}"
+    for number in range(1, count):
+        run = tmp_path / (f"run {number}" if number % 10 else f"run {number} [/b]\n\x1b")
         shutil.copytree(whole, run)
         what = damage(run, outside, random.Random(number))
         said = f"{damage.__name__} {number}: {what}"
