@@ -34,6 +34,7 @@ CREDENTIAL = re.compile(
     r"|.*(?:signature|token|secret|password|credential).*|expires?|policy|sig|s[eprtv]|sdd|sip|spr"
     r"|srt|ss|sk(?:oid|tid|[tesv])|(?:api|access)[_-]?key|auth|authorization|hdnt[sl]"
 )
+VERSION = re.compile(r"(?i)version(?:-?id)?|generation|revision|snapshot")
 PORTS = {"http": ":80", "https": ":443"}
 
 
@@ -49,8 +50,8 @@ def shown(address: str) -> str:
 def identity(address: str) -> str:
     """What stays the same when credentials are renewed; a path as it is. Not for messages.
 
-    Where the path of a URL names no file (`/download?file=a.tar`) the query does: then what is
-    left of it without the parameters that sign or authorise belongs to the identity.
+    Of a query what names a version belongs to it. Where the path of a URL names no file the query
+    does (`/download?file=a.tar`): then all but the parameters that sign or authorise.
     """
     if address.startswith("pipe:"):
         return URL_IN_TEXT.sub(lambda found: identity(found[0]), address)
@@ -58,16 +59,19 @@ def identity(address: str) -> str:
         return address
     scheme, host, path = found["scheme"].lower(), found["host"].lower(), found["path"]
     host = host.removesuffix(PORTS.get(scheme.removesuffix("://"), ""))
+    query = found["rest"].partition("#")[0].removeprefix("?").split("&")
     if NAMES_A_FILE.search(path):
-        return f"{scheme}{host}{path}"
-    query = found["rest"].partition("#")[0].removeprefix("?")
-    kept = [part for part in query.split("&") if not CREDENTIAL.fullmatch(part.partition("=")[0])]
+        kept = [part for part in query if VERSION.fullmatch(part.partition("=")[0])]
+    else:
+        kept = [part for part in query if not CREDENTIAL.fullmatch(part.partition("=")[0])]
     return f"{scheme}{host}{path}" + (f"?{'&'.join(kept)}" if any(kept) else "")
 
 
 def base_name(address: str) -> str:
     """The shard's file name: the last part of its path."""
-    return identity(address).rpartition("/")[2]
+    name = identity(address)
+    path = name.partition("?")[0]
+    return (path if NAMES_A_FILE.search(path) and URL.match(name) else name).rpartition("/")[2]
 
 
 def hide(text: str, address: str = "") -> str:
