@@ -216,7 +216,6 @@ def everything(run: Path, config: Config) -> tuple[Path | None, list[str]] | Non
             attempt(checkpoint.clean, directory.checkpoints, found[0])
             if found[0] is not None:
                 assert "engine" in checkpoint.load_part(found[0], 0)
-        directory.wandb_id()
         for read in (read_metrics, bad_samples._read):
             try:
                 file = (
