@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from flatcal_dist.config_choices import with_chosen_only
-from flatcal_dist.config_files import ConfigError, dump_yaml, parse_yaml, read_layers
+from flatcal_dist.config_files import ConfigError, dump_yaml, parse_yaml, private_file, read_layers
 from flatcal_dist.config_messages import explain
 from flatcal_dist.config_types import (
     Label,
@@ -39,6 +39,8 @@ from flatcal_dist.config_types import (
     Std,
     Text,
 )
+from flatcal_dist.files import write_text
+from flatcal_dist.urls import identified, public
 
 __all__ = ["Config", "ConfigError", "Section", "load", "parse_yaml"]
 
@@ -48,6 +50,10 @@ MANY = 10**12  # beyond any number of images or steps
 
 class RunConfig(Section):
     dir: PathText | None = Field(None, description="run directory; by default runs/NAME-HASH")
+    start_again: int | None = Field(
+        None, ge=1, le=MANY, description="begin at step 0 although the checkpoints are lost: how "
+        "often the run was started so far, so that this holds for one start only"
+    )  # fmt: skip
     seed: int = Field(
         0, ge=0, lt=2**64, description="seed of weights, order, augmentation and dropout"
     )
@@ -326,8 +332,9 @@ class Config(Section):
 # who watches, not what it is meant to compute (batch norm and dropout do see the micro-batches).
 # Everything else belongs to the identity of the run.
 MAY_CHANGE = (
-    "run.dir", "run.world_size", "data.workers", "data.micro_batch_size", "data.max_bad_samples",
-    "data.cache", "data.cache_limit", "data.stall_timeout", "data.retries", "data.allow_pipe",
+    "run.dir", "run.world_size", "run.start_again", "data.workers", "data.micro_batch_size",
+    "data.max_bad_samples", "data.cache", "data.cache_limit", "data.stall_timeout", "data.retries",
+    "data.allow_pipe",
     "train.log_every_steps", "train.validate_every_epochs", "train.checkpoint_every_epochs",
     "train.checkpoint_every_steps", "train.keep_checkpoints", "train.keep_best",
     "train.stop_after_minutes", "train.stop_margin_minutes", "train.hang_minutes",
@@ -371,7 +378,8 @@ def _word(text: str) -> str:
 
 def fingerprint(config: Config) -> str:
     """Eight hexadecimal digits that identify what the run computes, whatever its directory."""
-    text = json.dumps({k: v for k, v in flatten(config) if not _may_change(k)}, sort_keys=True)
+    kept = {k: identified(v) for k, v in flatten(config) if not _may_change(k)}
+    text = json.dumps(kept, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -379,19 +387,41 @@ def differences(old: Config, new: Config) -> list[str]:
     """What keeps `new` from continuing the run of `old`: one line per key.
 
     Another engine does not: a checkpoint is resharded. It has a fingerprint of its own all the
-    same, so that engines are compared in different directories.
+    same, so that engines are compared in different directories. Neither do renewed credentials.
     """
     before, after = dict(flatten(old)), dict(flatten(new))
     return [
-        f"{key}: the run has {before.get(key)!r}, now {after.get(key)!r}"
+        f"{key}: the run has {public(before.get(key))!r}, now {public(after.get(key))!r}"
+        + " (they differ in what is not shown)"
+        * (public(before.get(key)) == public(after.get(key)))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not _may_change(key) and key != "train.engine"
+        if identified(before.get(key)) != identified(after.get(key))
+        and not _may_change(key)
+        and key != "train.engine"
     ]
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration, loadable again."""
-    return dump_yaml(config.model_dump())
+    """The resolved configuration, loadable again, without the credentials of URLs."""
+    return dump_yaml(public(config.model_dump()))
+
+
+def write(config: Config, file: Path) -> None:
+    """Write it resolved; credentials of URLs beside it, into a file that its owner alone may read.
+
+    `load` finds both. Raises WriteError.
+    """
+    if private := _only_private(config.model_dump()):
+        write_text(private_file(file), dump_yaml(private), private=True)
+    else:
+        private_file(file).unlink(missing_ok=True)
+    write_text(file, to_yaml(config))
+
+
+def _only_private(values: dict) -> dict:
+    """What `public` changes, in the sections where it stands."""
+    opened = {k: _only_private(v) if isinstance(v, dict) else v for k, v in values.items()}
+    return {k: v for k, v in opened.items() if v and v != public(values[k])}
 
 
 def flatten(config: Config) -> Iterator[tuple[str, Any]]:

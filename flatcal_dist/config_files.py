@@ -6,12 +6,16 @@ these are eight, text, true, ninety and a date.
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from flatcal_dist.files import read_bytes
+from flatcal_dist.urls import hide, public
 
 MAX_DEPTH = 32  # of nested keys and lists
 MAX_VALUES = 1_000_000  # in one file; aliases are counted each time that they are used
@@ -21,7 +25,13 @@ COMMAND_LINE = "the command line"
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key, its origin and the remedy."""
+    """A configuration that cannot be used; the message names the key, its origin and the remedy.
+
+    It never holds the credentials of a URL.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(hide(text))
 
 
 CORE = (  # tag, pattern, first characters; the order decides
@@ -305,7 +315,30 @@ def _read_file(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         return {}
     if not isinstance(own, dict):
         raise ConfigError(f"{path} must hold keys and values, not a {type(own).__name__}")
-    return own
+    return _with_private(own, path)
+
+
+def private_file(file: Path) -> Path:
+    """Where the credentials of a written configuration lie, for its owner alone."""
+    return file.with_name(f"{file.stem}.private{file.suffix}")
+
+
+def _with_private(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The values of a file with the credentials that lie beside it, where they belong to them."""
+    try:
+        private = parse_yaml(read_bytes(private_file(file)), str(private_file(file)))
+    except FileNotFoundError:
+        return values
+    except (OSError, ValueError) as error:  # another user's, say: the server will tell
+        print(f"URLs are opened without credentials: {hide(str(error))}", file=sys.stderr)
+        return values
+
+    def filled(own: Any, full: Any) -> Any:
+        if isinstance(own, dict) and isinstance(full, dict):
+            return own | {key: filled(own[key], full[key]) for key in own.keys() & full.keys()}
+        return full if public(full) == own else own
+
+    return filled(values, private)
 
 
 def _candidates(directory: Path) -> str:

@@ -27,6 +27,7 @@ from flatcal_dist.launcher import (
 )
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.training.preemption import ignore_signals
+from flatcal_dist.urls import hide
 from flatcal_dist.warning_lines import print_warnings_plainly
 
 T = TypeVar("T")
@@ -189,7 +190,7 @@ def describe(error: BaseException) -> str:
     """The message of an error meant for people as it is; any other with the name of its type."""
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted by {error}; the same command goes on"
-    text = str(error) if meant_for_people(error) else f"{type(error).__name__}: {error}"
+    text = hide(str(error) if meant_for_people(error) else f"{type(error).__name__}: {error}")
     if any(sign in text for sign in LOST):
         text += (
             "\n(a connection was lost: another rank has ended. Its own error stands elsewhere in "
@@ -220,7 +221,7 @@ def ending_together(
                 with suppress(OSError, RuntimeError):
                     directory.interrupt(str(error))
         elif not meant_for_people(error):
-            traceback.print_exc()
+            print(hide(traceback.format_exc()), file=sys.stderr)
         end(
             describe(error),
             accelerator.process_index,

@@ -31,6 +31,7 @@ from flatcal_dist.provenance import UNKNOWN, Provenance
 from flatcal_dist.run_directory import RunDirectory, RunError
 from flatcal_dist.training import checkpoint, resharding
 from flatcal_dist.training.tracking import read_metrics
+from flatcal_dist.urls import public
 from flatcal_dist.weights import load_weights
 
 
@@ -246,7 +247,7 @@ def _evaluate_one(
         if clean is not None:
             return open_variant(clean, classes, wanted.real_file, _shards(config))
         index = inputs.open_index(config.data, "validation", classes)
-        return of_index(index, str(config.data.validation), classes, wanted.real_file)
+        return of_index(index, str(public(config.data.validation)), classes, wanted.real_file)
 
     data = on_all_ranks(opened)
     weights_file = network.weights if network.weights and network.weights.is_file() else None

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
+from flatcal_dist.urls import hide
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PREEMPTED = 75  # sysexits.h: a temporary failure, the same command goes on
 FIRST_RANK_SECONDS = 2.0  # that rank 0 has to say what all ranks would say
@@ -165,7 +167,7 @@ def end_with_the_launcher() -> None:
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    traceback.print_exception(kind, error, trace)
+    print(hide("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
     if not isinstance(error, KeyboardInterrupt):
         tell_launcher(f"{kind.__name__}: {error}")
 
@@ -176,7 +178,7 @@ def give_up(cause: str) -> NoReturn:
     Rank 0 speaks at once, and the launcher ends the others. What only another rank has to say is
     said by that rank, a moment later.
     """
-    rank = rank_to_speak()
+    rank, cause = rank_to_speak(), hide(cause)
     tell_launcher(cause if rank == 0 else f"rank {rank}: {cause}")
     if rank:
         time.sleep(FIRST_RANK_SECONDS)
@@ -191,7 +193,7 @@ def tell_launcher(cause: str) -> None:
     `py_callstack`. `accelerate launch` of one process ends with a traceback of its own: a small
     process waits for that, and says the cause once more.
     """
-    lines = cause.splitlines()
+    lines = hide(cause).splitlines()
     if len(lines) > SUMMARY_LINES:
         lines = [*lines[: SUMMARY_LINES - 1], "(all of the message stands above)"]
     text = "\n".join(lines)

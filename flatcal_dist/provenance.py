@@ -12,6 +12,7 @@ from flatcal_dist.config import Config
 from flatcal_dist.data.variants import DataSet
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.models import parameter_count
+from flatcal_dist.urls import public, shown
 from flatcal_dist.weights import sha256, weights_hash
 
 # The settings of the data that evaluation depends on; all others belong to a training.
@@ -77,7 +78,7 @@ def describe(
         rho=trained.rho,
         gamma=trained.gamma,
         seed=trained.seed,
-        data=f"{data.variant.path} ({identity[:16]})",
+        data=f"{shown(data.variant.path)} ({identity[:16]})",
         data_identity=identity,
         known_by="images",
         class_names=data.class_names,
@@ -91,7 +92,7 @@ def describe(
         world_size=accelerator.num_processes,
         training_seconds=trained.seconds,
         versions=describe_environment()["packages"],
-        configuration=_of_evaluation(config) if known is None else known.model_dump(),
+        configuration=public(_of_evaluation(config) if known is None else known.model_dump()),
     )
 
 

@@ -11,6 +11,7 @@ rule where there are several, lines are means with a band of one standard deviat
 import argparse
 import json
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import wandb_workspaces.workspaces as ws  # noqa: E402
 from wandb_workspaces import expr  # noqa: E402
 
 from flatcal_dist.config import Config, ConfigError  # noqa: E402
+from flatcal_dist.files import write_text  # noqa: E402
 from flatcal_dist.printing import never_fail  # noqa: E402
 from flatcal_dist.sweep import Sweep, load_sweep  # noqa: E402
 
@@ -137,13 +139,19 @@ def report(
         **where,
         name=name or "all runs",
         query=name if kind == "run" and name else "",
-        filters=f"Metric('Group') = '{name}'" if kind == "sweep" else "",
+        filters=f"Metric('Group') = {name!r}" if kind == "sweep" else "",
         groupby=[] if kind == "run" else ["config.sharpness.rule"],
     )
     blocks: list[Any] = []
     for section, panels in sections(kind, grid).items():
         blocks += [wr.H2(section), wr.PanelGrid(runsets=[runs], panels=panels)]
     return wr.Report(project=project, entity=entity, title=title, blocks=blocks, width="fluid")
+
+
+def plain(title: str) -> str:
+    """A title that W&B takes: of symbols, `<` and `+` among them, it says that they are emojis."""
+    symbols = ("So", "Sk", "Sm", "Sc", "Cs")
+    return "".join("_" if unicodedata.category(letter) in symbols else letter for letter in title)
 
 
 def specification(view: ws.Workspace | wr.Report) -> dict[str, Any]:
@@ -159,7 +167,7 @@ def main() -> None:
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
     project = arguments.project or project
-    title = f"{KINDS[arguments.kind]}{f': {name}' if name else ''}"
+    title = plain(f"{KINDS[arguments.kind]}{f': {name}' if name else ''}")
     if arguments.push and not arguments.entity:
         sys.exit("error: --push needs --entity, the W&B user or team that owns the project")
     entity = arguments.entity if arguments.push else ""
@@ -170,7 +178,7 @@ def main() -> None:
     if not arguments.push:
         text = json.dumps({key: specification(view) for key, view in views.items()}, indent=1)
         if arguments.output:
-            arguments.output.write_text(text + "\n")
+            write_text(arguments.output, text + "\n")
         else:
             print(text)
         return

@@ -227,7 +227,7 @@ def _expand(pattern: str, split: str | None, missing: bool) -> list[Path]:
     try:
         names = list(braceexpand(pattern))
     except UnbalancedBracesError as error:
-        raise DataError(f"The shard pattern {pattern!r} has unbalanced braces: {error}.") from error
+        raise DataError(f"The shard pattern {pattern!r} has unbalanced braces: {error}.") from None
     found = []
     for name in names:
         path = Path(name).expanduser()

@@ -10,6 +10,7 @@ from flatcal_dist.provenance import Provenance
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.sharpness.engines import Engine
 from flatcal_dist.training.tracking import Tracker, read_metrics
+from flatcal_dist.urls import public
 from flatcal_dist.weights import save_weights
 
 
@@ -32,7 +33,7 @@ def export_and_report(
     written = evaluation.report(
         config,
         engine.inference,
-        of_index(validation, str(config.data.validation), config.model.num_classes),
+        of_index(validation, str(public(config.data.validation)), config.model.num_classes),
         accelerator,
         directory.report,
         weights_file=directory.weights_file,

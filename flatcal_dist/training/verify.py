@@ -17,6 +17,7 @@ from flatcal_dist.launcher import LaunchError, give_up, tell_launcher
 from flatcal_dist.printing import never_fail
 from flatcal_dist.training.faults import FAULTS, refuse_fault
 from flatcal_dist.training.verification import Row, engine_class, verify
+from flatcal_dist.urls import public
 
 DEFAULT = Path(__file__).parents[2] / "configs/digits/csam.yaml"
 
@@ -81,7 +82,7 @@ def _save(rows: list[Row], config: Config, ranks: int, output: Path, fault: str 
             "fault": fault,
             "world_size": ranks,
             "invariants": table,
-            "configuration": config.model_dump(),
+            "configuration": public(config.model_dump()),
             "environment": describe_environment(),
         },
     )
