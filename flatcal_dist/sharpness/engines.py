@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.loss_scale import LossScale
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
-from flatcal_dist.sharpness.networks import refuse_sparse, refuse_unheld
+from flatcal_dist.sharpness.networks import refuse_sparse, refuse_unheld, sparse_refused
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 
@@ -200,7 +200,8 @@ class ReplicatedEngine:
         return self.wrapper.no_sync() if keep else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        (loss * self.loss_scale).backward()
+        with sparse_refused():
+            (loss * self.loss_scale).backward()
 
     def shards(self) -> Shards:
         held = {n: w for n, w in self.weights.items() if w.grad is not None}

@@ -1,10 +1,18 @@
 """Networks that an engine cannot hold, refused by the name of what is in the way."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from flatcal_dist.sharpness.errors import StepError
+
+SPARSE = (
+    "the gradient {}is sparse, which has no perturbation: call the function that reads this weight "
+    "with sparse=False"
+)
 
 
 def refuse_unheld(network: nn.Module, by: str | None = None) -> None:
@@ -37,12 +45,28 @@ def refuse_unheld(network: nn.Module, by: str | None = None) -> None:
                 f"{by} cannot hold parameters without a dimension, such as {name}: give it the "
                 "shape [1], or use DDP"
             )
+        if weight.numel() == 0:
+            raise StepError(
+                f"{by} cannot hold parameters without values, such as {name} of shape "
+                f"{list(weight.shape)}: leave it out of the network, or use DDP"
+            )
 
 
-def refuse_sparse(name: str, gradient: torch.Tensor) -> None:
+def refuse_sparse(name: str, gradient: Tensor) -> None:
     """Raises StepError for a gradient that a function made sparse."""
     if gradient.layout != torch.strided:
-        raise StepError(
-            f"the gradient of {name} is sparse, which has no perturbation: call the function that "
-            "reads this weight with sparse=False"
-        )
+        raise StepError(SPARSE.format(f"of {name} "))
+
+
+@contextmanager
+def sparse_refused() -> Iterator[None]:
+    """Around a backward pass: libraries that pack gradients fail at a sparse one, without its name.
+
+    Raises StepError in place of their error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "Sparse" not in str(error):
+            raise
+        raise StepError(SPARSE.format("of a weight ")) from error

@@ -178,7 +178,7 @@ def kinds(rank, world_size, kind, names):
 
 REFUSED = {
     "sparse": "the layer first.table has sparse gradients",
-    "sparse function": "the gradient of first.table.weight is sparse",
+    "sparse function": "is sparse, which has no perturbation: call the function",
     "lazy": "first.weight has no shape yet",
     "lazy norm": "first.weight has no shape yet",
 }
@@ -188,10 +188,14 @@ REFUSED = {
 def test_a_parameter_of_an_unusual_kind_is_trained_or_refused_by_name(kind):
     outcomes = everywhere(kind, kinds, list(KINDS))
     refused = dict(REFUSED)
-    if kind in ("zero1", "zero2", "zero3"):
-        refused["number"] = "DeepSpeed cannot hold parameters without a dimension, such as first.s"
-    if kind == "fsdp2":
-        refused["number"] = "FSDP2 cannot hold parameters without a dimension, such as first.scale"
+    if kind == "one":
+        refused["sparse function"] = "the gradient of first.table.weight is sparse"
+    elif kind == "ddp":  # by itself, before our engine sees the network
+        refused |= dict.fromkeys(["lazy", "lazy norm"], "Run a dummy forward pass")
+    else:
+        cannot = f"{'FSDP2' if kind == 'fsdp2' else 'DeepSpeed'} cannot hold parameters without"
+        refused["number"] = f"{cannot} a dimension, such as first.scale"
+        refused["empty"] = f"{cannot} values, such as first.scale of shape [0, 6]"
     for name in KINDS:
         outcome = outcomes[0][name]
         if name in refused:
