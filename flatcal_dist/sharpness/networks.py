@@ -67,6 +67,6 @@ def sparse_refused() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "Sparse" not in str(error):
+        if "sparse" not in str(error).lower():
             raise
         raise StepError(SPARSE.format("of a weight ")) from error
