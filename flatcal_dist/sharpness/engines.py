@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.loss_scale import LossScale
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
+from flatcal_dist.sharpness.networks import refuse_sparse, refuse_unheld, sparse_refused
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 
@@ -145,6 +146,7 @@ class ReplicatedEngine:
         self.wrapper = inner if self.distributed else None
         self.module: nn.Module = inner.module if self.distributed else model
         self.named: nn.Module = getattr(self.module, "_orig_mod", self.module)
+        refuse_unheld(self.named)
         self.optimizer = optimizer
         self.weights = {n: w for n, w in self.named.named_parameters() if w.requires_grad}
         refuse_unusable(self.weights, optimizer)
@@ -178,21 +180,33 @@ class ReplicatedEngine:
     def scales_losses(self) -> bool:
         return self.scale.enabled
 
+    @property
+    def reduces_always(self) -> bool:
+        """DDP with a static graph reduces in every backward pass, and fails in one that must not.
+
+        That costs one reduction for each micro-batch; the sum of means is the mean of sums.
+        """
+        return self.wrapper is not None and self.wrapper.static_graph
+
     def leaves_own(self) -> bool:
-        return True
+        return not self.reduces_always
 
     def zero_gradients(self) -> None:
         self.module.zero_grad(set_to_none=True)
 
     def accumulation(self, reduce: bool) -> AbstractContextManager[None]:
         # The forward pass has to be inside as well: DDP decides there whether it will reduce.
-        return self.wrapper.no_sync() if self.wrapper and not reduce else nullcontext()
+        keep = self.wrapper is not None and not reduce and not self.reduces_always
+        return self.wrapper.no_sync() if keep else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        (loss * self.loss_scale).backward()
+        with sparse_refused():
+            (loss * self.loss_scale).backward()
 
     def shards(self) -> Shards:
         held = {n: w for n, w in self.weights.items() if w.grad is not None}
+        for name, weight in held.items():
+            refuse_sparse(name, weight.grad)
         return Shards(list(held), list(held.values()), [w.grad for w in held.values()])
 
     def whole_weights(self) -> Shards:

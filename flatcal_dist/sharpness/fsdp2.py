@@ -30,6 +30,7 @@ from flatcal_dist.sharpness.fsdp2_passes import end_passes, forget_gradients, re
 from flatcal_dist.sharpness.fsdp2_state import copy_into, join, parameters_of, sharded_like, split
 from flatcal_dist.sharpness.loss_scale import LossScale
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
+from flatcal_dist.sharpness.networks import sparse_refused
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 
@@ -143,7 +144,8 @@ class ShardedEngine:
 
     def backward(self, loss: Tensor) -> None:
         self.averaged = False
-        (loss * self.loss_scale).backward()
+        with sparse_refused():
+            (loss * self.loss_scale).backward()
 
     def shards(self) -> Shards:
         if not self.alone:

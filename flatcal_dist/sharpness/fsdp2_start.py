@@ -10,6 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from flatcal_dist.sharpness.engines import broadcast
 from flatcal_dist.sharpness.errors import StepError
+from flatcal_dist.sharpness.networks import refuse_unheld
 
 NORMS = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
@@ -55,6 +56,7 @@ def shard(
     ranks = ranks_per_group or world_size
     if world_size % ranks:
         raise StepError(f"groups of {ranks} ranks do not divide the {world_size} ranks that run")
+    refuse_unheld(network, "FSDP2")
     network.to(device)
     with torch.no_grad():
         for weight in network.parameters():
@@ -106,6 +108,12 @@ def _users(network: nn.Module) -> dict[nn.Parameter, set[nn.Module]]:
         for weight in module.parameters(recurse=False):
             users.setdefault(weight, set()).add(module)
     return users
+
+
+def in_full_precision(network: nn.Module) -> set[int]:
+    """Ids of the parameters that passes use in fp32 whatever their precision."""
+    groups = _norms_with_statistics(network)
+    return {id(w) for norms in groups for norm in norms for w in norm.parameters()}
 
 
 def _norms_with_statistics(network: nn.Module) -> list[list[nn.Module]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flatcal_dist.sharpness.engines import Arrangement, broadcast, stack, with_groups
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
+from flatcal_dist.sharpness.networks import sparse_refused
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 from flatcal_dist.sharpness.zero_parts import Layout, deepspeed, layout_of
@@ -109,7 +110,8 @@ class ZeroEngine:
         yield
 
     def backward(self, loss: Tensor) -> None:
-        self.zero.backward(loss, scale_wrt_gas=False)  # scales it in float16
+        with sparse_refused():
+            self.zero.backward(loss, scale_wrt_gas=False)  # scales it in float16
 
     def shards(self) -> Shards:
         self.whole, self.touched = False, True

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flatcal_dist.sharpness.errors import StepError
+from flatcal_dist.sharpness.networks import refuse_unheld
 from flatcal_dist.sharpness.zero_parts import deepspeed, layout_of
 
 BUCKET = 2**25  # elements of one gradient reduction; DeepSpeed's 5e8 would be 2 GB of fp32
@@ -37,12 +38,7 @@ def start_zero(
         raise RuntimeError(
             "DeepSpeed does not run float16 on this machine; use bfloat16 (CPUs have it) or float32"
         )
-    numbers = [name for name, weight in network.named_parameters() if weight.dim() == 0]
-    if numbers:
-        raise StepError(
-            f"DeepSpeed cannot hold parameters without a dimension, such as {numbers[0]}: give "
-            "them the shape [1], or use DDP or FSDP2"
-        )
+    refuse_unheld(network, "DeepSpeed")
     if not dist.is_initialized():
         _join_alone()
     if precision != torch.float32:
