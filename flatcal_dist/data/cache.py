@@ -19,9 +19,9 @@ from typing import BinaryIO
 
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.index import sidecar
+from flatcal_dist.data.members import BLOCK
 from flatcal_dist.data.remote import Access, RemoteFile, base_name
 from flatcal_dist.data.shards import locked
-from flatcal_dist.data.walk import BLOCK
 from flatcal_dist.files import sync_directory, write_json
 
 

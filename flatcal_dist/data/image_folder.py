@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.samples import IMAGES
 from flatcal_dist.data.sources import Files, unique_keys
-from flatcal_dist.data.walk import IMAGES
 
 IMAGENET_SHARDS = {"train": 1024, "validation": 64}  # about 140 and 100 MB each
 

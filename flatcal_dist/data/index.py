@@ -28,7 +28,8 @@ import torch
 import xxhash
 
 from flatcal_dist.data.errors import BadImage, DataError
-from flatcal_dist.data.walk import BLOCK, ShardIndex, checksum, walk_shard
+from flatcal_dist.data.members import BLOCK
+from flatcal_dist.data.walk import ShardIndex, checksum, walk_shard
 
 VERSION = 2
 MAGIC = b"flatcal "

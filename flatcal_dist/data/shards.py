@@ -23,7 +23,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.index import index_shard
-from flatcal_dist.data.walk import IMAGES
+from flatcal_dist.data.samples import IMAGES
 from flatcal_dist.files import write_atomically, write_json, write_text
 
 

@@ -29,6 +29,7 @@ from flatcal_dist.data.decode import MAX_PIXELS, decode
 from flatcal_dist.data.errors import BadImage, DataError
 from flatcal_dist.data.images import Replaced
 from flatcal_dist.data.loader import Batch, Batches, start_worker
+from flatcal_dist.data.members import part
 from flatcal_dist.data.order import (
     Position,
     micro_batch_count,
@@ -340,6 +341,10 @@ class _Hashed:
         data = self.file.read(size)
         self.digest.update(data)
         return data
+
+    def part(self, start: int, size: int) -> bytes:
+        """Bytes that have been read and hashed before."""
+        return part(self.file, start, size)
 
     def close(self) -> None:
         self.file.close()

@@ -243,7 +243,7 @@ def _add_classes(found: Validation, classes: int | None) -> None:
     if empty:
         text = f"no image has label {', '.join(map(str, empty[:20]))}"
         text += ", ..." if len(empty) > 20 else ""
-        found.add("", Problem("class without images", "", text), len(empty))
+        found.add("", Problem("class without images", "", text, len(empty)))
 
 
 def _add_counts_of_info(found: Validation, shards: Sequence[Path], lengths: list[int]) -> None:
