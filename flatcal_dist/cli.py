@@ -15,6 +15,7 @@ flatcal environment
 """
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -38,6 +39,7 @@ from flatcal_dist.data.parallel import in_parallel, usable_cores
 from flatcal_dist.data.sharding import Encoding
 from flatcal_dist.data.sources import TORCHVISION, Source, torchvision_set
 from flatcal_dist.data.validation import validate_shards
+from flatcal_dist.data.walk import Problem
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.files import write_json
 
@@ -100,16 +102,24 @@ def _source(arguments: argparse.Namespace) -> Source:
 def index(arguments: argparse.Namespace) -> None:
     shards = expand(arguments.shards)
     done = dict(in_parallel(_index, [(path,) for path in shards], arguments.workers))
-    if refused := [text for _, text in sorted(done.items()) if isinstance(text, str)]:
+    results = [done[number] for number in range(len(shards))]
+    for problem in itertools.chain.from_iterable(warnings for _, _, warnings in results):
+        print(f"warning: {problem.text}", file=sys.stderr)
+    indexed = [images for images, _, _ in results if images]
+    print(f"{len(indexed)} shards indexed, {sum(indexed):,} images")
+    if refused := [reason for _, reason, _ in results if reason]:
         raise ValueError(f"{len(refused)} shards cannot be indexed:\n" + "\n".join(refused))
-    print(f"{len(shards)} shards indexed, {sum(done.values()):,} images")
 
 
-def _index(path: Path) -> int | str:
+def _index(path: Path) -> tuple[int, str, list[Problem]]:
+    """Images of a shard, why it has no index, and warnings: its errors are its own."""
+    warnings: list[Problem] = []
     try:
-        return index_shard(path)
+        return index_shard(path, warnings.append), "", warnings
     except DataError as error:
-        return str(error)
+        return 0, str(error), warnings
+    except Exception as error:
+        return 0, f"{path}: indexing failed ({type(error).__name__}: {error})", warnings
 
 
 def validate(arguments: argparse.Namespace) -> None:

@@ -72,20 +72,15 @@ WARNINGS = {
 }
 
 
-def _refuse(problem: Problem) -> None:
-    if problem.kind not in WARNINGS:
-        raise DataError(problem.text)
-
-
-def walk_shard(shard: Path, report: Report = _refuse) -> ShardIndex:
+def walk_shard(shard: Path, report: Report) -> ShardIndex:
     """Read the headers, labels and, for their checksums, images of one tar.
 
-    A hard link stands for the earlier member that it names. Raises DataError for a tar that cannot
-    be read or is cut short, for members that are neither files nor directories, members of a sample
+    A hard link stands for the earlier member that it names. `report` is told of a tar that cannot
+    be read or is cut short, of members that are neither files nor directories, members of a sample
     that are not adjacent, a missing or second image, a missing label or one that is no integer,
-    keys that occur twice, and absolute or `..` names. With another `report`, each of these is told
-    to it instead, and so are the members that were left out; the index then holds the samples that
-    are free of errors. Whatever else goes wrong with this shard is told in the same way.
+    keys that occur twice, and absolute or `..` names; of whatever else goes wrong with this shard;
+    and of the members that were left out. The index holds the samples that are free of errors.
+    Raises what `report` raises, if that is a DataError.
     """
     samples: dict[str, _Sample] = {}
     tar_size = 0
