@@ -34,6 +34,7 @@ from flatcal_dist.calibration.summary import About
 from flatcal_dist.data import DataError, expand, image_folder, prepare_digits, prepare_shards
 from flatcal_dist.data.archives import ilsvrc_archive
 from flatcal_dist.data.findings import print_validation
+from flatcal_dist.data.image_folder import warn_of_left_out
 from flatcal_dist.data.index import index_shard
 from flatcal_dist.data.parallel import in_parallel, usable_cores
 from flatcal_dist.data.sharding import Encoding
@@ -95,7 +96,9 @@ def _source(arguments: argparse.Namespace) -> Source:
         return torchvision_set(arguments.source, arguments.root.expanduser(), arguments.split)
     path = Path(arguments.source).expanduser()
     if path.is_dir():
-        return image_folder(path)
+        source = image_folder(path)
+        warn_of_left_out(source.left_out)
+        return source
     return ilsvrc_archive(path, arguments.split, arguments.devkit, arguments.workers)
 
 
@@ -266,7 +269,10 @@ def _parser() -> argparse.ArgumentParser:
         "--prefix", help="shards are named PREFIX-SPLIT-0000.tar; by default imagenet1k or cifar..."
     )
     add.add_argument(
-        "--shards", type=int, help="their number; by default 1024, validation 64 (CIFAR 20 and 4)"
+        "--shards",
+        type=int,
+        help="their number; by default 1024 and 64 of ImageNet-1K, 20 and 4 of CIFAR, else such "
+        "that each has some 150 MB",
     )
     add.add_argument("--seed", type=int, default=0, help="of the order in which images are written")
     add.add_argument(

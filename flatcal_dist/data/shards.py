@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from flatcal_dist.data.regular import read_regular
 from flatcal_dist.data.samples import IMAGES
 from flatcal_dist.files import write_atomically, write_json, write_text
 
+_NO_LETTERS = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are no text, line ends
 BY_PATTERN = "Mend it, or name the shards by pattern instead of by directory."
 
 
@@ -129,10 +131,11 @@ def _check_sample(sample: Sample, seen: set[str]) -> None:
 
 def check_key(key: str, where: str = "") -> None:
     """Raise DataError, which begins with `where`, if `key` cannot be a sample's name in a tar."""
-    if not key or any(c in ".\\/" or not c.isprintable() for c in key):
+    if not key or any(c in ".\\/" or unicodedata.category(c) in _NO_LETTERS for c in key):
         raise DataError(
-            f"{where}{key!r} cannot be a key: it must be a plain name without dots (WebDataset "
-            "cuts names at the first one) and slashes. Use letters, digits, - and _."
+            f"{where}{key!a} cannot be a key: it must be a plain name of UTF-8 without dots "
+            "(WebDataset cuts names at the first one), slashes, and control characters. Use "
+            "letters, digits, - and _."
         )
     if len(key.encode()) > 90:  # with its extension, a tar header has room for 100 bytes
         raise DataError(f"{where}the key {key!r} is too long for a tar: use 90 bytes or fewer.")
