@@ -46,7 +46,8 @@ class TreeIndex:
         if len(data) != self.size[sample]:
             raise DataError(
                 f"{path} has {path.stat().st_size} bytes, but had {self.size[sample]} when the "
-                "evaluation began: the data set changes. Wait until it is complete, then evaluate again."
+                "evaluation began: the data set changes. Wait until it is complete, then evaluate "
+                "again."
             )
         return data
 
