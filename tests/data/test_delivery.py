@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,43 +23,48 @@ import resource, sys, time
 from flatcal_dist.data import *
 
 if __name__ == "__main__":
-    loader = training_loader(
-        load_index(expand(sys.argv[1])), seed=0, global_batch_size=16, micro_batch_size=16,
-        transform=training_transform(Augmentation(kind="none"), 64), channels=3, epochs=60,
-        workers=2, multiprocessing_context=sys.argv[3],
-    )
-    if int(sys.argv[2]):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), 4096))
-    began = time.monotonic()
-    try:
-        print(len(list(loader)), "batches")
-    except DataError as error:
-        print(f"after {time.monotonic() - began:.1f} s: {error}")
+    index = load_index(expand(sys.argv[1]))
+    for limit in sys.argv[3:] or ["0"]:
+        loader = training_loader(
+            index, seed=0, global_batch_size=16, micro_batch_size=16, channels=3, epochs=60,
+            transform=training_transform(Augmentation(kind="none"), 64), workers=2,
+            multiprocessing_context=sys.argv[2],
+        )
+        if int(limit):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (int(limit), 1024))
+        began = time.monotonic()
+        try:
+            print(limit, 0.0, len(list(loader)), "batches")
+        except DataError as error:
+            print(limit, time.monotonic() - began, error)
+        if int(limit):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 """
 
 
 def run_loader(
-    tmp_path: Path, shards: list[Path], files: int, context: str, *before: str
-) -> tuple[float, str]:
-    """Iterate over a loader in a process of its own; seconds until it ended, and what it said."""
+    tmp_path: Path, shards: list[Path], context: str, *limits: int, before: Sequence[str] = ()
+) -> list[tuple[int, float, str]]:
+    """Iterate over loaders in another process: limit of open files, seconds, and what was said."""
     script = tmp_path / "iterate.py"
     script.write_text(SCRIPT)
-    arguments = [sys.executable, str(script), str(shards[0].parent), str(files), context]
-    began = time.monotonic()
+    arguments = [sys.executable, str(script), str(shards[0].parent), context, *map(str, limits)]
     run = subprocess.run([*before, *arguments], capture_output=True, text=True, timeout=180)
     assert run.returncode == 0, run.stderr
-    return time.monotonic() - began, run.stdout
+    lines = [line.split(maxsplit=2) for line in run.stdout.splitlines()]
+    return [(int(limit), float(seconds), said) for limit, seconds, said in lines]
 
 
-@pytest.mark.parametrize(
-    ("files", "context"), [(12, "fork"), (20, "fork"), (26, "fork"), (20, "spawn")]
-)
-def test_too_few_open_files(tmp_path, shards, files, context):
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.exhaustive)])
+def test_too_few_open_files(tmp_path, shards, context):
     """`ulimit -n`: the batch is lost where it is packed, where it is sent, or where it comes."""
-    _, said = run_loader(tmp_path, shards, files, context)
-    assert "A loader worker could not deliver a batch" in said
-    assert f"may open {files} files here (ulimit -n), which is too few: raise the limit" in said
-    assert float(said.removeprefix("after ").partition(" ")[0]) < 60
+    limits = (10, 14, 18, 20, 22, 26)
+    results = run_loader(tmp_path, shards, context, *limits)
+    assert [limit for limit, _, _ in results] == [*limits]
+    for limit, seconds, said in results:
+        assert "A loader worker could not deliver a batch" in said
+        assert f"may open {limit} files here (ulimit -n), which is too few: raise the" in said
+        assert seconds < 60
 
 
 def test_too_little_shared_memory(tmp_path, shards):
@@ -69,17 +75,17 @@ def test_too_little_shared_memory(tmp_path, shards):
     if may.returncode:
         pytest.skip(f"this user may not mount a small /dev/shm: {may.stderr.strip()}")
     begin = [*unshare, f'{mount} && exec "$@"', "sh"]
-    _, said = run_loader(tmp_path, shards, 0, "fork", *begin)
+    ((_, seconds, said),) = run_loader(tmp_path, shards, "fork", before=begin)
     assert "A loader worker could not deliver a batch" in said
     assert "/dev/shm has 0.1 MiB, of which" in said
     assert "docker run --shm-size=8g" in said
-    assert float(said.removeprefix("after ").partition(" ")[0]) < 60
+    assert seconds < 60
 
 
 class Dies:
     """A transform after which the worker is no more."""
 
-    def __init__(self, number: int, context: str | None = None) -> None:
+    def __init__(self, number: int) -> None:
         self.number = number
 
     def __call__(self, image: torch.Tensor, seed: int) -> torch.Tensor:
@@ -88,8 +94,9 @@ class Dies:
 
 
 def training(index, **options):
-    about = {"seed": 0, "global_batch_size": 8, "micro_batch_size": 8, "channels": 3, "epochs": 3,
-             "transform": training_transform(Augmentation(kind="none"), 8), "workers": 2}  # fmt: skip
+    sizes = {"global_batch_size": 8, "micro_batch_size": 8, "channels": 3, "epochs": 3}
+    transform = training_transform(Augmentation(kind="none"), 8)
+    about = {"seed": 0, "transform": transform, "workers": 2} | sizes
     return training_loader(index, **about | options)
 
 
