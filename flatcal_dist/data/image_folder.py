@@ -53,7 +53,7 @@ def image_folder(root: Path) -> Files:
         shards=IMAGENET_SHARDS if _is_imagenet(classes, len(names)) else None,
         classes=tuple(classes),
         label=np.array(labels, np.int32),
-        key=unique_keys(names),
+        key=unique_keys(names, f"{root}: "),
         name=np.array([os.fsencode(name) for name in names]),
         left_out=tuple(left_out),
         root=root,
@@ -67,8 +67,6 @@ def class_folders(root: Path, left_out: list[str] | None = None) -> list[str]:
 
     Hidden folders and those of operating systems are left out. Raises DataError.
     """
-    if not Path(root).is_dir():
-        raise DataError(f"{root} is not a directory; expected one folder of images per class.")
     names = []
     for entry in _entries(root):
         if entry.name.startswith(".") or is_system_file(entry.name) or not _is_folder(entry):
@@ -110,6 +108,10 @@ def _entries(folder: Path) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(
+            f"{folder} is not a directory; expected one folder of images per class."
+        ) from None
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}).") from error
 
@@ -134,7 +136,7 @@ def _images(folder: Path, left_out: list[str]) -> Iterator[tuple[os.DirEntry, os
             raise DataError(
                 f"{entry.path} is a folder inside of a class folder, whose images would be lost: "
                 "images have to lie in the folder of their class itself. Move them there, or name "
-                f"the directory whose folders are the classes."
+                "the directory whose folders are the classes."
             )
         if entry.name.rpartition(".")[2].lower() not in IMAGES:
             raise DataError(

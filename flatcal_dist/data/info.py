@@ -46,8 +46,9 @@ def parse_info(content: bytes, name: str, mend: str) -> dict[str, Split]:
 
 def _split(about: Any) -> Split:
     names, lengths = about["filenames"], about.get("shard_lengths")
-    if not isinstance(names, list) or not all(map(_is_name, names)):
-        bad = [name for name in names if not _is_name(name)]
+    if not isinstance(names, list) or not isinstance(lengths, list | None):
+        raise ValueError("filenames and shard_lengths have to be lists")
+    if bad := [name for name in names if not _is_name(name)]:
         raise ValueError(f"{bad[0]!r:.80} is no name of a shard in that directory")
     if lengths is None:
         return Split(names, None)

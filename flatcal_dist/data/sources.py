@@ -165,24 +165,24 @@ def torchvision_set(name: str, root: Path, split: str) -> Pixels:
     )
 
 
-def unique_keys(names: Sequence[str]) -> np.ndarray:
+def unique_keys(names: Sequence[str], where: str = "") -> np.ndarray:
     """Keys [n] S for images of these names: the file name without its extension.
 
-    Where these are not unique, the folder comes in front. Raises DataError if two images would
-    still share one, or a name cannot be a key.
+    Where these are not unique, the folder comes in front. Raises DataError, which begins with
+    `where`, if two images would still share one, or a name cannot be a key.
     """
     keys = [_stem(name) for name in names]
     if len(set(keys)) < len(keys):
         folders = (name.rpartition("/")[0].rpartition("/")[2] for name in names)
         keys = [f"{folder}_{key}" for folder, key in zip(folders, keys, strict=True)]
     for key, name in zip(keys, names, strict=True):
-        check_key(key, f"{name!r}: ")
+        check_key(key, f"{where}{name!r}: ")
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
         first, second = [name for name, key in zip(names, keys, strict=True) if key == twice[0]][:2]
         raise DataError(
-            f"{first} and {second} would both have the key {twice[0]!r} ({len(twice)} such keys; "
-            "extensions do not count, and dots become _). Rename or remove one of each."
+            f"{where}{first} and {second} would both have the key {twice[0]!r} ({len(twice)} such "
+            "keys; extensions do not count, and dots become _). Rename or remove one of each."
         )
     return np.array([key.encode() for key in keys])
 

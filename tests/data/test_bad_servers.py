@@ -18,7 +18,6 @@ from conftest import make_samples
 from flatcal_dist.data import DataError, expand, load_index, write_shards
 from flatcal_dist.data.cache import ShardCache
 from flatcal_dist.data.index import HEADER, sidecar
-from flatcal_dist.data.info import parse_info
 from flatcal_dist.data.remote import Access, RemoteFile, read_small
 from flatcal_dist.data.stream import open_stream
 from flatcal_dist.data.tar_stream import read_samples
@@ -164,6 +163,8 @@ def test_absurd_info_is_refused_by_name(tmp_path):
 
 
 def test_mutated_info_is_read_or_refused():
+    from flatcal_dist.data.info import parse_info
+
     whole = json.dumps(
         {"splits": {"train": {"filenames": [f"x-{i}.tar" for i in range(9)],
                               "shard_lengths": [12] * 9, "num_samples": 108}}}
