@@ -12,6 +12,7 @@ recorded checksum. So must the image: flipped bits in it, which decoders mostly 
 pixels without a word, are a `BadImage`.
 """
 
+import errno
 import hashlib
 import os
 import struct
@@ -199,6 +200,8 @@ class Index:
         except (DataError, IndexError):  # the sidecar was changed, too
             name = f"number {sample}"
         where = f"{shard}: reading the image of sample {name}"
+        if error is not None and error.errno == errno.EMFILE:
+            return DataError(f"{where} failed: {error}. Raise the limit with `ulimit -n 4096`.")
         if error is not None:
             return DataError(f"{where} failed: {error}. Check that the shard is there and whole.")
         return DataError(
