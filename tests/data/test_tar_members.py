@@ -267,7 +267,7 @@ def test_a_shard_that_is_a_bomb_does_not_hide_the_others(shard, bomb, tmp_path, 
     assert not sidecar(path).exists()
     with pytest.raises(SystemExit, match=r"1 shards cannot be indexed:\n\S+t-train-0000.tar"):
         main(["index", str(tmp_path), "--workers", "1"])
-    assert "1 shards indexed, 1 images" in capsys.readouterr().out
+    assert "1 shards indexed, 1 image" in capsys.readouterr().out
     assert by_index(good) == [("z", IMAGES[1], 1)]
     assert resident() < before + (200 << 20)
 
