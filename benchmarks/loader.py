@@ -50,8 +50,9 @@ from flatcal_dist.data import (
 )
 from flatcal_dist.data import index as index_module
 from flatcal_dist.data.decode import decode
+from flatcal_dist.data.members import BLOCK
 from flatcal_dist.data.transforms import stack
-from flatcal_dist.data.walk import BLOCK, ShardIndex
+from flatcal_dist.data.walk import ShardIndex
 
 SIZE, BATCH, SHARDS = 224, 64, 8
 TIMM = "timm, wds reader"

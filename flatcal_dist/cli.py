@@ -15,6 +15,7 @@ flatcal environment
 """
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from flatcal_dist.data.sources import Source
+    from flatcal_dist.data.walk import Problem
 
 # Commands import what they need: torch alone takes seconds, and `flatcal report` needs none of it.
 
@@ -103,7 +105,11 @@ def _source(arguments: argparse.Namespace) -> "Source":
         return torchvision_set(arguments.source, arguments.root.expanduser(), arguments.split)
     path = Path(arguments.source).expanduser()
     if path.is_dir():
-        return image_folder(path)
+        from flatcal_dist.data.image_folder import warn_of_left_out
+
+        source = image_folder(path)
+        warn_of_left_out(source.left_out)
+        return source
     return ilsvrc_archive(path, arguments.split, arguments.devkit, arguments.workers)
 
 
@@ -113,20 +119,28 @@ def index(arguments: argparse.Namespace) -> None:
 
     shards = expand(arguments.shards)
     done = dict(in_parallel(_index, [(path,) for path in shards], arguments.workers))
-    if refused := [text for _, text in sorted(done.items()) if isinstance(text, str)]:
+    results = [done[number] for number in range(len(shards))]
+    for problem in itertools.chain.from_iterable(warnings for _, _, warnings in results):
+        print(f"warning: {problem.text}", file=sys.stderr)
+    indexed = [images for images, _, _ in results if images]
+    images = sum(indexed)
+    print(f"{len(indexed)} shards indexed, {images:,} image{'s' * (images != 1)}")
+    if refused := [reason for _, reason, _ in results if reason]:
         raise ValueError(f"{len(refused)} shards cannot be indexed:\n" + "\n".join(refused))
-    images = sum(done.values())
-    print(f"{len(shards)} shards indexed, {images:,} image{'s' * (images != 1)}")
 
 
-def _index(path: Path) -> int | str:
+def _index(path: Path) -> tuple[int, str, list["Problem"]]:
+    """Images of a shard, why it has no index, and warnings: its errors are its own."""
     from flatcal_dist.data import DataError
     from flatcal_dist.data.index import index_shard
 
+    warnings: list[Problem] = []
     try:
-        return index_shard(path)
+        return index_shard(path, warnings.append), "", warnings
     except DataError as error:
-        return str(error)
+        return 0, str(error), warnings
+    except Exception as error:
+        return 0, f"{path}: indexing failed ({type(error).__name__}: {error})", warnings
 
 
 def validate(arguments: argparse.Namespace) -> None:
@@ -343,7 +357,10 @@ def _parser() -> argparse.ArgumentParser:
         "--prefix", help="shards are named PREFIX-SPLIT-0000.tar; by default imagenet1k or cifar..."
     )
     add.add_argument(
-        "--shards", type=int, help="their number; by default 1024, validation 64 (CIFAR 20 and 4)"
+        "--shards",
+        type=int,
+        help="their number; by default 1024 and 64 of ImageNet-1K, 20 and 4 of CIFAR, else such "
+        "that each has some 150 MB",
     )
     add.add_argument("--seed", type=int, default=0, help="of the order in which images are written")
     add.add_argument(

@@ -1,5 +1,6 @@
 """From the configuration's data section to indexes and loaders, for training and evaluation."""
 
+import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,8 +29,14 @@ from flatcal_dist.data import (
     training_transform,
 )
 from flatcal_dist.data.cache import ShardCache
+from flatcal_dist.data.delivery import (
+    MORE_ROOM,
+    SHARED_MEMORY,
+    Batches,
+    free_room,
+    needed_room,
+)
 from flatcal_dist.data.index import sidecar
-from flatcal_dist.data.loader import Batches
 from flatcal_dist.data.order import micro_batch_count
 from flatcal_dist.data.remote import Access, is_remote
 from flatcal_dist.data.stream import Stream, checksums, class_names, list_shards, open_stream
@@ -37,6 +44,7 @@ from flatcal_dist.data.streaming import streaming_loader
 from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.urls import public
 
+LABEL_BYTES = 8  # of a label, and of the number of a sample
 DOWNLOAD_ROUND = 60  # seconds; far below the time after which a collective gives up
 
 HOW_TO_PREPARE = """
@@ -249,6 +257,33 @@ def batch_arithmetic(config: Config, world_size: int, images: int | None) -> str
         f"{text}; {images:,} images make {steps:,} steps an epoch ({images - steps * size} images "
         f"of each epoch's order are left over); {total:,} steps in all, {total / steps:g} epochs"
     )
+
+
+def check_room(config: Config) -> str:
+    """Called by all ranks: the shared memory that loader workers need on this machine, in words.
+
+    Raises FailedTogether if less is free on any machine: workers would die of it later.
+    """
+    machines = gather_object([socket.gethostname()])
+    here = machines.count(socket.gethostname())
+    return on_all_ranks(partial(_check_room, config, len(machines), here))
+
+
+def _check_room(config: Config, world_size: int, local_ranks: int) -> str:
+    data = config.data
+    each = data.channels * data.image_size**2 + 2 * LABEL_BYTES
+    images = micro_batch_size(data, world_size), config.evaluate.batch_size
+    needed = local_ranks * sum(needed_room(size, each, data.workers) for size in images)
+    text = (
+        f"loader workers hold up to {needed / 2**20:,.1f} MiB of batches in shared memory here "
+        f"({local_ranks} ranks x {data.workers} workers, training and evaluation)"
+    )
+    free = free_room()
+    if free is not None and needed > free:
+        raise DataError(
+            f"{text}, but {SHARED_MEMORY} has {free / 2**20:,.1f} MiB free. {MORE_ROOM}"
+        )
+    return text
 
 
 def training_batches(

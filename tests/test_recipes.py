@@ -289,6 +289,7 @@ def test_a_dry_run_needs_no_data(config, tmp_path):
     assert done.returncode == 0, done.stdout
     for words in ("a step takes", "parameters", "FLOP", "memory per rank", "nothing was written"):
         assert words in done.stdout
+    assert "MiB of batches in shared memory here (1 ranks x 4 workers" in done.stdout
     assert not list(tmp_path.iterdir())
 
 

@@ -18,9 +18,11 @@ import numpy as np
 
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.image_folder import IMAGENET_SHARDS, refuse_empty
+from flatcal_dist.data.members import DIRECTORY, FILE, Seekable, TarDamage, members
 from flatcal_dist.data.parallel import in_parallel
+from flatcal_dist.data.regular import open_regular
+from flatcal_dist.data.samples import is_system_file
 from flatcal_dist.data.sources import Members, unique_keys
-from flatcal_dist.data.walk import BLOCK
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -119,29 +121,29 @@ def _members(path: Path, start: int, stop: int | None) -> Iterator[Member]:
     """The files in the tar that lies between two bytes of `path` (None: to its end)."""
     where = f"{path}" if stop is None else f"{path}, class archive at byte {start},"
     try:
-        with path.open("rb") as file:
-            stop = os.fstat(file.fileno()).st_size if stop is None else stop
-            file.seek(start)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if member.offset_data + member.size > stop:
-                        raise DataError(f"{where} is cut short. Download it again.")
-                    if member.isreg():
-                        yield member.name.removeprefix("./"), member.offset_data, member.size
-                end = tar.offset
-            file.seek(end)
-            mark = file.read(BLOCK)
-            if end + BLOCK > stop or len(mark) < BLOCK or mark.strip(b"\0"):
-                raise DataError(
-                    f"{where} is cut short or damaged at byte {end}. Download it again."
-                )
+        with open_regular(path) as file:
+            for member in members(Seekable(file, start, stop)):
+                if is_system_file(member.name) or member.kind == DIRECTORY:
+                    continue  # no images: neither is in the official archives
+                if member.kind != FILE:
+                    raise DataError(
+                        f"{where} holds {member.name!r}, a {member.kind}; the official archive "
+                        "holds files only. Download it again."
+                    )
+                yield member.name.removeprefix("./"), member.start, member.size
     except FileNotFoundError:
         raise DataError(f"{path}: no such archive. Check the path.") from None
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except TarDamage as damage:
+        if "unexpected end" in str(damage) or damage.kind != "unreadable":
+            raise DataError(
+                f"{where} is cut short or damaged: {damage}. Download it again."
+            ) from None
         raise DataError(
-            f"{where} cannot be read as an uncompressed tar ({error}). Download it again, or "
+            f"{where} cannot be read as an uncompressed tar ({damage}). Download it again, or "
             "decompress it."
-        ) from error
+        ) from None
+    except OSError as error:
+        raise DataError(f"{where} cannot be read ({error.strerror or error}).") from error
 
 
 def _read_devkit(devkit: Path | None, beside: Path) -> tuple[list[int], dict[int, str]]:

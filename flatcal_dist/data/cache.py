@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ from typing import BinaryIO
 
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.index import sidecar
+from flatcal_dist.data.members import BLOCK
 from flatcal_dist.data.remote import Access, RemoteFile
 from flatcal_dist.data.shards import locked
-from flatcal_dist.data.walk import BLOCK
 from flatcal_dist.files import sync_directory, write_json
 from flatcal_dist.urls import base_name, identity
 
@@ -96,7 +97,7 @@ class ShardCache:
         try:
             for attempt in range(2):  # what came whole but wrong may come right once more
                 with RemoteFile(url, self.access) as source:
-                    found, end = _copy(source, temporary)
+                    found, end = self._copy(source, temporary)
                 problem = _problem(temporary.stat().st_size, end, found, sha256)
                 if problem is None:
                     break
@@ -113,6 +114,25 @@ class ShardCache:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def _copy(self, source: RemoteFile, path: Path) -> tuple[str, bytes]:
+        """Write all of `source`, to the disk itself; its SHA-256 and its last block."""
+        digest, end = hashlib.sha256(), b""
+        with path.open("wb") as file:
+            while data := source.read():
+                free = shutil.disk_usage(self.directory).free if not end else None
+                if free is not None and (source.size or 0) > free:
+                    raise DataError(
+                        f"data.cache: {source.name} has {source.size:,} bytes, but "
+                        f"{self.directory} has {free:,} free. Make room, set data.cache_limit, or "
+                        "name another directory."
+                    )
+                file.write(data)
+                digest.update(data)
+                end = (end + data[-BLOCK:])[-BLOCK:]
+            file.flush()
+            os.fsync(file.fileno())
+        return digest.hexdigest(), end
+
     def _make_room(self, newest: Path) -> None:
         if self.limit is None:
             return
@@ -127,19 +147,6 @@ class ShardCache:
             if total > self.limit and path != newest:
                 path.unlink(missing_ok=True)
                 total -= size
-
-
-def _copy(source: RemoteFile, path: Path) -> tuple[str, bytes]:
-    """Write all of `source`, to the disk itself; its SHA-256 and its last block."""
-    digest, end = hashlib.sha256(), b""
-    with path.open("wb") as file:
-        while data := source.read():
-            file.write(data)
-            digest.update(data)
-            end = (end + data[-BLOCK:])[-BLOCK:]
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest(), end
 
 
 def _problem(size: int, end: bytes, found: str, sha256: str | None) -> str | None:

@@ -18,6 +18,7 @@ Recognition of Handwritten Digits"). The protocol:
 
 import io
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from PIL import Image
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.index import load_index
 from flatcal_dist.data.order import shuffled
+from flatcal_dist.data.regular import read_regular
 from flatcal_dist.data.shards import Sample, write_shards
 
 SEED = 1  # 0 happens to choose 58 zeros where 79 are expected, as one seed in a thousand does
@@ -83,11 +85,11 @@ def _holds_anything(directory: Path) -> bool:
 
 
 def _check(directory: Path, parameters: dict[str, float]) -> None:
-    mend = "Delete the directory to have it written again, or choose another one."
     shards = {
         split: [directory / f"digits-{split}-{i:04d}.tar" for i in range(count)]
         for split, count in SHARDS.items()
     }
+    mend = _mend(directory)
     needed = [*shards["train"], *shards["validation"], directory / "_info.json"]
     missing = [path.name for path in [directory / "digits.json", *needed] if not path.exists()]
     if missing:
@@ -95,7 +97,10 @@ def _check(directory: Path, parameters: dict[str, float]) -> None:
             f"{directory} exists but does not hold the digits: {', '.join(missing)} not found. "
             f"{mend}"
         )
-    found = json.loads((directory / "digits.json").read_text())
+    try:
+        found = json.loads(read_regular(directory / "digits.json", 1 << 16))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{directory / 'digits.json'} cannot be read ({error}). {mend}") from error
     if found != parameters:
         raise DataError(
             f"{directory} holds the digits with other parameters: {found}, asked for {parameters}. "
@@ -107,6 +112,20 @@ def _check(directory: Path, parameters: dict[str, float]) -> None:
         raise DataError(f"{directory} holds damaged digits: {error} {mend}") from error
     if counts != [TRAIN_IMAGES, IMAGES - TRAIN_IMAGES]:
         raise DataError(f"{directory} holds {counts} digits, expected [800, 997]. {mend}")
+
+
+def _mend(directory: Path) -> str:
+    """What to do about a directory that is not as it should be: it may hold somebody's own data."""
+    ours = re.compile(r"digits-(train|validation)(-\d{4}\.tar(\.index)?|\.sha256)|_info\.json")
+    names = {path.name for path in directory.iterdir()} if directory.is_dir() else {"a file"}
+    strange = [name for name in names - {"digits.json"} if not ours.fullmatch(name)]
+    if "digits.json" in names and not strange:
+        return "Delete the directory to have it written again, or choose another one."
+    return (
+        "What is there was not written by this program, and is left as it is. Set "
+        "data.prepare=null to train on shards of your own; for the digits, name a directory that "
+        "does not exist yet."
+    )
 
 
 def _splits(label_noise: float, seed: int) -> dict[str, list[Sample]]:

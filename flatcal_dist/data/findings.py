@@ -12,23 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flatcal_dist.data.walk import Problem
+from flatcal_dist.data.walk import WARNINGS, Problem
 
 EXAMPLES = 5  # of each finding are kept
-
-# What is no error. Every other kind of problem is one.
-WARNINGS = {
-    "index missing",
-    "image not JPEG",
-    "image CMYK",
-    "image gray",
-    "image rotated by EXIF",
-    "image huge",
-    "image twice",
-    "image twice, other label",
-    "class without images",
-    "not ImageNet's counts",
-}
 
 
 @dataclass
@@ -57,9 +43,9 @@ class Validation:
     findings: dict[str, Finding] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, shard: Path | str, problem: Problem, count: int = 1) -> None:
+    def add(self, shard: Path | str, problem: Problem) -> None:
         finding = self.findings.setdefault(problem.kind, Finding(problem.kind))
-        finding.count += count
+        finding.count += problem.count
         if len(finding.examples) < EXAMPLES:
             text = problem.text.removeprefix(f"{shard}: ")
             example = {"shard": str(shard), "key": problem.key, "text": text}

@@ -12,9 +12,11 @@ recorded checksum. So must the image: flipped bits in it, which decoders mostly 
 pixels without a word, are a `BadImage`.
 """
 
+import errno
 import hashlib
 import os
 import struct
+import sys
 import tarfile
 import uuid
 import zlib
@@ -28,7 +30,10 @@ import torch
 import xxhash
 
 from flatcal_dist.data.errors import BadImage, DataError
-from flatcal_dist.data.walk import BLOCK, ShardIndex, checksum, walk_shard
+from flatcal_dist.data.members import BLOCK, LONGEST_NAME
+from flatcal_dist.data.regular import check_regular, read_regular
+from flatcal_dist.data.samples import LARGEST_MEMBER
+from flatcal_dist.data.walk import WARNINGS, Problem, Report, ShardIndex, checksum, walk_shard
 
 VERSION = 2
 MAGIC = b"flatcal "
@@ -43,6 +48,7 @@ COLUMNS = {
     "shard": "i4",
 }
 READERS = 16  # threads that load sidecars: on network disks it is waiting that takes the time
+LARGEST_SIDECAR = 4 << 30  # bytes; a shard of 1,281,167 images has one of some 60 MB
 DESCRIPTORS = 512  # open shards per process; the usual limit for all files is 1024
 
 
@@ -51,13 +57,23 @@ def sidecar(shard: Path) -> Path:
     return shard.with_name(shard.name + ".index")
 
 
-def index_shard(shard: Path) -> int:
+def _print_warning(problem: Problem) -> None:
+    print(f"warning: {problem.text}", file=sys.stderr)
+
+
+def index_shard(shard: Path, warn: Report = _print_warning) -> int:
     """Write the sidecar of `shard` (whole, by rename) and return its number of samples.
 
-    Raises DataError where `walk_shard` does.
+    `warn` is told which members were left out. Raises DataError where `walk_shard` does.
     """
     shard = Path(shard)
-    found = walk_shard(shard)
+
+    def report(problem: Problem) -> None:
+        if problem.kind not in WARNINGS:
+            raise DataError(problem.text)
+        warn(problem)
+
+    found = walk_shard(shard, report)
     rows = np.empty(len(found), _rows(found.key.dtype.itemsize))
     for name in rows.dtype.names:
         rows[name] = getattr(found, name)
@@ -184,6 +200,8 @@ class Index:
         except (DataError, IndexError):  # the sidecar was changed, too
             name = f"number {sample}"
         where = f"{shard}: reading the image of sample {name}"
+        if error is not None and error.errno == errno.EMFILE:
+            return DataError(f"{where} failed: {error}. Raise the limit with `ulimit -n 4096`.")
         if error is not None:
             return DataError(f"{where} failed: {error}. Check that the shard is there and whole.")
         return DataError(
@@ -255,11 +273,13 @@ def load_index(shards: Sequence[Path], classes: int | None = None) -> Index:
 def _load_sidecar(shard: Path) -> ShardIndex:
     again = f"Run `flatcal index {shard.parent}`."
     try:
-        tar_size = shard.stat().st_size
+        tar_size = check_regular(shard).st_size
     except FileNotFoundError:
         raise DataError(f"{shard}: no such shard. Check the pattern or the directory.") from None
+    except OSError as error:
+        raise DataError(f"{shard} cannot be read ({error.strerror or error}).") from error
     try:
-        stored = sidecar(shard).read_bytes()
+        stored = read_regular(sidecar(shard), LARGEST_SIDECAR)
     except FileNotFoundError:
         raise DataError(
             f"{shard} has no index: expected {sidecar(shard).name} beside it. {again}"
@@ -282,8 +302,40 @@ def _load_sidecar(shard: Path) -> ShardIndex:
             f"{shard} has {tar_size} bytes, but had {recorded} when it was indexed: the index is "
             f"stale, or the shard was not copied whole. {again}"
         )
+    expected_size = HEADER.size + samples * (_rows(0).itemsize + key_bytes)
+    if not 0 < key_bytes <= LONGEST_NAME or len(stored) != expected_size:
+        raise DataError(
+            f"{sidecar(shard)} does not hold the {samples:,} samples with keys of {key_bytes:,} "
+            f"bytes that it announces. {again}"
+        )
     rows = np.frombuffer(stored, _rows(key_bytes), samples, HEADER.size)
+    if (wrong := _impossible(rows, tar_size)) is not None:
+        raise DataError(f"{sidecar(shard)} describes what no shard holds: {wrong}. {again}")
     return ShardIndex(tar_size=recorded, **{name: rows[name] for name in rows.dtype.names})
+
+
+def _impossible(rows: np.ndarray, tar_size: int) -> str | None:
+    """What a sidecar says that cannot be so, whoever wrote it; None if all can be.
+
+    Sizes come out of the file: a read has to stay inside of the shard, and within memory.
+    """
+    if not len(rows):
+        return "no samples"
+    offset, size = rows["offset"], rows["size"]
+    outside = (offset < BLOCK) | (offset > tar_size) | (size > tar_size - offset)
+    for name, bad in (
+        ("an image outside of the tar", outside),
+        ("an empty image", size == 0),
+        (f"an image of more than {LARGEST_MEMBER:,} bytes", size > LARGEST_MEMBER),
+        ("an empty key", rows["key"] == b""),
+    ):
+        if bad.any():
+            return f"{name}, sample number {int(np.flatnonzero(bad)[0])}"
+    try:
+        b"\0".join(rows["key"].tolist()).decode()
+    except UnicodeDecodeError:
+        return "a key that is not UTF-8"
+    return None
 
 
 def _check_labels(shard: Path, part: ShardIndex, classes: int) -> None:

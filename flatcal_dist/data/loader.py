@@ -6,10 +6,6 @@ ends. What a worker is handed is a whole micro-batch's sample numbers; what come
 holds for images that cannot be decoded, too: others stand in for them, and batches say so.
 """
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from flatcal_dist.data.decode import MAX_PIXELS
+from flatcal_dist.data.delivery import PREFETCH, Batches
 from flatcal_dist.data.errors import BadImage, DataError
 from flatcal_dist.data.images import Images, Replaced
 from flatcal_dist.data.index import Index
@@ -68,23 +65,6 @@ def _pinned(batch: Any) -> Any:
     return replace(batch, **tensors)
 
 
-class Batches:
-    """A DataLoader's batches; a DataError of a worker is raised here as it was raised there."""
-
-    def __init__(self, loader: DataLoader):
-        self._loader = loader
-
-    def __len__(self) -> int:
-        """Batches that one pass yields on this rank."""
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
-
-
 def training_loader(
     index: Index,
     *,
@@ -102,7 +82,7 @@ def training_loader(
     decoder: str = "auto",
     max_pixels: int = MAX_PIXELS,
     workers: int = 0,
-    prefetch: int = 2,
+    prefetch: int = PREFETCH,
     pin_memory: bool = False,
     multiprocessing_context: str | None = None,
 ) -> Batches:
@@ -136,7 +116,12 @@ def training_loader(
     images = _TrainingImages(Images(index, channels, decoder, max_pixels), seed, transform)
     requests = Ahead(schedule, max(workers, 1))
     return Batches(
-        _loader(images, requests, workers, prefetch, pin_memory, multiprocessing_context)
+        images,
+        requests,
+        workers=workers,
+        prefetch=prefetch,
+        pin_memory=pin_memory,
+        context=multiprocessing_context,
     )
 
 
@@ -151,7 +136,7 @@ def evaluation_loader(
     decoder: str = "auto",
     max_pixels: int = MAX_PIXELS,
     workers: int = 0,
-    prefetch: int = 2,
+    prefetch: int = PREFETCH,
     pin_memory: bool = False,
     multiprocessing_context: str | None = None,
 ) -> Batches:
@@ -164,7 +149,12 @@ def evaluation_loader(
     requests = list(evaluation_batches(len(index), batch_size, rank, world_size))
     images = _EvaluationImages(Images(index, channels, decoder, max_pixels), transform)
     return Batches(
-        _loader(images, requests, workers, prefetch, pin_memory, multiprocessing_context)
+        images,
+        requests,
+        workers=workers,
+        prefetch=prefetch,
+        pin_memory=pin_memory,
+        context=multiprocessing_context,
     )
 
 
@@ -245,54 +235,3 @@ class _EvaluationImages(Dataset[EvaluationBatch | DataError]):
 
 def _labels(index: Index, samples: np.ndarray) -> Tensor:
     return torch.from_numpy(index.label[samples].astype(np.int64))
-
-
-def _loader(
-    images: Dataset,
-    requests: Any,
-    workers: int,
-    prefetch: int,
-    pin_memory: bool,
-    context: str | None,
-) -> DataLoader:
-    return DataLoader(
-        images,
-        sampler=requests,
-        batch_size=None,  # the sampler makes the batches
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        pin_memory=pin_memory,
-        worker_init_fn=start_worker,
-        multiprocessing_context=context if workers else None,
-        generator=torch.Generator(),  # else DataLoader draws from the process's random stream
-    )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def start_worker(number: int) -> None:
-    """Workers leave signals to the main process.
-
-    Ctrl-C, a closed terminal and SLURM's preemption reach every process of a job; a worker that
-    died of one would take the run with it before it could write its checkpoint. The main process
-    itself ends its workers by SIGTERM, so that one is obeyed when it comes from there.
-    """
-    for received in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(received, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_the_main_process, daemon=True).start()
-
-
-def _end_with_the_main_process() -> None:
-    # A handler is not told who sent a signal; waiting for it is. Ignoring SIGTERM altogether
-    # would let a run that fails wait for its workers for ever. (The parent's own number is no
-    # help: it is the fork server's where there is one.)
-    main = multiprocessing.parent_process()
-    while main.is_alive():
-        received = signal.sigtimedwait({signal.SIGTERM}, 5)
-        if received is not None and received.si_pid == main.pid:
-            break
-    os._exit(0)

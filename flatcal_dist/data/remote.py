@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import urllib3
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.regular import open_regular
 from flatcal_dist.patterns import too_many_names
 from flatcal_dist.urls import hide, shown
 
@@ -34,6 +36,7 @@ SCHEMES = ("http", "https", "s3", "gs", "hf")
 CHUNK = 1 << 20  # bytes that a read asks for
 SLOWEST = 1024  # bytes/s; a connection that gives less counts as one that stalls
 LONGEST_WAIT = 30  # seconds between two attempts
+SMALL_FILE_STALLS = 10  # times `stall_timeout`, in which a small file has to come
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # worth another attempt
 
 
@@ -130,6 +133,10 @@ class RemoteFile:
             try:
                 if self._source is None:
                     self._connect()
+                if self.size is not None:  # a server may send more than it announced
+                    size = min(size, self.size - self.position)
+                if size <= 0:
+                    return b""
                 began = time.monotonic()
                 data = self._source.read(size)
                 self._waited += time.monotonic() - began
@@ -142,6 +149,17 @@ class RemoteFile:
                 return data
             except (_Broken, requests.RequestException, urllib3.exceptions.HTTPError, OSError) as e:
                 self._wait_after(e)
+
+    def part(self, start: int, size: int) -> bytes:
+        """Bytes from anywhere in the shard, over a connection of their own."""
+        parts = []
+        with RemoteFile(self._url, self._access) as again:
+            again.position, again._tag = start, self._tag
+            again.size = self.size
+            while size and (data := again.read(size)):
+                parts.append(data)
+                size -= len(data)
+        return b"".join(parts)
 
     def close(self) -> None:
         source, self._source = self._source, None
@@ -217,14 +235,25 @@ def _in_words(error: Exception) -> str:
 
 
 def read_small(url: str, access: Access, limit: int = 64 << 20) -> bytes:
-    """All of a small file that lies beside shards. Raises as RemoteFile does."""
+    """All of a small file that lies beside shards. Raises as RemoteFile does.
+
+    Raises DataError as well for more than `limit` bytes, and where these take so long that the
+    other side must be trickling.
+    """
     parts, size = [], 0
+    until = time.monotonic() + SMALL_FILE_STALLS * access.stall_timeout
     with RemoteFile(url, access) as file:
         while data := file.read():
             parts.append(data)
             size += len(data)
             if size > limit:
                 raise DataError(f"{file.name} has more than {limit:,} bytes: not what it should be")
+            if time.monotonic() > until:
+                raise DataError(
+                    f"{file.name}: only {size:,} bytes came in "
+                    f"{SMALL_FILE_STALLS * access.stall_timeout:.0f} s. Check the server, or raise "
+                    "data.stall_timeout."
+                )
     return b"".join(parts)
 
 
@@ -235,7 +264,7 @@ def _open(url: str, offset: int, tag: str | None, access: Access) -> _Source:
         return _open_http(url, offset, tag, access.stall_timeout)
     if is_remote(url):
         return _open_object(url, offset, access.stall_timeout)
-    file = Path(url).open("rb")  # noqa: SIM115 (closed by its reader)
+    file = open_regular(Path(url))
     file.seek(offset)
     return _Source(file.read, file.close, offset, os.fstat(file.fileno()).st_size)
 
@@ -246,7 +275,10 @@ def _open_http(url: str, offset: int, tag: str | None, timeout: float) -> _Sourc
         headers["Range"] = f"bytes={offset}-"
         if tag:
             headers["If-Range"] = tag
-    response = requests.get(url, headers=headers, stream=True, timeout=timeout)
+    # requests' own limit is for every byte of a header; a server could send them one by one.
+    response = _within(
+        timeout, partial(requests.get, url, headers=headers, stream=True, timeout=timeout)
+    )
     status = response.status_code
     if status not in (200, 206) or (status == 206 and not offset):
         response.close()
@@ -259,23 +291,35 @@ def _open_http(url: str, offset: int, tag: str | None, timeout: float) -> _Sourc
     start, size = 0, response.headers.get("Content-Length")
     if status == 206:
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        if not found or int(found[1]) != offset:
+        if not found or not _is_number(found[2]) or found[1] != str(offset):
             response.close()
             raise DataError(f"{shown(url)}: the server sent another range than was asked for.")
         start, size = offset, found[2]
     tag = response.headers.get("ETag", "")
     return _Source(
-        read=lambda n: response.raw.read1(n, decode_content=False),  # what is there
-        close=response.close,
+        # What is there; and a server could send the length of a chunk byte by byte.
+        read=lambda n: _within(timeout, lambda: response.raw.read1(n, decode_content=False)),
+        close=partial(_close, response),
         start=start,
-        size=int(size) if size and size.isdecimal() else None,
+        size=int(size) if size and _is_number(size) else None,
         tag=tag if tag.startswith('"') else None,  # weak ones do not promise the same bytes
     )
 
 
+def _close(response: requests.Response) -> None:
+    # A read that was given up still waits in its thread, and closing waits for it: end it first.
+    with suppress(ValueError, RuntimeError, OSError):
+        response.raw.shutdown()
+    response.close()
+
+
 def _asked_wait(response: requests.Response) -> float:
     asked = response.headers.get("Retry-After", "")
-    return float(min(int(asked), LONGEST_WAIT)) if asked.isdecimal() else 0.0
+    return float(min(int(asked), LONGEST_WAIT)) if _is_number(asked) else 0.0
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"\d{1,18}", text, re.ASCII) is not None
 
 
 def _open_object(url: str, offset: int, timeout: float) -> _Source:
@@ -302,7 +346,7 @@ def _open_object(url: str, offset: int, timeout: float) -> _Source:
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """The result of `work`, or TimeoutError: clients of object stores may wait for ever."""
+    """The result of `work`, or TimeoutError: whatever the other side does, it may last for ever."""
     outcome: dict[str, Any] = {}
 
     def run() -> None:

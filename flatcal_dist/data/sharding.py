@@ -42,6 +42,8 @@ from flatcal_dist.data.shards import (
 from flatcal_dist.data.sources import Source
 
 QUALITY = 90  # of JPEGs that are encoded again, unless another is asked for
+SHARD_BYTES = 150_000_000  # of images; files of this size are read at full speed
+FEWEST_SHARDS, FEWEST_IMAGES = 32, 64
 OVERHEAD = 4096  # bytes of a sample beside its image: headers, label, json, padding
 
 
@@ -102,7 +104,8 @@ def prepare_shards(
     """Write `source`, shuffled by `seed`, as DESTINATION/PREFIX-SPLIT-{0000...}.tar.
 
     The bytes do not depend on `workers`. `shards`: how many (never more than images); prefix and
-    number have the source's usual values. Finished shards of an earlier run are kept.
+    number have the source's usual values, else see `usual_count`. Finished shards of an earlier run
+    are kept.
 
     Raises DataError if the destination holds shards of another source, seed or other options, if
     its other split has other classes, if another process writes there, the disk is full, or an
@@ -115,7 +118,7 @@ def prepare_shards(
     if seed < 0:
         raise DataError(f"seed is a number of 0 or more, not {seed}.")
     name = f"{source.prefix if prefix is None else prefix}-{split}"
-    count = min(source.shards[split] if shards is None else shards, len(source))
+    count = min(usual_count(source, split) if shards is None else shards, len(source))
     if count < 1:
         raise DataError(f"{count} shards cannot hold {len(source)} images: use 1 or more of each.")
     parts = np.array_split(shuffled(len(source), np.random.Philox(key=seed)), count)
@@ -139,6 +142,19 @@ def prepare_shards(
         copied = _finish(destination / f"{name}.sha256", paths, missing, sizes, done, progress)
         add_to_info(destination, split, paths, [len(part) for part in parts])
     return Written(paths, count - len(missing), sorted(copied))
+
+
+def usual_count(source: Source, split: str) -> int:
+    """The number of shards for a source, where nobody says it.
+
+    Published sets have their published numbers. Others get shards of some 150 MB, as ImageNet's
+    are; but at least 32 of them, so that 4 ranks of 4 workers find two each; and each of these
+    holds 64 images or more. The number does not depend on the machine: another one can go on.
+    """
+    if source.shards is not None:
+        return source.shards[split]
+    by_bytes = round((source.bytes() or 0) / SHARD_BYTES)
+    return max(1, min(max(by_bytes, FEWEST_SHARDS), len(source) // FEWEST_IMAGES))
 
 
 def _plan(source: Source, split: str, count: int, seed: int, encoding: Encoding) -> dict[str, Any]:

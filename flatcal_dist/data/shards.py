@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,9 +24,14 @@ from braceexpand import UnbalancedBracesError, braceexpand
 
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.index import index_shard
-from flatcal_dist.data.walk import IMAGES
+from flatcal_dist.data.info import LARGEST_INFO, read_info
+from flatcal_dist.data.regular import read_regular
+from flatcal_dist.data.samples import IMAGES
 from flatcal_dist.files import write_atomically, write_json, write_text
 from flatcal_dist.patterns import too_many_names
+
+_NO_LETTERS = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are no text, line ends
+BY_PATTERN = "Mend it, or name the shards by pattern instead of by directory."
 
 
 @dataclass(frozen=True)
@@ -126,10 +132,11 @@ def _check_sample(sample: Sample, seen: set[str]) -> None:
 
 def check_key(key: str, where: str = "") -> None:
     """Raise DataError, which begins with `where`, if `key` cannot be a sample's name in a tar."""
-    if not key or any(c in ".\\/" or not c.isprintable() for c in key):
+    if not key or any(c in ".\\/" or unicodedata.category(c) in _NO_LETTERS for c in key):
         raise DataError(
-            f"{where}{key!r} cannot be a key: it must be a plain name without dots (WebDataset "
-            "cuts names at the first one) and slashes. Use letters, digits, - and _."
+            f"{where}{key!a} cannot be a key: it must be a plain name of UTF-8 without dots "
+            "(WebDataset cuts names at the first one), slashes, and control characters. Use "
+            "letters, digits, - and _."
         )
     if len(key.encode()) > 90:  # with its extension, a tar header has room for 100 bytes
         raise DataError(f"{where}the key {key!r} is too long for a tar: use 90 bytes or fewer.")
@@ -165,10 +172,8 @@ def refuse_other_shards(directory: Path, split: str, shards: Sequence[Path]) -> 
     info = directory / "_info.json"
     if not info.exists():
         return
-    try:
-        names = json.loads(info.read_text())["splits"].get(split, {}).get("filenames", [])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{info} cannot be read ({error!r}). Mend it or take it away.") from error
+    splits = read_info(info, "Mend it or take it away.")
+    names = splits[split].names if split in splits else []
     ours = {shard.name for shard in shards}
     if others := [name for name in names if name not in ours and (directory / name).exists()]:
         raise DataError(
@@ -183,7 +188,7 @@ def add_to_info(directory: Path, split: str, shards: list[Path], lengths: list[i
     with locked(directory):  # splits are often written at the same time
         refuse_other_shards(directory, split, shards)
         path = directory / "_info.json"
-        info = json.loads(path.read_text()) if path.exists() else {}
+        info = json.loads(read_regular(path, LARGEST_INFO)) if path.exists() else {}
         splits = info.setdefault("splits", {})
         splits[split] = {
             "name": split,
@@ -268,37 +273,31 @@ def _refuse_unfinished(directory: Path, split: str | None) -> None:
     info = directory / "_info.json"
     for path in sorted(directory.glob("*.plan.json")):
         try:
-            plan = json.loads(path.read_text())
-            finished = json.loads(info.read_text())["splits"] if info.exists() else {}
-            unfinished = plan["split"] not in finished and split in (None, plan["split"])
-        except (ValueError, KeyError, TypeError) as error:
+            plan = json.loads(read_regular(path, LARGEST_INFO))
+            planned, count = str(plan["split"]), plan["shards"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
-                f"{path} or {info.name} beside it cannot be read ({error!r}). Run `flatcal shard` "
-                "again, or name the shards by pattern instead of by directory."
+                f"{path} cannot be read ({error!r}). Run `flatcal shard` again, or name the shards "
+                "by pattern instead of by directory."
             ) from error
+        finished = read_info(info, BY_PATTERN) if info.exists() else {}
+        unfinished = planned not in finished and split in (None, planned)
         if unfinished:
             raise DataError(
-                f"{directory}: `flatcal shard` has not written all {plan['shards']} shards of "
-                f"split {plan['split']!r} yet. Run the same command again: it goes on where it "
+                f"{directory}: `flatcal shard` has not written all {count} shards of "
+                f"split {planned!r} yet. Run the same command again: it goes on where it "
                 "stopped."
             )
 
 
 def _split_of(directory: Path, split: str, info: Path, missing: bool) -> list[Path]:
-    try:
-        splits = json.loads(info.read_text())["splits"]
-        names = {name: list(about["filenames"]) for name, about in splits.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    splits = read_info(info, BY_PATTERN)
+    if split not in splits:
         raise DataError(
-            f"{info} does not have the form splits -> name -> filenames ({error!r}). Mend it, or "
-            "name the shards by pattern instead of by directory."
-        ) from error
-    if split not in names:
-        raise DataError(
-            f"{info} lists no split {split!r}, only {', '.join(names) or 'none'}. Write that split "
-            "into the directory, or name its shards by pattern instead of by directory."
+            f"{info} lists no split {split!r}, only {', '.join(splits) or 'none'}. Write that "
+            "split into the directory, or name its shards by pattern instead of by directory."
         )
-    shards = [directory / name for name in names[split]]
+    shards = [directory / name for name in splits[split].names]
     absent = [shard.name for shard in shards if not shard.exists()]
     if absent and not missing:
         raise DataError(

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.regular import open_regular
 from flatcal_dist.data.shards import check_key
 
 
@@ -27,11 +28,12 @@ class Source:
 
     kind: str  # "image folder", ...
     prefix: str  # how its shards are usually called
-    shards: dict[str, int]  # how many of them, by split
+    shards: dict[str, int] | None  # how many of them, by split; None: as the bytes ask for
     classes: tuple[str, ...]  # the name of each label
     label: np.ndarray  # [n] i4
     key: np.ndarray  # [n] S, of the sample in the shard
     name: np.ndarray  # [n] S, of the image where it came from
+    left_out: tuple[str, ...] = ()  # what lies there and is no image of a class
 
     def __len__(self) -> int:
         return len(self.label)
@@ -72,13 +74,14 @@ class Files(Source):
         for name, size in zip(self.name.tolist(), self.size.tolist(), strict=True):
             path = self.root / os.fsdecode(name)
             try:
-                image = path.read_bytes()
+                with open_regular(path) as file:
+                    image = file.read(size + 1)
             except OSError as error:
                 raise DataError(f"{path} cannot be read ({error.strerror or error}).") from error
             if len(image) != size:
                 raise DataError(
-                    f"{path} has {len(image)} bytes, but had {size} when sharding began: the "
-                    "source changes. Wait until it is complete, then shard it again."
+                    f"{path} has {path.stat().st_size} bytes, but had {size} when sharding began: "
+                    "the source changes. Wait until it is complete, then shard it again."
                 )
             yield image
 
@@ -101,7 +104,7 @@ class Members(Source):
 
     def images(self) -> Iterator[bytes]:
         try:
-            with self.tar.open("rb") as file:
+            with open_regular(self.tar) as file:
                 about = os.fstat(file.fileno())
                 if (about.st_size, about.st_mtime_ns) != (self.tar_size, self.tar_time):
                     raise DataError(f"{self.tar} changed after sharding began. Start again.")
@@ -162,24 +165,24 @@ def torchvision_set(name: str, root: Path, split: str) -> Pixels:
     )
 
 
-def unique_keys(names: Sequence[str]) -> np.ndarray:
+def unique_keys(names: Sequence[str], where: str = "") -> np.ndarray:
     """Keys [n] S for images of these names: the file name without its extension.
 
-    Where these are not unique, the folder comes in front. Raises DataError if two images would
-    still share one, or a name cannot be a key.
+    Where these are not unique, the folder comes in front. Raises DataError, which begins with
+    `where`, if two images would still share one, or a name cannot be a key.
     """
     keys = [_stem(name) for name in names]
     if len(set(keys)) < len(keys):
         folders = (name.rpartition("/")[0].rpartition("/")[2] for name in names)
         keys = [f"{folder}_{key}" for folder, key in zip(folders, keys, strict=True)]
     for key, name in zip(keys, names, strict=True):
-        check_key(key, f"{name!r}: ")
+        check_key(key, f"{where}{name!r}: ")
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
         first, second = [name for name, key in zip(names, keys, strict=True) if key == twice[0]][:2]
         raise DataError(
-            f"{first} and {second} would both have the key {twice[0]!r} ({len(twice)} such keys; "
-            "extensions do not count, and dots become _). Rename or remove one of each."
+            f"{where}{first} and {second} would both have the key {twice[0]!r} ({len(twice)} such "
+            "keys; extensions do not count, and dots become _). Rename or remove one of each."
         )
     return np.array([key.encode() for key in keys])
 

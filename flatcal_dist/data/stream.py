@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from flatcal_dist.data.cache import ShardCache
 from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.info import parse_info
 from flatcal_dist.data.remote import (
     Access,
     NotThere,
@@ -201,17 +202,15 @@ def _place(shard: str) -> str:
 
 def _read_info(directory: str, access: Access) -> dict[str, list[tuple[str, int]]]:
     """File names and samples by split, from the `_info.json` of a directory (with its slash)."""
-    content = read_small(f"{directory}_info.json", access)
-    try:
-        return {
-            str(split): [
-                (str(name), int(length))
-                for name, length in zip(about["filenames"], about["shard_lengths"], strict=True)
-            ]
-            for split, about in json.loads(content)["splits"].items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    name = f"{shown(directory)}_info.json"
+    mend = "Mend it, or take it away and set data.epoch_samples."
+    splits = parse_info(read_small(f"{directory}_info.json", access), name, mend)
+    unsaid = [split for split, about in splits.items() if about.lengths is None]
+    if unsaid:
         raise DataError(
-            f"{shown(directory)}_info.json does not have the form splits -> name -> filenames, "
-            f"shard_lengths ({error!r}). Mend it, or take it away and set data.epoch_samples."
-        ) from error
+            f"{name} does not have the form splits -> name -> filenames, shard_lengths (split "
+            f"{unsaid[0]!r} has no shard_lengths). {mend}"
+        )
+    return {
+        split: list(zip(about.names, about.lengths, strict=True)) for split, about in splits.items()
+    }

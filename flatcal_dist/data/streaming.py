@@ -22,13 +22,15 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
 from flatcal_dist.data.decode import MAX_PIXELS, decode
+from flatcal_dist.data.delivery import PREFETCH, Batches
 from flatcal_dist.data.errors import BadImage, DataError
 from flatcal_dist.data.images import Replaced
-from flatcal_dist.data.loader import Batch, Batches, start_worker
+from flatcal_dist.data.loader import Batch
+from flatcal_dist.data.members import part
 from flatcal_dist.data.order import (
     Position,
     micro_batch_count,
@@ -62,7 +64,7 @@ def streaming_loader(
     decoder: str = "auto",
     max_pixels: int = MAX_PIXELS,
     workers: int = 0,
-    prefetch: int = 2,
+    prefetch: int = PREFETCH,
     pin_memory: bool = False,
     multiprocessing_context: str | None = None,
 ) -> Batches:
@@ -98,17 +100,12 @@ def streaming_loader(
         max_steps=max_steps,
     )
     return Batches(
-        DataLoader(
-            images,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            pin_memory=pin_memory,
-            worker_init_fn=start_worker,
-            multiprocessing_context=multiprocessing_context if workers else None,
-            generator=torch.Generator(),  # else DataLoader draws from the process's random stream
-        )
+        images,
+        None,
+        workers=workers,
+        prefetch=prefetch,
+        pin_memory=pin_memory,
+        context=multiprocessing_context,
     )
 
 
@@ -342,9 +339,9 @@ class _Hashed:
         self.digest.update(data)
         return data
 
+    def part(self, start: int, size: int) -> bytes:
+        """Bytes that have been read and hashed before."""
+        return part(self.file, start, size)
+
     def close(self) -> None:
         self.file.close()
-
-
-def _as_it_is(batch: Batch | DataError) -> Batch | DataError:
-    return batch

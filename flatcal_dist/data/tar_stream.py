@@ -1,23 +1,24 @@
 """Samples of a tar that is read from front to back, up to its very end.
 
-webdataset groups the members into samples. Its own walk through a tar is replaced: to it a
-damaged header, or an end that comes too early, is the end of the shard, and the rest is lost in
-silence.
+webdataset groups the members into samples. Its own walk through a tar is replaced (members.py): to
+it a damaged header, or an end that comes too early, is the end of the shard, and the rest is lost
+in silence.
 """
 
 import re
-import tarfile
+import sys
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 from typing import BinaryIO
 
-from webdataset.tariterators import base_plus_ext, group_by_keys
+from webdataset.tariterators import group_by_keys
 
 from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.members import Forward, TarDamage, members
 from flatcal_dist.data.remote import RemoteFile
-from flatcal_dist.data.walk import IMAGES, LARGEST_MEMBER, is_text
+from flatcal_dist.data.samples import IMAGES, LARGEST_LABEL, LARGEST_MEMBER, Unusable, part_of
+from flatcal_dist.data.walk import WARNINGS, left_out_text
 
-LARGEST_HEADER = 1 << 20  # bytes of a long name or of a pax header
+TOLD = 5  # shards whose left-out members are listed by a process
 
 
 def read_samples(
@@ -30,7 +31,7 @@ def read_samples(
     """
     seen: set[str] = set()
     try:
-        for sample in group_by_keys(_members(file, name)):
+        for sample in group_by_keys(_parts(file, name)):
             key = sample["__key__"]
             if key in seen:
                 raise DataError(
@@ -39,11 +40,11 @@ def read_samples(
                 )
             seen.add(key)
             yield key, *_image_and_label(sample, f"{name}: sample {key!r}", classes)
-    except tarfile.TarError as error:
+    except TarDamage as damage:
         raise DataError(
-            f"{name} cannot be read as an uncompressed tar ({error}): it is damaged, cut short or "
+            f"{name} cannot be read as an uncompressed tar ({damage}): it is damaged, cut short or "
             "of another format. Write or upload it again."
-        ) from error
+        ) from None
     except ValueError as error:
         if isinstance(error, DataError):
             raise
@@ -75,47 +76,38 @@ def _image_and_label(sample: dict, name: str, classes: int) -> tuple[bytes, int]
     return sample[images[0]], int(text)
 
 
-def _members(file: BinaryIO | RemoteFile, name: str) -> Iterator[dict]:
+def _parts(file: BinaryIO | RemoteFile, name: str) -> Iterator[dict]:
     """Images and labels of a tar as webdataset's grouping wants them, up to its very end."""
-    # tarfile copies what is left of its buffer for every header: a larger one is slower.
-    with tarfile.open(fileobj=file, mode="r|", bufsize=1 << 15, tarinfo=_Header) as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile would keep them all
-            if not is_text(member.name):
-                raise DataError(
-                    f"{name}: the name of member {member.name!a} is not UTF-8. Write the "
-                    "shard again with plain names."
-                )
-            path = PurePosixPath(member.name)
-            if path.is_absolute() or ".." in path.parts:
-                raise DataError(
-                    f"{name}: member {member.name!r} has an absolute name or one with '..', which "
-                    "no honest shard holds. Write the shard again with plain names."
-                )
-            key, suffix = base_plus_ext(member.name)
-            if not member.isreg() or key is None or re.match(r"__[^/]*__($|/)", member.name):
-                continue  # directories, dotless files, shard metadata: as webdataset does
-            if member.issparse() or member.size > LARGEST_MEMBER:
-                raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes, or is sparse")
-            wanted = suffix.lower() in (*IMAGES, "cls")
-            data = tar.extractfile(member).read() if wanted else b""
+    tar = Forward(file)
+    left_out: dict[str, list[str]] = {}
+    for member in members(tar):
+        if member.size > LARGEST_MEMBER:
+            raise TarDamage("unreadable", f"{member.name!a} has {member.size:,} bytes")
+        part = part_of(member)
+        if isinstance(part, Unusable):
+            if part.kind not in WARNINGS:
+                raise DataError(f"{name}: {part.text}")
+            left_out.setdefault(part.kind, []).append(member.name)
+        elif part is not None:
+            size = {"cls": min(member.size, LARGEST_LABEL + 1)}.get(part.suffix, member.size)
+            wanted = part.suffix in (*IMAGES, "cls")
+            data = tar.read_at(member.start, size) if wanted else b""
             yield {"fname": member.name, "data": data, "__url__": name}
-        while data := tar.fileobj.read(1 << 18):
-            if data.strip(b"\0"):
-                raise tarfile.ReadError("data follows the end-of-archive mark")
+    _tell(name, left_out)
 
 
-class _Header(tarfile.TarInfo):
-    """A header that cannot be read is an error: tarfile takes all but the first for the end."""
+_told: set[str] = set()  # names of shards, in this process
 
-    @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-        try:
-            header = super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if len(buf) == tarfile.BLOCKSIZE and not buf.strip(b"\0"):
-                raise  # the end-of-archive mark
-            raise tarfile.ReadError(f"{error} instead of a member or the end mark") from None
-        if not header.isreg() and header.size > LARGEST_HEADER:  # tarfile would read it whole
-            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
-        return header
+
+def _tell(name: str, left_out: dict[str, list[str]]) -> None:
+    """Warn of what was left out, once for a shard, and of the first shards only."""
+    if not left_out or name in _told or len(_told) >= TOLD:
+        return
+    _told.add(name)
+    for kind, names in left_out.items():
+        print(f"{name}: {left_out_text(kind, names)}", file=sys.stderr)
+    if len(_told) == TOLD:
+        print(
+            "what other shards leave out is not listed here: see `flatcal validate`",
+            file=sys.stderr,
+        )

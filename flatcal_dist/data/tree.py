@@ -13,17 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from flatcal_dist.data.errors import DataError
-from flatcal_dist.data.image_folder import image_folder
-
-
-def class_folders(root: Path) -> list[str]:
-    """The names of the folders in `root`, sorted; hidden ones left out. Raises DataError."""
-    try:
-        with os.scandir(root) as entries:
-            names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
-    except OSError as error:
-        raise DataError(f"{root} cannot be read ({error.strerror}).") from error
-    return sorted(names)
+from flatcal_dist.data.image_folder import image_folder, warn_of_left_out
+from flatcal_dist.data.regular import open_regular
 
 
 @dataclass(frozen=True)
@@ -48,13 +39,15 @@ class TreeIndex:
         """The encoded image. Raises DataError if it cannot be read or has another size by now."""
         path = self.root / os.fsdecode(self.names[sample])
         try:
-            data = path.read_bytes()
+            with open_regular(path) as file:
+                data = file.read(int(self.size[sample]) + 1)
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}).") from error
         if len(data) != self.size[sample]:
             raise DataError(
-                f"{path} has {len(data)} bytes, but had {self.size[sample]} when the evaluation "
-                "began: the data set changes. Wait until it is complete, then evaluate again."
+                f"{path} has {path.stat().st_size} bytes, but had {self.size[sample]} when the "
+                "evaluation began: the data set changes. Wait until it is complete, then evaluate "
+                "again."
             )
         return data
 
@@ -74,6 +67,7 @@ class TreeIndex:
 def open_tree(root: Path) -> TreeIndex:
     """Find the images ROOT/CLASS/*. Raises DataError where `image_folder` does."""
     found = image_folder(root)
+    warn_of_left_out(found.left_out)
     digest = hashlib.sha256()
     for name, size in zip(found.name.tolist(), found.size.tolist(), strict=True):
         digest.update(name + f"\0{size}\0".encode())

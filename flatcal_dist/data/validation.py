@@ -7,7 +7,6 @@ orientation). A sample of the images, or all, is decoded as training would.
 
 import hashlib
 import io
-import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,8 +23,10 @@ from flatcal_dist.data.decode import decode
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.findings import Validation
 from flatcal_dist.data.index import load_index, sidecar
+from flatcal_dist.data.info import LARGEST_INFO, read_info
 from flatcal_dist.data.order import shuffled
 from flatcal_dist.data.parallel import in_parallel
+from flatcal_dist.data.regular import open_regular, read_regular
 from flatcal_dist.data.walk import Problem, Report, ShardIndex, walk_shard
 
 ORIENTATION = 0x0112  # EXIF tag
@@ -60,7 +61,7 @@ def validate_shards(
     """
     found = Validation(shards=len(shards))
     quota = None if decode_images is None else -(-decode_images // max(1, len(shards)))
-    recorded = _recorded_checksums(shards)
+    recorded = _recorded_checksums(found, shards)
     tasks = [
         (shard, number, quota, recorded.get(shard), classes) for number, shard in enumerate(shards)
     ]
@@ -89,32 +90,49 @@ def _look_at(
 ) -> _Shard:
     problems: list[Problem] = []
     index = walk_shard(shard, problems.append)
-    if shard.exists():
+    found = _Shard(problems, index, np.zeros(len(index), "S16"), 0, False)
+    if not shard.is_file():
+        return found
+    try:
         _check_index(shard, index, problems.append)
-    n = len(index)
-    compare = checksum is not None and shard.exists()
-    if compare:
-        with shard.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != checksum:
-            text = f"its SHA-256 is {digest[:12]}..., recorded is {checksum[:12]}..."
-            problems.append(Problem("shard not as written", "", text))
-    order = shuffled(n, np.random.Philox(key=number))
+        found.compared = _check_sum(shard, checksum, problems.append)
+        _look_at_images(shard, number, quota, classes, found)
+    except Exception as error:  # one shard's trouble must not hide what the others have
+        text = f"looking at it failed ({type(error).__name__}: {error}): check the disk"
+        problems.append(Problem("shard unreadable", "", text))
+    return found
+
+
+def _check_sum(shard: Path, recorded: str | None, report: Report) -> bool:
+    """Whether there was a recorded checksum to compare with; one that differs is reported."""
+    if recorded is None:
+        return False
+    with open_regular(shard) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != recorded:
+        text = f"its SHA-256 is {digest[:12]}..., recorded is {recorded[:12]}..."
+        report(Problem("shard not as written", "", text))
+    return True
+
+
+def _look_at_images(
+    shard: Path, number: int, quota: int | None, classes: int | None, found: _Shard
+) -> None:
+    order = shuffled(len(found.index), np.random.Philox(key=number))
     chosen = set(order[:quota].tolist())
-    hashes, decoded = np.zeros(n, "S16"), 0
     upper = np.inf if classes is None else classes
-    for i, (key, image) in enumerate(_images(shard, index)):
-        report = partial(_report, problems.append, key)
-        if not 0 <= index.label[i] < upper:
-            report("label out of range", f"label {index.label[i]}, expected 0 to {upper - 1}")
-        hashes[i] = hashlib.blake2b(image, digest_size=16).digest()
+    for i, (key, image) in enumerate(_images(shard, found.index)):
+        report = partial(_report, found.problems.append, key)
+        label = found.index.label[i]
+        if not 0 <= label < upper:
+            report("label out of range", f"label {label}, expected 0 to {upper - 1}")
+        found.hashes[i] = hashlib.blake2b(image, digest_size=16).digest()
         if _check_header(image, report) and (i in chosen or not _has_end(image)):
-            decoded += 1
+            found.decoded += 1
             try:
                 decode(image, 3, f"{shard}: image {key!r}")
             except DataError as error:
                 report("image undecodable", _told(error))
-    return _Shard(problems, index, hashes, decoded, compare)
 
 
 def _report(report: Report, key: str, kind: str, text: str) -> None:
@@ -124,7 +142,7 @@ def _report(report: Report, key: str, kind: str, text: str) -> None:
 def _images(shard: Path, index: ShardIndex) -> Iterator[tuple[str, bytes]]:
     if not len(index):
         return
-    with shard.open("rb") as file:
+    with open_regular(shard) as file:
         for key, offset, size in zip(index.key, index.offset, index.size, strict=True):
             file.seek(int(offset))
             yield key.decode("utf-8", "replace"), file.read(int(size))
@@ -192,12 +210,17 @@ def _has_end(image: bytes) -> bool:
     return not image.startswith(b"\x89PNG") or b"IEND" in tail
 
 
-def _recorded_checksums(shards: Sequence[Path]) -> dict[Path, str]:
+def _recorded_checksums(found: Validation, shards: Sequence[Path]) -> dict[Path, str]:
     """By shard, from the *.sha256 files beside them."""
     recorded = {}
     for directory in {shard.parent for shard in shards}:
-        for file in directory.glob("*.sha256"):
-            for line in file.read_text(errors="replace").splitlines():
+        for file in sorted(directory.glob("*.sha256")):
+            try:
+                text = read_regular(file, LARGEST_INFO).decode("utf-8", "replace")
+            except (OSError, DataError) as error:
+                found.add(file, Problem("checksums unreadable", "", str(error)))
+                continue
+            for line in text.splitlines():
                 if match := re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line):
                     recorded[directory / match[2]] = match[1]
     return recorded
@@ -244,7 +267,7 @@ def _add_classes(found: Validation, classes: int | None) -> None:
     if empty:
         text = f"no image has label {', '.join(map(str, empty[:20]))}"
         text += ", ..." if len(empty) > 20 else ""
-        found.add("", Problem("class without images", "", text), len(empty))
+        found.add("", Problem("class without images", "", text, len(empty)))
 
 
 def _add_counts_of_info(found: Validation, shards: Sequence[Path], lengths: list[int]) -> None:
@@ -253,16 +276,15 @@ def _add_counts_of_info(found: Validation, shards: Sequence[Path], lengths: list
         if not info.exists():
             continue
         try:
-            splits = json.loads(info.read_text())["splits"].values()
-            told = {
-                info.parent / name: length
-                for split in splits
-                for name, length in zip(split["filenames"], split["shard_lengths"], strict=True)
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = Problem("_info.json unreadable", "", f"not as timm writes it: {error!r}")
-            found.add(info, problem)
+            splits = read_info(info, "Mend it, or run `flatcal shard` again.")
+        except DataError as error:
+            found.add(info, Problem("_info.json unreadable", "", str(error)))
             continue
+        told = {
+            info.parent / name: length
+            for split in splits.values()
+            for name, length in zip(split.names, split.lengths or [], strict=False)
+        }
         for shard, length in zip(shards, lengths, strict=True):
             if told.get(shard, length) != length and shard.exists():
                 text = f"{info.name} says {told[shard]} samples, {length} are whole"

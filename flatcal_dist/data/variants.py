@@ -36,11 +36,13 @@ import numpy as np
 from flatcal_dist.data import corruptions, imagenet
 from flatcal_dist.data.corruptions import Corrupted
 from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.image_folder import class_folders
 from flatcal_dist.data.index import Index, load_index
 from flatcal_dist.data.remote import Access, is_remote
+from flatcal_dist.data.samples import is_system_file
 from flatcal_dist.data.shards import expand
 from flatcal_dist.data.stream import class_names
-from flatcal_dist.data.tree import TreeIndex, class_folders, open_tree
+from flatcal_dist.data.tree import TreeIndex, open_tree
 from flatcal_dist.identity import data_identity
 from flatcal_dist.urls import shown
 
@@ -252,8 +254,9 @@ def _kind_of_folders(root: Path, folders: list[str], classes: int, named: str | 
         )
     if named in SAME_FORM:
         return named
-    file = next((root / folders[0]).iterdir(), None)
-    return "imagenet_sketch" if file and file.name.startswith("sketch_") else "imagenet"
+    names = [path.name for path in (root / folders[0]).iterdir()]
+    files = [name for name in names if not name.startswith(".") and not is_system_file(name)]
+    return "imagenet_sketch" if files and files[0].startswith("sketch_") else "imagenet"
 
 
 def _numbers_of(folders: Sequence[str], root: Path) -> np.ndarray:

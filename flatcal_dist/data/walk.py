@@ -2,27 +2,25 @@
 
 Members are grouped into samples as webdataset groups them, at the first dot of the name. What
 webdataset would skip or mend in silence (a tar cut short, a sample without its image, two samples
-of one key) is an error here, while there is still time to write the shard again.
+of one key, a link) is an error here, while there is still time to write the shard again. What is
+left out because it is no part of a sample is counted and named.
 """
 
 import os
 import re
-import tarfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
-from webdataset.tariterators import base_plus_ext
 
 from flatcal_dist.data.errors import DataError
-
-IMAGES = ("jpg", "jpeg", "png", "webp")
-BLOCK = 512  # of a tar: one header, and the unit of padding
-LARGEST_MEMBER = 256 << 20  # bytes; more is no image, and would have to fit into memory
+from flatcal_dist.data.members import BLOCK, Bytes, Member, Seekable, TarDamage, members
+from flatcal_dist.data.regular import NotRegular, open_regular
+from flatcal_dist.data.samples import IMAGES, LARGEST_LABEL, LARGEST_MEMBER, Unusable, part_of
 
 
 @dataclass(frozen=True)
@@ -52,49 +50,74 @@ class Problem(NamedTuple):
     kind: str
     key: str  # of the sample or the member; may be empty
     text: str
+    count: int = 1  # members or images that it concerns
 
 
 Report = Callable[[Problem], None]
 
+# What is no error. Every other kind of problem is one.
+WARNINGS = {
+    "system files",
+    "members not used",
+    "index missing",
+    "image not JPEG",
+    "image CMYK",
+    "image gray",
+    "image rotated by EXIF",
+    "image huge",
+    "image twice",
+    "image twice, other label",
+    "class without images",
+    "not ImageNet's counts",
+}
 
-def _refuse(problem: Problem) -> None:
-    raise DataError(problem.text)
 
-
-def walk_shard(shard: Path, report: Report = _refuse) -> ShardIndex:
+def walk_shard(shard: Path, report: Report) -> ShardIndex:
     """Read the headers, labels and, for their checksums, images of one tar.
 
-    Raises DataError for a tar that cannot be read or is cut short, members of a sample that are
-    not adjacent, a missing or second image, a missing label or one that is no integer, keys that
-    occur twice, and absolute or `..` names. With another `report`, each of these is told to it
-    instead, and the index holds the samples that are free of them.
+    A hard link stands for the earlier member that it names. `report` is told of a tar that cannot
+    be read or is cut short, of members that are neither files nor directories, members of a sample
+    that are not adjacent, a missing or second image, a missing label or one that is no integer,
+    keys that occur twice, and absolute or `..` names; of whatever else goes wrong with this shard;
+    and of the members that were left out. The index holds the samples that are free of errors.
+    Raises what `report` raises, if that is a DataError.
     """
     samples: dict[str, _Sample] = {}
     tar_size = 0
+    left_out: dict[str, list[str]] = {}
     try:
-        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open_regular(shard) as file:
             tar_size = os.fstat(file.fileno()).st_size
-            _group(shard, tar, samples, report)
-            _check_end(shard, tar, report)
+            _group(shard, Seekable(file), samples, left_out, report)
+    except NotRegular as error:
+        report(Problem("shard unreadable", "", str(error)))
+    except DataError:  # of `report`
+        raise
     except FileNotFoundError:
         text = f"{shard}: no such shard. Check the pattern or the directory."
         report(Problem("shard missing", "", text))
-    except (OSError, EOFError, tarfile.TarError) as error:
-        text = (
-            f"{shard} cannot be read as an uncompressed tar ({error}): it is damaged, cut short "
-            "or of another format. Write or download it again, then index it."
-        )
+    except TarDamage as damage:
+        report(_damage(shard, damage))
+        if samples and damage.kind == "unreadable":
+            samples.popitem()  # the one it was reading
+    except Exception as error:  # one shard's trouble must not hide what the others have
+        text = f"{shard} cannot be read ({_told(error)}). Check the disk and the file's rights."
         report(Problem("shard unreadable", "", text))
         if samples:
-            samples.popitem()  # the one it was reading
+            samples.popitem()
     else:
         if not samples:
-            text = f"{shard} holds no samples. Delete it or write it again."
+            text = (
+                f"{shard} holds no samples: expected members KEY.jpg and KEY.cls. Write it again, "
+                "or leave it out."
+            )
             report(Problem("shard empty", "", text))
+    for kind, names in left_out.items():
+        report(Problem(kind, names[0], f"{shard}: {left_out_text(kind, names)}", len(names)))
     whole = [sample for sample in samples.values() if sample.is_whole(shard, report)]
     return ShardIndex(
         tar_size=tar_size,
-        offset=np.array([sample.image.offset_data for sample in whole], np.uint64),
+        offset=np.array([sample.image.start for sample in whole], np.uint64),
         size=np.array([sample.image.size for sample in whole], np.uint32),
         header=np.array([sample.header for sample in whole], np.uint32),
         content=np.array([sample.content for sample in whole], np.uint32),
@@ -103,10 +126,43 @@ def walk_shard(shard: Path, report: Report = _refuse) -> ShardIndex:
     )
 
 
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+
+
+def left_out_text(kind: str, names: list[str]) -> str:
+    """How many members of a kind were left out, which, and why that is no harm."""
+    shown = ", ".join(ascii(name) for name in names[:3]) + ", ..." * (len(names) > 3)
+    if kind == "system files":
+        return (
+            f"{len(names)} files that macOS or Windows adds to folders were left out ({shown}). "
+            "They are no data; COPYFILE_DISABLE=1 keeps them out of a tar on macOS."
+        )
+    return (
+        f"{len(names)} members were left out ({shown}), because hidden files, names without a dot "
+        "and __NAME__ are no part of a WebDataset sample."
+    )
+
+
+def _damage(shard: Path, damage: TarDamage) -> Problem:
+    if damage.kind == "joined":
+        text = f"{shard}: {damage}; readers would miss it. Keep the tars apart or write them anew."
+    elif damage.kind == "damaged":
+        text = (
+            f"{shard} is cut short or damaged: {damage}. Write or download it again, then index it."
+        )
+    else:
+        text = (
+            f"{shard} cannot be read as an uncompressed tar ({damage}): it is damaged, cut short "
+            "or of another format. Write or download it again, then index it."
+        )
+    return Problem(f"shard {damage.kind}", "", text)
+
+
 @dataclass
 class _Sample:
     key: str
-    image: tarfile.TarInfo | None = None
+    image: Member | None = None
     header: int = 0
     content: int = 0
     label: str | None = None
@@ -120,8 +176,8 @@ class _Sample:
             kind = "image missing"
             text = (
                 f"{shard}: sample {self.key!r} has no image: expected one member "
-                f"{self.key}.{{{','.join(IMAGES)}}}, found only {sorted(self.suffixes)}. "
-                "Write the shard again."
+                f"{self.key}.{{{','.join(IMAGES)}}}, found only {sorted(self.suffixes)}. Keys end "
+                "at the first dot of a name. Write the shard again."
             )
         elif self.label is None:
             kind = "label missing"
@@ -141,29 +197,26 @@ class _Sample:
         return False
 
 
-def _group(shard: Path, tar: tarfile.TarFile, samples: dict[str, _Sample], report: Report) -> None:
+def _group(
+    shard: Path,
+    tar: Bytes,
+    samples: dict[str, _Sample],
+    left_out: dict[str, list[str]],
+    report: Report,
+) -> None:
     """Gather the samples of a tar by key, members grouped as webdataset does (at the first dot)."""
     current: _Sample | None = None
-    for member in tar:
-        if not is_text(member.name):
-            text = (
-                f"{shard}: the name of member {member.name!a} is not UTF-8. Write the shard "
-                "again with plain names."
-            )
-            report(Problem("unsafe name", ascii(member.name), text))
+    for member in members(tar):
+        part = part_of(member)
+        if isinstance(part, Unusable):
+            if part.kind in WARNINGS:
+                left_out.setdefault(part.kind, []).append(member.name)
+            else:
+                report(Problem(part.kind, ascii(member.name)[1:-1], f"{shard}: {part.text}"))
             continue
-        path = PurePosixPath(member.name)
-        if path.is_absolute() or ".." in path.parts:
-            text = (
-                f"{shard}: member {member.name!r} has an absolute name or one with '..', which "
-                "no honest shard holds. Write the shard again with plain names."
-            )
-            report(Problem("unsafe name", member.name, text))
+        if part is None:
             continue
-        key, suffix = base_plus_ext(member.name)
-        if not member.isreg() or key is None or re.match(r"__[^/]*__($|/)", member.name):
-            continue  # directories, dotless files, shard metadata: webdataset skips them too
-        suffix = suffix.lower()
+        key, suffix = part
         if current is None or key != current.key:
             if key in samples:
                 _report_return(shard, samples[key], suffix, report)
@@ -174,20 +227,11 @@ def _group(shard: Path, tar: tarfile.TarFile, samples: dict[str, _Sample], repor
         if suffix in IMAGES:
             _add_image(shard, current, member, tar, report)
         elif suffix == "cls":
-            current.label = tar.extractfile(member).read(64).decode("ascii", "replace").strip()
+            text = tar.read_at(member.start, min(member.size, LARGEST_LABEL + 1))
+            current.label = text.decode("ascii", "replace").strip()
 
 
-def is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # tarfile keeps bytes that are not UTF-8 as surrogates
-        return False
-    return True
-
-
-def _add_image(
-    shard: Path, sample: _Sample, member: tarfile.TarInfo, tar: tarfile.TarFile, report: Report
-) -> None:
+def _add_image(shard: Path, sample: _Sample, member: Member, tar: Bytes, report: Report) -> None:
     if sample.image is not None and not sample.refused:
         sample.refused = True
         text = (
@@ -196,9 +240,9 @@ def _add_image(
             "first dot of a name: write the shard again with keys that have no dot."
         )
         report(Problem("several images", sample.key, text))
-    if member.issparse() or member.size == 0:
+    if member.size == 0:
         sample.refused = True
-        text = f"{shard}: image {member.name!r} is empty or sparse. Mend it."
+        text = f"{shard}: image {member.name!r} is empty. Mend it."
         report(Problem("image empty", sample.key, text))
     if member.size > LARGEST_MEMBER:
         sample.refused = True
@@ -209,9 +253,9 @@ def _add_image(
         report(Problem("image too large", sample.key, text))
         return
     sample.image = member
-    tar.fileobj.seek(member.offset_data - BLOCK)
-    sample.header = zlib.crc32(tar.fileobj.read(BLOCK))
-    sample.content = checksum(tar.fileobj.read(member.size))
+    data = tar.read_at(member.start - BLOCK, BLOCK + member.size)
+    sample.header = zlib.crc32(data[:BLOCK])
+    sample.content = checksum(memoryview(data)[BLOCK:])
 
 
 def _report_return(shard: Path, sample: _Sample, suffix: str, report: Report) -> None:
@@ -232,24 +276,3 @@ def _report_return(shard: Path, sample: _Sample, suffix: str, report: Report) ->
             "of names, for example with tar --sort=name."
         )
     report(Problem(kind, sample.key, text))
-
-
-def _check_end(shard: Path, tar: tarfile.TarFile, report: Report) -> None:
-    """A whole tar ends in zero blocks; tarfile itself is silent about one that does not."""
-    tar.fileobj.seek(tar.offset)
-    end = tar.fileobj.read(BLOCK)
-    if len(end) < BLOCK or end.strip(b"\0"):
-        text = (
-            f"{shard} is cut short or damaged: expected the end-of-archive mark at byte "
-            f"{tar.offset}. Write or download it again, then index it."
-        )
-        report(Problem("shard damaged", "", text))
-        return
-    while chunk := tar.fileobj.read(1 << 20):
-        if chunk.strip(b"\0"):
-            text = (
-                f"{shard}: data follows the end-of-archive mark at byte {tar.offset}, as in tars "
-                "joined with cat; readers would miss it. Keep the tars apart or write them anew."
-            )
-            report(Problem("shard joined", "", text))
-            return

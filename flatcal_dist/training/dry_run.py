@@ -29,6 +29,7 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
 
     say = accelerator.print
     say(inputs.batch_arithmetic(config, accelerator.num_processes, _images(config)))
+    say(inputs.check_room(config))
     step = build_step(config, accelerator)
     module = step.engine.module
     sizes = _micro_batch_sizes(config, accelerator)

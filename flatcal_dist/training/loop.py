@@ -66,6 +66,7 @@ def run(
     on_all_ranks(partial(inputs.check_classes, config.data))
     inputs.agree_on_decoder(config.data)
     on_all_ranks(lambda: inputs.batch_arithmetic(config, accelerator.num_processes, len(train)))
+    inputs.check_room(config)
     step = build_step(config, accelerator)
     trainer = Trainer(config, directory, accelerator, train, validation, step)
     trainer.watchdog = watchdog
