@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from flatcal_dist.sharpness.engines import broadcast
+from flatcal_dist.sharpness.buffers import broadcast, broadcast_buffers
 from flatcal_dist.sharpness.errors import StepError
 
 STATISTICS = (
@@ -50,7 +50,7 @@ def shard(
         for weight in network.parameters():
             weight.data = weight.data.contiguous()  # no other layout (channels_last) has rows
         broadcast(network.parameters())
-        broadcast(network.buffers())
+        broadcast_buffers(network)
     group = dist.group.WORLD if ranks == world_size else dist.new_subgroups(ranks)[0]
     mesh = DeviceMesh.from_group(group, device.type)
     policy = _policy(network, precision)
@@ -71,12 +71,17 @@ def _candidates(network: nn.Module) -> list[nn.Module]:
     return [c for c in dict.fromkeys(children) if not isinstance(c, (nn.ModuleList, nn.ModuleDict))]
 
 
+def in_full_precision(network: nn.Module) -> set[int]:
+    """Ids of the parameters that passes use in fp32 whatever their precision."""
+    norms = [m for m in network.modules() if isinstance(m, STATISTICS)]
+    return {id(w) for norm in norms for w in norm.parameters(recurse=False)}
+
+
 def _policy(network: nn.Module, compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
     if compute_dtype == torch.float32:
         return MixedPrecisionPolicy()
     # Their statistics are fp32 buffers, and kernels want weight and statistics of one type.
-    norms = [m for m in network.modules() if isinstance(m, STATISTICS)]
-    whole = {id(w) for norm in norms for w in norm.parameters(recurse=False)}
+    whole = in_full_precision(network)
     options: dict[str, Any] = {}
     if whole:
         if "param_dtype_override_fn" not in {field.name for field in fields(MixedPrecisionPolicy)}:

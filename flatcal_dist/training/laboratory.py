@@ -251,7 +251,7 @@ def _perturb(network: nn.Module, gradient: list[Tensor], rule: SAM, rho: float) 
     named = [(n, w) for n, w in network.named_parameters() if w.requires_grad]
     eta = getattr(rule, "eta", None)
     stretch = [
-        w.abs() + eta if eta is not None and "weight" in n.rsplit(".", 1)[-1] else 1.0
+        w.abs() + eta if eta is not None and "weight" in n else 1.0
         for n, w in named
     ]
     scaled = [t * g for t, g in zip(stretch, gradient, strict=True)]
