@@ -49,7 +49,7 @@ class Engine(Protocol):
     def leaves_own(self) -> bool:
         """Whether a backward pass that is not reduced leaves this rank's gradient in `shards`."""
 
-    def parameters(self) -> list[nn.Parameter]:
+    def all_parameters(self) -> list[nn.Parameter]:
         """All that the network has now, as the optimizer and the engine know them."""
 
     def zero_gradients(self) -> None: ...
@@ -189,7 +189,7 @@ class ReplicatedEngine:
     def leaves_own(self) -> bool:
         return True
 
-    def parameters(self) -> list[nn.Parameter]:
+    def all_parameters(self) -> list[nn.Parameter]:
         return list(self.named.parameters())
 
     def zero_gradients(self) -> None:

@@ -130,7 +130,7 @@ class ShardedEngine:
     def leaves_own(self) -> bool:
         return False
 
-    def parameters(self) -> list[nn.Parameter]:
+    def all_parameters(self) -> list[nn.Parameter]:
         self._drop_gathered()  # whole ones are other objects
         return list(self.module.parameters())
 

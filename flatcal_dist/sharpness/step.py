@@ -215,7 +215,7 @@ class SharpnessAwareStep:
 
     def _parts(self) -> tuple[list[nn.Parameter], list[bool], list[Tensor]]:
         """The network's parameters, whether each is trained, and what the optimizer holds."""
-        parameters = self.engine.parameters()
+        parameters = self.engine.all_parameters()
         groups = self.engine.optimizer.param_groups
         held = [weight for group in groups for weight in group["params"]]
         return parameters, [w.requires_grad for w in parameters], held

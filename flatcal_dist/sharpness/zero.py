@@ -99,7 +99,7 @@ class ZeroEngine:
     def leaves_own(self) -> bool:
         return False  # its hooks reduce
 
-    def parameters(self) -> list[nn.Parameter]:
+    def all_parameters(self) -> list[nn.Parameter]:
         return list(self.module.parameters())
 
     def zero_gradients(self) -> None:

@@ -250,10 +250,7 @@ def _gradient(
 def _perturb(network: nn.Module, gradient: list[Tensor], rule: SAM, rho: float) -> None:
     named = [(n, w) for n, w in network.named_parameters() if w.requires_grad]
     eta = getattr(rule, "eta", None)
-    stretch = [
-        w.abs() + eta if eta is not None and "weight" in n else 1.0
-        for n, w in named
-    ]
+    stretch = [w.abs() + eta if eta is not None and "weight" in n else 1.0 for n, w in named]
     scaled = [t * g for t, g in zip(stretch, gradient, strict=True)]
     norm = torch.sqrt(sum((s.double() ** 2).sum() for s in scaled))
     for (_, w), t, s in zip(named, stretch, scaled, strict=True):
