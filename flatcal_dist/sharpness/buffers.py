@@ -17,8 +17,9 @@ class BufferState:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.held = [(module, dict(module._buffers)) for module in modules]
         self.buffers = [b for _, own in self.held for b in own.values() if b is not None]
-        self.views = [b.detach() for b in self.buffers]  # the same memory, seen in the same way
-        self.memory = [distinct_memory(view) for view in self.views]
+        # The same memory, seen in the same way; a sparse tensor has no one memory.
+        self.views = [b.detach() if _has_strides(b) else b for b in self.buffers]
+        self.memory = [_as_stored(distinct_memory(view)) for view in self.views]
         self.values = [memory.clone() for memory in self.memory]
 
     @torch.no_grad()
@@ -54,6 +55,12 @@ def distinct_memory(tensor: Tensor) -> Tensor:
             return tensor.as_strided((last + 1,), (1,))
         reach += (size - 1) * stride
     return tensor
+
+
+def _as_stored(tensor: Tensor) -> Tensor:
+    """Without a conjugation or a sign that torch has yet to carry out."""
+    tensor = tensor.conj() if tensor.is_conj() else tensor
+    return torch._neg_view(tensor) if tensor.is_neg() else tensor
 
 
 def _has_strides(tensor: Tensor) -> bool:
