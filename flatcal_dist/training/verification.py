@@ -74,7 +74,7 @@ def _length(lab: Laboratory) -> Iterator[Row]:
         share = result.seen_along / lab.sam.rho
         yield Row("share of rho along e that survives rounding", share, 0.5, above=True)
         cosine = result.seen_cosine
-        yield Row("cosine between e and what is seen of it after rounding", cosine, 0.5, above=True)
+        yield Row("cosine between e and what is seen of it after rounding", cosine, 0.4, above=True)
 
 
 def _restored(lab: Laboratory) -> Iterator[Row]:
