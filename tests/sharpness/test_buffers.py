@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from flatcal_dist.sharpness.buffers import BufferState, distinct_memory
 from tests.ranks import on_ranks
 from tests.sharpness.engines import ENGINES, make_engine, used
 from tests.sharpness.reference import make_network
@@ -29,6 +28,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_state_comes_back(layout):
     """After changes in memory, of shape, and of the name's tensor."""
+    from flatcal_dist.sharpness.buffers import BufferState, distinct_memory
+
     module = nn.Module()
     module.register_buffer("b", LAYOUTS[layout]())
     module.register_buffer("nothing", None)
