@@ -155,10 +155,12 @@ class ReplicatedEngine:
         self.named: nn.Module = getattr(self.module, "_orig_mod", self.module)
         self.optimizer = optimizer
         self.weights = {n: w for n, w in self.named.named_parameters() if w.requires_grad}
-        refuse_unusable(self.weights, optimizer)
         own = {id(w) for w in self.named.parameters()}
-        if not all(id(w) in own for group in optimizer.param_groups for w in group["params"]):
+        if self.weights and not all(
+            id(w) in own for group in optimizer.param_groups for w in group["params"]
+        ):
             raise StepError("the optimizer holds parameters of another network than the step's")
+        refuse_unusable(self.weights, optimizer)
         self.device = next(iter(self.weights.values())).device
         self.world_size = dist.get_world_size(self.group) if self.distributed else 1
         _refuse_part_of_the_world(self.world_size)
