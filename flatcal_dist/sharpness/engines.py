@@ -155,12 +155,12 @@ class ReplicatedEngine:
         self.named: nn.Module = getattr(self.module, "_orig_mod", self.module)
         self.optimizer = optimizer
         self.weights = {n: w for n, w in self.named.named_parameters() if w.requires_grad}
-        own = {id(w) for w in self.named.parameters()}
-        if self.weights and not all(
-            id(w) in own for group in optimizer.param_groups for w in group["params"]
-        ):
-            raise StepError("the optimizer holds parameters of another network than the step's")
         refuse_unusable(self.weights, optimizer)
+        own = {id(w) for w in self.named.parameters()}
+        held = {id(w) for group in optimizer.param_groups for w in group["params"]}
+        if not held <= own:
+            raise StepError("the optimizer holds parameters of another network than the step's")
+        refuse_part(self.weights, held)
         self.device = next(iter(self.weights.values())).device
         self.world_size = dist.get_world_size(self.group) if self.distributed else 1
         _refuse_part_of_the_world(self.world_size)
@@ -339,7 +339,6 @@ def refuse_unusable(weights: dict[str, nn.Parameter], optimizer: torch.optim.Opt
                 f"weight {name} is {weight.dtype}: weights are kept in float32, autocast or the "
                 "engine's precision computes in less; call network.float()"
             )
-    refuse_part(weights, {id(w) for group in optimizer.param_groups for w in group["params"]})
     if type(optimizer).__module__.startswith("accelerate"):
         raise StepError(
             "the optimizer was prepared by Accelerate, which would scale and skip for itself: give "

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
 from flatcal_dist.sharpness.engines import (
     Arrangement,
+    refuse_part,
     refuse_unusable,
     slots_by_parameter,
     stack,
@@ -60,6 +61,7 @@ class ShardedEngine:
         self.weights = {n: w for n, w in self.parameters.items() if w.requires_grad}
         self.blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
         refuse_unusable(self.weights, optimizer)
+        refuse_part(self.weights, {id(w) for w in parameters_of(optimizer)})
         first = next(iter(self.weights.values()))
         self.device = first.to_local().device
         self.world_size = dist.get_world_size()
