@@ -4,13 +4,16 @@ import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from torch import nn
 
 from flatcal_dist.config import ConfigError, load
 from flatcal_dist.training.faults import refuse_fault
 from tests.launching import launch
 from tests.ranks import on_ranks
+from tests.sharpness import zoo
 
 CSAM = Path(__file__).parents[1] / "configs/digits/csam.yaml"
 NAMES = {
@@ -77,8 +80,43 @@ def test_rules_that_do_not_perturb_in_each_step_and_smoothed_labels():
 def test_low_precision(precision):
     half = [f"train.precision={precision}"]
     right, norm = on_ranks(2, failing, [(None, half), ("norm", half)])[0]
-    assert right == (13, [])
+    assert right == (14, [])
     assert norm[1] == [NAMES["norm"]], "a tenth off, which the bounds of rounding would not see"
+
+
+def test_a_perturbation_that_rounding_turns_away_is_seen():
+    """At a small rho what is left of e in bf16 is long enough, but it is noise."""
+    small = ["train.precision=bf16", "sharpness.rho=0.001"]
+    [(_, failed)] = on_ranks(1, failing, [(None, small)])[0]
+    assert "cosine between e and what is seen of it after rounding" in failed
+
+
+def failing_with(rank: int, world_size: int, cases: list) -> list[tuple[int, list[str]]]:
+    """As `failing`, with a network that reads buffers in its forward pass."""
+    from flatcal_dist.training import build
+
+    def with_odd_buffers(name, classes, channels, size, options):
+        pixels = nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, 6))
+        odd = [zoo.make(name) for name in ("renorm", "spectral norm, old", "starts as None")]
+        return nn.Sequential(pixels, Mean(odd), nn.Linear(zoo.CLASSES, classes))
+
+    with patch.object(build, "build", with_odd_buffers):
+        return failing(rank, world_size, cases)
+
+
+class Mean(nn.Module):
+    def __init__(self, networks):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, x):
+        return sum(network(x) for network in self.networks) / len(self.networks)
+
+
+def test_networks_whose_forward_pass_reads_buffers():
+    """Each rank has buffers of its own, in the reference too."""
+    each = ["sharpness.rule=sam", "sharpness.per_micro_batch=true", "sharpness.scope=rank"]
+    assert on_ranks(2, failing_with, [(None, []), (None, each)])[0] == [(12, []), (11, [])]
 
 
 def test_the_command_prints_saves_and_exits(tmp_path):

@@ -11,12 +11,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.loss_scale import LossScale
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
 from flatcal_dist.sharpness.networks import refuse_sparse, refuse_unheld, sparse_refused
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
+
+NOT_ROUNDED = (
+    nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.PReLU
+)  # fmt: skip
 
 
 class Engine(Protocol):
@@ -44,6 +49,9 @@ class Engine(Protocol):
 
     def leaves_own(self) -> bool:
         """Whether a backward pass that is not reduced leaves this rank's gradient in `shards`."""
+
+    def all_parameters(self) -> list[nn.Parameter]:
+        """All that the network has now, as the optimizer and the engine know them."""
 
     def zero_gradients(self) -> None: ...
 
@@ -151,8 +159,10 @@ class ReplicatedEngine:
         self.weights = {n: w for n, w in self.named.named_parameters() if w.requires_grad}
         refuse_unusable(self.weights, optimizer)
         own = {id(w) for w in self.named.parameters()}
-        if not all(id(w) in own for group in optimizer.param_groups for w in group["params"]):
+        held = {id(w) for group in optimizer.param_groups for w in group["params"]}
+        if not held <= own:
             raise StepError("the optimizer holds parameters of another network than the step's")
+        refuse_part(self.weights, held)
         self.device = next(iter(self.weights.values())).device
         self.world_size = dist.get_world_size(self.group) if self.distributed else 1
         _refuse_part_of_the_world(self.world_size)
@@ -162,7 +172,7 @@ class ReplicatedEngine:
                 "the network was prepared by Accelerate in mixed precision, and the engine was not "
                 "told: give it torch.bfloat16 or torch.float16, whose losses have to be scaled"
             )
-        self.compute_dtype = compute_dtype
+        self.dtypes = _dtypes_under_autocast(self.named, compute_dtype)
         self.scale = LossScale.start(compute_dtype)
         self.backup = Backup()
 
@@ -191,6 +201,9 @@ class ReplicatedEngine:
     def leaves_own(self) -> bool:
         return not self.reduces_always
 
+    def all_parameters(self) -> list[nn.Parameter]:
+        return list(self.named.parameters())
+
     def zero_gradients(self) -> None:
         self.module.zero_grad(set_to_none=True)
 
@@ -218,8 +231,9 @@ class ReplicatedEngine:
     @contextmanager
     def moved(self, shards: Shards) -> Iterator[Displacement]:
         weights = list(shards.weights)
+        dtypes = [self.dtypes[name] for name in shards.names]
         with self.backup.moved(shards) as before:
-            yield lambda: measure(weights, before, [w.grad for w in weights], self.compute_dtype)
+            yield lambda: measure(weights, before, [w.grad for w in weights], dtypes)
 
     def gradient_norm(self) -> Tensor:
         return squared_norm(self.shards().gradients).to(self.device).sqrt() / self.loss_scale
@@ -244,7 +258,7 @@ class ReplicatedEngine:
 
     def synchronize_buffers(self) -> None:
         if self.distributed:
-            broadcast(self.module.buffers(), self.group)
+            broadcast_buffers(self.module, self.group)
 
     @property
     def inference(self) -> nn.Module:
@@ -261,6 +275,7 @@ class ReplicatedEngine:
         }
 
     def load_local_state(self, state: dict[str, Any]) -> None:
+        set_buffers(self.named, state["weights"], self.device)  # some may have changed their shape
         self.named.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scale = LossScale(**state["scale"])
@@ -283,6 +298,22 @@ class ReplicatedEngine:
 
     def set_loss_scale(self, value: float) -> None:
         self.scale.value = value
+
+
+def _dtypes_under_autocast(network: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """In which each parameter is used: autocast rounds what is multiplied with activations.
+
+    Parameters of norm layers, embeddings and the like it leaves as they are.
+    """
+    kept = {id(w) for m in network.modules() if _keeps(m) for w in m.parameters(recurse=False)}
+    return {
+        name: torch.float32 if id(weight) in kept else dtype
+        for name, weight in network.named_parameters()
+    }
+
+
+def _keeps(module: nn.Module) -> bool:
+    return isinstance(module, NOT_ROUNDED) or "norm" in type(module).__name__.lower()
 
 
 def slots_by_parameter(
@@ -335,6 +366,18 @@ def refuse_unusable(weights: dict[str, nn.Parameter], optimizer: torch.optim.Opt
         )
 
 
+def refuse_part(weights: dict[str, nn.Parameter], held: set[int]) -> None:
+    """Raises StepError if an optimizer with parameters of these ids lacks a trainable weight."""
+    lacking = [name for name, weight in weights.items() if id(weight) not in held]
+    if lacking:
+        raise StepError(
+            f"the optimizer holds {len(weights) - len(lacking)} of {len(weights)} trainable "
+            f"weights, and not {lacking[0]}: a perturbation and a gradient norm would still have "
+            "them. Freeze what is not to be trained, requires_grad_(False), or give it to the "
+            "optimizer"
+        )
+
+
 def _refuse_part_of_the_world(ranks: int) -> None:
     running = dist.get_world_size() if dist.is_initialized() else 1
     if 1 < ranks < running:
@@ -348,9 +391,3 @@ def _refuse_part_of_the_world(ranks: int) -> None:
             "meant, wrap it in DistributedDataParallel first",
             stacklevel=3,
         )
-
-
-def broadcast(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Those of the first rank to all ranks of the group (None: all that run), in place."""
-    for tensor in tensors:
-        dist.broadcast(tensor, group=group, group_src=0)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
 from flatcal_dist.sharpness.engines import (
     Arrangement,
-    broadcast,
+    refuse_part,
     refuse_unusable,
     slots_by_parameter,
     stack,
@@ -27,6 +28,7 @@ from flatcal_dist.sharpness.engines import (
 )
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.fsdp2_passes import end_passes, forget_gradients, refuse_unknown
+from flatcal_dist.sharpness.fsdp2_start import in_full_precision
 from flatcal_dist.sharpness.fsdp2_state import copy_into, join, parameters_of, sharded_like, split
 from flatcal_dist.sharpness.loss_scale import LossScale
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
@@ -60,6 +62,7 @@ class ShardedEngine:
         self.weights = {n: w for n, w in self.parameters.items() if w.requires_grad}
         self.blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
         refuse_unusable(self.weights, optimizer)
+        refuse_part(self.weights, {id(w) for w in parameters_of(optimizer)})
         first = next(iter(self.weights.values()))
         self.device = first.to_local().device
         self.world_size = dist.get_world_size()
@@ -67,7 +70,10 @@ class ShardedEngine:
         self.replicas = self._replicas(dist.get_process_group_ranks(self.group))
         self.averaged = False  # the gradient that is there, over replicas
         self.scope: Scope | None = None
-        self.compute_dtype = compute_dtype
+        whole = in_full_precision(model)
+        self.dtypes = {
+            n: torch.float32 if id(w) in whole else compute_dtype for n, w in self.weights.items()
+        }
         self.scale = LossScale.start(compute_dtype)
         self.backup = Backup()
 
@@ -128,6 +134,10 @@ class ShardedEngine:
     def leaves_own(self) -> bool:
         return False
 
+    def all_parameters(self) -> list[nn.Parameter]:
+        self._drop_gathered()  # whole ones are other objects
+        return list(self.module.parameters())
+
     def zero_gradients(self) -> None:
         for weight in self.weights.values():
             weight.grad = None
@@ -186,6 +196,7 @@ class ShardedEngine:
     @contextmanager
     def moved(self, shards: Shards) -> Iterator[Displacement]:
         names, weights = list(shards.names), list(shards.weights)
+        dtypes = [self.dtypes[name] for name in names]
         self._drop_gathered()
         with self.backup.moved(shards) as before:
 
@@ -193,7 +204,7 @@ class ShardedEngine:
                 self._average()
                 gradients = [self.weights[name].grad for name in names]
                 local = [g if g is None else g.to_local() for g in gradients]
-                return measure(weights, before, local, self.compute_dtype, self.total)
+                return measure(weights, before, local, dtypes, self.total)
 
             try:
                 yield displacement
@@ -231,7 +242,7 @@ class ShardedEngine:
         return total.tolist()
 
     def synchronize_buffers(self) -> None:
-        broadcast(self.module.buffers())
+        broadcast_buffers(self.module)
 
     @torch.no_grad()
     def full_weights(self) -> dict[str, Tensor]:
@@ -272,7 +283,7 @@ class ShardedEngine:
             )
         self._drop_gathered()
         copy_into({n: w.to_local() for n, w in self.weights.items()}, state["weights"])
-        copy_into(dict(self.module.named_buffers()), state["buffers"])
+        set_buffers(self.module, state["buffers"], self.device)
         saved = state["optimizer"]
         parameters = parameters_of(self.optimizer)
         joined = {i: join(s, parameters[i]) for i, s in saved["state"].items()}

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from flatcal_dist.sharpness.engines import broadcast
+from flatcal_dist.sharpness.buffers import broadcast, broadcast_buffers
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.networks import refuse_unheld
 
@@ -62,7 +62,7 @@ def shard(
         for weight in network.parameters():
             weight.data = weight.data.contiguous()  # no other layout (channels_last) has rows
         broadcast(network.parameters())
-        broadcast(network.buffers())
+        broadcast_buffers(network)
     group = dist.group.WORLD if ranks == world_size else dist.new_subgroups(ranks)[0]
     mesh = DeviceMesh.from_group(group, device.type)
     policy = MixedPrecisionPolicy()
@@ -99,6 +99,12 @@ def _blocks(network: nn.Module) -> list[nn.Module]:
         if not isinstance(child, (nn.ModuleList, nn.ModuleDict))
         and all(users[w] <= set(child.modules()) for w in child.parameters())
     ]
+
+
+def in_full_precision(network: nn.Module) -> set[int]:
+    """Ids of the parameters that passes use in fp32 whatever their precision."""
+    norms = [norm for norms in _norms_with_statistics(network) for norm in norms]
+    return {id(weight) for norm in norms for weight in norm.parameters()}
 
 
 def _users(network: nn.Module) -> dict[nn.Parameter, set[nn.Module]]:

@@ -2,13 +2,25 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flatcal_dist.sharpness.rules import Shards, dot, squared_norm
 
-Displacement = Callable[[], tuple[Tensor, Tensor, Tensor]]  # as `measure` gives it
+
+class Measured(NamedTuple):
+    """Of a perturbation e, and of what the forward pass saw of it after rounding. Scalars."""
+
+    cosine: Tensor  # between e and the descent gradient
+    perturbation_norm: Tensor  # length of e
+    effective_rho: Tensor  # length of what was seen; the noise of rounding adds to it
+    seen_along: Tensor  # component of what was seen along e
+    seen_cosine: Tensor  # between what was seen and e
+
+
+Displacement = Callable[[], Measured]
 
 
 class Backup:
@@ -75,22 +87,35 @@ def measure(
     moved: Sequence[Tensor],
     before: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
-    compute_dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype],
     total: Callable[[Tensor], Tensor] = lambda part: part,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine between moved - before and the gradients; length of the move; length after rounding.
+) -> Measured:
+    """Compare e = moved - before with the gradients, and with its own image after rounding.
 
-    One tensor's difference is held at a time. A parameter without a gradient counts as zero there.
+    dtypes: in which each weight is used. total: sums a tensor over the ranks that hold other
+    parts. One tensor's difference is held at a time. A parameter without a gradient counts as zero
+    there.
     """
-    parts = torch.zeros(4, dtype=torch.float64, device=moved[0].device if moved else None)
-    for now, then, gradient in zip(moved, before, gradients, strict=True):
+    parts = torch.zeros(5, dtype=torch.float64, device=moved[0].device if moved else None)
+    for now, then, gradient, dtype in zip(moved, before, gradients, dtypes, strict=True):
         e = now - then
-        seen = now.to(compute_dtype).float() - then.to(compute_dtype).float()
+        seen = now.to(dtype).float() - then.to(dtype).float()
         parts[1] += squared_norm([e])
         parts[3] += squared_norm([seen])
+        parts[4] += dot([e], [seen])
         if gradient is not None:
             parts[0] += dot([e], [gradient])
             parts[2] += squared_norm([gradient])
-    product, e_square, g_square, seen_square = total(parts)
-    lengths = (e_square * g_square).sqrt()
-    return torch.where(lengths > 0, product / lengths, 0.0), e_square.sqrt(), seen_square.sqrt()
+    product, e_square, g_square, seen_square, seen_product = total(parts)
+    length, seen_length = e_square.sqrt(), seen_square.sqrt()
+    return Measured(
+        _ratio(product, length * g_square.sqrt()),
+        length,
+        seen_length,
+        _ratio(seen_product, length),
+        _ratio(seen_product, length * seen_length),
+    )
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(b > 0, a / b, 0.0)

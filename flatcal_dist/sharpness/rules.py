@@ -104,8 +104,9 @@ class CSAM(SAM):
 class ASAM(SAM):
     """Adaptive SAM (Kwon et al., ICML 2021): e = rho * T^2 g / ||T g||_2, scale-invariant.
 
-    T = |w| + eta, element by element, for parameters named `weight` (those of norm layers
-    included), 1 for all others, as in the authors' code. rho is about ten times SAM's.
+    T = |w| + eta, element by element, for parameters whose whole name contains `weight` (norm
+    layers and parametrizations.weight.original0 included), 1 for all others, as in the authors'
+    code. rho is about ten times SAM's.
     """
 
     eta: float = 0.01
@@ -135,7 +136,7 @@ class ASAM(SAM):
 
     @staticmethod
     def _adapts(name: str) -> bool:
-        return "weight" in name.rsplit(".", 1)[-1]
+        return "weight" in name
 
 
 @dataclass(frozen=True)

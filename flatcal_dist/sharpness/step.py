@@ -7,16 +7,18 @@ are reduced, what a non-finite value means for all ranks, and that nothing outli
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatcal_dist.losses import cross_entropy
 from flatcal_dist.sharpness.engines import Engine
 from flatcal_dist.sharpness.errors import StepError
+from flatcal_dist.sharpness.move import Measured
 from flatcal_dist.sharpness.replay import SameFunctionTwice
 from flatcal_dist.sharpness.rules import SAM, Loss, Shards
 from flatcal_dist.sharpness.scope import Scope
@@ -32,10 +34,11 @@ class StepResult:
     difference is the sharpness. skipped: a value was not finite on some rank in either pass, so no
     rank moved. stop: some rank passed stop=True. votes: sums of the ranks' own. None in a step
     without a perturbation: perturbed_loss and ascent_gradient_norm (of a scope smaller than all
-    ranks, the mean of the ranks' own norms). Only with measure=True: cosine, between the
-    perturbation (SAM's: the ascent gradient) and the descent gradient; perturbation_norm, its
-    length; effective_rho, the length that the forward pass saw after rounding to its precision;
-    means over the ranks.
+    ranks, the mean of the ranks' own norms). Only with measure=True, means over the ranks: cosine,
+    between the perturbation e (SAM's: the ascent gradient) and the descent gradient;
+    perturbation_norm, the length of e; and of what the forward pass saw of e, after rounding to
+    its precision: effective_rho, its length, to which the noise of rounding adds; seen_along, its
+    component along e; seen_cosine, between it and e, which tells whether the direction survived.
     """
 
     loss: float
@@ -48,6 +51,8 @@ class StepResult:
     cosine: float | None = None
     perturbation_norm: float | None = None
     effective_rho: float | None = None
+    seen_along: float | None = None
+    seen_cosine: float | None = None
     votes: tuple[float, ...] = ()
 
 
@@ -92,7 +97,7 @@ class SharpnessAwareStep:
         self.loss: Loss = loss or _plain_cross_entropy
         self.taken = 0
         self.memory: dict[str, Tensor] | None = None
-        self.trainable = self._trainable()
+        self.built_with = self._parts()
         self.descent_loss = self.loss
         if rule:
             if rule.remembers and (per_micro_batch or not self.scope.everyone):
@@ -114,10 +119,11 @@ class SharpnessAwareStep:
     ) -> StepResult:
         """Take the step on this rank's (inputs, target) pairs, as many on every rank.
 
-        samples: size of the global batch over all ranks and micro-batches; one more small reduction
-        finds it when it is not given, and checks that ranks have as many pairs. stop: this rank
-        wishes to end; the result tells all ranks. measure: also cosine, perturbation_norm and
-        effective_rho. votes: numbers of this rank, as many on each, of which all learn the sums.
+        samples: size of the global batch over all ranks and micro-batches, as many as the losses
+        of a pass. One more small reduction finds it when it is not given, from targets or inputs
+        that are tensors, and checks that ranks have as many pairs. stop: this rank wishes to end;
+        the result tells all ranks. measure: also what StepResult has only then. votes: numbers of
+        this rank, as many on each, of which all learn the sums.
 
         Raises StepError for a batch that cannot be taken; nothing has changed then.
         """
@@ -127,7 +133,7 @@ class SharpnessAwareStep:
         perturbs = self.rule is not None and self.rule.perturbs_at(self.taken)
         seen = Seen(engine.device)
 
-        with SameFunctionTwice(engine.module, engine.device) as replay:
+        with _no_weights_in_autocast(), SameFunctionTwice(engine.module, engine.device) as replay:
             engine.zero_gradients()
             if perturbs:
                 units = [[m] for m in micro_batches] if self.per_micro_batch else [micro_batches]
@@ -138,7 +144,13 @@ class SharpnessAwareStep:
                 self._plain_gradient(micro_batches, share, seen)
             norm = engine.gradient_norm()
             total = self._agree(seen, norm, stop, votes)
-            skipped = total[7] > 0
+            if total.losses != samples:
+                engine.zero_gradients()
+                raise StepError(
+                    f"the passes gave {total.losses:.0f} losses for {samples} samples: give the "
+                    "step samples=, the number of losses over all ranks and micro-batches"
+                )
+            skipped = total.skip > 0
             if skipped:
                 replay.undo()
                 engine.skip()
@@ -147,18 +159,17 @@ class SharpnessAwareStep:
                 engine.update(norm, self.clip_norm)
             self.taken += 1
         over = engine.world_size * (len(units) if perturbs else 1)
+        measured = Measured(*(value / over for value in total.measured)) if measure else None
         return StepResult(
-            loss=total[0] / samples,
-            perturbed_loss=total[1] / samples if perturbs else None,
-            ascent_gradient_norm=total[2] / over if perturbs else None,
-            cosine=total[3] / over if perturbs and measure else None,
-            perturbation_norm=total[4] / over if perturbs and measure else None,
-            effective_rho=total[5] / over if perturbs and measure else None,
-            gradient_norm=total[6] / engine.world_size,
+            loss=total.loss / samples,
+            perturbed_loss=total.perturbed_loss / samples if perturbs else None,
+            ascent_gradient_norm=total.ascent_norm / over if perturbs else None,
+            gradient_norm=total.norm / engine.world_size,
             skipped=skipped,
-            stop=total[8] > 0,
+            stop=total.stop > 0,
             loss_scale=engine.loss_scale,
-            votes=tuple(total[9:]),
+            votes=tuple(total.votes),
+            **(measured._asdict() if perturbs and measured else {}),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,16 +183,23 @@ class SharpnessAwareStep:
     def _checked(self, micro_batches: MicroBatches, samples: int | None) -> int:
         """The size of the global batch. Raises StepError, where ranks differ on all of them."""
         pairs = all(isinstance(m, tuple | list) and len(m) == 2 for m in micro_batches)
-        count, mine = len(micro_batches), 0
-        if pairs:
-            mine = sum(len(target) for _, target in micro_batches)
-        even = True
+        count = len(micro_batches)
+        pairs = all(isinstance(m, tuple | list) and len(m) == 2 for m in micro_batches)
+        sizes = [_size(*m) for m in micro_batches] if pairs and samples is None else []
+        counted, even = None not in sizes, True
         if samples is None:
-            total = self.engine.sum([float(mine), float(count), float(count**2), float(not pairs)])
+            mine = sum(size or 0 for size in sizes)
+            found = [mine, count, count**2, not pairs, not counted]
+            total = self.engine.sum([float(number) for number in found])
             samples, even = round(total[0]), self.engine.world_size * total[2] == total[1] ** 2
-            pairs = not total[3]
+            pairs, counted = not total[3], not total[4]
         if not pairs:
             raise StepError("a step takes a list of (inputs, target) pairs, one per micro-batch")
+        if not counted:
+            raise StepError(
+                "neither target nor inputs are a tensor with one row a sample: give the step "
+                "samples=, the number of samples over all ranks and micro-batches"
+            )
         if not even:
             raise StepError(
                 "ranks have different numbers of micro-batches, here "
@@ -192,18 +210,33 @@ class SharpnessAwareStep:
             raise StepError(f"nothing to learn from: {count} micro-batches, {samples} samples")
         if not 0 <= self.rho < math.inf:
             raise StepError(f"rho must be finite and not negative, and was set to {self.rho}")
-        if self._trainable() != self.trainable:
-            raise StepError(
-                "parameters were frozen or thawed after the step was built: build engine, "
-                "optimizer and step again"
-            )
+        self._refuse_changed()
         return samples
 
-    def _trainable(self) -> list[bool]:
-        return [w.requires_grad for w in self.engine.module.parameters()]
+    def _parts(self) -> tuple[list[nn.Parameter], list[bool], list[Tensor]]:
+        """The network's parameters, whether each is trained, and what the optimizer holds."""
+        parameters = self.engine.all_parameters()
+        groups = self.engine.optimizer.param_groups
+        held = [weight for group in groups for weight in group["params"]]
+        return parameters, [w.requires_grad for w in parameters], held
+
+    def _refuse_changed(self) -> None:
+        """Raises StepError if network or optimizer have other parameters than when it was built."""
+        (parameters, trained, held), now = self.built_with, self._parts()
+        what = None
+        if not _same(parameters, now[0]):
+            what = "parameters of the network were added, removed or replaced"
+        elif trained != now[1]:
+            what = "parameters were frozen or thawed"
+        elif not _same(held, now[2]):
+            what = "parameters of the optimizer were added, removed or replaced"
+        if what:
+            raise StepError(
+                f"{what} after the step was built: build engine, optimizer and step again"
+            )
 
     def _plain_gradient(self, micro_batches: MicroBatches, share: float, seen: "Seen") -> None:
-        seen.loss = seen.loss + self._pass(micro_batches, self.loss, share)
+        seen.add_losses(*self._pass(micro_batches, self.loss, share))
         if self.rule and self.rule.remembers and self.memory:
             with torch.no_grad():
                 self.rule.correct_(self.memory, self.engine.shards(), self.engine.total)
@@ -226,25 +259,22 @@ class SharpnessAwareStep:
         alone = self.scope.ranks == 1 and not self.per_micro_batch and engine.leaves_own()
         in_place = overlapped or alone
         if in_place:
-            seen.loss = seen.loss + self._pass(micro_batches, self.loss, share, overlapped)
+            seen.add_losses(*self._pass(micro_batches, self.loss, share, overlapped))
             shards = engine.shards()
             shards.own = not overlapped  # nothing was reduced: no engine counts on this memory
         else:
-            loss, shards = self._own_gradient(micro_batches, share / self.scope.ranks)
-            seen.loss = seen.loss + loss
+            shards, *losses = self._own_gradient(micro_batches, share / self.scope.ranks)
+            seen.add_losses(*losses)
         norm, kept = self._gradient_to_perturbation_(shards)
         replay.rewind()
         with engine.moved(shards) as displacement:
             if in_place:
                 engine.zero_gradients()
-            seen.perturbed_loss = seen.perturbed_loss + self._pass(
-                micro_batches, self.descent_loss, share, last
-            )
+            perturbed_loss, _ = self._pass(micro_batches, self.descent_loss, share, last)
+            seen.perturbed_loss = seen.perturbed_loss + perturbed_loss
             if measure:
-                cosine, length, effective = displacement()
-                seen.cosine = seen.cosine + cosine
-                seen.length = seen.length + length
-                seen.effective_rho = seen.effective_rho + effective
+                new = displacement()
+                seen.measured = [old + value for old, value in zip(seen.measured, new, strict=True)]
         replay.forward()
         seen.ascent_norm = seen.ascent_norm + norm / engine.loss_scale
         if rule.remembers:
@@ -256,21 +286,26 @@ class SharpnessAwareStep:
         """e in place of the gradients; the norm that they had; e again, if the rule keeps it."""
         norm = self.engine.total(self.rule.squared_norm(shards)).sqrt()
         self.rule.perturbation_(shards, torch.where(norm > 0, self.rho / norm, 0.0))
+        # After an overflow the step will be skipped. Until all ranks agree on that no network is to
+        # run on weights of NaN: it may check its values, or use them as indices.
+        overflow = ~norm.isfinite()
+        for gradient in shards.gradients:
+            gradient.masked_fill_(overflow, 0.0)
         if not self.rule.remembers:
             return norm, None
         return norm, {n: e.clone() for n, e in zip(shards.names, shards.gradients, strict=True)}
 
     def _pass(
         self, micro_batches: MicroBatches, loss: Loss, share: float, reduce: bool = True
-    ) -> Tensor:
+    ) -> tuple[Tensor, int]:
         """Accumulate the gradient of share * (sum of losses); reduce it with the last micro-batch.
 
-        Returns the sum of this rank's losses, those of the ascent, a float64 scalar.
+        Returns the sum of this rank's losses, those of the ascent, a float64 scalar; their number.
         """
         # Inside somebody's outer autocast block the low-precision copies of the weights would
         # outlive the perturbation: pass two would silently see the weights of pass one.
         torch.clear_autocast_cache()
-        total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        total, count = torch.zeros((), dtype=torch.float64, device=self.engine.device), 0
         for number, (inputs, target) in enumerate(micro_batches, start=1):
             with self.engine.accumulation(reduce and number == len(micro_batches)):
                 logits = self.engine.model(inputs)
@@ -278,45 +313,47 @@ class SharpnessAwareStep:
                 self.engine.backward(losses.sum() * share)
             seen = losses if loss is self.loss else self.loss(logits.detach(), target)
             total += seen.detach().sum()
-        return total
+            count += len(losses)
+        return total, count
 
-    def _own_gradient(self, micro_batches: MicroBatches, share: float) -> tuple[Tensor, Shards]:
+    def _own_gradient(
+        self, micro_batches: MicroBatches, share: float
+    ) -> tuple[Shards, Tensor, int]:
         """As `_pass`, with the gradient left on this rank, then summed over the ranks in scope.
 
         It comes from autograd itself: no engine sees it, and what an engine accumulates stays.
         """
         torch.clear_autocast_cache()
         engine = self.engine
-        total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        total, count = torch.zeros((), dtype=torch.float64, device=engine.device), 0
         shards = engine.whole_weights()
         gradients: list[Tensor | None] = [None] * len(shards.weights)
         for inputs, target in micro_batches:
             logits = engine.module(inputs)
-            losses = _per_sample(self.loss(logits, target), logits, engine).sum()
-            new = list(
-                torch.autograd.grad(
-                    losses * share * engine.loss_scale, shards.weights, allow_unused=True
-                )
-            )
+            losses = _per_sample(self.loss(logits, target), logits, engine)
+            count += len(losses)
+            scaled = losses.sum() * share * engine.loss_scale
+            new = list(torch.autograd.grad(scaled, shards.weights, allow_unused=True))
             for i in reversed(range(len(new))):
                 gradient = new.pop()  # autograd may give one tensor for several parameters: copy
                 if gradient is not None and gradients[i] is None:
                     gradients[i] = torch.empty_like(shards.weights[i]).copy_(gradient)
                 elif gradient is not None:
                     gradients[i].add_(gradient)
-            total += losses.detach()
+            total += losses.detach().sum()
         shards.gradients = [
             torch.zeros_like(w) if g is None else g
             for w, g in zip(shards.weights, gradients, strict=True)
         ]
         self.scope.sum_(shards.gradients)
-        return total, shards
+        return shards, total, count
 
-    def _agree(self, seen: "Seen", norm: Tensor, stop: bool, votes: Sequence[float]) -> list[float]:
-        """Sums over ranks: of all seen, ranks that must skip, wish to stop; votes."""
+    def _agree(self, seen: "Seen", norm: Tensor, stop: bool, votes: Sequence[float]) -> "Totals":
+        """Sums over ranks, by one reduction."""
         mine = torch.stack([*seen.numbers(), norm.double()])
         skip = 1 - mine.isfinite().all().double()
-        return self.engine.sum([*mine, skip, float(stop), *votes])
+        mine = [*mine, skip, float(stop), float(seen.losses), *votes]
+        return Totals.of(self.engine.sum(mine))
 
 
 class Seen:
@@ -325,14 +362,62 @@ class Seen:
     def __init__(self, device: torch.device) -> None:
         zero = torch.zeros((), dtype=torch.float64, device=device)
         self.loss = self.perturbed_loss = self.ascent_norm = zero
-        self.cosine = self.length = self.effective_rho = zero
+        self.measured = [zero] * len(Measured._fields)
+        self.losses = 0  # their number, in one pass
         self.memory: dict[str, Tensor] | None = None
 
+    def add_losses(self, loss: Tensor, count: int) -> None:
+        """Of one unit's first pass."""
+        self.loss = self.loss + loss
+        self.losses += count
+
     def numbers(self) -> list[Tensor]:
-        return [
-            self.loss, self.perturbed_loss, self.ascent_norm,
-            self.cosine, self.length, self.effective_rho,
-        ]  # fmt: skip
+        return [self.loss, self.perturbed_loss, self.ascent_norm, *self.measured]
+
+
+class Totals(NamedTuple):
+    """Sums over the ranks: of what they saw, of those that must skip or wish to stop, of votes."""
+
+    loss: float
+    perturbed_loss: float
+    ascent_norm: float
+    measured: list[float]
+    norm: float
+    skip: float
+    stop: float
+    losses: float
+    votes: list[float]
+
+    @classmethod
+    def of(cls, sums: list[float]) -> "Totals":
+        """In the order in which `_agree` gives them."""
+        count = len(Measured._fields)
+        first, measured, rest = sums[:3], sums[3 : 3 + count], sums[3 + count :]
+        return cls(*first, measured, *rest[:4], rest[4:])
+
+
+@contextmanager
+def _no_weights_in_autocast() -> Iterator[None]:
+    """Inside somebody's outer autocast block the low-precision copies of weights are kept.
+
+    Whatever comes after the step would see those of w + e, or of w before the optimizer's step.
+    """
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+def _size(inputs: Any, target: Any) -> int | None:
+    """How many samples a micro-batch has; None where neither is a tensor that tells."""
+    for tensor in (target, inputs):
+        if isinstance(tensor, Tensor) and tensor.dim() > 0:
+            return len(tensor)
+    return None
+
+
+def _same(a: Sequence[object], b: Sequence[object]) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 def _per_sample(losses: Tensor, logits: Tensor, engine: Engine) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flatcal_dist.sharpness.engines import Arrangement, broadcast, stack, with_groups
+from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
+from flatcal_dist.sharpness.engines import Arrangement, refuse_part, stack, with_groups
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
 from flatcal_dist.sharpness.networks import sparse_refused
@@ -44,6 +45,8 @@ class ZeroEngine:
         self.device = torch.device(model.device)
         self.world_size = dist.get_world_size()
         self.layout: Layout = layout_of(model)
+        held = {id(weight) for group in self.layout.groups for weight in group}
+        refuse_part(dict(self._trained()), held)
         if any(part.master.data_ptr() == part.used.data_ptr() for part in self.layout.parts):
             raise StepError(
                 "this DeepSpeed keeps one copy of the weights where we count on two: use the "
@@ -97,6 +100,9 @@ class ZeroEngine:
     def leaves_own(self) -> bool:
         return False  # its hooks reduce
 
+    def all_parameters(self) -> list[nn.Parameter]:
+        return list(self.module.parameters())
+
     def zero_gradients(self) -> None:
         self._refresh()
         self.layout.clear_gradients()
@@ -147,7 +153,8 @@ class ZeroEngine:
             now = targets if self.precision != torch.float32 else [p.used for p in parts]
             masters = [p.master for p in parts]
             gradients = self.layout.gradients()
-            return measure(now, masters, gradients, self.precision, self._over_ranks)
+            dtypes = [self.precision] * len(parts)
+            return measure(now, masters, gradients, dtypes, self._over_ranks)
 
         try:
             with torch.no_grad():
@@ -177,7 +184,7 @@ class ZeroEngine:
                     deepspeed.utils.safe_get_full_grad(w) if self.reduced else w.grad
                     for w in weights
                 ]
-                return measure(weights, before, gradients, self.precision)
+                return measure(weights, before, gradients, [self.precision] * len(weights))
 
             yield displacement
 
@@ -220,7 +227,7 @@ class ZeroEngine:
         return self._over_ranks(stack(values, self.device)).tolist()
 
     def synchronize_buffers(self) -> None:
-        broadcast(self.module.buffers())
+        broadcast_buffers(self.module)
 
     @property
     def inference(self) -> nn.Module:
@@ -269,8 +276,7 @@ class ZeroEngine:
             vars(self.scaler).update(state["scale"])
         for name, weight in self._frozen():
             self.layout.frozen(weight).copy_(state["frozen"][name])
-        for name, buffer in self.module.named_buffers():
-            buffer.copy_(state["buffers"][name])
+        set_buffers(self.module, state["buffers"], self.device)
         self.stale = True
         self._refresh()
 

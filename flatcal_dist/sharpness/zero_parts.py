@@ -163,9 +163,10 @@ class PartitionedWeights:
 
     def __init__(self, zero: deepspeed.DeepSpeedEngine) -> None:
         self.zero = zero.optimizer
+        self.groups = self.zero.fp16_groups
         names = {parameter: name for name, parameter in zero.module.named_parameters()}
         self.cuts: list[tuple[str, nn.Parameter, int, int]] = []  # name, of what, start, length
-        for group in self.zero.fp16_groups:
+        for group in self.groups:
             for parameter in group:
                 size = parameter.ds_tensor.ds_numel
                 start = dist.get_rank(parameter.ds_process_group) * size

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flatcal_dist.sharpness.engines import refuse_part
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.networks import refuse_unheld
 from flatcal_dist.sharpness.zero_parts import deepspeed, layout_of
@@ -39,6 +40,8 @@ def start_zero(
             "DeepSpeed does not run float16 on this machine; use bfloat16 (CPUs have it) or float32"
         )
     refuse_unheld(network, "DeepSpeed")
+    trained = {name: w for name, w in network.named_parameters() if w.requires_grad}
+    refuse_part(trained, {id(w) for group in optimizer.param_groups for w in group["params"]})
     if not dist.is_initialized():
         _join_alone()
     if precision != torch.float32:

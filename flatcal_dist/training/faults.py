@@ -66,9 +66,9 @@ def batch_norm(engine: type) -> Iterator[None]:
     """The perturbed pass counts in the running statistics."""
     original = SameFunctionTwice._set_buffers
 
-    def keep(self, values):
-        if values is self.buffers_before:
-            original(self, values)
+    def keep(self, state):
+        if state is self.buffers_before:
+            original(self, state)
 
     with patch.object(SameFunctionTwice, "_set_buffers", keep):
         yield

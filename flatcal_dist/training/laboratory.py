@@ -25,6 +25,7 @@ MICRO_BATCHES = (7, 5)  # images: two, uneven, and enough for batch statistics
 STREAM = 1000  # seed of rank r's random stream: STREAM + r
 RATE, MOMENTUM = 0.05, 0.9
 Weights = dict[str, Tensor]
+Buffers = list[dict[str, Tensor | None]]  # by module of a network
 LEADING = 4  # classes that the probe is sure of
 
 
@@ -74,6 +75,12 @@ class Laboratory:
         self.sam = SAM(max(config.sharpness.rho, 1e-3))
         self.trained = [n for n, w in self.plain_network.named_parameters() if w.requires_grad]
         self.buffers = [n for n, _ in self.plain_network.named_buffers()]
+        self.unset = [  # registered as None: a pass may have filled them
+            (name, key)
+            for name, module in self.plain_network.named_modules()
+            for key, buffer in module._buffers.items()
+            if buffer is None
+        ]
         self._find_loss_scale()
 
     def _find_loss_scale(self) -> None:
@@ -123,6 +130,9 @@ class Laboratory:
         steps: int = 1,
     ) -> tuple[StepResult, Weights, Weights]:
         """Step from the start, by default as configured: last result, weights before and after."""
+        network = getattr(self.engine, "named", self.engine.module)
+        for name, key in self.unset:
+            setattr(network.get_submodule(name), key, None)
         self.engine.load_local_state(copy.deepcopy(self.start))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
@@ -151,14 +161,15 @@ def reference_steps(lab: Laboratory, count: int) -> Weights:
     """
     network = copy.deepcopy(lab.plain_network).to(lab.engine.device).train()
     weights = [w for w in network.parameters() if w.requires_grad]
-    gradient, ascent = _descent_gradient(lab, network)
+    buffers = {rank: _buffers(network) for rank in range(lab.world_size)}  # each rank has its own
+    gradient, ascent = _descent_gradient(lab, network, buffers)
     momentum = _clipped(gradient, lab.step.clip_norm)
     _move(weights, momentum)
     if count == 2:
         everyone = range(lab.world_size)
-        states = _random_states(lab, network, everyone)
+        states = _random_states(lab, network, everyone, buffers)
         pieces = [(r, p) for r in everyone for p in range(len(MICRO_BATCHES))]
-        plain = _gradient(lab, network, pieces, states, _cross_entropy(lab))
+        plain, _ = _gradient(lab, network, pieces, states, buffers, _cross_entropy(lab))
         plain = [g / lab.samples for g in plain]
         if isinstance(lab.step.rule, LookSAM):
             along = _dot(gradient, ascent) / _dot(ascent, ascent)
@@ -171,24 +182,32 @@ def reference_steps(lab: Laboratory, count: int) -> Weights:
     return {name: w.detach().cpu() for name, w in network.named_parameters()}
 
 
-def _descent_gradient(lab: Laboratory, network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The mean over all samples at each group's own w + e; and the last group's ascent gradient."""
+def _descent_gradient(
+    lab: Laboratory, network: nn.Module, buffers: dict[int, Buffers]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The mean over all samples at each group's own w + e; and the last group's ascent gradient.
+
+    buffers: of each rank; they become those of one clean pass.
+    """
     step, rule = lab.step, lab.step.rule
     total = [torch.zeros_like(w) for w in network.parameters() if w.requires_grad]
     ascent: list[Tensor] = []
     for first in range(0, lab.world_size, step.scope.ranks):
         group = range(first, first + step.scope.ranks)
-        states = _random_states(lab, network, group)
+        states = _random_states(lab, network, group, buffers)
         parts = range(len(MICRO_BATCHES))
         units = [[p] for p in parts] if step.per_micro_batch else [list(parts)]
         for unit in units:
             pieces = [(r, p) for r in group for p in unit]
-            moved = copy.deepcopy(network)
+            moved = _copied(network)
+            gradient, after = _gradient(lab, network, pieces, states, buffers, _cross_entropy(lab))
             if rule is not None:
-                ascent = _gradient(lab, network, pieces, states, _cross_entropy(lab))
+                ascent = gradient
                 _perturb(moved, ascent, rule, step.rho)
-            loss = _csam(rule.gamma) if isinstance(rule, CSAM) else _cross_entropy(lab)
-            for t, g in zip(total, _gradient(lab, moved, pieces, states, loss), strict=True):
+                loss = _csam(rule.gamma) if isinstance(rule, CSAM) else _cross_entropy(lab)
+                gradient, _ = _gradient(lab, moved, pieces, states, buffers, loss)
+            buffers |= after
+            for t, g in zip(total, gradient, strict=True):
                 t += g / lab.samples
     return total, ascent
 
@@ -209,13 +228,33 @@ def _move(weights: list[nn.Parameter], by: list[Tensor]) -> None:
         w -= RATE * b
 
 
+def _copied(network: nn.Module) -> nn.Module:
+    """A deep copy, also where a forward pass left a weight that it computed as an attribute."""
+    for module in network.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                vars(module)[name] = value.detach()
+    return copy.deepcopy(network)
+
+
+def _buffers(network: nn.Module) -> Buffers:
+    return [copy.deepcopy(dict(module._buffers)) for module in network.modules()]
+
+
+def _put(network: nn.Module, buffers: Buffers) -> None:
+    for module, own in zip(network.modules(), buffers, strict=True):
+        module._buffers.clear()
+        module._buffers.update(copy.deepcopy(own))
+
+
 def _random_states(
-    lab: Laboratory, network: nn.Module, group: range
+    lab: Laboratory, network: nn.Module, group: range, buffers: dict[int, Buffers]
 ) -> dict[tuple[int, int], list[Tensor]]:
     """The random state in which each rank meets each of its micro-batches."""
     states = {}
-    scratch = copy.deepcopy(network)
+    scratch = _copied(network)
     for rank in group:
+        _put(scratch, buffers[rank])
         torch.manual_seed(STREAM + rank)
         for part, (images, _) in enumerate(lab.batches[rank]):
             states[rank, part] = _state(lab)
@@ -229,12 +268,18 @@ def _gradient(
     network: nn.Module,
     pieces: list[tuple[int, int]],
     states: dict[tuple[int, int], list[Tensor]],
+    buffers: dict[int, Buffers],
     loss: Loss,
-) -> list[Tensor]:
-    """Of the summed losses of these (rank, micro-batch) pieces, each in its own random state."""
+) -> tuple[list[Tensor], dict[int, Buffers]]:
+    """Of the summed losses of these (rank, micro-batch) pieces, each in its own random state.
+
+    Each rank starts from its buffers; also what its pieces made of them.
+    """
     weights = [w for w in network.parameters() if w.requires_grad]
     total = [torch.zeros_like(w) for w in weights]
+    after: dict[int, Buffers] = {}
     for rank, part in pieces:
+        _put(network, after.get(rank, buffers[rank]))
         images, labels = lab.batches[rank][part]
         _set_state(lab, states[rank, part])
         with _precision(lab):
@@ -243,17 +288,15 @@ def _gradient(
         for t, g in zip(total, gradients, strict=True):
             if g is not None:
                 t += g
-    return total
+        after[rank] = _buffers(network)
+    return total, after
 
 
 @torch.no_grad()
 def _perturb(network: nn.Module, gradient: list[Tensor], rule: SAM, rho: float) -> None:
     named = [(n, w) for n, w in network.named_parameters() if w.requires_grad]
     eta = getattr(rule, "eta", None)
-    stretch = [
-        w.abs() + eta if eta is not None and "weight" in n.rsplit(".", 1)[-1] else 1.0
-        for n, w in named
-    ]
+    stretch = [w.abs() + eta if eta is not None and "weight" in n else 1.0 for n, w in named]
     scaled = [t * g for t, g in zip(stretch, gradient, strict=True)]
     norm = torch.sqrt(sum((s.double() ** 2).sum() for s in scaled))
     for (_, w), t, s in zip(named, stretch, scaled, strict=True):

@@ -16,6 +16,8 @@ def sharpness_figures(result: StepResult, rho: float) -> dict[str, float | None]
         "optim/gradient_cosine": result.cosine,
         "optim/rho": rho,
         "optim/effective_rho": result.effective_rho,
+        "optim/seen_along": result.seen_along,
+        "optim/seen_cosine": result.seen_cosine,
     }
 
 

@@ -18,6 +18,7 @@ from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.models import build
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.sharpness import SharpnessAwareStep
+from flatcal_dist.sharpness.buffers import set_buffers
 from flatcal_dist.training import checkpoint
 from flatcal_dist.training.averaging import Average
 from flatcal_dist.training.checkpoint import CheckpointError, Progress
@@ -95,9 +96,7 @@ def load(
         for name, master in masters.items():
             master.copy_(_cut(whole.weights[name], pieces[name]).view(master.shape))
         network = getattr(engine, "named", engine.module)  # without torch.compile's prefix
-        for name, buffer in network.named_buffers():
-            if name in whole.rest:
-                buffer.copy_(whole.rest[name])
+        set_buffers(network, whole.rest, engine.device)
     engine.load_optimizer(optimizer, whole.groups)
     engine.set_loss_scale(whole.loss_scale)
     engine.rewritten()

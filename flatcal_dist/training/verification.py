@@ -71,8 +71,10 @@ def _length(lab: Laboratory) -> Iterator[Row]:
     off = abs(result.perturbation_norm / lab.sam.rho - 1)
     yield Row("length of the perturbation is rho (relative)", off, 1e-3)
     if lab.low:
-        share = result.effective_rho / lab.sam.rho
-        yield Row("share of rho that survives rounding", share, 0.5, above=True)
+        share = result.seen_along / lab.sam.rho
+        yield Row("share of rho along e that survives rounding", share, 0.5, above=True)
+        cosine = result.seen_cosine
+        yield Row("cosine between e and what is seen of it after rounding", cosine, 0.4, above=True)
 
 
 def _restored(lab: Laboratory) -> Iterator[Row]:

@@ -123,4 +123,6 @@ def tensors_of(state: Any) -> Iterator[Tensor]:
 def saved(engine) -> bytes:
     """The bits of all that a checkpoint would hold of this rank."""
     tensors = [*tensors_of(engine.local_state()), *tensors_of(engine.full_weights())]
-    return b"".join(t.detach().flatten().view(torch.uint8).numpy().tobytes() for t in tensors)
+    return b"".join(
+        t.detach().flatten().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors
+    )

@@ -5,6 +5,7 @@ from the first step on, so that CSAM is not SAM; no sample may come near CSAM's 
 where rounding decides between two losses.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -94,7 +95,7 @@ def reference(
     random stream (seeded 1 + rank), of its own. seen: gets p of the true class at w + e, by step.
     """
     copies = [network() for _ in range(ranks)]
-    optimizers = [optimizer(copy) for copy in copies]
+    optimizers = [optimizer(own) for own in copies]
     streams = [torch.Generator().manual_seed(1 + rank).get_state() for rank in range(ranks)]
     kept: list[Tensor] = []
     for step, number in enumerate(numbers):
@@ -115,29 +116,29 @@ def reference(
         if isinstance(rule, LookSAM) and not perturbs:
             ratio = rule.alpha * norm(total) / norm(kept)
             total = [None if g is None else g + ratio * v for g, v in zip(total, kept, strict=True)]
-        for copy, optimizer in zip(copies, optimizers, strict=True):
-            for w, g in zip(trained(copy), total, strict=True):
+        for own, optimizer in zip(copies, optimizers, strict=True):
+            for w, g in zip(trained(own), total, strict=True):
                 w.grad = None if g is None else g.clone()
             if clip_norm is not None:
-                nn.utils.clip_grad_norm_(copy.parameters(), clip_norm)
+                nn.utils.clip_grad_norm_(own.parameters(), clip_norm)
             optimizer.step()
-    return [copy.state_dict() for copy in copies]
+    return [own.state_dict() for own in copies]
 
 
 def _sharp(rule, copies, batches, streams, samples, scope, seen):
     """The gradient at w + e; LookSAM's part of it across the first; streams after one pass."""
     moves = []
+    moved = [duplicate(network) for network in copies]  # with the buffers of before the pass
     for first in range(0, len(copies), scope):
         group = slice(first, first + scope)
         g, _ = _gradient(copies[group], batches[group], F.cross_entropy, streams[group], samples)
         names = [n for n, w in copies[first].named_parameters() if w.requires_grad]
         moves += [perturbation(rule, names, trained(copies[first]), g)] * scope
     # Each rank's buffers are now those of one clean pass, and its stream is still that before it.
-    buffers = [[b.clone() for b in copy.buffers()] for copy in copies]
-    before = [[w.detach().clone() for w in trained(copy)] for copy in copies]
-    with torch.no_grad():
-        for copy, move in zip(copies, moves, strict=True):
-            for w, e in zip(trained(copy), move, strict=True):
+    for network, other, move in zip(copies, moved, moves, strict=True):
+        count_on(network, other)
+        with torch.no_grad():
+            for w, e in zip(trained(other), move, strict=True):
                 w += e
     confidences: list[Tensor] = []
     loss = F.cross_entropy
@@ -146,16 +147,15 @@ def _sharp(rule, copies, batches, streams, samples, scope, seen):
         def loss(logits, target, reduction):
             return literal_csam(logits, target, rule.gamma, confidences)
 
-    g_s, streams = _gradient(copies, batches, loss, streams, samples)
-    with torch.no_grad():
-        for copy, old, clean in zip(copies, before, buffers, strict=True):
-            for w, b in zip([*trained(copy), *copy.buffers()], [*old, *clean], strict=True):
-                w.copy_(b)
+    g_s, streams = _gradient(moved, batches, loss, streams, samples)
+    for network, other in zip(copies, moved, strict=True):
+        count_on(other, network)
     if seen is not None:
         seen.append(torch.cat(confidences))
     across = []
     if isinstance(rule, LookSAM):
-        g = [torch.zeros_like(w) if x is None else x for w, x in zip(before[0], g, strict=True)]
+        weights = trained(copies[0])
+        g = [torch.zeros_like(w) if x is None else x for w, x in zip(weights, g, strict=True)]
         full = [torch.zeros_like(a) if b is None else b for a, b in zip(g, g_s, strict=True)]
         product = sum(float((a.double() * b).sum()) for a, b in zip(full, g, strict=True))
         across = [a - product / norm(g) ** 2 * b for a, b in zip(full, g, strict=True)]
@@ -165,13 +165,15 @@ def _sharp(rule, copies, batches, streams, samples, scope, seen):
 def _gradient(copies, batches, loss, streams, samples):
     """Of the losses of these ranks, over so many samples; and each rank's stream after."""
     total, after = None, []
-    for copy, pairs, stream in zip(copies, batches, streams, strict=True):
+    for own, pairs, stream in zip(copies, batches, streams, strict=True):
+        own.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(stream)
-            value = sum(loss(copy(x), y, reduction="none").sum() for x, y in pairs) / samples
+            for x, y in pairs:  # backward and not autograd.grad, which some checkpointing refuses
+                (loss(own(x), y, reduction="none").sum() / samples).backward()
             after.append(torch.get_rng_state())
-        g = torch.autograd.grad(value, trained(copy), allow_unused=True)
-        total = list(g) if total is None else add(total, g)
+        g = [None if w.grad is None else w.grad.clone() for w in trained(own)]
+        total = g if total is None else add(total, g)
     return total, after
 
 
@@ -180,7 +182,7 @@ def perturbation(rule: SAM, names, weights, gradient) -> list[Tensor]:
     g = [torch.zeros_like(w) if x is None else x for w, x in zip(weights, gradient, strict=True)]
     t = [
         w.detach().abs() + rule.eta
-        if isinstance(rule, ASAM) and name.endswith("weight")
+        if isinstance(rule, ASAM) and "weight" in name
         else torch.ones_like(w)
         for name, w in zip(names, weights, strict=True)
     ]
@@ -195,6 +197,21 @@ def literal_csam(logits, target, gamma, confidences=None) -> Tensor:
     if confidences is not None:
         confidences.append(p.detach())
     return torch.where(p <= 0.5, -p.log(), -((1 + p) ** -gamma) * p.log())
+
+
+def duplicate(network: nn.Module) -> nn.Module:
+    """A deep copy, also where a forward pass left a weight that it computed as an attribute."""
+    for module in network.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                vars(module)[name] = value.detach()
+    return copy.deepcopy(network)
+
+
+def count_on(seen: nn.Module, other: nn.Module) -> None:
+    """Numbers that are plain attributes go on counting from pass to pass: nothing rewinds them."""
+    for a, b in zip(seen.modules(), other.modules(), strict=True):
+        vars(b).update({k: v for k, v in vars(a).items() if type(v) in (int, float)})
 
 
 def trained(network: nn.Module) -> list[nn.Parameter]:
@@ -225,7 +242,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def bits(tensors: dict[str, Tensor]) -> bytes:
     return b"".join(
-        t.detach().flatten().view(torch.uint8).numpy().tobytes() for t in tensors.values()
+        t.detach().flatten().contiguous().view(torch.uint8).numpy().tobytes()
+        for t in tensors.values()
     )
 
 

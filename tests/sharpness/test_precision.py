@@ -74,7 +74,10 @@ def test_a_perturbation_lost_in_rounding_is_seen():
     small = SharpnessAwareStep(engine, SAM(1e-7))([make_batch(0)], measure=True)
     large = SharpnessAwareStep(engine, SAM(0.5))([make_batch(0)], measure=True)
     assert small.effective_rho == 0 or abs(small.effective_rho / 1e-7 - 1) > 0.5
+    assert small.seen_cosine < 0.2
     assert large.effective_rho == pytest.approx(0.5, rel=0.05)
+    assert large.seen_along == pytest.approx(0.5, rel=0.05)
+    assert large.seen_cosine > 0.95
 
 
 # bf16 with a master in fp32
