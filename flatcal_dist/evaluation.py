@@ -25,7 +25,7 @@ from flatcal_dist.data.variants import DataSet, Variant, local_shards, open_vari
 from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.files import write_atomically
-from flatcal_dist.models import parameter_count
+from flatcal_dist.models import in_evaluation_mode, parameter_count
 from flatcal_dist.weights import sha256, weights_hash
 
 
@@ -43,9 +43,7 @@ def predict(
         accelerator.device.type == "cuda",
     )
     samples, logits = [], []
-    training = module.training
-    module.eval()
-    with accelerator.autocast():
+    with in_evaluation_mode(module), accelerator.autocast():
         for batch in batches:
             images = normalize(batch.images.to(accelerator.device, non_blocking=True))
             output = module(images).float()
@@ -57,7 +55,6 @@ def predict(
             valid = batch.valid
             samples.append(batch.samples[valid].numpy())
             logits.append(output[valid.to(output.device)].cpu().numpy())
-    module.train(training)
     return np.concatenate(samples), np.concatenate(logits)
 
 

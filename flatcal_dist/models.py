@@ -1,6 +1,8 @@
 """Networks by name: the literature's small ones, and all of timm's and torchvision's."""
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -80,3 +82,15 @@ def _torchvision(name: str, num_classes: int, channels: int, options: dict[str, 
 
 def parameter_count(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
+
+
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; then each module in the mode that it had, frozen layers included."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
