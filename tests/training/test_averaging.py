@@ -9,7 +9,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flatcal_dist.config import load
 from flatcal_dist.data import prepare_digits
-from flatcal_dist.inputs import open_training, statistics_batches
+from flatcal_dist.inputs import (
+    open_training,
+    statistics_batches,
+)
 from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
 from flatcal_dist.training.averaging import Average
 from flatcal_dist.training.norm_statistics import norm_layers, reestimate
