@@ -26,6 +26,7 @@ from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.files import write_atomically
 from flatcal_dist.models import in_evaluation_mode, parameter_count
+from flatcal_dist.sharpness.outputs import logits_of
 from flatcal_dist.weights import sha256, weights_hash
 
 
@@ -46,7 +47,7 @@ def predict(
     with in_evaluation_mode(module), accelerator.autocast():
         for batch in batches:
             images = normalize(batch.images.to(accelerator.device, non_blocking=True))
-            output = module(images).float()
+            output = logits_of(module(images)).float()
             if output.shape[1] != config.model.num_classes:
                 raise ConfigError(
                     f"the network gives {output.shape[1]} logits, but model.num_classes="

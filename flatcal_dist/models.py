@@ -1,6 +1,7 @@
 """Networks by name: the literature's small ones, and all of timm's and torchvision's."""
 
 import difflib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -77,7 +78,20 @@ def _torchvision(name: str, num_classes: int, channels: int, options: dict[str, 
     check_torchvision(name)
     if channels != 3:
         raise ConfigError(f"torchvision's networks take 3 channels, not data.channels={channels}")
+    if has_auxiliary_heads(name):
+        if options.get("aux_logits"):
+            raise ConfigError(
+                f"model.options.aux_logits=true gives {name} several outputs in training, and the "
+                "loss takes one tensor of logits: leave it out"
+            )
+        options = {"aux_logits": False, "init_weights": True} | options
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+
+
+def has_auxiliary_heads(name: str) -> bool:
+    """Whether torchvision's network gives several outputs in training, unless told not to."""
+    built = inspect.signature(torchvision.models.get_model_builder(name)).return_annotation
+    return "aux_logits" in inspect.signature(built).parameters
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -14,6 +14,9 @@ from flatcal_dist.files import write_atomically
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's
 NESTED = ("state_dict", "model")  # where training scripts keep the weights
 
+# Of torchvision's networks: published with them, and of use in their own training alone.
+AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
+
 
 class WeightsError(ValueError):
     """A weight file that cannot be read, or is not of this network."""
@@ -42,6 +45,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
     """
     state = {_own_name(name): tensor for name, tensor in _read(path).items()}
     own = module.state_dict()
+    if getattr(module, "aux_logits", None) is False:
+        state = {n: t for n, t in state.items() if not n.startswith(AUXILIARY_HEADS)}
     # safetensors keeps one of several names that share a tensor: the others are filled with it.
     shared = {tensor.data_ptr(): state[name] for name, tensor in own.items() if name in state}
     missing = [n for n, t in own.items() if n not in state and t.data_ptr() not in shared]

@@ -29,6 +29,7 @@ from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.fsdp2_state import copy_into, join, parameters_of, sharded_like, split
 from flatcal_dist.sharpness.loss_scale import LossScale
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
+from flatcal_dist.sharpness.optimizer_probe import refuse_rows
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 
@@ -58,6 +59,8 @@ class ShardedEngine:
         self.weights = {n: w for n, w in self.parameters.items() if w.requires_grad}
         self.blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
         refuse_unusable(self.weights, optimizer)
+        shapes = [[tuple(w.shape) for w in group["params"]] for group in optimizer.param_groups]
+        refuse_rows(optimizer, shapes, parameters_of(optimizer)[0].device_mesh)
         first = next(iter(self.weights.values()))
         self.device = first.to_local().device
         self.world_size = dist.get_world_size()

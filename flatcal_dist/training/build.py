@@ -14,6 +14,7 @@ from flatcal_dist.losses import cross_entropy
 from flatcal_dist.models import build, in_evaluation_mode
 from flatcal_dist.sharpness import ASAM, CSAM, SAM, Engine, LookSAM, SharpnessAwareStep
 from flatcal_dist.sharpness.engines import ReplicatedEngine
+from flatcal_dist.sharpness.outputs import logits_of
 from flatcal_dist.sharpness.scope import ranks_of
 from flatcal_dist.training.optimizers import build_optimizer
 
@@ -89,7 +90,7 @@ def arrange_buckets(
     stopped, by rounding, in the step after. shape: [C, H, W] of an image.
     """
     with in_evaluation_mode(model):  # draws no dropout, counts no statistics
-        model(torch.zeros(1, *shape, device=device)).sum().backward()
+        logits_of(model(torch.zeros(1, *shape, device=device))).sum().backward()
     model.zero_grad(set_to_none=True)
 
 
