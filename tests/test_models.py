@@ -57,7 +57,7 @@ def test_schedule_is_linear_warm_up_then_cosine_to_zero():
 @pytest.mark.parametrize(("name", "size"), [("googlenet", 64), ("inception_v3", 96)])
 def test_torchvisions_networks_give_logits_alone_in_training(name, size, tmp_path):
     """Auxiliary heads would make of the output what no loss takes."""
-    network = build(f"torchvision:{name}", 7, 3, size, {}).train()
+    network = build(f"torchvision:{name}", 7, 3, size, {"init_weights": False}).train()
     assert network(torch.zeros(2, 3, size, size)).shape == (2, 7)
     with pytest.raises(ConfigError, match=rf"aux_logits=true gives {name} several outputs"):
         build(f"torchvision:{name}", 7, 3, size, {"aux_logits": True})

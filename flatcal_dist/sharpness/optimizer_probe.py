@@ -100,6 +100,15 @@ def flat_difference(optimizer: Optimizer, shapes: Shapes, device: torch.device) 
     return largest_difference(optimizer, shapes, on_two_ranks, device)
 
 
+class Failed(float):
+    """An infinite difference: the optimizer raised this error on parts of tensors."""
+
+    def __new__(cls, error: Exception) -> "Failed":
+        self = super().__new__(cls, math.inf)
+        self.error = error
+        return self
+
+
 def largest_difference(
     optimizer: Optimizer,
     shapes: Shapes,
@@ -114,7 +123,7 @@ def largest_difference(
     off = 0.0
     for side in SIDES:
         small = [sorted({_small(shape, side) for shape in group}) for group in shapes]
-        off = max(off, _difference(optimizer, small, otherwise, device))
+        off = max(_difference(optimizer, small, otherwise, device), off)
         if not off <= SAME:
             break
     return off
@@ -147,8 +156,8 @@ def _difference(
         return math.nan
     try:
         found = otherwise(start, gradients)
-    except Exception:
-        return math.inf
+    except Exception as error:
+        return Failed(error)
     off = 0.0
     for groups in zip(start, right, found, strict=True):
         for before, whole, parts in zip(*groups, strict=True):
@@ -214,4 +223,7 @@ def _device_of(optimizer: Optimizer) -> torch.device:
 
 
 def _in_words(off: float) -> str:
-    return "it fails on parts of tensors" if math.isinf(off) else f"updates differ by {off:.1%}"
+    if isinstance(off, Failed):
+        reason = str(off.error).strip().splitlines() or [""]
+        return f"on these it raised {type(off.error).__name__}: {reason[0]}"
+    return f"updates differ by {off:.1%}"

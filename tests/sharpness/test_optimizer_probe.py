@@ -5,18 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
-from flatcal_dist.sharpness import SAM, SharpnessAwareStep, StepError
+from flatcal_dist.sharpness import StepError
 from flatcal_dist.sharpness.optimizer_probe import refuse_flat_parts
-from tests.ranks import on_ranks
-from tests.sharpness.engines import ZERO, make_engine
-from tests.sharpness.reference import far, reference, train
-
-# Elements of AdamW and the like are divided by small numbers: rounding grows by some 10.
-CLOSE = 1e-5
 
 
 def network() -> nn.Sequential:
@@ -112,37 +106,3 @@ def test_one_that_cannot_be_tried_is_warned_of():
     optimizer = Stubborn(network().parameters(), lr=0.1)
     with pytest.warns(UserWarning, match=r"Stubborn .* could not be tried .*only with a model"):
         refuse_flat_parts(optimizer, shapes_of(optimizer), "ZeRO-1")
-
-
-def on_zero(rank, world_size, names):
-    outcome = {}
-    for kind in ZERO:
-        for name in names:
-            try:
-                engine = make_engine(kind, optimizer=partial(of_timm, name=name))
-            except StepError as error:
-                outcome[kind, name] = str(error)
-                continue
-            train(SharpnessAwareStep(engine, SAM(0.1)), rank, world_size)
-            outcome[kind, name] = engine.full_weights()
-    return outcome
-
-
-def check_on_zero(names: list[str]) -> None:
-    expected = {n: reference(SAM(0.1), optimizer=partial(of_timm, name=n))[0] for n in names}
-    for (kind, name), found in on_ranks(2, on_zero, names)[0].items():
-        if isinstance(found, str):
-            assert f"ZeRO-{kind[-1]} gives each rank's optimizer flat pieces" in found, name
-        else:
-            assert far(found, expected[name]) < CLOSE, (kind, name)
-
-
-def test_under_zero_an_optimizer_is_right_or_refused():
-    check_on_zero(["lamb", "lars", "muon", "adafactor", "sgd", "lion", "adan"])
-
-
-@pytest.mark.exhaustive
-def test_under_zero_every_optimizer_of_timm_is_right_or_refused():
-    skipped = ("bnb", "fused", "lookahead")  # those need a GPU or more packages
-    names = [n for n in list_optimizers() if not n.startswith(skipped)]
-    check_on_zero([n for n in names if not get_optimizer_info(n).second_order])
