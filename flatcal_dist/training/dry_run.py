@@ -94,7 +94,8 @@ def _made_up(config: Config, images: int, device: torch.device) -> tuple[Tensor,
     data = config.data
     shape = (images, data.channels, data.image_size, data.image_size)
     labels = torch.randint(config.model.num_classes, (images,), device=device)
-    return torch.randn(shape, device=device), labels
+    layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
+    return torch.randn(shape, device=device).contiguous(memory_format=layout), labels
 
 
 def _timed_step(
