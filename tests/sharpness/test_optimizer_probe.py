@@ -84,14 +84,13 @@ def test_it_is_a_property_of_the_optimizer_with_its_options_and_not_of_its_name(
     assert refused(lambda n: torch.optim.Adafactor(n.parameters(), lr=0.0)) is not None
 
 
-@pytest.mark.parametrize("name", ["adan", "madgrad"])
-def test_one_that_counts_steps_by_group_is_refused_where_groups_are_stepped_in_pieces(name):
+def test_one_that_counts_steps_by_group_is_refused_where_groups_are_stepped_in_pieces():
     """ZeRO-3 calls the optimizer for each piece of a group."""
-    make = partial(of_timm, name=name)
+    make = partial(of_timm, name="adan")
     assert refused(make, stage=2) is None
     assert "counts its steps, or the like, once for a group" in refused(make, stage=3)
     assert "Use it with ZeRO-1 or 2" in refused(make, stage=3)
-    for other in ("sgd", "adamw", "lion", "nadamw"):
+    for other in ("sgd", "adamw", "lion", "madgrad"):
         assert refused(partial(of_timm, name=other), stage=3) is None
 
 
