@@ -1,6 +1,7 @@
-"""Types of command-line options."""
+"""Types and defaults of command-line options."""
 
 import argparse
+import os
 from collections.abc import Callable
 
 
@@ -13,3 +14,8 @@ def whole_number(least: int = 1) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def usable_cores() -> int:
+    """How many cores this process may use, as SLURM and taskset set it."""
+    return len(os.sched_getaffinity(0))

@@ -6,7 +6,7 @@ flatcal validate SHARDS [--split NAME] [--decode N|all] [--classes K] [--json FI
 flatcal evaluate RUN [RUN ...] [--data [NAME=]DATA ...] [--output DIR]
 flatcal evaluate --model NAME [--weights FILE] --data DATA --output DIR [--set key.sub=value ...]
 flatcal report RUN
-flatcal report LOGITS.npz|.parquet|.csv [--output DIR]
+flatcal report SCORES.npz|.parquet|.csv|... [--labels FILE] [--classes FILE] [--output DIR]
 flatcal compare RUN RUN ... --output DIR
 flatcal status RUN [RUN ...] [--json]
 flatcal export RUN [--checkpoint STEP] FILE
@@ -22,24 +22,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from flatcal_dist.arguments import whole_number
-from flatcal_dist.calibration.compare import write_comparison
-from flatcal_dist.calibration.imported import read_file
-from flatcal_dist.calibration.report import render_report, write_report
-from flatcal_dist.calibration.summary import About
-from flatcal_dist.data import DataError, expand, image_folder, prepare_digits, prepare_shards
-from flatcal_dist.data.archives import ilsvrc_archive
-from flatcal_dist.data.findings import print_validation
-from flatcal_dist.data.index import index_shard
-from flatcal_dist.data.parallel import in_parallel, usable_cores
-from flatcal_dist.data.sharding import Encoding
-from flatcal_dist.data.sources import TORCHVISION, Source, torchvision_set
-from flatcal_dist.data.validation import validate_shards
-from flatcal_dist.environment import describe_environment
+from flatcal_dist.arguments import usable_cores, whole_number
 from flatcal_dist.files import write_json
+from flatcal_dist.warning_lines import print_warnings_plainly
+
+if TYPE_CHECKING:
+    from flatcal_dist.data.sources import Source
+
+# Commands import what they need: torch alone takes seconds, and `flatcal report` needs none of it.
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> None:
+    print_warnings_plainly()
     try:
         arguments.run(arguments)
     except (ValueError, OSError, RuntimeError) as error:
@@ -54,6 +47,9 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 
 def shard(arguments: argparse.Namespace) -> None:
+    from flatcal_dist.data import prepare_digits, prepare_shards
+    from flatcal_dist.data.sharding import Encoding
+
     arguments.destination = arguments.destination.expanduser()
     if arguments.source == "digits":
         given = {name: getattr(arguments, name) for name in ("shards", "max_edge", "quality")}
@@ -86,7 +82,11 @@ def shard(arguments: argparse.Namespace) -> None:
     print(f"{len(written.shards)} shards in {arguments.destination}{resumed}")
 
 
-def _source(arguments: argparse.Namespace) -> Source:
+def _source(arguments: argparse.Namespace) -> "Source":
+    from flatcal_dist.data import image_folder
+    from flatcal_dist.data.archives import ilsvrc_archive
+    from flatcal_dist.data.sources import TORCHVISION, torchvision_set
+
     if arguments.source in TORCHVISION:
         if arguments.root is None:
             raise ValueError(f"{arguments.source} needs --root, the directory torchvision keeps")
@@ -98,14 +98,21 @@ def _source(arguments: argparse.Namespace) -> Source:
 
 
 def index(arguments: argparse.Namespace) -> None:
+    from flatcal_dist.data import expand
+    from flatcal_dist.data.parallel import in_parallel
+
     shards = expand(arguments.shards)
     done = dict(in_parallel(_index, [(path,) for path in shards], arguments.workers))
     if refused := [text for _, text in sorted(done.items()) if isinstance(text, str)]:
         raise ValueError(f"{len(refused)} shards cannot be indexed:\n" + "\n".join(refused))
-    print(f"{len(shards)} shards indexed, {sum(done.values()):,} images")
+    images = sum(done.values())
+    print(f"{len(shards)} shards indexed, {images:,} image{'s' * (images != 1)}")
 
 
 def _index(path: Path) -> int | str:
+    from flatcal_dist.data import DataError
+    from flatcal_dist.data.index import index_shard
+
     try:
         return index_shard(path)
     except DataError as error:
@@ -113,6 +120,12 @@ def _index(path: Path) -> int | str:
 
 
 def validate(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from flatcal_dist.data import expand
+    from flatcal_dist.data.findings import print_validation
+    from flatcal_dist.data.validation import validate_shards
+
     found = validate_shards(
         expand(arguments.shards, arguments.split, missing=True),
         classes=arguments.classes,
@@ -138,27 +151,68 @@ def _minutes(text: str) -> float:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    if arguments.directory.is_file():
-        output = arguments.output or arguments.directory.with_name(
-            f"{arguments.directory.stem}_report"
+    from flatcal_dist.calibration.report import render_report
+
+    of_file = ("output", "method", "seed", "classes", "labels", "scores")
+    if not arguments.directory.exists():
+        raise ValueError(
+            f"there is no {arguments.directory}: expected a run or report directory, or a file of "
+            "scores and labels"
         )
-        about = About(title=arguments.directory.stem, data=arguments.directory.name)
-        write_report(read_file(arguments.directory), output, about)
-        print(output / "index.html")
+    if arguments.directory.is_file():
+        _report_on_file(arguments)
         return
-    if arguments.output is not None:
-        raise ValueError("--output is for a file of logits; a run's report stays in its directory")
+    given = [name for name in of_file if getattr(arguments, name) is not None]
+    if given:
+        raise ValueError(
+            f"--{given[0]} is for a file of scores, and {arguments.directory} is none: a run's "
+            "report stays in its directory, and the run knows how it was trained"
+        )
     directory = arguments.directory / "report"
     render_report(directory if directory.is_dir() else arguments.directory)
     print(directory / "index.html")
 
 
+def _report_on_file(arguments: argparse.Namespace) -> None:
+    """The report on scores from elsewhere, and a line about what was understood of the file."""
+    from flatcal_dist.calibration.class_list import read_class_names
+    from flatcal_dist.calibration.imported import import_file
+    from flatcal_dist.calibration.report import write_report
+    from flatcal_dist.calibration.summary import About
+
+    path = arguments.directory
+    found = import_file(
+        path,
+        classes=None if arguments.classes is None else read_class_names(arguments.classes),
+        labels=arguments.labels,
+        scores=arguments.scores,
+    )
+    print(found.understood)
+    for warning in found.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    about = About(
+        title=path.stem,
+        method=arguments.method,
+        seed=arguments.seed,
+        origin="; ".join([found.understood, *(f"warning: {w}" for w in found.warnings)]),
+        data=path.name,
+        class_names=found.class_names,
+    )
+    output = arguments.output or path.with_name(f"{path.stem}_report")
+    write_report(found.records, output, about)
+    print(output / "index.html")
+
+
 def compare(arguments: argparse.Namespace) -> None:
+    from flatcal_dist.calibration.compare import write_comparison
+
     write_comparison(arguments.directories, arguments.output)
     print(arguments.output / "index.html")
 
 
 def status(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
     from flatcal_dist import status as states
 
     found = states.status(arguments.directories)
@@ -171,7 +225,7 @@ def status(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from flatcal_dist.training.resharding import export  # loads torch and timm
+    from flatcal_dist.training.resharding import export
 
     path = export(arguments.directory, arguments.file, arguments.checkpoint)
     print(f"{arguments.file}: weights of {path}")
@@ -184,29 +238,41 @@ def sync(arguments: argparse.Namespace) -> None:
 
 
 def environment(arguments: argparse.Namespace) -> None:
+    from flatcal_dist.environment import describe_environment
+
     print(json.dumps(describe_environment(), indent=1))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from flatcal_dist.evaluation_job import Wanted, evaluate_model, evaluate_runs  # loads torch
+    from flatcal_dist.calibration.class_list import read_class_names
+    from flatcal_dist.evaluation import Provenance
+    from flatcal_dist.evaluation_job import Wanted, evaluate_model, evaluate_runs
 
+    classes = arguments.classes
     wanted = Wanted(
         data=arguments.data,
         corruptions=arguments.corruptions.split(",") if arguments.corruptions else None,
         severities=_severities(arguments.severities),
         real_file=arguments.real,
         save_logits=arguments.save_logits,
+        class_names=None if classes is None else read_class_names(classes),
     )
     if arguments.directories:
         if arguments.model or arguments.weights or arguments.overrides:
             raise ValueError(
                 "evaluate takes a RUN, or --model with --weights, --data and --output; not both"
             )
+        for option in ("method", "seed", "weights_key"):
+            if getattr(arguments, option) is not None:
+                raise ValueError(
+                    f"--{option.replace('_', '-')} goes with --model; a RUN knows what it is"
+                )
         evaluate_runs(arguments.directories, wanted, arguments.output)
     else:
         evaluate_model(
-            arguments.model, arguments.weights, wanted, arguments.output, arguments.overrides
-        )
+            arguments.model, arguments.weights, wanted, arguments.output, arguments.overrides,
+            arguments.weights_key, Provenance(method=arguments.method, seed=arguments.seed),
+        )  # fmt: skip
 
 
 def _severities(text: str | None) -> list[int] | None:
@@ -224,6 +290,9 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="NAME", help="of timm, timm:NAME, torchvision:NAME, mlp; without RUN")
     add("--weights", type=Path, nargs="+", default=[], metavar="FILE",
         help="safetensors or state_dict; left out: what the library publishes")  # fmt: skip
+    add("--weights-key", metavar="NAME",
+        help="which of several weights in the file, such as state_dict_ema; by default those that "
+        "were trained, not their average")  # fmt: skip
     add("--data", action="append", default=[], metavar="[NAME=]DATA",
         help="shards or an ImageFolder tree; may be repeated; by default the run's. The first that "
         "is clean gives the temperature to the others. A NAME that is a kind demands it: imagenet, "
@@ -236,6 +305,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, metavar="DIR", help="by default RUN/report")
     add("--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value",
         help="with --model: configuration, such as model.num_classes=100")  # fmt: skip
+    _origin(parser)
     parser.set_defaults(run=evaluate)
 
 
@@ -304,6 +374,14 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument(
         "--output", type=Path, metavar="DIR", help="with FILE: by default FILE_report beside it"
     )
+    add.add_argument(
+        "--labels", type=Path, metavar="FILE", help="with FILE: another one that holds the labels"
+    )
+    add.add_argument(
+        "--scores", choices=("logits", "probabilities"),
+        help="with FILE: what the scores are, whatever their name says",
+    )  # fmt: skip
+    _origin(add)
     add.set_defaults(run=report)
 
     add = commands.add_parser("compare", help="compare runs, image by image")
@@ -331,6 +409,19 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("environment", help="versions, code, devices")
     add.set_defaults(run=environment)
     return parser
+
+
+def _origin(parser: argparse.ArgumentParser) -> None:
+    """What a network or file from elsewhere does not tell."""
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE",
+        help="names of the classes in their order, one a line, or JSON",
+    )  # fmt: skip
+    parser.add_argument(
+        "--method", metavar="NAME",
+        help="how a network from elsewhere was trained; compare gathers seeds of one method",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=whole_number(0), metavar="N", help="of that training")
 
 
 def _workers(parser: argparse.ArgumentParser) -> None:

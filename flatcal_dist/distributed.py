@@ -22,6 +22,7 @@ from accelerate.utils import (
 
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.training.preemption import ignore_signals
+from flatcal_dist.warning_lines import print_warnings_plainly
 
 T = TypeVar("T")
 
@@ -59,6 +60,7 @@ def start(
     launcher (or `world_size`) asked for another number of processes than is found here, or the
     launcher for another precision or engine.
     """
+    print_warnings_plainly()
     # The new name that torch >= 2.13 asks for is one that Accelerate does not pass on yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     # Only replicated weights are cast by autocast; the other engines keep low-precision copies.

@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import nn
 
 from flatcal_dist import inputs
 from flatcal_dist.calibration.binned import BinnedEvaluation
+from flatcal_dist.calibration.display import counted
 from flatcal_dist.calibration.records import Records, Source
 from flatcal_dist.calibration.report import render_report, write_report
-from flatcal_dist.calibration.shift import Shifted, row, save_shifted, write_shift
+from flatcal_dist.calibration.shift import Shifted, save_shifted, write_shift
+from flatcal_dist.calibration.shift_rows import Measured, measure
 from flatcal_dist.calibration.summary import About
 from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.data import DataError, Index
@@ -28,6 +31,42 @@ from flatcal_dist.files import write_atomically
 from flatcal_dist.models import in_evaluation_mode, parameter_count
 from flatcal_dist.sharpness.outputs import logits_of
 from flatcal_dist.weights import sha256, weights_hash
+
+# The settings of the data that evaluation depends on; all others belong to a training.
+EVALUATED_DATA = {
+    "image_size", "channels", "mean", "std", "interpolation", "crop_pct", "decoder",
+}  # fmt: skip
+ALL_CLASSES = "_all_classes"  # after the name of a set of which a part of the classes compete
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a network was trained, as far as that is known; by default nothing is.
+
+    method: rule or optimizer. seconds: of training. configuration: the run's own. Nothing of an
+    evaluation's configuration tells how the weights came about, so it stands for none of these.
+    """
+
+    method: str | None = None
+    rho: float | None = None
+    gamma: float | None = None
+    seed: int | None = None
+    seconds: float | None = None
+    configuration: Config | None = None
+
+    @classmethod
+    def of_run(cls, config: Config, seconds: float | None) -> "Provenance":
+        """Of a network that this configuration trained."""
+        sharpness = config.sharpness
+        plain = sharpness.rule == "none"
+        return cls(
+            method=config.optimizer.name if plain else sharpness.rule,
+            rho=None if plain else sharpness.rho,
+            gamma=sharpness.gamma if sharpness.rule == "csam" else None,
+            seed=config.run.seed,
+            seconds=seconds,
+            configuration=config,
+        )
 
 
 @torch.inference_mode()
@@ -68,7 +107,24 @@ def evaluate(
     clean: Records | None = None,
     logits_file: Path | None = None,
 ) -> Records | None:
+    """`evaluate_spaces`, among the classes that compete."""
+    found = evaluate_spaces(config, module, data, accelerator, clean=clean, logits_file=logits_file)
+    return found[0] if found else None
+
+
+def evaluate_spaces(
+    config: Config,
+    module: nn.Module,
+    data: DataSet,
+    accelerator: Accelerator,
+    *,
+    clean: Records | None = None,
+    logits_file: Path | None = None,
+) -> tuple[Records, Records | None] | None:
     """One record per image, merged on rank 0; None on the other ranks. Called by all of them.
+
+    The second records are those among all classes of the network, where the first are among a part
+    of them (ImageNet-A and -R); else None.
 
     clean: of images under shift, the records of the clean ones, whose temperature is used.
     logits_file: also write the logits there (npz: ids, labels, logits), on rank 0.
@@ -85,12 +141,9 @@ def evaluate(
     if data.cropped:  # at the network's size, but not zoomed into
         cut = config.data.model_copy(update={"crop_pct": 1.0})
         config = config.model_copy(update={"data": cut})
-    samples, logits = predict(config, module, data.index, accelerator)
-    if data.classes is not None:
-        logits = logits[:, list(data.classes)]
-    parts = gather_object([(samples, logits)])
+    parts = gather_object([predict(config, module, data.index, accelerator)])
 
-    def merged() -> Records | None:
+    def merged() -> tuple[Records, Records | None] | None:
         if not accelerator.is_main_process:
             return None
         return _merge(config, data, parts, clean, logits_file)
@@ -104,7 +157,7 @@ def _merge(
     parts: list[tuple[np.ndarray, np.ndarray]],
     clean: Records | None,
     logits_file: Path | None,
-) -> Records:
+) -> tuple[Records, Records | None]:
     samples = np.concatenate([part[0] for part in parts])
     logits = np.concatenate([part[1] for part in parts])
     order = np.argsort(samples, kind="stable")
@@ -114,26 +167,37 @@ def _merge(
             f"but {data.variant} holds {len(data.index)}: the ranks do not see the same images"
         )
     logits, ids, variant = logits[order], data.index.keys(), data.variant
+    competing = logits if data.classes is None else logits[:, list(data.classes)]
     if logits_file is not None:
         with write_atomically(logits_file) as temporary:
-            np.savez(temporary, ids=np.array(ids), labels=data.label, logits=logits)
-    try:
+            np.savez(temporary, ids=np.array(ids), labels=data.label, logits=competing)
+
+    def records(label: np.ndarray, logits: np.ndarray, source: Source) -> Records:
         return Records.from_logits(
             ids=ids,
-            labels=data.label,
+            labels=label,
             logits=logits,
             folds=config.evaluate.folds,
             clean=clean,
-            source=Source(
-                name=variant.name,
-                kind=variant.kind,
-                classes=data.classes,
-                corruption=variant.corruption,
-                severity=variant.severity,
-                generated=variant.generated,
-            ),
+            source=source,
             real_labels=data.real,
         )
+
+    source = Source(
+        name=variant.name,
+        kind=variant.kind,
+        classes=data.classes,
+        corruption=variant.corruption,
+        severity=variant.severity,
+        generated=variant.generated,
+    )
+    try:
+        chosen = records(data.label, competing, source)
+        if data.classes is None:
+            return chosen, None
+        label = np.array(data.classes)[data.label]
+        source = replace(source, name=f"{variant.name}{ALL_CLASSES}", classes=None)
+        return chosen, records(label, logits, source)
     except ValueError as error:
         raise DataError(f"{variant}: {error}") from None
 
@@ -147,28 +211,34 @@ def report(
     *,
     title: str | None = None,
     weights_file: Path | None = None,
-    training_seconds: float | None = None,
+    trained: Provenance = Provenance(),
     training: Sequence[Mapping[str, Any]] = (),
     logits_file: Path | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> tuple[Records, dict[str, Any]] | None:
     """Evaluate on all ranks; on rank 0 write the report into `output`; its records and metrics.
 
-    training: the records of the run's metrics.jsonl, for the curves over epochs. A table of data
-    under shift that lies there is deleted: it belongs to an older evaluation.
+    trained: how the network was trained. training: the records of the run's metrics.jsonl, for the
+    curves over epochs. A table of data under shift that lies there is deleted: it belongs to an
+    older evaluation. class_names: of the network's classes, where the data do not tell them.
     """
-    records = evaluate(config, module, data, accelerator, logits_file=logits_file)
+    found = evaluate_spaces(config, module, data, accelerator, logits_file=logits_file)
 
     def written() -> tuple[Records, dict[str, Any]] | None:
-        if records is None:
+        if found is None:
             return None
+        records, all_classes = found
         (output / "shift.json").unlink(missing_ok=True)
         shutil.rmtree(output / "shift", ignore_errors=True)
         about = _about(
-            config, module, data, accelerator, title or output.parent.name, weights_file,
-            training_seconds,
+            config, module, data, accelerator, title or output.parent.name, weights_file, trained,
         )  # fmt: skip
+        if class_names is not None:
+            about = replace(about, class_names=list(class_names))
         image_of = _image_of(data)
-        return records, write_report(records, output, about, image_of=image_of, training=training)
+        return records, write_report(
+            records, output, about, all_classes=all_classes, image_of=image_of, training=training
+        )
 
     return on_all_ranks(written)
 
@@ -193,18 +263,19 @@ def _about(
     accelerator: Accelerator,
     title: str,
     weights_file: Path | None,
-    training_seconds: float | None,
+    trained: Provenance,
 ) -> About:
-    sharpness = config.sharpness
+    identity, known = data.identity, trained.configuration
     return About(
         title=title,
         model=config.model.name,
-        method=config.optimizer.name if sharpness.rule == "none" else sharpness.rule,
-        rho=None if sharpness.rule == "none" else sharpness.rho,
-        gamma=sharpness.gamma if sharpness.rule == "csam" else None,
-        seed=config.run.seed,
-        data=f"{data.variant.path} ({data.index.identity[:16]})",
-        data_identity=data.index.identity,
+        method=trained.method,
+        rho=trained.rho,
+        gamma=trained.gamma,
+        seed=trained.seed,
+        data=f"{data.variant.path} ({identity[:16]})",
+        data_identity=identity,
+        known_by="images",
         class_names=data.class_names,
         image_size=config.data.image_size,
         crop_pct=config.data.crop_pct,
@@ -212,12 +283,19 @@ def _about(
         parameters=parameter_count(module),
         checkpoint=sha256(weights_file) if weights_file else weights_hash(module),
         precision=config.train.precision,
-        engine=config.train.engine,
+        engine=None if known is None else known.train.engine,
         world_size=accelerator.num_processes,
-        training_seconds=training_seconds,
+        training_seconds=trained.seconds,
         versions=describe_environment()["packages"],
-        configuration=config.model_dump(),
+        configuration=_of_evaluation(config) if known is None else known.model_dump(),
     )
+
+
+def _of_evaluation(config: Config) -> dict[str, Any]:
+    """What of a configuration decides the logits of a network that it did not train."""
+    data = config.data.model_dump(include=EVALUATED_DATA)
+    evaluate = {"folds": config.evaluate.folds}
+    return {"model": config.model.model_dump(), "data": data, "evaluate": evaluate}
 
 
 def report_shift(
@@ -232,11 +310,14 @@ def report_shift(
 ) -> None:
     """Evaluate on data under shift with the temperature of the clean images, after `report`.
 
+    Where a part of the classes compete there is a second row, NAME_all_classes, of all of them.
+
     Called by all ranks; clean: its records, on rank 0. Writes records and `shift.json` after each
     data set, and the page again at the end. Raises FailedTogether where `evaluate` does, and for
     an ImageNet-C whose subsets do not hold the same images.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Measured] = []
+    clean_row: list[Measured] = []  # measured once, on rank 0
     first: dict[str, DataSet] = {}
     for variant in variants:
 
@@ -251,14 +332,17 @@ def report_shift(
             return data
 
         data = on_all_ranks(opened)
-        records = evaluate(config, module, data, accelerator, clean=clean)
+        found = evaluate_spaces(config, module, data, accelerator, clean=clean)
 
-        def written(records: Records | None = records, data: DataSet = data) -> None:
-            if records is None:
-                return
-            rows.append(save_shifted(Shifted(records, data.index.identity), output))
-            write_shift(row(clean, clean_identity, Path("records.parquet")), rows, output)
-            print(_line(data.variant, rows[-1]))
+        def written(found: Any = found, data: DataSet = data) -> None:
+            for records in found or ():
+                if records is None:
+                    continue
+                rows.append(save_shifted(Shifted(records, data.identity), output))
+                if not clean_row:
+                    clean_row.append(measure(clean, clean_identity, Path("records.parquet")))
+                write_shift(clean_row[0], rows, output)
+                print(_line(data.variant, rows[-1].row))
 
         on_all_ranks(written)
     on_all_ranks(lambda: render_report(output) if clean is not None else None)
@@ -267,9 +351,11 @@ def report_shift(
 def _line(variant: Variant, figures: dict[str, Any]) -> str:
     before, after = figures["before"], figures["after"]
     generated = " (generated)" if variant.generated else ""
+    generated += " among all classes" * figures["name"].endswith(ALL_CLASSES)
     return (
-        f"{variant}{generated}: {figures['images']} images, accuracy {before['accuracy']:.4f}, ECE "
-        f"{before['ece']:.4f}, with the clean temperature {after['ece']:.4f}"
+        f"{variant}{generated}: {counted(figures['images'], 'image')}, accuracy "
+        f"{before['accuracy']:.4f}, ECE {before['ece']:.4f}, with the clean temperature "
+        f"{after['ece']:.4f}"
     )
 
 

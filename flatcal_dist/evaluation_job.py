@@ -6,7 +6,7 @@ none is named. One shifted data set alone, for a network without a run, gets a r
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -26,6 +26,7 @@ from flatcal_dist.data.variants import (
     path_of,
 )
 from flatcal_dist.distributed import ending_together, on_all_ranks
+from flatcal_dist.evaluation import Provenance
 from flatcal_dist.models import build
 from flatcal_dist.run_directory import RunDirectory, RunError
 from flatcal_dist.training import checkpoint, resharding
@@ -39,7 +40,7 @@ class Wanted:
 
     data: PATH or NAME=PATH each, see `data.variants`. corruptions, severities: of ImageNet-C, by
     default all that there are. real_file: other ReaL labels than timm's. save_logits: also write
-    the clean images' logits.
+    the clean images' logits. class_names: of the network's classes, in their order.
     """
 
     data: Sequence[str] = ()
@@ -47,6 +48,7 @@ class Wanted:
     severities: Sequence[int] | None = None
     real_file: Path | None = None
     save_logits: bool = False
+    class_names: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,16 @@ class Network:
     """A network to evaluate.
 
     weights: a file, or a checkpoint of any engine, or None for those that its library publishes.
+    trained: how; by default unknown. key: which of several weights in the file.
     """
 
     title: str
     config: Config
     weights: Path | None
     output: Path
-    seconds: float | None = None
+    trained: Provenance = field(default_factory=Provenance)
     log: Path | None = None  # of its training, for the curves in the report
+    key: str | None = None
 
 
 def evaluate_runs(runs: Sequence[Path], wanted: Wanted, output: Path | None = None) -> None:
@@ -86,13 +90,13 @@ def _of_run(run: Path) -> Network:
     if step is not None:
         checkpoint.verify(run)
         output = directory.path / f"report_{step}"
-        return Network(f"{title} {step}", config, run, output, log=directory.metrics_file)
+        trained = Provenance.of_run(config, None)
+        return Network(f"{title} {step}", config, run, output, trained, directory.metrics_file)
     if not directory.weights_file.exists():
         raise RunError(f"{run} has no model.safetensors yet: training writes it at its end")
     seconds = state.seconds if (state := directory.state()) else None
-    return Network(
-        title, config, directory.weights_file, directory.report, seconds, directory.metrics_file
-    )
+    trained, weights = Provenance.of_run(config, seconds), directory.weights_file
+    return Network(title, config, weights, directory.report, trained, directory.metrics_file)
 
 
 def evaluate_model(
@@ -101,12 +105,23 @@ def evaluate_model(
     wanted: Wanted,
     output: Path | None,
     overrides: Sequence[str] = (),
+    key: str | None = None,
+    trained: Provenance | None = None,
 ) -> None:
     """Write the report of any weights of a network.
 
-    name: of timm (or "mlp"), timm:NAME or torchvision:NAME; the latter two without weights have
-    those that the library publishes. Image size, crop and normalization are the library's for this
-    network, unless overrides say otherwise.
+    Image size, crop and normalization are the library's for this network, unless overrides say
+    otherwise.
+
+    Args:
+        name: of timm (or "mlp"), timm:NAME or torchvision:NAME; the latter two without weights have
+            those that the library publishes.
+        weights: files. Several of them are reported on one after another.
+        wanted: what to evaluate on.
+        output: directory of the report, or of a folder for each of several.
+        overrides: of the configuration, `key.sub=value` each.
+        key: which of several weights in a file to take, see `weights.load_weights`.
+        trained: how the network was trained, as far as the user tells.
     """
     published = name is not None and ":" in name and not weights
     missing = [
@@ -126,8 +141,10 @@ def evaluate_model(
         raise ConfigError(f"evaluate needs a run directory, or also {', '.join(missing)}{hint}")
     settings = pretrained.settings(name, published)
     config = configuration.load(None, [f"model.name={name}", *settings, *overrides])
+    trained = trained or Provenance()
     networks = [
-        Network(file.stem if file else name, config, file, output) for file in weights or [None]
+        Network(file.stem if file else name, config, file, output, trained, key=key)
+        for file in weights or [None]
     ]
     if len(networks) > 1:
         networks = [_into(output, network, True) for network in networks]
@@ -136,11 +153,16 @@ def evaluate_model(
 
 def _into(output: Path, network: Network, several: bool) -> Network:
     target = output / network.title.replace(" ", "_") if several else output
-    return Network(network.title, network.config, network.weights, target, network.seconds)
+    return replace(network, output=target)
 
 
 def _evaluate(networks: Sequence[Network], wanted: Wanted, needs_output: bool = False) -> None:
     _refuse_clashes(networks)
+    for classes in {network.config.model.num_classes for network in networks}:
+        if wanted.class_names is not None and len(wanted.class_names) != classes:
+            raise ConfigError(
+                f"--classes has {len(wanted.class_names)} names, and the network {classes} classes"
+            )
     accelerator = distributed.start("ddp", networks[0].config.train.precision)
     with ending_together(accelerator):
         for network in networks:
@@ -230,14 +252,14 @@ def _evaluate_one(
     weights_file = network.weights if network.weights and network.weights.is_file() else None
     written = evaluation.report(
         config, module, data, accelerator, network.output,
-        title=network.title, weights_file=weights_file, training_seconds=network.seconds,
-        training=_log(network, accelerator),
+        title=network.title, weights_file=weights_file, trained=network.trained,
+        training=_log(network, accelerator), class_names=wanted.class_names,
         logits_file=network.output / "logits.npz" if wanted.save_logits else None,
     )  # fmt: skip
     if shifted:
         records = written[0] if written else None
         evaluation.report_shift(
-            config, module, shifted, accelerator, network.output, records, data.index.identity,
+            config, module, shifted, accelerator, network.output, records, data.identity,
             _shards(config),
         )  # fmt: skip
     accelerator.print(network.output / "index.html")
@@ -260,7 +282,9 @@ def _on_device(network: Network, accelerator: Accelerator) -> nn.Module:
         if network.weights.is_dir():
             resharding.fill_network(module, network.weights)
         else:
-            load_weights(module, network.weights)
+            taken = str(load_weights(module, network.weights, network.key))
+            if taken:
+                accelerator.print(f"{network.weights}: {taken}")
         return module
 
     if network.weights is None:  # one process of a machine fetches, the others find it there

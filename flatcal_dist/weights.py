@@ -1,25 +1,40 @@
 """Weight files: written as safetensors, read without ever unpickling more than tensors."""
 
 import hashlib
-import pickle
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flatcal_dist import weight_files
 from flatcal_dist.files import write_atomically
-
-WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's
-NESTED = ("state_dict", "model")  # where training scripts keep the weights
+from flatcal_dist.weight_files import Candidate, WeightsError
 
 # Of torchvision's networks: published with them, and of use in their own training alone.
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 
 
-class WeightsError(ValueError):
-    """A weight file that cannot be read, or is not of this network."""
+@dataclass(frozen=True)
+class Taken:
+    """Which weights of a file were loaded.
+
+    name: where they stand in the file, empty where it holds nothing else. others: more weights of
+    this network in the same file, by name. left_out: how many tensors are no weights of it.
+    """
+
+    name: str = ""
+    others: tuple[str, ...] = ()
+    left_out: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"weights taken: {self.name}"] if self.name and self.others else []
+        if self.others:
+            parts.append(f"also there: {', '.join(self.others)} (choose with --weights-key)")
+        if self.left_out:
+            parts.append(f"{self.left_out} tensors of the file are no weights of this network")
+        return "; ".join(parts)
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
@@ -38,34 +53,127 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
         temporary.chmod(mode)
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Fill a network from a safetensors file, or a PyTorch file that holds nothing but tensors.
+def load_weights(module: nn.Module, path: Path, key: str | None = None) -> Taken:
+    """Fill a network from a safetensors file, or a PyTorch file.
 
-    Raises WeightsError for a file that cannot be read, or whose names or shapes differ.
+    Nested dictionaries and the prefixes of wrappers (DistributedDataParallel, torch.compile, FSDP,
+    AveragedModel, Lightning) come off until the names are the network's. Counts of batches
+    (`num_batches_tracked`), which old files lack, stay the network's, as torch has it.
+
+    Args:
+        module: the network.
+        path: the file.
+        key: which of several weights to take, such as "state_dict_ema". By default those that were
+            trained, and not their average.
+
+    Raises:
+        WeightsError: the file cannot be read, holds other names or shapes, or several weights that
+            fit and `key` does not tell which.
     """
-    state = {_own_name(name): tensor for name, tensor in _read(path).items()}
+    path = Path(path)
     own = module.state_dict()
+    found = weight_files.candidates(weight_files.read(path), own)
     if getattr(module, "aux_logits", None) is False:
-        state = {n: t for n, t in state.items() if not n.startswith(AUXILIARY_HEADS)}
+        found = [_without_auxiliary_heads(one) for one in found]
+    if not found:
+        raise WeightsError(f"{path} holds no state_dict (names and tensors)")
+    fitting = [one for one in found if not _problems(one.tensors, own)]
+    whole = [one for one in fitting if _rest(one, fitting) <= max(1, len(one.tensors) / 2)]
+    if not whole:
+        nearest = max(found, key=lambda one: (_overlap(one, own), -len(one.tensors)))
+        problems = _problems(nearest.tensors, own) or [
+            f"with {nearest.left_out} tensors more than the network has"
+        ]
+        raise WeightsError(
+            f"{path} does not hold the weights of this network: {'; '.join(problems)}"
+            + _advice(nearest.tensors, own)
+        )
+    taken = _choose(whole, key, path)
+    module.load_state_dict(taken.tensors, strict=False)
+    others = tuple(one.name for one in whole if one is not taken)
+    return Taken(taken.name, others, _rest(taken, whole))
+
+
+def _without_auxiliary_heads(one: Candidate) -> Candidate:
+    kept = {n: t for n, t in one.tensors.items() if not n.startswith(AUXILIARY_HEADS)}
+    return replace(one, tensors=kept)
+
+
+def _problems(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """How names and shapes differ from the network's, the first of each; empty if they fit."""
     # safetensors keeps one of several names that share a tensor: the others are filled with it.
-    shared = {tensor.data_ptr(): state[name] for name, tensor in own.items() if name in state}
-    missing = [n for n, t in own.items() if n not in state and t.data_ptr() not in shared]
+    shared = {tensor.data_ptr() for name, tensor in own.items() if name in state and tensor.numel()}
+    missing = [
+        name
+        for name, tensor in own.items()
+        if name not in state
+        and tensor.data_ptr() not in shared
+        and not name.endswith("num_batches_tracked")
+    ]
     strange = [name for name in state if name not in own]
     shapes = [
         f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
         for name in state
         if name in own and state[name].shape != own[name].shape
     ]
-    problems = [
-        f"{what} {', '.join(names[:3])}{' and more' * (len(names) > 3)}"
-        for what, names in (("without", missing), ("with", strange), ("with", shapes))
+    return [
+        f"{what} {', '.join(names[:3])}"
+        + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        + (f" (the network's names begin with {next(iter(own))})" if what == "with names" else "")
+        for what, names in (("without", missing), ("with names", strange), ("with", shapes))
         if names
     ]
-    if problems:
+
+
+def _overlap(one: Candidate, own: dict[str, Tensor]) -> int:
+    return sum(name in own for name in one.tensors)
+
+
+def _rest(one: Candidate, fitting: list[Candidate]) -> int:
+    """How many tensors beside these are no weights of the network at all."""
+    beside = [other for other in fitting if other is not one and other.of == one.of]
+    return one.left_out - sum(len(other.tensors) for other in beside)
+
+
+def _advice(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """Where all that differs is the number of classes: what to say."""
+    if state.keys() - own.keys():
+        return ""
+    other = {name for name in state if state[name].shape != own[name].shape}
+    rows = {
+        (state[n].shape[:1], own[n].shape[:1]) for n in other if state[n].dim() and own[n].dim()
+    }
+    rest = all(state[n].shape[1:] == own[n].shape[1:] for n in other)
+    if len(rows) != 1 or not rest:
+        return ""
+    ((theirs, ours),) = rows
+    return (
+        f". If these are its classes, the file has {theirs[0]} and the network {ours[0]}: say "
+        f"--set model.num_classes={theirs[0]}"
+    )
+
+
+def _choose(fitting: list[Candidate], key: str | None, path: Path) -> Candidate:
+    names = [one.name for one in fitting]
+    if key is not None:
+        chosen = [one for one in fitting if key in (one.name, one.name.rpartition(".")[2])]
+        if len(chosen) != 1:
+            raise WeightsError(f"{path} has no weights {key!r} of this network: {', '.join(names)}")
+        return chosen[0]
+    trained = [one for one in fitting if not weight_files.is_average(one.name)]
+    left = trained or fitting
+    if len(left) > 1 and not all(_same(one, left[0]) for one in left[1:]):
         raise WeightsError(
-            f"{path} does not hold the weights of this network: {'; '.join(problems)}"
+            f"{path} holds several weights of this network, {', '.join(o.name for o in left)}: "
+            "choose one with --weights-key"
         )
-    module.load_state_dict(state, strict=False)
+    return left[0]
+
+
+def _same(one: Candidate, other: Candidate) -> bool:
+    return one.tensors.keys() == other.tensors.keys() and all(
+        torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items()
+    )
 
 
 def sha256(path: Path) -> str:
@@ -80,29 +188,3 @@ def weights_hash(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise WeightsError(
-            f"{path} holds more than tensors, and unpickling it would run its code; save its "
-            "state_dict alone, or as safetensors"
-        ) from None
-    except (OSError, EOFError, RuntimeError, SafetensorError) as error:
-        raise WeightsError(f"cannot read the weights {path}: {error}") from None
-    for key in NESTED:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise WeightsError(f"{path} holds no state_dict (names and tensors)")
-    return state
-
-
-def _own_name(name: str) -> str:
-    for prefix in WRAPPERS:
-        name = name.removeprefix(prefix)
-    return name

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Make the environment and run the tests; arguments go to pytest (-m exhaustive, a file, ...).
+#   ./launch/test.sh [--latest] [ARGUMENT...]     --latest: not the tested versions, but the newest
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-make_environment dev
+versions=tested
+if [ "${1:-}" = --latest ]; then versions=latest; shift; fi
+make_environment "$versions" dev
 cd "$root"
 ruff check .
 ruff format --check .

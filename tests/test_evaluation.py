@@ -1,5 +1,6 @@
 """Evaluation on ImageNet's variants: against plain numpy; the same bits on any number of ranks."""
 
+import csv
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from flatcal_dist.calibration.imported import read_file
 from flatcal_dist.calibration.records import Records
 from flatcal_dist.calibration.summary import summarize
 from flatcal_dist.config import Config, ConfigError
-from flatcal_dist.data import DataError
+from flatcal_dist.data import DataError, image_folder, prepare_shards
 from flatcal_dist.data.corruptions import corrupted_jpeg
 from flatcal_dist.data.decode import decode
 from flatcal_dist.data.imagenet import subset
@@ -365,3 +366,42 @@ def test_which_data_set_is_the_clean_one(trees):
 def test_what_is_missing_is_named(arguments, message):
     with pytest.raises(ConfigError, match=message):
         evaluate_model(*arguments)
+
+
+def test_a_tree_and_its_shards_are_the_same_data(trees, tmp_path):
+    """By name, label and size; other images under the same names, and corruptions, are not."""
+    tree = trees / "photographs"
+    for number in (1, 3):
+        prepare_shards(image_folder(tree), tmp_path / str(number), "validation", shards=number)
+    opened = [
+        open_variant(find(str(path), 10)[0], 10) for path in (tree, tmp_path / "1", tmp_path / "3")
+    ]
+    assert len({data.identity for data in opened}) == 1
+    assert len({data.index.identity for data in opened}) == 3, "these are files, not images"
+    copy = shutil.copytree(tree, tmp_path / "copy")
+    file = next(copy.glob("*/*"))
+    file.write_bytes(file.read_bytes() + b"\0")
+    assert open_variant(find(str(copy), 10)[0], 10).identity != opened[0].identity
+    moved = shutil.copytree(tree, tmp_path / "moved")
+    first, second = sorted(moved.iterdir())[:2]
+    file = next(first.iterdir())
+    file.rename(second / file.name)
+    assert open_variant(find(str(moved), 10)[0], 10).identity != opened[0].identity
+    changed = [
+        open_variant(v, 10).identity
+        for v in find(f"imagenet_c_generated={tree}", 10, ["fog", "snow"], [1, 2])
+    ]
+    assert len({opened[0].identity, *changed}) == 5
+
+
+def test_nothing_is_made_up_of_how_weights_from_elsewhere_were_trained(job):
+    about = json.loads((job / "metrics.json").read_text())["about"]
+    assert about["method"] is about["seed"] is about["rho"] is about["engine"] is None
+    assert set(about["configuration"]) == {"model", "data", "evaluate"}
+    assert "optimizer" not in json.dumps(about["configuration"])
+    (row,) = csv.DictReader((job / "metrics.csv").read_text().splitlines())
+    assert row["method"] == row["seed"] == ""
+    page = (job / "index.html").read_text()
+    assert "method unknown" in page
+    assert "<dt>Training seed</dt><dd>unknown</dd>" in page
+    assert "SGD" not in page

@@ -20,6 +20,11 @@ from .softmax import chunks, log_softmax
 BOUNDS = (1e-3, 1e3)  # temperatures that a fit may return
 
 
+def is_fitted(temperature: float) -> bool:
+    """Whether a fit found this temperature, and did not run to the end of its range."""
+    return temperature not in BOUNDS
+
+
 class Identity:
     """The network as it is."""
 

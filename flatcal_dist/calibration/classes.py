@@ -19,12 +19,12 @@ def class_numbers(records: Records) -> IntArray:
 def per_class(records: Records, names: Sequence[str] | None = None) -> dict[str, list[Any]]:
     """Columns over the classes that have images, in the order of the classes.
 
-    class (the network's number), name (None where not known), images; accuracy of the class's
-    images, their mean confidence and signed gap, its interval (`gap_low`, `gap_high`: mean
-    confidence minus Wilson's interval of the accuracy), their mean NLL; answers: images answered
-    with this class, and precision: the share of them that are of this class (None without
-    answers); confused_with: the most frequent wrong answer, None if there is none, and its share
-    of the class's images.
+    class (the network's number), name (None where not known), images, correct: how many of them
+    the network gets right; accuracy of the class's images, their mean confidence and signed gap,
+    its interval (`gap_low`, `gap_high`: mean confidence minus Wilson's interval of the accuracy),
+    their mean NLL; answers: images answered with this class, and precision: the share of them that
+    are of this class (None without answers); confused_with: the most frequent wrong answer, None if
+    there is none, how many of the class's images get it (confused_images), and their share.
     """
     k, label, answer = records.classes, records.label, records.prediction
     images = np.bincount(label, minlength=k)
@@ -48,6 +48,7 @@ def per_class(records: Records, names: Sequence[str] | None = None) -> dict[str,
             names[number[i]] if names and number[i] < len(names) else None for i in at.tolist()
         ],
         "images": images[at].tolist(),
+        "correct": right[at].tolist(),
         "accuracy": accuracy.tolist(),
         "mean_confidence": confidence.tolist(),
         "signed_gap": (confidence - accuracy).tolist(),
@@ -57,6 +58,7 @@ def per_class(records: Records, names: Sequence[str] | None = None) -> dict[str,
         "answers": answers.tolist(),
         "precision": [None if np.isnan(v) else float(v) for v in precision],
         "confused_with": [None if i is None else number[i] for i in confused],
+        "confused_images": [wrong_images.get(i, 0) for i in at.tolist()],
         "confused_share": [wrong_images.get(i, 0) / int(images[i]) for i in at.tolist()],
     }
 

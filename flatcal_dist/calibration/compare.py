@@ -11,16 +11,18 @@ from markupsafe import Markup
 
 from flatcal_dist.files import write_json, write_text
 
-from . import comparison_figures, figures, page
+from . import comparison_figures, comparison_table, decisions, figures, page, pairing
+from .calibrators import is_fitted
+from .comparison_verdict import verdict
 from .display import duration, enumerate_names, number, percent
 from .drawing import Curve
-from .methods import COMPARED, SIDES, Method, Run, differences, gather, summary, verdict
+from .methods import COMPARED, SIDES, Method, Run, differences, gather, summary
 from .naming import METRICS
 from .report import read_report
 from .report_page import run_title
 from .statistics import LEVEL, RESAMPLES, Bootstrap, bootstrap, mcnemar
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 def write_comparison(
@@ -29,15 +31,16 @@ def write_comparison(
     """Compare the reports of `runs` (run directories or report directories) into `output`.
 
     Runs that differ by their seed alone are one method; the method of the first run is the
-    baseline. Writes index.html (one file, needs no network), comparison.json, comparison.csv and
-    figures; returns what comparison.json holds. ValueError if a run has no report, or if the runs
-    were not evaluated on the same images.
+    baseline. Writes index.html (one file, needs no network), comparison.json, comparison.csv,
+    table.tex and figures; returns what comparison.json holds. ValueError if a run has no report, or
+    if the runs were not evaluated on the same images.
     """
     if len(runs) < 2:
         raise ValueError(f"a comparison needs at least two runs, got {len(runs)}")
     loaded = _load(runs)
     for other in loaded[1:]:
         _refuse_other_images(loaded[0], other)
+    paired = _pairing(loaded)
     methods = gather(loaded)
     samples = {
         side: bootstrap([getattr(run.records, side) for run in loaded], resamples, seed)
@@ -46,6 +49,7 @@ def write_comparison(
     comparison = {
         "schema_version": SCHEMA_VERSION,
         "images": len(loaded[0].records),
+        "pairing": paired,
         "baseline": methods[0].name,
         "runs": _rows(loaded, methods, samples["before"]),
         "methods": [summary(method) for method in methods],
@@ -56,6 +60,8 @@ def write_comparison(
     output = Path(output)
     write_json(output / "comparison.json", comparison)
     write_text(output / "comparison.csv", _csv(comparison))
+    first = [method.runs[0].metrics for method in methods]
+    write_text(output / "table.tex", comparison_table.table_tex(comparison, first))
     _write_page(comparison, loaded, methods, output)
     return comparison
 
@@ -64,15 +70,21 @@ def _conventions(resamples: int, seed: int) -> dict[str, Any]:
     return {
         "methods": "runs whose configuration differs by the seed alone; figures of a method are "
         "means over its runs",
-        "difference": f"method minus baseline on the same images, {100 * LEVEL:.0f} % interval by "
-        "paired bootstrap over images; holds for these networks",
+        "difference": "method minus baseline on the same images, over the seeds that both have, or "
+        "else over all runs of each",
+        "intervals": f"{100 * LEVEL:.0f} % by paired bootstrap over images, of each difference by "
+        "itself; they hold for these networks",
         "over_seeds": "where both methods share three seeds or more: Student's interval of the "
         "differences by seed",
-        "shown": "the interval over images leaves out zero and, where there is one, that over "
-        "seeds as well",
+        "p_value": "twice the share of resamples beyond zero, or their normal tail where those are "
+        "too few to count; accuracy of two networks by McNemar's mid-p; seeds by Student's t. The "
+        "largest of those that apply",
+        "adjusted_p_value": "Holm (1979), over all methods, metrics and both sides of temperature "
+        f"scaling; accuracy, which scaling leaves alone, counts once. Shown: {decisions.LEVEL} or "
+        "less, and the interval over images leaves out zero",
         "ece_differences": "spread around the observed difference, because resampling biases "
         "ECE upwards",
-        "best": "shown to be better than every other method",
+        "best": "shown to be better than every other method, by Holm's procedure over all pairs",
         "run_difference": "each run minus the baseline's run of the same seed, else its first",
         "resamples": resamples,
         "seed": seed,
@@ -132,20 +144,46 @@ def _refuse_other_images(baseline: Run, other: Run) -> None:
             "data"
         )
     identities = [run.about["data_identity"] for run in (baseline, other)]
-    if None not in identities and identities[0] != identities[1]:
+    known = {run.about["known_by"] for run in (baseline, other)}
+    if known == {"images"} and identities[0] != identities[1]:
         raise ValueError(
             f"runs {baseline.name} and {other.name} were evaluated on other data under the same "
-            f"image ids ({identities[0][:16]} and {identities[1][:16]}), such as corrupted copies "
-            "or other shards; evaluate both on the same shards: flatcal evaluate RUN --data SHARDS "
-            "--output DIR"
+            f"image ids ({identities[0][:16]} and {identities[1][:16]}), such as corrupted or "
+            "smaller copies: sizes of the files differ. Evaluate both on the same images: flatcal "
+            "evaluate RUN --data DATA --output DIR"
         )
+
+
+def _pairing(runs: Sequence[Run]) -> dict[str, Any]:
+    """How the images of these runs were found to be the same ones, and what that is worth."""
+    known = {run.about["known_by"] for run in runs}
+    by = next(kind for kind in ("rows", "ids", "images") if kind in known)
+    texts = {
+        "images": "All runs saw the same images, by name, label and size in bytes.",
+        "ids": "Images are paired by their ids and have the same labels. Files of logits do not "
+        "tell more of the images, such as whether one network saw corrupted copies.",
+        "rows": "Images are paired by their rows alone, because a file had no ids: if the rows of "
+        "two files are in different orders, every difference and interval below is wrong, and "
+        "equal labels in every row do not exclude that. Give each image an id.",
+    }
+    text, low = texts[by], {}
+    if by == "rows":
+        found = {r.name: pairing.agreement(runs[0].records, r.records) for r in runs[1:]}
+        images = len(runs[0].records)
+        low = {name: v for name, v in found.items() if pairing.is_chance(v, images)}
+    if low:
+        text += (
+            f" Within the classes, the images that are hard for {runs[0].name} are not those that "
+            f"are hard for {enumerate_names(list(low))}: the rows seem to be in different orders."
+        )
+    return {"by": by, "text": text, "disagreeing": sorted(low)}
 
 
 def _rows(
     runs: Sequence[Run], methods: Sequence[Method], samples: Bootstrap
 ) -> list[dict[str, Any]]:
     """One row per run, with its difference from the run of the baseline that has its seed."""
-    by_seed = {run.seed: run for run in reversed(methods[0].runs)}
+    by_seed = {run.seed: run for run in methods[0].runs if run.seed is not None}
     of = {run.name: method for method in methods for run in method.runs}
     rows = []
     for run in runs:
@@ -215,6 +253,8 @@ def _write_page(
         c=comparison,
         metrics=[METRICS[key] for key in COMPARED],
         figures=_figures(methods, output / "figures"),
+        known=lambda value: "unknown" if value is None else value,
+        usable=is_fitted,
         seconds={run["run"]: duration(run["training_seconds"]) for run in comparison["runs"]},
         grouped=len(methods) < len(runs),
         over_seeds=any(d["before"]["accuracy"]["over_seeds"] for d in comparison["differences"]),

@@ -5,26 +5,30 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from .drawing import Curve, percent_axes, style
-from .figures import DIAGONAL
+from .drawing import Curve, faded_line, percent_axes, style
+from .figures import DIAGONAL, density_strength
 from .naming import METRICS
 from .palette import light
 
 
 def draw_reliability_overlay(curves: Sequence[Curve], title: str) -> Figure:
-    """Smooth accuracy against confidence, one line per run, where images are not too few."""
+    """Smooth accuracy against confidence, one line per run, fading where images are few."""
     with style():
-        figure = Figure(figsize=(5.6, 5.4), layout="constrained")
+        figure = Figure(figsize=(4.6, 4.7), layout="constrained")
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], **DIAGONAL)
         for c in curves:
             curve = c.side["smooth_curve"]
             known = [i for i, v in enumerate(curve["accuracy"]) if v is not None]
             x, y = ([curve[key][i] for i in known] for key in ("confidence", "accuracy"))
-            axes.plot(
-                x, y, color=c.colour, linestyle=c.dashes, linewidth=1.7 if c.named else 1.0,
-                marker=c.marker, markevery=12, markersize=5, label=c.label,
-            )  # fmt: skip
+            strength = density_strength([curve["images"][i] for i in known])
+            width = 1.7 if c.named else 1.0
+            faded_line(axes, x, y, strength, color=c.colour, linestyle=c.dashes, linewidth=width)
+            strong = [i for i in range(0, len(x), 12) if strength[i] == 1]
+            marks = ([x[i] for i in strong], [y[i] for i in strong])
+            axes.plot(*marks, color=c.colour, marker=c.marker, markersize=5, linestyle="none")
+            key = {"linestyle": c.dashes, "linewidth": width, "marker": c.marker, "markersize": 5}
+            axes.plot([], [], color=c.colour, label=c.label, **key)
         axes.set(xlim=(0, 1), ylim=(0, 1), title=title, xlabel="Confidence", ylabel="Accuracy")
         percent_axes(axes)
         figure.legend(loc="outside lower center", ncols=3)
@@ -39,7 +43,7 @@ def draw_scatter(curves: Sequence[Curve], key: str, title: str) -> Figure:
     """
     metric = METRICS[key]
     with style():
-        figure = Figure(figsize=(5.6, 5.4), layout="constrained")
+        figure = Figure(figsize=(4.6, 4.7), layout="constrained")
         axes = figure.subplots()
         for c in curves:
             x, y, limits = c.side["accuracy"], c.side[key], c.side["intervals"]

@@ -24,8 +24,9 @@ def smooth_reliability(confidence: FloatArray, correct: BoolArray, width: float)
     Returns lists over `confidence` from the smallest to the largest one seen, None where no image
     lies near: `accuracy` (the Nadaraya-Watson estimate), and `calibrated_low`, `calibrated_high`:
     the central 95 % of it for a perfectly calibrated network with these confidences (normal
-    approximation of the weighted sum of Bernoulli outcomes). Source: Blasiok and Nakkiran, Smooth
-    ECE (ICLR 2024), section 4.
+    approximation of the weighted sum of Bernoulli outcomes); and `images`, how many the estimate
+    rests on: of equal weights that would leave as much noise (Kish's effective number). Source:
+    Blasiok and Nakkiran, Smooth ECE (ICLR 2024), section 4.
     """
     width = float(np.clip(width, *WIDTHS))
     at = np.linspace(confidence.min(), confidence.max(), SMOOTH_POINTS)
@@ -42,6 +43,7 @@ def smooth_reliability(confidence: FloatArray, correct: BoolArray, width: float)
         for mirrored in (nodes, -nodes, 2 - nodes)
     )
     weight = kernel @ total
+    effective = weight**2 / np.maximum(kernel**2 @ total, 1e-300)
     weight = np.where(weight > 1e-6, weight, np.nan)
     middle, half = kernel @ expected / weight, np.sqrt(kernel**2 @ spread) / weight
     half *= ndtri((1 + LEVEL) / 2)
@@ -51,7 +53,7 @@ def smooth_reliability(confidence: FloatArray, correct: BoolArray, width: float)
         "calibrated_high": np.minimum(middle + half, 1),
     }
     plain = {k: [None if np.isnan(v) else float(v) for v in c] for k, c in curves.items()}
-    return {"width": width, "confidence": at.tolist()} | plain
+    return {"width": width, "confidence": at.tolist(), "images": effective.tolist()} | plain
 
 
 def confidence_histogram(scores: Scores) -> dict[str, Any]:

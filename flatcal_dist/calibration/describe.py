@@ -55,6 +55,18 @@ def _risk_at(curve: dict[str, list[float]], coverage: float) -> float:
     return curve["risk"][i]
 
 
+def confusions(m: dict[str, Any]) -> str:
+    pairs, k = m["confusions"]["pairs"], len(m["confusions"]["classes"])
+    text = f"{k} classes by {k} answers; {percent(m['accuracy'], 1)} of all images are right."
+    if not pairs:
+        return f"{text} No class is taken for another."
+    p = pairs[0]
+    return (
+        f"{text} The most frequent confusion is that {p['images']} of {p['of']} images of class "
+        f"{p['label']} are taken for class {p['answer']}. The table lists the most frequent ones."
+    )
+
+
 def training(curves: dict[str, list[Any]]) -> str:
     names = {
         "mean_entropy": "entropy", "mean_entropy_correct": "entropy of correct predictions",

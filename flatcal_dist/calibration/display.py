@@ -7,6 +7,8 @@ from .statistics import Interval
 
 UNDEFINED = "not defined"
 MINUS = "−"
+MOST_DECIMALS = 6  # that a value gets in order to show its sign
+MOST_IN_PROSE = 3
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Unit:
 
 PERCENT = Unit(100, 2, " %", difference_suffix=" points")
 POINTS = Unit(100, 2, " points", signed=True)
+GAP = Unit(100, 2, signed=True)  # points, where a column's head says so
 THOUSANDTHS = Unit(1000, 1)
 PLAIN = Unit(1, 3, difference_decimals=4)
 
@@ -51,38 +54,71 @@ def temperature(value: float) -> str:
     return number(value, 2) if value >= 0.1 else f"{value:.3g}"
 
 
-def show(value: float | None, unit: Unit, *, difference: bool = False, suffix: bool = True) -> str:
-    """A value in its unit; a difference has a sign and, between percentages, is in points."""
+def show(value: float | None, unit: Unit, *, suffix: bool = True) -> str:
+    """A value in its unit."""
     if value is None:
         return UNDEFINED
-    decimals, ending = unit.decimals, unit.suffix
-    if difference and unit.difference_decimals is not None:
-        decimals = unit.difference_decimals
-    if difference and unit.difference_suffix is not None:
-        ending = unit.difference_suffix
-    text = number(unit.factor * value, decimals, difference or unit.signed)
-    return text + ending if suffix else text
+    text = number(unit.factor * value, unit.decimals, unit.signed)
+    return text + unit.suffix if suffix else text
 
 
-def between(
-    low: float | None, high: float | None, unit: Unit, *, difference: bool = False
-) -> str | None:
+def between(low: float | None, high: float | None, unit: Unit) -> str | None:
     """`83.1 to 85.2`, without the unit; None when undefined."""
     if low is None or high is None:
         return None
-    ends = (show(v, unit, difference=difference, suffix=False) for v in (low, high))
-    return " to ".join(ends)
+    return " to ".join(show(v, unit, suffix=False) for v in (low, high))
 
 
-def show_interval(interval: Interval, unit: Unit, *, difference: bool = False) -> str | None:
-    return between(interval.low, interval.high, unit, difference=difference)
+def show_interval(interval: Interval, unit: Unit) -> str | None:
+    return between(interval.low, interval.high, unit)
+
+
+def show_difference(
+    value: float | None,
+    low: float | None,
+    high: float | None,
+    unit: Unit,
+    *,
+    suffix: bool = True,
+    sign: bool = True,
+) -> tuple[str, str | None]:
+    """A difference, and its interval without the unit (None when undefined).
+
+    Between percentages a difference is in points. Both have as many decimals as it takes to show
+    the sign of each number, up to `MOST_DECIMALS`. sign: write a plus before what is positive.
+    """
+    if value is None:
+        return UNDEFINED, None
+    ends = [] if low is None or high is None else [low, high]
+    scaled = [unit.factor * v for v in (value, *ends)]
+    least = unit.decimals if unit.difference_decimals is None else unit.difference_decimals
+    text, *limits = (number(v, telling_decimals(least, scaled), sign) for v in scaled)
+    ending = unit.suffix if unit.difference_suffix is None else unit.difference_suffix
+    return text + ending * suffix, " to ".join(limits) if limits else None
+
+
+def telling_decimals(least: int, values: Sequence[float], most: int = MOST_DECIMALS) -> int:
+    """The decimals, `least` or more, with which none of the values that are not 0 reads as 0.
+
+    What would read as 0 with `most` of them, too, is left to do so.
+    """
+    visible = [abs(v) for v in values if round(abs(v), most) > 0]
+    decimals, smallest = least, min(visible, default=1.0)
+    while round(smallest, decimals) == 0:
+        decimals += 1
+    return decimals
 
 
 def points(value: float, *others: float | None) -> tuple[str, ...]:
-    """Percentage points to one decimal, two where one would hide the sign of any of them."""
-    values = [value, *(o for o in others if o is not None)]
-    decimals = 2 if min(abs(v) for v in values) < 0.001 else 1
-    return tuple(number(100 * v, decimals) for v in values)
+    """Percentage points to one decimal, or up to three where one would hide the sign of any."""
+    scaled = [100 * v for v in (value, *others) if v is not None]
+    decimals = telling_decimals(1, scaled, MOST_IN_PROSE)
+    return tuple(number(v, decimals) for v in scaled)
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 image`, `2,004 images`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def enumerate_names(names: Sequence[str]) -> str:

@@ -52,10 +52,13 @@ STYLE = {
     "lines.solid_capstyle": "round",
     "hatch.linewidth": 0.7,
     "svg.fonttype": "none",
+    "pdf.fonttype": 42,  # text that can be searched, and that journals take
     "svg.hashsalt": "flatcal",
     "savefig.dpi": 200,
 }
+UNDATED = {"CreationDate": None, "Creator": None, "Producer": None}
 PERCENT = FuncFormatter(lambda value, _: f"{round(100 * value, 6):g} %".replace("-", "−"))
+FADES = 8  # steps of opacity
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -92,14 +95,15 @@ class Curve:
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> str:
-    """Write folder/name.png and .svg, each whole or not at all; return the SVG text."""
+    """Write folder/name.png, .svg and .pdf, each whole or not at all; return the SVG text."""
     folder.mkdir(parents=True, exist_ok=True)
     with style():
         FigureCanvasAgg(figure)
-        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+        undated = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": UNDATED}
+        for suffix, metadata in undated.items():
             with write_atomically(folder / f"{name}{suffix}") as temporary:
                 figure.savefig(temporary, metadata=metadata)
-            figure.set_layout_engine("none")  # laid out once; the second format takes the same
+            figure.set_layout_engine("none")  # laid out once; the other formats take the same
     return (folder / f"{name}.svg").read_text(encoding="utf-8")
 
 
@@ -128,6 +132,23 @@ def style() -> Iterator[None]:
     defaults = {k: v for k, v in mpl.rcParamsDefault.items() if not k.startswith("backend")}
     with mpl.rc_context({**defaults, **STYLE}):
         yield
+
+
+def faded_line(
+    axes: Axes, x: list[float], y: list[float], strength: list[float], **style: Any
+) -> None:
+    """A line through x, y whose opacity follows `strength`, 0 to 1 at each point.
+
+    Stretches of about one strength are one path, so that dashes and round ends stay whole.
+    """
+    steps = [round(FADES * min(1.0, s)) for s in strength]
+    start = 0
+    for end in range(1, len(x)):
+        last = end == len(x) - 1
+        if last or steps[end] != steps[start]:
+            alpha = max(steps[start], 0) / FADES
+            axes.plot(x[start : end + 1], y[start : end + 1], alpha=alpha, **style)
+            start = end
 
 
 def percent_axes(axes: Axes, *, x: bool = True, y: bool = True) -> None:

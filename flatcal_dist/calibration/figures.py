@@ -7,12 +7,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from .drawing import PERCENT, Curve, percent_axes, style
-from .palette import light
+from .drawing import PERCENT, Curve, faded_line, percent_axes, style
+from .palette import heat, light, text_on
 
+HEAT = ("blue", "vermillion")  # of right and of wrong answers
+FEW_NEAR = 30  # images, below which the smooth line fades: accuracy is then 0.2 wide or more
 DIAGONAL = {"color": light("muted"), "linewidth": 1, "linestyle": (0, (4, 3))}
 
 
@@ -21,7 +23,8 @@ def draw_reliability(side: dict[str, Any], title: str) -> Figure:
 
     Bars are fainter the fewer images they hold; the outlined boxes hold 95 % of the accuracies
     that a perfectly calibrated network would show. The line is the accuracy by a kernel instead of
-    bins, the band around the diagonal what chance would allow it. Beneath: images by confidence.
+    bins, fading where few images lie, the band around the diagonal what chance would allow it.
+    Beneath: images by confidence.
     """
     with style():
         figure = Figure(figsize=(5.2, 6.5), layout="constrained")
@@ -72,8 +75,14 @@ def _smooth(axes: Axes, curve: dict[str, Any]) -> None:
         for key in ("confidence", "accuracy", "calibrated_low", "calibrated_high")
     )
     axes.fill_between(x, low, high, color=light("band"), alpha=0.55, linewidth=0)
-    axes.plot(x, y, color=light("paper"), linewidth=3.4)
-    axes.plot(x, y, color=light("ink"), linewidth=1.6)
+    strength = density_strength([curve["images"][i] for i in known])
+    faded_line(axes, x, y, strength, color=light("paper"), linewidth=3.4)
+    faded_line(axes, x, y, strength, color=light("ink"), linewidth=1.6)
+
+
+def density_strength(images: Sequence[float]) -> list[float]:
+    """How strongly a smooth line is drawn where it rests on so many images: fully from 30 on."""
+    return [min(1.0, (n / FEW_NEAR) ** 2) for n in images]
 
 
 def _square_root_axis(axes: Axes, most: float, least: float) -> None:
@@ -200,6 +209,38 @@ RATES = (
     ("auroc", "AUROC", "green", "D"),
     ("ece", "ECE", "purple", "v"),
 )
+
+
+def draw_confusions(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
+    """Share of each class's images by answer, in per cent; right answers are framed."""
+    counts = np.array(matrix)
+    k, total = len(counts), np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    share = counts / total
+    wrong = share * (1 - np.eye(k))
+    most = max(wrong.max(), 1e-12)
+    with style():
+        side = 1.6 + 0.34 * k
+        figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+        axes = figure.subplots()
+        for y in range(k):
+            for x in range(k):
+                right = x == y
+                name = heat(share[y, x] if right else wrong[y, x] / most, HEAT[not right])
+                axes.add_patch(Rectangle((x, y), 0.96, 0.94, facecolor=light(name)))
+                if counts[y, x]:
+                    axes.text(
+                        x + 0.48, y + 0.49, f"{100 * share[y, x]:.0f}", ha="center", va="center",
+                        fontsize=9, color=light(text_on(name)),
+                    )  # fmt: skip
+        axes.set(xlim=(0, k), ylim=(k, 0), xlabel="Answer", ylabel="Class")
+        at, labels = np.arange(k) + 0.48, ["\u200b" + n.replace("$", r"\$") for n in names]
+        axes.set_xticks(at, labels, rotation=90 if max(map(len, names)) > 2 else 0)
+        axes.set_yticks(at, labels)
+        axes.set_title("Answers by class, per cent of the class")
+        axes.tick_params(length=0)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        return figure
 
 
 def draw_training(curves: dict[str, list[Any]]) -> Figure:

@@ -1,181 +1,281 @@
-"""Logits or records of any network, from a file, so that it can get the report.
+"""Logits, probabilities or records of any network, from a file, so that it can get the report.
 
-    npz       arrays `logits` [N, K] or `probabilities` [N, K], `labels` int [N], `ids` [N] if any
-    parquet   columns `label`, `id` if any, and the scores: one list column `logits` or
-              `probabilities`, or a column per class, logit_0, logit_1, ... or probability_0, ...;
-              or the records.parquet of a report
-    csv       the same columns, without the list
-
-Names decide what the scores are; values never do. Also understood: label, labels, target, targets;
-id, ids; logits_0; prob_0, probs_0, p_0. Without ids images are called row_0000000 and so on.
+A file holds labels [N] and scores of K classes: arrays, or a table with a row per image and a
+column per class; ids are taken where there are any. `tables` tells the formats, `column_names` the
+names that are understood, `score_arrays` the shapes. What a name leaves open values decide, and
+`understood` says what was taken for what. A report's records.parquet is read as it is.
 """
 
-import re
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
+from . import column_names, label_arrays, score_arrays
+from .checks import FloatArray, IntArray, image_ids, logits_and_labels
+from .column_names import Found
 from .records import METADATA_KEY, Records, Source
+from .tables import DAMAGED, Columns, open_columns, text_of
 
-LABELS = ("label", "labels", "target", "targets")
-IDS = ("id", "ids")
-LOGITS = ("logits", "logit")
-PROBABILITIES = ("probabilities", "probability", "probs", "prob", "p")
-SUFFIXES = (".npz", ".parquet", ".csv")
+PREDICTIONS = ("pred", "prediction", "predicted", "y_pred", "predicted_class", "predicted_label")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Records of a file, and what was understood of it.
+
+    class_names: in the order of the classes, where the file or the user tells them. understood:
+    one line. warnings: what is likely to be a mistake.
+    """
+
+    records: Records
+    class_names: list[str] | None
+    understood: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a file says of N images and K classes, in the order of its rows.
+
+    ids [N] unique; labels [N] in 0..K-1; logits [N, K] finite; kind: what the file holds.
+    class_names, understood, warnings: as in `Imported`.
+    """
+
+    ids: list[str]
+    labels: IntArray
+    logits: FloatArray
+    kind: str
+    class_names: list[str] | None
+    understood: str
+    warnings: tuple[str, ...]
 
 
 def read_file(path: Path) -> Records:
-    """The records of a file of logits, probabilities or records. Raises ValueError.
+    """The records of a file of logits, probabilities or records. Raises ValueError."""
+    return import_file(path).records
+
+
+def import_file(
+    path: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    labels: Path | None = None,
+    scores: str | None = None,
+) -> Imported:
+    """Read a file of logits, probabilities or records, of any of the formats of `tables`.
 
     Probabilities become logits by their logarithm. One that is exactly 0 counts as the smallest
     positive number; if it is the label's own, NLL would be infinite, and the file is refused.
     Energy and the largest logit are lost in a softmax, and left out of the report.
+
+    Args:
+        path: the file.
+        classes: names of the classes in their order; labels and columns may go by them.
+        labels: another file that holds the labels, and ids if any.
+        scores: "logits" or "probabilities", whatever the name of the scores says.
+
+    Raises:
+        ValueError: it cannot be read, or can be read in more than one way; the message names the
+            file and the nearest form that is understood.
     """
     path = Path(path)
-    reader = {".npz": _npz, ".parquet": _parquet, ".csv": _csv}.get(path.suffix.lower())
-    if reader is None:
-        raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}")
+    if path.suffix.lower() == ".parquet" and _is_records(path):
+        return Imported(Records.load(path), None, f"{path.name}: records of a report")
+    found = read_scores(path, classes=classes, labels=labels, scores=scores)
+    source = Source(name=path.stem, probabilities=found.kind != "logits")
+    records = Records.from_logits(found.ids, found.labels, found.logits, source=source)
+    return Imported(records, found.class_names, found.understood, found.warnings)
+
+
+def read_scores(
+    path: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    labels: Path | None = None,
+    scores: str | None = None,
+) -> Scores:
+    """What a file holds, before anything is computed; arguments and errors as of `import_file`."""
+    columns = open_columns(path)
+    other = None if labels is None else open_columns(labels)
     try:
-        found = reader(path)
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, pa.ArrowException) as error:
+        return _Reading(path, columns, other, classes, scores).read()
+    except DAMAGED as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    if isinstance(found, Records):
-        return found
-    try:
-        return _records(path, *found)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _records(path: Path, names: Iterable[str], get: Callable[[str], np.ndarray]) -> Records:
-    """names: what the file holds; get: one of them as an array."""
-    names = list(names)
-    labels = get(_one(names, LABELS, "the labels"))
-    scores, are_logits = _scores(names, get)
-    ids = _ids(names, get, len(scores))
-    if labels.dtype.kind == "f" and np.isfinite(labels).all() and (labels % 1 == 0).all():
-        labels = labels.astype(np.int64)  # a csv or data frame whose column passed through floats
-    if not are_logits:
-        scores = _log_probabilities(scores, labels)
-    source = Source(name=path.stem, probabilities=not are_logits)
-    return Records.from_logits(ids, labels, scores, source=source)
-
-
-def _one(names: list[str], wanted: tuple[str, ...], what: str) -> str:
-    found = [name for name in names if name.lower() in wanted]
-    if len(found) != 1:
-        state = "none is" if not found else f"{', '.join(found)} all are"
-        raise ValueError(
-            f"expected one of {', '.join(wanted)} to hold {what}, and {state} among "
-            f"{', '.join(names[:8])}{', ...' * (len(names) > 8)}"
-        )
-    return found[0]
-
-
-def _ids(names: list[str], get: Callable[[str], np.ndarray], images: int) -> list[str]:
-    if not any(name.lower() in IDS for name in names):
-        return [f"row_{i:07d}" for i in range(images)]
-    ids = get(_one(names, IDS, "the ids")).tolist()
-    missing = sum(i is None or i != i or str(i).strip() == "" for i in ids)
-    if missing:
-        raise ValueError(f"{missing} of {len(ids)} images have no id: give each one, or no ids")
-    return [str(i) for i in ids]
-
-
-def _scores(names: list[str], get: Callable[[str], np.ndarray]) -> tuple[np.ndarray, bool]:
-    """The scores [N, K], and whether they are logits."""
-    whole = [n for n in names if n.lower() in LOGITS + PROBABILITIES]
-    columns: dict[bool, dict[int, str]] = {True: {}, False: {}}
-    for name in names:
-        part = re.fullmatch(r"([a-z]+)_(\d+)", name.lower())
-        for are_logits, words in ((True, LOGITS), (False, PROBABILITIES)):
-            if part and part[1] in words:
-                if int(part[2]) in columns[are_logits]:
-                    raise ValueError(f"two columns hold class {int(part[2])}, one of them {name}")
-                columns[are_logits][int(part[2])] = name
-    if len(whole) + bool(columns[True]) + bool(columns[False]) != 1:
-        raise ValueError(
-            "expected the scores either as logits or as probabilities, whole or a column per class "
-            f"(logit_0, ... or probability_0, ...), and found {', '.join(names[:8])}"
-            f"{', ...' * (len(names) > 8)}"
-        )
-    if whole:
-        return get(whole[0]), whole[0].lower() in LOGITS
-    are_logits = bool(columns[True])
-    numbered = columns[are_logits]
-    missing = sorted(set(range(max(numbered) + 1)) - numbered.keys())
-    if missing:
-        raise ValueError(f"there is no column for class {missing[0]}, but one for {max(numbered)}")
-    return np.stack([get(numbered[c]) for c in range(len(numbered))], axis=1), are_logits
-
-
-def _log_probabilities(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    p = np.asarray(p, np.float64)
-    if p.ndim != 2:
-        raise ValueError(f"probabilities must have shape [N, K], got {p.shape}")
-    if not np.isfinite(p).all() or (p < 0).any() or (p > 1 + 1e-6).any():
-        raise ValueError("probabilities must lie in 0..1; if these are logits, call them logits")
-    off = np.abs(p.sum(axis=1) - 1).max(initial=0)
-    if off > 0.01:
-        raise ValueError(
-            f"the probabilities of an image must sum to 1; one sum is off by {off:.3g}"
-        )
-    rows = np.arange(len(p))
-    inside = len(labels) == len(p) and labels.dtype.kind == "i" and labels.size
-    if inside and (labels >= 0).all() and (labels < p.shape[1]).all():
-        zero = int((p[rows, labels] == 0).sum())
-        if zero:
-            raise ValueError(
-                f"{zero} images give their own label the probability 0, so NLL is infinite: export "
-                "logits, or probabilities that were not rounded"
-            )
-    return np.log(np.maximum(p, np.finfo(np.float64).tiny))
-
-
-def _npz(path: Path) -> Any:
-    with path.open("rb") as file:
-        if file.read(2) != b"PK":
-            raise ValueError(f"{path} cannot be read: it is no npz archive, as numpy.savez writes")
+def _is_records(path: Path) -> bool:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read without unpickling: {error}") from None
-    return list(arrays), arrays.__getitem__
+        return METADATA_KEY in (pq.read_schema(path).metadata or {})
+    except DAMAGED as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def _parquet(path: Path) -> Any:
-    schema = pq.read_schema(path)
-    if METADATA_KEY in (schema.metadata or {}):
-        return Records.load(path)
-    return _table(pq.read_table(path))
+class _Reading:
+    """One file on its way to records; collects what is understood."""
 
+    def __init__(
+        self, path: Path, columns: Columns, other: Columns | None,
+        classes: Sequence[str] | None, wanted: str | None,
+    ) -> None:  # fmt: skip
+        self.path, self.columns, self.other = path, columns, other
+        self.classes = None if classes is None else list(classes)
+        self.wanted = wanted
+        self.notes, self.warnings, self.used = list(columns.notes), [], []
 
-def _csv(path: Path) -> Any:
-    # Ids such as 00123 are names, not numbers.
-    types = dict.fromkeys((*IDS, *(i.upper() for i in IDS)), pa.string())
-    options = pyarrow.csv.ConvertOptions(column_types=types)
-    return _table(pyarrow.csv.read_csv(path, convert_options=options))
+    def read(self) -> Scores:
+        found = column_names.find_scores(self.columns.names, self.wanted)
+        split = found[1] if found else None
+        label_names, labels = self._labels(split)
+        chosen = found[0] if found else self._scores_by_class(label_names, labels)
+        raw = score_arrays.stacked(self._get(chosen.names, text=len(chosen.names) == 1), chosen)
+        table = score_arrays.read(raw, len(labels), chosen, self.wanted)
+        self.notes += table.notes
+        self.warnings += table.warnings
+        count = table.scores.shape[1]
+        class_names = self._class_names(chosen, count)
+        numbers, note = label_arrays.class_numbers(labels, count, class_names, chosen.first)
+        self.notes += [note] if note else []
+        ids = self._ids(split, len(labels))
+        logits = score_arrays.to_logits(table, numbers)
+        logits_and_labels(logits, numbers, image_ids(ids, len(logits)))
+        self._compare_with_predictions(logits)
+        understood = self._understood(logits.shape, chosen, table.kind, label_names)
+        return Scores(
+            ids, numbers, logits, table.kind, class_names, understood, tuple(self.warnings)
+        )
 
+    def _get(self, names: Sequence[str], text: bool = False) -> list[np.ndarray]:
+        twins = [name for name in names if self.columns.names.count(name) > 1]
+        if twins:
+            raise ValueError(f"two columns are called {twins[0]}")
+        self.used += names
+        return self.columns.get(names, text)
 
-def _table(table: pa.Table) -> Any:
-    def get(name: str) -> np.ndarray:
-        column = table[name].combine_chunks()
-        if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
-            lengths = set(pa.compute.list_value_length(column).to_pylist())
-            if len(lengths) != 1 or None in lengths:
-                raise ValueError(f"the lists in column {name} have different lengths")
-            return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
-        values = column.to_numpy(zero_copy_only=False)
-        if column.null_count and name.lower() not in IDS:
-            raise ValueError(f"column {name} has {column.null_count} empty or NaN cells")
-        return values
+    def _labels(self, split: str | None) -> tuple[list[str], np.ndarray]:
+        """The names of the labels' columns, and the labels: numbers or texts [N]."""
+        if self.other is not None:
+            names = self.other.names
+            if len(names) > 1:
+                names = column_names.find_labels(names, split)
+            arrays = self.other.get(names, True)
+            return [f"{name} (--labels)" for name in names], label_arrays.labels(arrays)
+        names = self.columns.names
+        if not column_names.first_of(names, column_names.LABELS, split) and "arr_1" in names:
+            found = ["arr_1"]  # as numpy.savez calls what has no name
+        else:
+            found = column_names.find_labels(names, split)
+        return found, label_arrays.labels(self._get(found, text=True))
 
-    return table.column_names, get
+    def _scores_by_class(self, label_names: Sequence[str], labels: np.ndarray) -> Found:
+        """Scores whose columns are called by the classes alone: cat, dog."""
+        names = self.columns.names
+        known = {*label_names, *column_names.find_ids(names, None)}
+        rest = [name for name in names if name not in known and name]
+        if self.classes is None and labels.dtype.kind in "UO" and set(labels.tolist()) <= set(rest):
+            if set(labels.tolist()) != set(rest):
+                sums = sum(np.asarray(v, np.float64) for v in self.columns.get(rest, False))
+                if not np.allclose(sums, 1, atol=score_arrays.OFF):
+                    return column_names.scores_by_labels(names, known, None)
+            return Found(rest, None, rest)
+        return column_names.scores_by_labels(names, known, self.classes)
+
+    def _class_names(self, chosen: Found, count: int) -> list[str] | None:
+        if self.classes is not None:
+            if len(self.classes) != count:
+                raise ValueError(
+                    f"there are scores of {count} classes and {len(self.classes)} names of classes"
+                )
+            if chosen.classes is not None and chosen.classes != self.classes:
+                raise ValueError(
+                    f"the columns are {', '.join(chosen.classes[:4])}, ... and the names of the "
+                    f"classes {', '.join(self.classes[:4])}, ...: expected the same ones in order"
+                )
+            return self.classes
+        if chosen.classes is not None:
+            return chosen.classes
+        for name in self.columns.names:
+            if column_names.plain(name) in column_names.CLASS_NAMES:
+                array = self.columns.get([name], True)[0]
+                if array.ndim == 1 and array.dtype.kind in "USO" and len(array) == count:
+                    self.used.append(name)
+                    return text_of(array, name)
+        return None
+
+    def _ids(self, split: str | None, images: int) -> list[str]:
+        for columns in (self.columns, self.other):
+            for name in column_names.find_ids(columns.names if columns else [], split):
+                array = columns.get([name], True)[0]
+                if array.ndim == 2 and array.shape[1] == 1:
+                    array = array[:, 0]
+                if array.ndim != 1 or array.dtype.kind not in "iufUSO" or len(array) != images:
+                    if column_names.plain(name) in column_names.IDS[0]:
+                        raise ValueError(
+                            f"{name} has shape {list(array.shape)}, expected [{images}] to match "
+                            "the labels"
+                        )
+                    continue  # image: pixels, perhaps
+                ids = text_of(array, name)
+                missing = sum(not i.strip() for i in ids)
+                if missing:
+                    raise ValueError(
+                        f"{missing} of {len(ids)} images have no id: give each one, or no ids "
+                        f"(column {name})"
+                    )
+                if columns is self.columns:
+                    self.used.append(name)
+                self.notes.append(f"ids from {name}")
+                return self._unique(ids, name)
+        return [f"row_{i:07d}" for i in range(images)]
+
+    @staticmethod
+    def _unique(ids: list[str], name: str) -> list[str]:
+        count = len(ids) - len(set(ids))
+        if count > len(ids) / 2:
+            raise ValueError(
+                f"{name} names {len(set(ids))} images in {len(ids)} rows: a row has to be one "
+                "image with one answer, not a pixel, a box or a crop. Write a row for each image"
+            )
+        return ids
+
+    def _compare_with_predictions(self, logits: np.ndarray) -> None:
+        """Warn where a column of predictions is not the class of the largest score."""
+        for name in self.columns.names:
+            if column_names.split_of(name)[0] not in PREDICTIONS or name in self.used:
+                continue
+            try:
+                answers = label_arrays.labels(self.columns.get([name], True))
+            except ValueError:
+                continue  # another figure under this name
+            if answers.dtype.kind == "U" or len(answers) != len(logits):
+                continue
+            self.used.append(name)
+            other = int((answers != logits.argmax(axis=1)).sum())
+            if other > 0.01 * len(logits):
+                self.warnings.append(
+                    f"column {name} differs from the class of the largest score for {other} of "
+                    f"{len(logits)} images: are the scores in the order of the labels?"
+                )
+
+    def _understood(
+        self, shape: tuple[int, ...], chosen: Found, kind: str, label_names: Sequence[str]
+    ) -> str:
+        where = chosen.names[0]
+        if len(chosen.names) > 1:
+            where = f"{chosen.names[0]} to {chosen.names[-1]}"
+        unused = [name for name in self.columns.names if name not in self.used]
+        parts = [
+            f"{self.path.name}: {shape[0]:,} images, {shape[1]:,} classes",
+            f"{kind} from {where}",
+            "labels from " + column_names.shortened(label_names),
+            *self.notes,
+        ]
+        if not any(note.startswith("ids from") for note in self.notes):
+            parts.append("no ids, images go by their rows")
+        if unused:
+            parts.append(f"not used: {column_names.shortened([n or '(no name)' for n in unused])}")
+        return "; ".join(parts)

@@ -21,6 +21,7 @@ from .checks import (
 )
 from .classwise import ClasswiseSums
 from .smooth import smooth_calibration_error
+from .smooth_relplot import smooth_calibration_error_relplot
 from .softmax import score_images
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "root_mean_square_calibration_error",
     "signed_gap",
     "smooth_calibration_error",
+    "smooth_calibration_error_relplot",
     "thresholded_classwise_calibration_error",
     "top_label_brier_score",
 ]

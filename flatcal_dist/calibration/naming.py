@@ -76,6 +76,10 @@ GROUPS = (
                 "Finer, and inflated more by chance.",
             ),
             Metric("smooth_ece", "Smooth ECE", PERCENT, "lower", "With a kernel, not bins."),
+            Metric(
+                "smooth_ece_relplot", "Smooth ECE, relplot's", PERCENT, "lower",
+                "As published values: images at confidence 1 count half.",
+            ),
             Metric("ks", "KS error", PERCENT, "lower", "Largest cumulative gap; no bins."),
             Metric("rmsce", "RMSCE", PERCENT, "lower", "As ECE; large gaps weigh more."),
             Metric(

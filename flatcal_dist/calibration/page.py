@@ -26,6 +26,7 @@ def render(template: str, **values: Any) -> str:
         "palette": PALETTE,
         "show": display.show,
         "show_interval": display.show_interval,
+        "show_difference": display.show_difference,
         "between": display.between,
         "duration": display.duration,
         "enumerate_names": display.enumerate_names,
@@ -34,15 +35,16 @@ def render(template: str, **values: Any) -> str:
         "score_names": naming.SCORES,
         "PERCENT": display.PERCENT,
         "POINTS": display.POINTS,
+        "GAP": display.GAP,
     }
     html = environment.get_template(template).render(**values)
     return re.sub(r"(?<=\d) %", "\u00a0%", html)  # no line ends between a number and its unit
 
 
 def figure(drawn: Figure, folder: Path, name: str, title: str, description: str) -> Markup:
-    """Save a figure as folder/name.png and .svg; return it for the page, with its alternative text.
+    """Save a figure as folder/name.png, .svg and .pdf; return it for the page.
 
-    Its texts were escaped when the SVG was made, so that it is safe as it is.
+    It has an alternative text. Its texts were escaped when the SVG was made: it is safe as it is.
     """
     svg = drawing.save_figure(drawn, folder, name)
     return Markup(drawing.inline_svg(svg, f"figure-{name.replace('_', '-')}", title, description))

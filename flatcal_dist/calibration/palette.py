@@ -57,6 +57,32 @@ def light(name: str) -> str:
 
 
 def heat(share: float, name: str) -> str:
-    """The light colour of a share of 0 to 1 on the heat scale `vermillion` or `blue`."""
+    """The name of the colour of a share of 0 to 1 on the heat scale `vermillion` or `blue`."""
     step = min(STEPS, max(0, round(STEPS * share)))
-    return light(f"{name}-{step}" if step else "paper")
+    return f"{name}-{step}" if step else "paper"
+
+
+def text_on(name: str) -> str:
+    """The name of the colour, `ink` or `paper`, in which text on this one is read best.
+
+    It is the one whose contrast is higher in that theme where it is lower.
+    """
+    ground = PALETTE[name]
+
+    def least(text: str) -> float:
+        colour = PALETTE[text]
+        return min(contrast(colour.light, ground.light), contrast(colour.dark, ground.dark))
+
+    return max(("ink", "paper"), key=least)
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast of two colours `#rrggbb`, 1 to 21. Source: WCAG 2.2, section 1.4.3."""
+    high, low = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -43,8 +43,9 @@ class Source:
     labels and predictions of the records number this list. None: all classes. corruption, severity:
     of ImageNet-C. generated: the corruption was applied by us, not published as files.
     temperature_from: name of the data whose temperature scales these records; None: their own,
-    cross-fitted. own_temperature: fitted on all of these images, with their labels; where
-    temperature_from is set it is there to compare with, and scales nothing. probabilities: only
+    cross-fitted. own_temperature, and its 95 % interval over images: fitted on all of these images,
+    with their labels; where temperature_from is set it is there to compare with, and scales
+    nothing. probabilities: only
     the softmax was known, and logits are its logarithms: scores that need the logits' own level
     (`scores.OF_LOGITS`) say nothing.
     """
@@ -57,6 +58,7 @@ class Source:
     generated: bool = False
     temperature_from: str | None = None
     own_temperature: float | None = None
+    own_temperature_interval: tuple[float, float] | None = None
     probabilities: bool = False
 
 
@@ -161,9 +163,12 @@ class Records:
         else:
             fit, tuning = clean.temperature_fit(), clean.tuning
             folds, seed = len(clean.fold_temperatures), clean.fold_seed
-            own = TemperatureScaling().fit(z, y).temperature
+            own = TemperatureScaling().fit(z, y)
             source = replace(
-                source, temperature_from=clean.source.name or "clean images", own_temperature=own
+                source,
+                temperature_from=clean.source.name or "clean images",
+                own_temperature=own.temperature,
+                own_temperature_interval=own.interval(),
             )
         kept = fit.may_score(names.tolist())
         if not kept.any():
@@ -281,8 +286,8 @@ class Records:
 
 
 def _source(stored: dict) -> Source:
-    classes = stored.get("classes")
-    return Source(**stored | {"classes": None if classes is None else tuple(classes)})
+    lists = {name: stored.get(name) for name in ("classes", "own_temperature_interval")}
+    return Source(**stored | {n: None if v is None else tuple(v) for n, v in lists.items()})
 
 
 def _real(

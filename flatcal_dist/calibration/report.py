@@ -8,6 +8,7 @@ from typing import Any
 from flatcal_dist.files import write_json, write_text
 
 from .confident_errors import save_thumbnails
+from .main_table import table_csv, table_tex
 from .metrics_csv import metrics_csv
 from .records import Records
 from .report_page import report_html
@@ -21,6 +22,7 @@ def write_report(
     output: Path,
     about: About | None = None,
     *,
+    all_classes: Records | None = None,
     image_of: Callable[[str], bytes | None] | None = None,
     training: Sequence[Mapping[str, Any]] = (),
     bins: int = 15,
@@ -29,17 +31,24 @@ def write_report(
 ) -> dict[str, Any]:
     """Evaluate `records` and write the report into the folder `output`; return its metrics.
 
-    Writes index.html (one file, needs no network), metrics.json, metrics.csv, records.parquet,
-    figures/*.png, *.svg and, with `image_of`, errors/*.jpg; each appears whole or not at all. A
-    shift.json that lies in the folder already becomes part of the page.
+    Writes index.html (one file, needs no network), metrics.json, metrics.csv, table.csv, table.tex,
+    records.parquet, figures/*.png, *.svg, *.pdf and, with `image_of`, errors/*.jpg; each appears
+    whole or not at all. A shift.json that lies in the folder already becomes part of the page.
 
     image_of: gives the encoded image of a record's id, or None; for pictures of the most confident
     errors. training: the records of the run's metrics.jsonl, for the curves over epochs.
+    all_classes: where the records are among a part of the network's classes, those of the same
+    images among all of them.
     """
     output = Path(output)
-    m = summarize(records, about, training=training, bins=bins, resamples=resamples, seed=seed)
+    m = summarize(
+        records, about, all_classes=all_classes, training=training, bins=bins,
+        resamples=resamples, seed=seed,
+    )  # fmt: skip
     records.save(output / "records.parquet")
     write_text(output / "metrics.csv", metrics_csv(m))
+    write_text(output / "table.csv", table_csv(m))
+    write_text(output / "table.tex", table_tex(m))
     write_json(output / "metrics.json", m)
     save_thumbnails(m["confident_errors"], image_of, output)
     _write_page(m, output)

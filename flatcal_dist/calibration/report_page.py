@@ -8,15 +8,23 @@ from typing import Any
 from markupsafe import Markup
 
 from . import describe, figures, page, shift_figures
-from .calibrators import BOUNDS
+from .calibrators import is_fitted
 from .confident_errors import read_thumbnails
-from .display import duration, number, percent, temperature
+from .display import counted, duration, number, percent, temperature
 from .drawing import Curve
-from .statistics import NORMS, Interval
+from .main_table import change
+from .statistics import NORMS
 from .summary import interval_of
-from .verdict import class_name, verdict
+from .verdict import FEW_OF_A_CLASS, class_name, verdict
 
 SIDES = ("before", "after")
+FEW_OUTCOMES = 100  # images of the rarer outcome, see the table of coverage in this room's README
+UNKNOWN = "unknown"
+KNOWN_BY = {
+    "images": "names, labels and sizes",
+    "ids": "ids and labels",
+    "rows": "labels in the order of rows: there were no ids",
+}
 
 
 def report_html(m: dict[str, Any], shift: dict[str, Any] | None, folder: Path) -> str:
@@ -37,17 +45,30 @@ def report_html(m: dict[str, Any], shift: dict[str, Any] | None, folder: Path) -
         facts=_facts(m),
         figures=_figures(m, folder / "figures"),
         classes=_class_rows(m),
+        few=FEW_OF_A_CLASS,
         errors=list(zip(m["confident_errors"], pictures, strict=True)),
         pictured=any(pictures),
         shift=shift,
+        usable_temperature=is_fitted(m["temperature"]),
         stale_shift=stale,
         shift_figures=_shift_figures(shift, folder / "figures") if shift else [],
         interval_of=interval_of,
         inflated=tuple(NORMS),
-        difference_of=lambda name: _difference(m, name),
+        few_outcomes=_few_outcomes(m),
+        difference_of=lambda name: change(m, name),
         class_name=lambda number: class_name(m, number),
         configuration=json.dumps(about["configuration"], indent=2, ensure_ascii=False),
     )
+
+
+def _few_outcomes(m: dict[str, Any]) -> str | None:
+    """The images of the rarer outcome, in words, if they are too few for exact intervals."""
+    right = round(m["accuracy"] * m["images"])
+    wrong = m["images"] - right
+    if min(right, wrong) >= FEW_OUTCOMES:
+        return None
+    outcome, number_of = ("wrong", wrong) if wrong <= right else ("right", right)
+    return f"{counted(number_of, 'image')} {'is' if number_of == 1 else 'are'} {outcome}"
 
 
 def run_title(about: dict[str, Any]) -> str:
@@ -56,11 +77,6 @@ def run_title(about: dict[str, Any]) -> str:
         return about["title"]
     parts = [about["model"], about["method"] and about["method"].upper()]
     return ", ".join(p for p in parts if p) or "Calibration report"
-
-
-def _difference(m: dict[str, Any], name: str) -> Interval | None:
-    value = m["after_temperature"]["difference"].get(name)
-    return None if value is None else Interval(**value)
 
 
 def _figures(m: dict[str, Any], folder: Path) -> dict[str, Markup]:
@@ -86,6 +102,12 @@ def _figures(m: dict[str, Any], folder: Path) -> dict[str, Markup]:
         figures.draw_risk_coverage(curves, "Risk against coverage", reference=True), folder,
         "risk_coverage", "Risk-coverage curve", describe.risk_coverage(m),
     )  # fmt: skip
+    if m["confusions"]["matrix"] is not None:
+        names = [class_name(m, k).removeprefix("class ") for k in m["confusions"]["classes"]]
+        drawn["confusions"] = page.figure(
+            figures.draw_confusions(m["confusions"]["matrix"], names), folder,
+            "confusions", "Confusion matrix", describe.confusions(m),
+        )  # fmt: skip
     if m["training"] is not None and len(m["training"]["epoch"]) > 1:
         drawn["training"] = page.figure(
             figures.draw_training(m["training"]), folder,
@@ -106,9 +128,9 @@ def _shift_figures(shift: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
                 describe.heat_map(group, rows, key, side),
             )
             for key, side, title in (
-                ("accuracy", "before", "Accuracy, per cent"),
-                ("signed_gap", "before", "Signed gap, points, as trained"),
-                ("signed_gap", "after", "Signed gap, points, clean temperature"),
+                ("accuracy", "before", "Accuracy"),
+                ("signed_gap", "before", "Signed gap, as trained"),
+                ("signed_gap", "after", "Signed gap, clean temperature"),
             )
         ]  # fmt: skip
         curves = page.figure(
@@ -122,10 +144,13 @@ def _shift_figures(shift: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 
 def _class_rows(m: dict[str, Any]) -> list[dict[str, Any]]:
-    """One dictionary per class, the most over-confident first."""
+    """One dictionary per class, the most over-confident first; those of `few` images after all."""
     table = m["per_class"]
     rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
-    return sorted(rows, key=lambda row: (-row["signed_gap"], row["class"]))
+    rows = [row | {"few": row["images"] < FEW_OF_A_CLASS} for row in rows]
+    return sorted(
+        rows, key=lambda row: (row["few"], 0 if row["few"] else -row["signed_gap"], row["class"])
+    )
 
 
 @dataclass(frozen=True)
@@ -156,15 +181,19 @@ def _tiles(m: dict[str, Any]) -> list[Tile]:
         Tile("ECE", f"{number(100 * m['ece'], 1)} %", f"{number(100 * chance, 1)} % if calibrated"),
         Tile("AUROC", percent(m["auroc"], 1), between("auroc", 100, 1)),
         Tile("AURC × 1000", number(1000 * m["aurc"], 1), between("aurc", 1000, 1)),
-        Tile("Temperature", temperature(m["temperature"]), _temperature_note(m)),
+        Tile("Temperature", _temperature(m), _temperature_note(m)),
     ]
 
 
+def _temperature(m: dict[str, Any]) -> str:
+    return temperature(m["temperature"]) if is_fitted(m["temperature"]) else "none"
+
+
 def _temperature_note(m: dict[str, Any]) -> str:
+    if not is_fitted(m["temperature"]):
+        return "no temperature can be fitted"
     if m["source"]["temperature_from"] is not None:
         return f"of {m['source']['temperature_from']}"
-    if m["temperature"] in BOUNDS:
-        return "the search's end: do not use"
     if m["temperature_interval"] is None:
         return "no interval"
     low, high = (temperature(v) for v in m["temperature_interval"])
@@ -176,29 +205,34 @@ def _identity(m: dict[str, Any]) -> str:
     about = m["about"]
     parts = [
         about["model"],
-        about["method"] and about["method"].upper(),
+        about["method"].upper() if about["method"] else "method unknown",
         about["checkpoint"] and f"weights {about['checkpoint'][:12]}",
         about["data"],
-        f"{m['images']:,} images",
+        counted(m["images"], "image"),
         f"{m['classes']:,} classes",
     ]
     return " · ".join(p for p in parts if p)
 
 
 def _facts(m: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was evaluated, as name and value; what is not known is left out."""
+    """What was evaluated, as name and value.
+
+    What is not known is left out, but for how the network was trained: nobody should take silence
+    for a default.
+    """
     about = m["about"]
     size, count = about["image_size"], about["parameters"]
     source = m["source"]
     shift = [source["kind"], source["corruption"], source["severity"] and f"{source['severity']}"]
     facts = [
         ("Model", about["model"]),
-        ("Method", about["method"]),
+        ("Method", about["method"] or UNKNOWN),
         ("ρ", about["rho"]),
         ("γ", about["gamma"]),
-        ("Training seed", about["seed"]),
+        ("Training seed", UNKNOWN if about["seed"] is None else about["seed"]),
+        ("Origin", about["origin"]),
         ("Data", about["data"]),
-        ("Identity of the data", about["data_identity"]),
+        ("Identity of the data", f"{about['data_identity']} ({KNOWN_BY[about['known_by']]})"),
         ("Kind of data", ", ".join(part for part in shift if part)),
         ("Images", f"{m['images']:,}"),
         ("Classes", f"{m['classes']:,}"),

@@ -31,15 +31,17 @@ class OverSeeds:
 class SeedDifference:
     """Difference of two methods, first minus second, over the seeds that both have.
 
-    mean, sd, low, high: of the differences by seed (Student's t: takes them for normal).
-    p_value: of the sign-flip test, which takes them for symmetric alone; least_p_value: what it
-    could be at best with this many seeds, 2 / 2^seeds. All but mean are None for fewer than two.
+    mean, sd, low, high: of the differences by seed (Student's t: takes them for normal), and
+    student_p_value of the same test. p_value: of the sign-flip test, which takes them for symmetric
+    alone; least_p_value: what it could be at best with this many seeds, 2 / 2^seeds. All but mean
+    are None for fewer than two.
     """
 
     mean: float
     sd: float | None
     low: float | None
     high: float | None
+    student_p_value: float | None
     p_value: float | None
     least_p_value: float | None
     seeds: int
@@ -81,9 +83,20 @@ def seed_difference(
     d = np.array([a - b for a, b in pairs], dtype=np.float64)
     spread, n = over_seeds(d.tolist()), len(d)
     if n == 1:
-        return SeedDifference(spread.mean, None, None, None, None, None, 1)
+        return SeedDifference(spread.mean, None, None, None, None, None, None, 1)
     p, least = _sign_flips(d), 2.0 ** (1 - n)
-    return SeedDifference(spread.mean, spread.sd, spread.low, spread.high, p, least, n)
+    interval = (spread.sd, spread.low, spread.high, _student(spread))
+    return SeedDifference(spread.mean, *interval, p, least, n)
+
+
+def _student(spread: OverSeeds) -> float:
+    """Two-sided p-value of the mean of these differences."""
+    if spread.mean == 0:
+        return 1.0
+    if spread.sd == 0:
+        return 0.0
+    size = abs(spread.mean) / (spread.sd / np.sqrt(spread.seeds))
+    return float(2 * student.sf(size, spread.seeds - 1))
 
 
 def _sign_flips(d: np.ndarray) -> float:

@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 
 from .display import MINUS
 from .drawing import percent_axes, style
-from .palette import heat, light
+from .palette import heat, light, text_on
 
 CURVES = (
     ("accuracy", "Accuracy"), ("ece", "ECE"), ("signed_gap", "Signed gap"), ("auroc", "AUROC"),
@@ -19,7 +19,8 @@ CURVES = (
 def draw_severity(group: dict[str, Any], rows: list[dict[str, Any]], clean: dict) -> Figure:
     """Means over the corruptions against severity, 0 being clean, before and after temperature.
 
-    The band spans the middle half of the corruptions, as trained.
+    Bars are 95 % intervals over images; the band spans the middle half of the corruptions, as
+    trained.
     """
     with style():
         figure = Figure(figsize=(9.6, 5.6), layout="constrained")
@@ -36,6 +37,8 @@ def draw_severity(group: dict[str, Any], rows: list[dict[str, Any]], clean: dict
                     linestyle=dashes, marker=marker, markersize=5,
                     label=label if key == "accuracy" else "_",
                 )  # fmt: skip
+                sides = [clean[side], *(means[str(s)] for s in group["severities"])]
+                _intervals(axes, severities, sides, key, light(colour))
             _middle_half(axes, group, rows, clean, key)
             axes.set(title=name, xticks=severities)
             percent_axes(axes, x=False)
@@ -45,6 +48,16 @@ def draw_severity(group: dict[str, Any], rows: list[dict[str, Any]], clean: dict
             axes.set_xlabel("Severity (0: clean)")
         figure.legend(loc="outside lower center", ncols=2)
         return figure
+
+
+def _intervals(
+    axes: Axes, severities: list[int], sides: list[dict[str, Any]], key: str, colour: str
+) -> None:
+    """A bar for each 95 % interval over images that is known."""
+    for x, side in zip(severities, sides, strict=True):
+        ends = side["intervals"][key]
+        if ends["low"] is not None:
+            axes.plot([x, x], [ends["low"], ends["high"]], color=colour, linewidth=1.1)
 
 
 def _middle_half(
@@ -78,7 +91,7 @@ def draw_heat_map(
     most = max((abs(v) for v in known), default=1.0) or 1.0
     least = 0.0 if signed else min(known, default=0.0)
     with style():
-        figure = Figure(figsize=(5.2, 1.1 + 0.28 * len(corruptions)), layout="constrained")
+        figure = Figure(figsize=(4.5, 1.2 + 0.3 * len(corruptions)), layout="constrained")
         axes = figure.subplots()
         for y, corruption in enumerate(corruptions):
             for x, severity in enumerate(severities):
@@ -87,16 +100,19 @@ def draw_heat_map(
                     continue
                 share = (abs(value) - least) / max(most - least, 1e-12)
                 colour = heat(share, "vermillion" if signed and value > 0 else "blue")
-                axes.add_patch(Rectangle((x, y), 0.96, 0.94, facecolor=colour))
+                axes.add_patch(Rectangle((x, y), 0.96, 0.94, facecolor=light(colour)))
                 text = f"{abs(100 * value):.0f}"
                 sign = "" if not signed or text == "0" else "+" if value > 0 else MINUS
-                axes.text(x + 0.48, y + 0.49, sign + text, ha="center", va="center", fontsize=9)
+                axes.text(
+                    x + 0.48, y + 0.49, sign + text, ha="center", va="center", fontsize=10.5,
+                    color=light(text_on(colour)),
+                )  # fmt: skip
         axes.set(xlim=(0, len(severities)), ylim=(len(corruptions), 0), title=title)
         axes.set_xlabel("Severity")
         axes.set_xticks(np.arange(len(severities)) + 0.48, [str(s) for s in severities])
         names = [c.replace("_", " ") for c in corruptions]
         axes.set_yticks(np.arange(len(corruptions)) + 0.48, names)
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, labelsize=10.5)
         axes.grid(False)
         axes.spines[:].set_visible(False)
         return figure

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binom, norm
+from scipy.stats import binom
 
-from . import inflated, selective
+from . import inflated, intervals, selective
 from .checks import BoolArray, FloatArray, confidence_and_correct, positive_integer
+from .intervals import LEVEL, ROUNDING, Interval, no_width, percentile, proportion_interval
 from .metrics import equal_mass_edges
 from .smooth import SmoothSums
 from .softmax import Scores, keep_memory
 
-LEVEL = 0.95
 RESAMPLES = 1000
 BATCH = 32  # of resamples that smooth ECE convolves at a time
 MEANS = ("accuracy", "nll", "brier", "signed_gap", "mean_entropy")
@@ -47,21 +47,10 @@ NORMS = {  # of the gaps that make up an error, see `inflated`
     "smooth_ece": inflated.absolute,
 }
 OF_OUTCOMES = {"accuracy", "signed_gap", "top_label_brier", *BINNED, *RANKS}
-ROUNDING = 1e-12  # what is smaller, of rates and nats, is an error of rounding
+RISKS = {"coverage_at_95_accuracy": 0.05, "coverage_at_99_accuracy": 0.01}
+FEWEST_ERRORS = 5  # among the images answered; a coverage that rests on fewer has no interval
+FEWEST_FOR_100_BINS = 1000  # ten images a bin
 DRIFT_POINTS = 256  # at which the running sum of KS is kept for its interval
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value and its interval; `low` and `high` are None where resamples leave it undefined."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low is not None and (self.low > 0 or self.high < 0)
 
 
 class _Ranked:
@@ -151,7 +140,7 @@ class _Sorted:
             *self.ranked.figures(images, errors),
         ]  # fmt: skip
         gaps = [equal, mass, mass_100, equal / self.root_share, rising[self.drift_points]]
-        return values, self.smooth.sums(w, drift, images), [g / n for g in gaps]
+        return values, self.smooth.sums(w, drift), [g / n for g in gaps]
 
 
 _SMOOTH = STATISTICS.index("smooth_ece")
@@ -172,15 +161,16 @@ class Bootstrap:
     statistics: tuple[str, ...] = STATISTICS
     gaps: dict[str, list[FloatArray]] = field(default_factory=dict)
     images: int = 0
+    rarer: Sequence[int] = ()
 
     def interval(self, which: int, statistic: str) -> Interval:
         """95 % interval of one statistic.
 
-        Percentiles of the resamples. Errors of calibration are inflated by noise: theirs is that
-        of `inflated`, begins at 0 unless calibration is refuted, and may lie below the value.
-        In simulations of 1,000 images they hold the truth in 93 to 99 % of cases; that of KS, and
-        of adaptive ECE over 100 bins of 10 images, in 85 to 97 %.
-        The debiased RMSCE is not inflated, only its resamples are: they are shifted to its square.
+        Means and coverages: percentiles of the resamples. Errors of calibration are inflated by
+        noise: theirs is that of `inflated`, begins at 0 unless calibration is refuted, and may lie
+        below the value. The debiased RMSCE is not inflated, only its resamples are: they are
+        shifted to its square. Failure prediction: `intervals.of_ranking`, and Wilson's for the risk
+        at 80 % coverage; none for a coverage that allows fewer than `FEWEST_ERRORS` errors.
         Where all images are right, or all wrong, resamples know no other outcome, which is no
         proof that there is none: accuracy then has Wilson's interval, the rest of it none.
         """
@@ -191,16 +181,26 @@ class Bootstrap:
                 low, high = proportion_interval(round(point * self.images), self.images)
                 return Interval(float(point), float(low), float(high))
             return Interval(float(point) if np.isfinite(point) else None, None, None)
+        if statistic == "adaptive_ece_100" and self.images < FEWEST_FOR_100_BINS:
+            return Interval(float(point), None, None)
         if statistic in NORMS:
             seen, *resampled = self.gaps[statistic][which]
             limits = inflated.interval(seen, np.array(resampled), NORMS[statistic], LEVEL)
             return Interval(float(point), *limits)
         if statistic == "rmsce_debiased":
-            shifted = _percentile(point, replicates - replicates.mean() + point)
+            shifted = percentile(point, replicates - replicates.mean() + point)
             return Interval(*(float(np.sqrt(max(v, 0.0))) for v in vars(shifted).values()))
-        interval = _percentile(point, replicates)
+        if statistic in intervals.POSITIVE | intervals.SHARES:
+            return intervals.of_ranking(statistic, point, replicates, self.rarer[which])
+        if statistic == "risk_at_80_coverage":
+            answered = np.ceil(0.8 * self.images - 1e-9)
+            low, high = proportion_interval(point * answered, answered)
+            return Interval(float(point), float(low), float(high))
+        if statistic in RISKS and point * self.images * RISKS[statistic] < FEWEST_ERRORS:
+            return Interval(float(point), None, None)
+        interval = percentile(point, replicates)
         # Equal confidences, or a single image: nothing varies, which is no proof either.
-        return Interval(interval.value, None, None) if _no_width(interval) else interval
+        return Interval(interval.value, None, None) if no_width(interval) else interval
 
     def _one_outcome(self, which: int) -> bool:
         if "accuracy" not in self.statistics:
@@ -212,6 +212,7 @@ class Bootstrap:
 
         Errors of calibration are inflated in resamples, more so the smaller they are: their
         differences are spread around the observed difference instead of around their own mean.
+        Differences of failure prediction combine the intervals of both: `intervals.of_difference`.
         """
         m = self.statistics.index(statistic)
         values = np.stack([self.point[:, m], *self.replicates[:, :, m]])
@@ -222,25 +223,14 @@ class Bootstrap:
         replicates = np.array(replicates)
         if statistic in BINNED:
             replicates = replicates - replicates.mean() + point
-        interval = _percentile(point, replicates)
-        alike = _no_width(interval) and point != 0
+        if statistic in intervals.POSITIVE | intervals.SHARES and np.any(replicates):
+            mine, theirs = (self.interval(place, statistic) for place in (which, baseline))
+            if mine.low is not None and theirs.low is not None:
+                pair = self.replicates[:, which, m], self.replicates[:, baseline, m]
+                return Interval(float(point), *intervals.of_difference(mine, theirs, pair))
+        interval = percentile(point, replicates)
+        alike = no_width(interval) and point != 0
         return Interval(interval.value, None, None) if alike else interval
-
-
-def _no_width(interval: Interval) -> bool:
-    if interval.low is None:
-        return False
-    return interval.high - interval.low <= ROUNDING * max(1.0, abs(interval.low))
-
-
-def _percentile(point: float, replicates: FloatArray) -> Interval:
-    value = float(point) if np.isfinite(point) else None
-    defined = replicates[np.isfinite(replicates)]
-    # With few wrong images a resample can hold none; some such are left out, many are a warning.
-    if value is None or len(defined) < 0.95 * len(replicates):
-        return Interval(value, None, None)
-    low, high = np.quantile(defined, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return Interval(value, float(low), float(high))
 
 
 def weights(images: int, resamples: int, seed: int) -> Iterator[FloatArray]:
@@ -285,7 +275,12 @@ def bootstrap(
         for name, factor in zip(NORMS, f.noise, strict=False):  # of those in bins
             seen = kept[name][i][0]
             kept[name][i] = seen + (kept[name][i] - seen) * factor
-    return Bootstrap(table[0], table[1:], STATISTICS, kept, n)
+    rarer = [_rarer(s.correct) for s in scores]
+    return Bootstrap(table[0], table[1:], STATISTICS, kept, n, rarer)
+
+
+def _rarer(correct: BoolArray) -> int:
+    return int(min(correct.sum(), (~correct).sum()))
 
 
 def rank_bootstrap(
@@ -298,7 +293,8 @@ def rank_bootstrap(
         evaluate.append(_Ranked(c, a))
     n = _same_images({len(score) for score in scores})
     table = np.array([[f(w) for f in evaluate] for w in weights(n, resamples, seed)])
-    return Bootstrap(table[0], table[1:], tuple(RANKS))
+    rarer = [_rarer(f.wrong.astype(bool)) for f in evaluate]
+    return Bootstrap(table[0], table[1:], tuple(RANKS), {}, n, rarer)
 
 
 @dataclass(frozen=True)
@@ -332,18 +328,3 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> McNemar:
     exact = min(1.0, 2 * tail)
     mid = 1.0 if one == two else 2 * tail - float(binom.pmf(fewer, total, 0.5))
     return McNemar(one, two, exact, mid)
-
-
-def proportion_interval(successes: ArrayLike, trials: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """Wilson's 95 % interval of a share; NaN where there is no trial. Arrays of any one shape.
-
-    Source: Wilson, Probable inference (JASA 1927).
-    """
-    k, n = np.asarray(successes, dtype=np.float64), np.asarray(trials, dtype=np.float64)
-    if (k < 0).any() or (k > n).any():
-        raise ValueError("successes must lie between 0 and trials")
-    z = norm.ppf((1 + LEVEL) / 2)
-    n = np.where(n > 0, n, np.nan)
-    middle = (k + z**2 / 2) / (n + z**2)
-    half = z / (n + z**2) * np.sqrt(k * (n - k) / n + z**2 / 4)
-    return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)

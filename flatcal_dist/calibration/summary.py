@@ -2,25 +2,31 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from . import curves, metrics, selective
-from .classes import per_class
+from flatcal_dist.identity import data_identity
+
+from . import curves, metrics, pairing, selective
+from .classes import class_numbers, per_class
 from .confident_errors import most_confident_errors
+from .confusions import confusions
 from .corp import corp_decomposition
 from .literature import references
 from .operating import operating_points
 from .records import Records
 from .scores import NAMES, OF_LOGITS, SOURCES, score_table
-from .shift import real_figures
+from .shift_rows import real_figures
 from .softmax import Scores
 from .statistics import LEVEL, RESAMPLES, STATISTICS, Bootstrap, Interval, bootstrap
 from .training_curves import training_curves
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+OF_ALL_CLASSES = (
+    "accuracy", "mean_confidence", "signed_gap", "ece", "nll", "brier", "aurc", "auroc",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,11 @@ class About:
     """What was evaluated. Everything is optional; what is not given is not shown.
 
     parameters: their number. crop_pct and interpolation as timm names them. checkpoint: hash of
-    the weights. data: name of the evaluated images; data_identity: a hash of them, which decides
-    what may be compared. configuration: the resolved one.
+    the weights. method, seed: of the training; None where a network comes from elsewhere and they
+    are not known. data: name of the evaluated images; data_identity: a hash of them, which decides
+    what may be compared, over what known_by says (see `pairing`); both are found from the records
+    where they are not given. origin: of records that come from a file, what was understood of it.
+    configuration: the resolved one.
     """
 
     title: str | None = None
@@ -38,8 +47,10 @@ class About:
     rho: float | None = None
     gamma: float | None = None
     seed: int | None = None
+    origin: str | None = None
     data: str | None = None
     data_identity: str | None = None
+    known_by: pairing.KnownBy | None = None
     class_names: list[str] | None = None
     image_size: int | None = None
     crop_pct: float | None = None
@@ -58,6 +69,7 @@ def summarize(
     records: Records,
     about: About | None = None,
     *,
+    all_classes: Records | None = None,
     training: Sequence[Mapping[str, Any]] = (),
     bins: int = 15,
     resamples: int = RESAMPLES,
@@ -66,10 +78,11 @@ def summarize(
     """All numbers of the report. Rates are fractions, NLL and entropy nats.
 
     The top level holds the network as it is; `after_temperature` the same keys after temperature
-    scaling, and `difference` (after minus before) with paired intervals. training: the records of
-    the run's metrics.jsonl. metrics.schema.json describes what is returned.
+    scaling, and `difference` (after minus before) with paired intervals. all_classes: of records
+    among a part of the network's classes, those of the same images among all. training: the records
+    of the run's metrics.jsonl. metrics.schema.json describes what is returned.
     """
-    about = about or About()
+    about = _identified(about or About(), records)
     samples = bootstrap([records.before, records.after], resamples, seed, bins)
     before, after = (
         _side(records, which, samples, bins, resamples, seed) for which in ("before", "after")
@@ -86,6 +99,7 @@ def summarize(
         "top5_accuracy": float((records.rank < 5).mean()) if records.classes >= 5 else None,
         "source": asdict(records.source),
         "real": real_figures(records),
+        "all_classes": None if all_classes is None else _all_classes(all_classes),
         **before,
         "temperature": records.temperature,
         "temperature_interval": None if interval is None else list(interval),
@@ -93,6 +107,7 @@ def summarize(
         "after_temperature": after,
         "scores": _scores(records, resamples, seed),
         "per_class": per_class(records, about.class_names),
+        "confusions": confusions(records),
         "confident_errors": most_confident_errors(records),
         "training": training_curves(training),
         "references": references(about.model, about.data, records.classes, len(records))
@@ -102,6 +117,24 @@ def summarize(
         # Paths and such become text, tuples lists: what is returned is what is read again.
         "about": json.loads(json.dumps(asdict(about), default=str)),
     }
+
+
+def _all_classes(records: Records) -> dict[str, Any]:
+    """A few figures of the same images among all classes of the network."""
+    sides = {
+        side: {key: point_metrics(getattr(records, side))[key] for key in OF_ALL_CLASSES}
+        for side in ("before", "after")
+    }
+    return {"classes": records.classes, "temperature": records.temperature, **sides}
+
+
+def _identified(about: About, records: Records) -> About:
+    """With the identity of the images, from their ids and labels where nothing else is known."""
+    if about.data_identity is not None:
+        return replace(about, known_by=about.known_by or "images")
+    labels = class_numbers(records)[records.label]
+    found = data_identity(records.id, labels)
+    return replace(about, data_identity=found, known_by=pairing.known_by(records.id))
 
 
 def point_metrics(scores: Scores, bins: int = 15) -> dict[str, float | None]:
@@ -123,6 +156,7 @@ def point_metrics(scores: Scores, bins: int = 15) -> dict[str, float | None]:
         "adaptive_ece": metrics.adaptive_calibration_error(c, correct, bins),
         "adaptive_ece_100": metrics.adaptive_calibration_error(c, correct, 100),
         "smooth_ece": metrics.smooth_calibration_error(c, correct),
+        "smooth_ece_relplot": metrics.smooth_calibration_error_relplot(c, correct),
         "mce": metrics.maximum_calibration_error(c, correct, bins),
         "rmsce": metrics.root_mean_square_calibration_error(c, correct, bins),
         "rmsce_debiased": metrics.root_mean_square_calibration_error(
@@ -285,9 +319,14 @@ def _conventions(records: Records, bins: int, resamples: int, seed: int) -> dict
         "after_temperature": after,
         "folds": len(records.fold_temperatures),
         "fold_seed": records.fold_seed,
-        "intervals": f"{100 * LEVEL:.0f} % bootstrap over images, percentiles; of errors of "
-        "calibration, which chance inflates, by test inversion: they hold the error without "
-        "chance, begin at 0 unless calibration is refuted, and may lie below the value",
+        "intervals": f"{100 * LEVEL:.0f} %, bootstrap over images. Means: percentiles. Failure "
+        "prediction: on a logarithmic or log-odds scale with Student's t; with some 30 wrong "
+        "images those of E-AURC, NAURC and AUPR of success hold the truth in 90 to 95 % of cases. "
+        "Errors of calibration, which chance inflates: by test inversion, so that they hold the "
+        "error without chance, begin at 0 unless calibration is refuted, and may lie below the "
+        "value; with few images they hold it in 89 to 97 % of cases",
+        "smooth_ece": "the definition, with a kernel of mass 1 for each image; relplot's value, "
+        "which gives images at confidence 1 half of it, is smooth_ece_relplot",
         "ece_null": "ECE of a perfectly calibrated network with these confidences",
         "resamples": resamples,
         "seed": seed,

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .calibrators import BOUNDS
-from .display import number, percent, points, temperature
+from . import shift_verdict
+from .calibrators import BOUNDS, is_fitted
+from .display import MOST_IN_PROSE, counted, number, percent, points, temperature
 from .statistics import Interval
 from .summary import interval_of
 
@@ -26,10 +27,11 @@ def verdict(m: dict[str, Any], shift: dict[str, Any] | None = None) -> list[Find
     """Findings of the metrics.json of one run (and its shift.json), the most important first."""
     wrong = round(m["images"] * (1 - m["accuracy"]))
     if m["images"] < FEW_IMAGES:
-        counted = "One image is" if m["images"] == 1 else f"{m['images']} images are"
+        verb = "is" if m["images"] == 1 else "are"
         text = (
-            f"{counted} too few for a verdict; the numbers below are those of these images and say "
-            "little of others."
+            f"{counted(m['images'], 'image')} {verb} too few for a verdict; the numbers below are "
+            f"those of {'this image' if m['images'] == 1 else 'these images'} and say little of "
+            "others."
         )
         return [Finding("Too few images", text)]
     findings = [
@@ -45,7 +47,12 @@ def verdict(m: dict[str, Any], shift: dict[str, Any] | None = None) -> list[Find
             "all that tells wrong from correct with caution."
         )
         findings.append(Finding("Caution", text))
-    others = (("Classes", _classes(m)), ("Labels", _labels(m)), ("Shift", _shift(m, shift)))
+    others = (
+        ("Classes", _classes(m)),
+        ("Labels", _labels(m)),
+        ("Shift", shift_verdict.at_worst(m, shift)),
+        ("Corruptions", shift_verdict.corruptions(m, shift)),
+    )
     return findings + [Finding(topic, text) for topic, text in others if text]
 
 
@@ -58,7 +65,7 @@ def _gap(m: dict[str, Any]) -> str:
     gap = interval_of(m, "signed_gap")
     if gap.low is None:
         return f"Mean confidence minus accuracy is {points(gap.value)[0]} points."
-    if not gap.excludes_zero:
+    if not gap.excludes_zero or round(100 * gap.value, MOST_IN_PROSE) == 0:
         return (
             "Neither over- nor under-confidence is shown overall: mean confidence minus accuracy "
             f"is {points(gap.value, gap.low, gap.high)[0]} points ({_limits(gap)})."
@@ -84,8 +91,8 @@ def _ece(m: dict[str, Any]) -> str:
 
 def _temperature(m: dict[str, Any]) -> list[str]:
     after, t = m["after_temperature"], temperature(m["temperature"])
-    if m["temperature"] in BOUNDS:
-        return [_no_temperature(m, t)]
+    if not is_fitted(m["temperature"]):
+        return [_no_temperature(m)]
     nll, ece = (Interval(**after["difference"][name]) for name in ("nll", "ece"))
     if nll.excludes_zero:
         low, high = sorted((abs(nll.low), abs(nll.high)))
@@ -118,13 +125,12 @@ def _temperature(m: dict[str, Any]) -> list[str]:
     return [first, f"Where confidences are used as probabilities, divide the logits by {t}."]
 
 
-def _no_temperature(m: dict[str, Any], t: str) -> str:
+def _no_temperature(m: dict[str, Any]) -> str:
     """Where the fit ran to the end of its range: what it returned must not be taken for advice."""
     way = "lower" if m["temperature"] == BOUNDS[0] else "higher"
     return (
-        f"No temperature can be fitted: the {way}, the less NLL, to the end of the search, "
-        f"T = {t}. The figures after temperature scaling are those of that end: use neither them "
-        "nor this temperature."
+        f"No temperature can be fitted: the {way}, the less NLL, to the end of the search. All "
+        "figures after temperature scaling are those of that end: use none of them."
     )
 
 
@@ -190,7 +196,7 @@ def _of_others(m: dict[str, Any]) -> str:
 
 def _after_scaling(m: dict[str, Any]) -> str:
     after = m["after_temperature"]
-    if after["confidence_at_95_accuracy"] is None:
+    if after["confidence_at_95_accuracy"] is None or not is_fitted(m["temperature"]):
         return ""
     return (
         f" (after temperature scaling {percent(after['coverage_at_95_accuracy'], 0)}, from "
@@ -199,31 +205,52 @@ def _after_scaling(m: dict[str, Any]) -> str:
 
 
 def _classes(m: dict[str, Any]) -> str | None:
-    """How many classes are over- or under-confident beyond chance; None where they are too small.
+    """The worst classes, of those that hold images enough; None where most of them do not.
 
     Each interval is wrong in one case of twenty, half of them on either side.
     """
     table = m["per_class"]
-    count = len(table["class"])
-    if count < 2 or sorted(table["images"])[count // 2] < FEW_OF_A_CLASS:
+    number = len(table["class"])
+    enough = [i for i in range(number) if table["images"][i] >= FEW_OF_A_CLASS]
+    count = len(enough)
+    if count < 2 or 2 * count < number:
         return None
-    over = sum(low > 0 for low in table["gap_low"])
-    under = sum(high < 0 for high in table["gap_high"])
+    over = sum(table["gap_low"][i] > 0 for i in enough)
+    under = sum(table["gap_high"][i] < 0 for i in enough)
     text = (
         f"{over} of {count:,} classes are over-confident and {under} under-confident by intervals "
         f"that leave out zero; chance alone would give {_about(0.025 * count)} of each."
     )
     if over > 0.05 * count:
-        i = max(range(count), key=lambda j: table["gap_low"][j])
+        i = max(enough, key=lambda j: table["gap_low"][j])
         gap, low, high = points(*(table[k][i] for k in ("signed_gap", "gap_low", "gap_high")))
         text += f" The most over-confident is {class_name(m, table['class'][i])}, by {gap} points"
         text += f" ({low} to {high})."
     if under > 0.05 * count:
-        i = min(range(count), key=lambda j: table["gap_high"][j])
+        i = min(enough, key=lambda j: table["gap_high"][j])
         gap, low, high = points(*(-table[k][i] for k in ("signed_gap", "gap_high", "gap_low")))
         text += f" The most under-confident is {class_name(m, table['class'][i])}, by {gap} points"
         text += f" ({low} to {high})."
-    return text
+    return f"{text} {_least_accurate(m, enough)}"
+
+
+def _least_accurate(m: dict[str, Any], enough: list[int]) -> str:
+    """The worst class, with what its images are taken for."""
+    table = m["per_class"]
+    i = min(enough, key=lambda j: (table["accuracy"][j], j))
+    if table["accuracy"][i] == 1:
+        return "No image of any of them is answered wrongly."
+    # Wilson's interval, from the one of the gap: mean confidence minus it.
+    low, high = (table["mean_confidence"][i] - table[k][i] for k in ("gap_high", "gap_low"))
+    text = (
+        f"The least accurate class is {class_name(m, table['class'][i])}: "
+        f"{percent(table['accuracy'][i], 1)} of its {counted(table['images'][i], 'image')} are "
+        f"right ({percent(low, 1)} to {percent(high, 1)})"
+    )
+    if table["confused_with"][i] is None:
+        return f"{text}."
+    other = class_name(m, table["confused_with"][i])
+    return f"{text}; {percent(table['confused_share'][i], 0)} are taken for {other}."
 
 
 def _about(count: float) -> str:
@@ -244,36 +271,3 @@ def _labels(m: dict[str, Any]) -> str | None:
         f"Of the {len(known)} most confident errors whose images were looked at again, the second "
         f"look accepts the answer of {sum(known)}: there the label is doubtful, not the network."
     )
-
-
-def _shift(m: dict[str, Any], shift: dict[str, Any] | None) -> str | None:
-    """What happens at the highest severity, or on the set of the largest gap."""
-    if shift is None:
-        return None
-    if shift["corruptions"]:
-        group = shift["corruptions"][0]
-        worst = str(group["severities"][-1])
-        sides = [group[side]["by_severity"][worst] for side in ("before", "after")]
-        where = f"On {group['name']} at severity {worst}"
-    elif shift["sets"]:
-        row = max(shift["sets"], key=lambda r: abs(r["before"]["signed_gap"]))
-        sides, where = [row["before"], row["after"]], f"On {row['name']}"
-    else:
-        return None
-    before, after = sides
-    return (
-        f"{where}, accuracy is {percent(before['accuracy'], 1)} against "
-        f"{percent(m['accuracy'], 1)} on the clean images. Mean confidence is "
-        f"{_beside(before['signed_gap'])}, and {_beside(after['signed_gap'])} with the temperature "
-        f"of the clean images, which brings it {_nearer(before, after)}. On the clean images it "
-        f"is {_beside(m['signed_gap'])} as trained."
-    )
-
-
-def _nearer(before: dict[str, Any], after: dict[str, Any]) -> str:
-    nearer = abs(after["signed_gap"]) < abs(before["signed_gap"])
-    return "nearer" if nearer else "no nearer"
-
-
-def _beside(gap: float) -> str:
-    return f"{points(abs(gap))[0]} points {'above' if gap > 0 else 'below'} accuracy"

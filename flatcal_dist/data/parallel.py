@@ -13,11 +13,6 @@ from typing import Any
 from flatcal_dist.data.errors import DataError
 
 
-def usable_cores() -> int:
-    """How many cores this process may use, as SLURM and taskset set it."""
-    return len(os.sched_getaffinity(0))
-
-
 def in_parallel(
     function: Callable[..., Any], tasks: Iterable[tuple], workers: int
 ) -> Iterator[tuple[int, Any]]:

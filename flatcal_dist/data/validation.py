@@ -29,6 +29,7 @@ from flatcal_dist.data.parallel import in_parallel
 from flatcal_dist.data.walk import Problem, Report, ShardIndex, walk_shard
 
 ORIENTATION = 0x0112  # EXIF tag
+TURNED = range(2, 9)  # orientations that turn or mirror; 1 does not, and others mean nothing
 IMAGENET_TRAIN, IMAGENET_VALIDATION = 1_281_167, 50_000  # images (Russakovsky et al. 2015, table 2)
 
 
@@ -170,7 +171,7 @@ def _check_header(image: bytes, report: partial) -> bool:
         report("image CMYK", "decoded with Pillow's conversion to RGB")
     if mode in ("L", "1", "LA") or mode.startswith("I"):
         report("image gray", f"mode {mode}")
-    if orientation != 1:
+    if orientation in TURNED:
         report("image rotated by EXIF", f"orientation {orientation}, which decoding leaves alone")
     if width * height > Image.MAX_IMAGE_PIXELS:
         report("image huge", f"{width} x {height} pixels: slow, and {width * height * 3e-9:.1f} GB")

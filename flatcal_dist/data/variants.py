@@ -12,6 +12,8 @@ NAME that is a kind demands it:
     imagenet                1,000 folders named by WordNet id; shards with labels 0..999
     imagenet_v2             folders 0, 1, ..., 999, which are class numbers (sorted as text they
                             would not be: modestyachts/ImageNetV2, issue 10)
+    imagenet_subset         some of the folders of `imagenet` or `imagenet_v2`; all classes of the
+                            network compete. Never recognised: a tree may lack folders by mistake
     imagenet_a, imagenet_r  200 of the WordNet ids; the network chooses among these 200 classes
                             (Hendrycks et al., CVPR 2021 and ICCV 2021)
     imagenet_sketch         1,000 WordNet ids, files named sketch_0 and so on
@@ -39,13 +41,15 @@ from flatcal_dist.data.remote import Access
 from flatcal_dist.data.shards import expand
 from flatcal_dist.data.stream import class_names
 from flatcal_dist.data.tree import TreeIndex, class_folders, open_tree
+from flatcal_dist.identity import data_identity
 
 MASKED = ("imagenet_a", "imagenet_r")
-CLEAN = ("plain", "imagenet")
+SUBSET = "imagenet_subset"
+CLEAN = ("plain", "imagenet", SUBSET)
 SAME_FORM = ("imagenet", "imagenet_v2", "imagenet_sketch")  # the data may not tell them apart
 KINDS = (
-    "imagenet", "imagenet_v2", *MASKED, "imagenet_sketch", "imagenet_c", "imagenet_c_generated",
-    "plain",
+    "imagenet", "imagenet_v2", *MASKED, "imagenet_sketch", SUBSET, "imagenet_c",
+    "imagenet_c_generated", "plain",
 )  # fmt: skip
 
 
@@ -103,12 +107,19 @@ class DataSet:
         return self.variant.corruption is not None
 
     @property
+    def identity(self) -> str:
+        """Of the images by name, label and size: the same for a tree and for any shards of it."""
+        index, more = self.index, ""
+        if isinstance(index, Corrupted):
+            index, more = index.clean, f"{index.corruption} {index.severity}"
+        label = self.label if self.classes is None else np.array(self.classes)[self.label]
+        return data_identity(index.keys(), label, index.size, more)
+
+    @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes that compete, where they are ImageNet's; else None."""
-        if self.variant.kind not in (*SAME_FORM, *MASKED):
-            return None
-        names = imagenet.class_names()
-        return [names[c] for c in self.classes] if self.classes else list(names)
+        """Names of all of the network's classes, where they are ImageNet's; else None."""
+        known = (*SAME_FORM, *MASKED, SUBSET)
+        return list(imagenet.class_names()) if self.variant.kind in known else None
 
 
 def of_index(index: Index, path: str, classes: int, real_file: Path | None = None) -> DataSet:
@@ -203,11 +214,15 @@ def recognise(
     """The kind of the data at `path`; `named` decides where the data leave it open."""
     if not is_tree(path):
         index = open_shards(path, classes)
-        _check_recorded(index, classes)
+        if named != SUBSET:
+            _check_recorded(index, classes)
         labels = np.unique(index.label)
         return _kind_of_labels(path, labels, classes, named)
     root = Path(path).expanduser()
     folders = class_folders(root)
+    if named == SUBSET and folders:
+        _numbers_of(tuple(folders), root)
+        return named
     if _corruption_folders(root):
         return "imagenet_c"
     if not folders:
@@ -230,7 +245,8 @@ def _kind_of_folders(root: Path, folders: list[str], classes: int, named: str | 
     if len(present) != imagenet.CLASSES:
         raise DataError(
             f"{root} holds {len(present)} of ImageNet's 1,000 classes, and they are neither those "
-            "of ImageNet-A nor of ImageNet-R (200 each): unpack it again if it should be whole"
+            "of ImageNet-A nor of ImageNet-R (200 each): unpack it again if it should be whole, or "
+            f"write {SUBSET}={root} to evaluate on the classes that are there"
         )
     if named in SAME_FORM:
         return named
@@ -238,7 +254,20 @@ def _kind_of_folders(root: Path, folders: list[str], classes: int, named: str | 
     return "imagenet_sketch" if file and file.name.startswith("sketch_") else "imagenet"
 
 
-def _wnids(folders: list[str]) -> bool:
+def _numbers_of(folders: Sequence[str], root: Path) -> np.ndarray:
+    """The numbers of some of ImageNet's classes, by WordNet ids or numbers as folders' names."""
+    if not all(name.isascii() and name.isdigit() for name in folders):
+        return imagenet.numbers_of(folders, root)
+    numbers = np.array([min(int(name), imagenet.CLASSES) for name in folders], np.int64)
+    if numbers.max() >= imagenet.CLASSES or len(set(numbers.tolist())) < len(folders):
+        raise DataError(
+            f"{root}: folders that are plain numbers are class numbers, expected different ones of "
+            f"0 to {imagenet.CLASSES - 1}"
+        )
+    return numbers
+
+
+def _wnids(folders: Sequence[str]) -> bool:
     return any(re.fullmatch(r"n\d{8}", name) for name in folders)
 
 
@@ -260,6 +289,17 @@ def _check_recorded(index: Index, classes: int) -> None:
         )
 
 
+def _recorded_numbers(index: Index, label: np.ndarray) -> np.ndarray:
+    """Labels as ImageNet's numbers, where `flatcal shard` left a list of what they count."""
+    recorded = list(class_names([str(shard) for shard in index.shards], Access()).items())
+    if not recorded or not _wnids(recorded[0][1]):
+        return label
+    (plan, names), *others = recorded
+    if any(other != names for _, other in others) or label.max(initial=0) >= len(names):
+        raise DataError(f"{plan}: the lists of classes beside these shards do not fit their labels")
+    return imagenet.numbers_of(names, Path(plan))[label]
+
+
 def _check_count(root: Path, folders: list[str], classes: int) -> None:
     if len(folders) != classes:
         raise DataError(
@@ -272,6 +312,8 @@ def _kind_of_labels(path: str, labels: np.ndarray, classes: int, named: str | No
     """Of shards; `load_index` has checked that labels lie in 0..classes-1."""
     if classes != imagenet.CLASSES:
         return "plain"
+    if named == SUBSET:
+        return named
     present = set(labels.tolist())
     for kind in MASKED:
         if present == set(imagenet.subset(kind)):
@@ -284,7 +326,7 @@ def _kind_of_labels(path: str, labels: np.ndarray, classes: int, named: str | No
             f"numbered by themselves. Say what it is: imagenet_a={path} or imagenet_r={path} for "
             f"those, imagenet={path} if the labels are ImageNet's own numbers"
         )
-    return named if named in SAME_FORM else "imagenet"
+    return named if named in (*SAME_FORM, SUBSET) else "imagenet"
 
 
 def _corruption_folders(root: Path) -> dict[str, Path]:
@@ -333,10 +375,15 @@ def open_variant(
     if is_tree(variant.path):
         index = open_tree(Path(variant.path).expanduser())
         masked = (variant.base or variant.kind) in MASKED
-        label = _labels_of_folders(index, classes, masked)[index.label]
+        if variant.kind == SUBSET:
+            label = _numbers_of(index.folders, index.root)[index.label]
+        else:
+            label = _labels_of_folders(index, classes, masked)[index.label]
     else:
         index = open_shards(variant.path, classes)
         label = index.label.astype(np.int64)
+        if variant.kind == SUBSET:
+            label = _recorded_numbers(index, label)
     kind = variant.base or variant.kind
     space = None
     if kind in MASKED:
@@ -344,7 +391,7 @@ def open_variant(
         if set(np.unique(label).tolist()) == set(space):
             label = np.searchsorted(space, label)
     real = None
-    if kind == "imagenet" and variant.corruption is None:
+    if kind in ("imagenet", SUBSET) and variant.corruption is None:
         real = _real(index, real_file)
     else:
         _refuse_real(real_file, str(variant))
@@ -365,7 +412,7 @@ def _labels_of_folders(index: TreeIndex, classes: int, masked: bool) -> np.ndarr
                 f"{classes - 1}, found {labels.min()} to {labels.max()} in {len(folders)} folders"
             )
         return labels
-    if classes == imagenet.CLASSES and _wnids(list(folders)):
+    if classes == imagenet.CLASSES and _wnids(folders):
         labels = imagenet.numbers_of(folders, index.root)
         if not masked:
             _check_count(index.root, list(folders), classes)

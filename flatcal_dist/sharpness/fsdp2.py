@@ -4,7 +4,7 @@ Every rank holds its rows of each parameter in fp32. A forward or backward pass 
 of a block from the shards, in the precision of the pass, and drops it again; so to perturb is to
 change shards while nothing whole is held, and the next forward pass sees it by itself.
 
-Public interface of torch.distributed.fsdp only; checked with torch 2.15.
+Public interface of torch.distributed.fsdp only, but for fsdp2_passes.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,6 +26,7 @@ from flatcal_dist.sharpness.engines import (
     with_groups,
 )
 from flatcal_dist.sharpness.errors import StepError
+from flatcal_dist.sharpness.fsdp2_passes import end_passes, forget_gradients, refuse_unknown
 from flatcal_dist.sharpness.fsdp2_state import copy_into, join, parameters_of, sharded_like, split
 from flatcal_dist.sharpness.loss_scale import LossScale
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
@@ -132,6 +133,7 @@ class ShardedEngine:
     def zero_gradients(self) -> None:
         for weight in self.weights.values():
             weight.grad = None
+        forget_gradients(self.model)
 
     @contextmanager
     def accumulation(self, reduce: bool) -> Iterator[None]:
@@ -139,8 +141,7 @@ class ShardedEngine:
         try:
             yield
         except BaseException:
-            # Amid a pass blocks are gathered and gradients stashed where nothing else clears them.
-            self.model.reset_iter_state()
+            end_passes(self.model)
             raise
 
     def backward(self, loss: Tensor) -> None:
@@ -319,11 +320,6 @@ class ShardedEngine:
 def _refuse_unsharded(
     model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    if not hasattr(FSDPModule, "reset_iter_state"):
-        raise StepError(
-            f"FSDP2 of torch {torch.__version__} cannot recover from an exception amid a pass; use "
-            "torch 2.13 or newer, or DDP"
-        )
     if not isinstance(model, FSDPModule) or not all(
         isinstance(w, DTensor) and w.device_mesh.ndim == 1 and w.dtype == torch.float32
         for w in parameters.values()
@@ -332,6 +328,7 @@ def _refuse_unsharded(
             "ShardedEngine wants an fp32 network whose every parameter is sharded over a mesh of "
             "one dimension, as flatcal_dist.sharpness.fsdp2_start.shard gives it"
         )
+    refuse_unknown(model)
     own = {id(w) for w in parameters.values()}
     if not all(id(w) in own for w in parameters_of(optimizer)):
         raise StepError(

@@ -35,7 +35,7 @@ def export_and_report(
         accelerator,
         directory.report,
         weights_file=directory.weights_file,
-        training_seconds=training_seconds,
+        trained=evaluation.Provenance.of_run(config, training_seconds),
         training=read_metrics(directory.metrics_file) if accelerator.is_main_process else (),
     )
     if written is None:

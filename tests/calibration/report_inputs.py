@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from flatcal_dist.calibration.records import Records, Source
-from flatcal_dist.calibration.shift import Shifted, row, save_shifted, write_shift
+from flatcal_dist.calibration.shift import Shifted, save_shifted, write_shift
+from flatcal_dist.calibration.shift_rows import measure
 
 from .synthetic import make_logits
 
@@ -47,4 +48,4 @@ def write_some_shift(clean: Records, folder: Path) -> None:
         )
         records = Records.from_logits(ids, labels, logits * 1.5, clean=clean, source=source)
         rows.append(save_shifted(Shifted(records, "0" * 64), folder))
-    write_shift(row(clean, "1" * 64, Path("records.parquet")), rows, folder)
+    write_shift(measure(clean, "1" * 64, Path("records.parquet")), rows, folder)

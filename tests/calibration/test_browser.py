@@ -207,6 +207,19 @@ def test_nothing_is_wider_than_the_page(browser, pages, name: str, width: int) -
     visit.context.close()
 
 
+@pytest.mark.parametrize("name", ["report", "comparison"])
+def test_no_column_is_cut_off_on_a_desktop(browser, pages, name: str) -> None:
+    visit = Visit(browser, pages[name], 1400)
+    visit.page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    cut = visit.page.evaluate(
+        """Array.from(document.querySelectorAll('.scroll'))
+            .filter(box => box.scrollWidth > box.clientWidth + 1)
+            .map(box => box.getAttribute('aria-label'))"""
+    )
+    assert cut == []
+    visit.context.close()
+
+
 def test_prints(browser, pages) -> None:
     visit = Visit(browser, pages["report"])
     assert visit.page.pdf().count(b"/Type /Page") > 3

@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 
 from flatcal_dist.calibration import compare
 from flatcal_dist.calibration.compare import write_comparison
+from flatcal_dist.calibration.display import show_difference
 from flatcal_dist.calibration.methods import COMPARED
+from flatcal_dist.calibration.naming import METRICS
 from flatcal_dist.calibration.records import Records
 from flatcal_dist.calibration.softmax import Scores
 from flatcal_dist.calibration.statistics import bootstrap
@@ -60,8 +63,8 @@ def test_files_and_page(runs: list[Path], tmp_path: Path) -> None:
     c = write_comparison(runs, tmp_path, resamples=100)
     names = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     figures = ("reliability", "risk_coverage", "accuracy_ece", "accuracy_aurc")
-    expected = {f"figures/{n}.{s}" for n in figures for s in ("png", "svg")}
-    assert names == expected | {"index.html", "comparison.json", "comparison.csv"}
+    expected = {f"figures/{n}.{s}" for n in figures for s in ("png", "svg", "pdf")}
+    assert names == expected | {"index.html", "comparison.json", "comparison.csv", "table.tex"}
     assert strict_json(tmp_path / "comparison.json") == json.loads(json.dumps(c))
     page = assert_sound_page(tmp_path / "index.html")
     assert "interval over seeds" not in page.text, "two seeds have none"
@@ -71,6 +74,10 @@ def test_files_and_page(runs: list[Path], tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))
     assert [r["run"] for r in rows] == ["sgd_0", "sgd_1", "csam_0"]
     assert rows[0]["nll_difference"] == rows[0]["against"] == ""
+    tex = (tmp_path / "table.tex").read_text()
+    assert tex.isascii()
+    assert len(re.findall(r"^(sgd|csam) &.*\\\\$", tex, re.M)) == 4, "two methods, two sides"
+    assert tex.count(r"$\pm$") == 15, "two seeds have a spread; the caption names it"
     assert rows[2]["against"] == "sgd_0"  # the baseline's run of the same seed
     assert float(rows[2]["nll_difference"]) == c["runs"][2]["difference"]["nll"]["value"]
 
@@ -239,3 +246,99 @@ def test_equal_networks_are_seldom_told_apart() -> None:
         for name in missed:
             missed[name] += samples.difference(1, 0, name).excludes_zero
     assert all(count <= 8 for count in missed.values()), missed
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_methods_that_share_one_network_are_not_told_apart_by_their_others(tmp_path: Path) -> None:
+    """The only shared seed is the same network; the other runs are of other seeds."""
+    runs = [write_run(tmp_path / "sgd_0", "sgd", 0), write_run(tmp_path / "sgd_1", "sgd", 1, 4.0)]
+    runs += [write_run(tmp_path / "new_0", "new", 0), write_run(tmp_path / "new_2", "new", 2, 1.0)]
+    c = write_comparison(runs, tmp_path / "out", resamples=100)
+    (row,) = c["differences"]
+    assert row["shared_seeds"] == [0]
+    assert row["same_predictions"]
+    assert not any(row[side][key]["shown"] for side in ("before", "after") for key in COMPARED)
+    assert not any("higher" in s or "lower" in s for s in c["verdict"])
+    assert "Differences hold" not in c["verdict"][-1]
+    assert "the same predictions for every image" in c["verdict"][-1]
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_nothing_is_said_to_hold_where_nothing_is_shown(runs: list[Path], tmp_path: Path) -> None:
+    copy = write_run(tmp_path / "copy", "sgd", 0, 4.0)
+    c = write_comparison([runs[0], copy], tmp_path / "out", resamples=50)
+    assert "Differences hold" not in c["verdict"][-1]
+    assert "No difference is shown." in c["verdict"][-1]
+    assert c["family"] == {"procedure": "Holm", "level": 0.05, "comparisons": 13}
+
+
+def test_differences_show_their_sign() -> None:
+
+    unit = METRICS["ece"].unit
+    assert show_difference(0.00004, 0.00001, 0.0002, unit) == (
+        "+0.004 points", "+0.001 to +0.020",
+    )  # fmt: skip
+    assert show_difference(-0.02, -0.03, -0.01, unit) == ("−2.00 points", "−3.00 to −1.00")
+    assert show_difference(0.0, -0.0004, 0.0004, unit) == ("0.00 points", "−0.04 to +0.04")
+    assert show_difference(0.01, None, None, unit) == ("+1.00 points", None)
+    assert show_difference(3e-9, -1e-9, 1e-8, METRICS["nll"].unit)[0] == "0.0000"
+
+
+def write_foreign(
+    folder: Path, ids: list[str], network: int, seed: int | None = None, method: str | None = None
+) -> Path:
+    """A report of a network from elsewhere."""
+    _, labels, logits = make_logits(300, seed=network)
+    records = Records.from_logits(ids, labels, logits)
+    write_bare_report(records, folder, About(title=folder.name, method=method, seed=seed))
+    return folder
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_rows_without_ids_are_said_to_pair_by_rows_alone(tmp_path: Path) -> None:
+    rows = [f"row_{i:07d}" for i in range(300)]
+    first, second = (write_foreign(tmp_path / f"n{network}", rows, network) for network in (0, 1))
+    c = write_comparison([first, second], tmp_path / "out", resamples=20)
+    assert c["pairing"]["by"] == "rows"
+    assert "by their rows alone" in c["pairing"]["text"]
+    assert c["pairing"]["disagreeing"] == []
+    # The same network, its rows in another order that keeps every label in its place.
+    _, labels, logits = make_logits(300)
+    order = np.arange(300)
+    for k in range(10):
+        mine = np.flatnonzero(labels == k)
+        order[mine] = np.random.default_rng(k).permutation(mine)
+    turned = Records.from_logits(rows, labels, logits[order])
+    write_bare_report(turned, tmp_path / "turned", About())
+    c = write_comparison([first, tmp_path / "turned"], tmp_path / "out", resamples=20)
+    assert c["pairing"]["disagreeing"] == ["turned"]
+    assert "the rows seem to be in different orders" in c["pairing"]["text"]
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_files_with_ids_pair_with_runs_by_them(runs: list[Path], tmp_path: Path) -> None:
+    ids, *_ = make_logits(300)
+    file = write_foreign(tmp_path / "file", ids, 0)
+    c = write_comparison([runs[0], file], tmp_path / "out", resamples=20)
+    assert c["pairing"]["by"] == "ids"
+    seen = write_run(tmp_path / "seen", "sgd", 0, data_identity="0" * 64)
+    assert write_comparison([seen, file], tmp_path / "out", resamples=20)["pairing"]["by"] == "ids"
+    also = write_run(tmp_path / "also", "sgd", 1, data_identity="0" * 64)
+    c = write_comparison([seen, also], tmp_path / "out", resamples=20)
+    assert c["pairing"]["by"] == "images"
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_unknown_methods_and_seeds_are_no_seeds_of_one_method(tmp_path: Path) -> None:
+    ids, *_ = make_logits(300)
+    unknown = [write_foreign(tmp_path / f"u{s}", ids, s) for s in range(3)]
+    c = write_comparison(unknown, tmp_path / "out", resamples=20)
+    assert [m["name"] for m in c["methods"]] == ["u0", "u1", "u2"]
+    assert all(row["shared_seeds"] == [] for row in c["differences"])
+    seeds = [write_foreign(tmp_path / f"s{s}", ids, s, seed=s) for s in range(2)]
+    c = write_comparison(seeds, tmp_path / "out", resamples=20)
+    assert len(c["methods"]) == 2  # seeds of what?
+    told = [write_foreign(tmp_path / f"t{s}", ids, s, s, "sam") for s in range(3)]
+    c = write_comparison([*told, unknown[0]], tmp_path / "out", resamples=20)
+    assert [m["name"] for m in c["methods"]] == ["sam", "u0"]
+    assert c["methods"][1]["seeds"] == [None]

@@ -11,7 +11,8 @@ from sklearn.metrics import brier_score_loss, log_loss
 from flatcal_dist.calibration import metrics
 from flatcal_dist.calibration.classwise import ClasswiseSums
 from flatcal_dist.calibration.corp import corp_decomposition, isotonic_curve
-from flatcal_dist.calibration.smooth import smooth_curve, smooth_error_at
+from flatcal_dist.calibration.smooth import smooth_error_at
+from flatcal_dist.calibration.smooth_relplot import relplot_error_at
 from flatcal_dist.calibration.softmax import log_confidence, log_softmax, score_images
 
 from .synthetic import GOLDEN, golden_inputs, make_logits
@@ -24,9 +25,16 @@ BINNED_AND_SMOOTH = {
     "rmsce15_debiased": partial(metrics.root_mean_square_calibration_error, debiased=True),
     "top_brier": metrics.top_label_brier_score,
     "ks_tiesafe": metrics.kolmogorov_smirnov_error,
-    "smece_auto": metrics.smooth_calibration_error,
+    "smece": metrics.smooth_calibration_error,
+    "smece_relplot": metrics.smooth_calibration_error_relplot,
 }
-SMOOTH_WIDTHS = {"smece_sigma_0_05": 0.05, "smece_sigma_0_1": 0.1}
+SMOOTH_TOLERANCES = {"smece": 1e-4, "smece_relplot": 1e-3}  # of grids; of ten bisections
+AT_WIDTH = {
+    "smece_at_0_05": (smooth_error_at, 0.05),
+    "smece_at_0_3": (smooth_error_at, 0.3),
+    "smece_relplot_at_0_05": (relplot_error_at, 0.05),
+    "smece_relplot_at_0_1": (relplot_error_at, 0.1),
+}
 
 # Confidences on a coarse grid, so that ties and bin edges are frequent.
 PAIRS = st.lists(
@@ -37,16 +45,17 @@ PAIRS = st.lists(
 @pytest.mark.parametrize("metric", BINNED_AND_SMOOTH)
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden(name: str, metric: str) -> None:
-    tolerance = 1e-3 if metric == "smece_auto" else 1e-9
+    tolerance = SMOOTH_TOLERANCES.get(metric, 1e-9)
     value = BINNED_AND_SMOOTH[metric](*golden_inputs(name))
     assert value == pytest.approx(GOLDEN[name]["expected"][metric], abs=tolerance)
 
 
-@pytest.mark.parametrize("metric", SMOOTH_WIDTHS)
+@pytest.mark.parametrize("metric", AT_WIDTH)
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_smooth_at_fixed_width(name: str, metric: str) -> None:
     confidence, correct = golden_inputs(name)
-    value = smooth_error_at(confidence, correct.astype(bool), SMOOTH_WIDTHS[metric])
+    error_at, width = AT_WIDTH[metric]
+    value = error_at(confidence, correct.astype(bool), width)
     assert value == pytest.approx(GOLDEN[name]["expected"][metric], abs=3e-5)
 
 
@@ -192,6 +201,42 @@ def test_smooth_error_finds_no_error_of_a_calibrated_network() -> None:
     assert metrics.smooth_calibration_error(confidence, random.random(50000) < confidence) < 0.01
 
 
+def smooth_error_by_quadrature(confidence: np.ndarray, correct: np.ndarray, width: float) -> float:
+    """The definition: each Gaussian and its mirror images, integrated over [0, 1]."""
+    at = np.linspace(0, 1, 4001)
+    residual = np.zeros(len(at))
+    for turn in range(-4, 5):
+        for places in (2 * turn + confidence, 2 * turn - confidence):
+            kernel = np.exp(-0.5 * ((at[:, None] - places) / width) ** 2)
+            residual += kernel @ (confidence - correct) / (width * np.sqrt(2 * np.pi))
+    return np.trapezoid(np.abs(residual), at) / len(confidence)
+
+
+@pytest.mark.parametrize("width", [0.004, 0.05, 0.6])
+@pytest.mark.parametrize("saturated", [0.0, 0.5, 1.0])
+def test_smooth_error_is_its_definition_also_where_confidences_saturate(
+    saturated: float, width: float
+) -> None:
+    random = np.random.default_rng(3)
+    confidence = np.where(random.random(60) < saturated, 1.0, random.random(60))
+    correct = random.random(60) < 0.7
+    expected = smooth_error_by_quadrature(confidence, correct, width)
+    # The grid adds up to 1 / 600 of the kernel's variance.
+    assert smooth_error_at(confidence, correct, width) == pytest.approx(expected, rel=2e-3)
+    error = metrics.smooth_calibration_error(confidence, correct)
+    at_itself = smooth_error_by_quadrature(confidence, correct, error)
+    assert error == pytest.approx(at_itself, rel=2e-3)
+
+
+def test_a_confidence_of_exactly_one_is_one_just_below() -> None:
+    random = np.random.default_rng(1)
+    confidence, correct = random.beta(8, 1, 2000), random.random(2000) < 0.8
+    confidence[:1000] = 1.0
+    below = np.minimum(confidence, 1 - 1e-9)
+    error = metrics.smooth_calibration_error(confidence, correct)
+    assert error == pytest.approx(metrics.smooth_calibration_error(below, correct), abs=1e-6)
+
+
 def test_proper_scores_match_scikit_learn() -> None:
     _, labels, logits = make_logits(300, 7)
     p = np.exp(scipy_log_softmax(logits.astype(np.float64), axis=1))
@@ -330,35 +375,6 @@ def test_corp_is_exact_and_its_curve_is_scikit_learns(pair: tuple) -> None:
     order = np.random.default_rng(0).permutation(len(confidence))
     again = corp_decomposition(confidence[order], correct[order])
     assert again.miscalibration == pytest.approx(d.miscalibration, abs=1e-12)
-
-
-def test_smooth_curve_is_the_kernel_mean_of_what_is_right() -> None:
-    random = np.random.default_rng(0)
-    confidence = random.uniform(0.2, 0.95, 4000)
-    correct = random.random(4000) < confidence**1.2
-    curve = smooth_curve(confidence, correct)
-    assert curve.error == metrics.smooth_calibration_error(confidence, correct)
-    assert 0.02 < curve.width < 0.1
-    mirrored = np.concatenate([confidence, -confidence, 2 - confidence])
-    away = (curve.confidence[:, None] - mirrored) / curve.width
-    kernel = np.exp(-(away**2) / 2)
-    expected = kernel @ np.tile(correct, 3) / kernel.sum(1)
-    # Sums on a grid of 1,000 cells and read off at 200 points between them.
-    inside = (curve.confidence > 0.2) & (curve.confidence < 0.95)
-    assert curve.accuracy[inside] == pytest.approx(expected[inside], abs=2e-3)
-    assert np.trapezoid(curve.density, curve.confidence) == pytest.approx(1)
-    middle = (curve.confidence > 0.4) & (curve.confidence < 0.75)
-    assert curve.density[middle] == pytest.approx(1 / 0.75, rel=0.15)
-    assert np.isnan(smooth_curve(np.full(50, 0.9), np.arange(50) > 5).accuracy[0])
-
-
-@given(PAIRS)
-@settings(deadline=None, max_examples=30)
-def test_smooth_curve_stays_within_its_bounds(pair: tuple) -> None:
-    curve = smooth_curve(*pair)
-    assert (curve.density >= 0).all()
-    defined = curve.accuracy[np.isfinite(curve.accuracy)]
-    assert ((defined >= 0) & (defined <= 1)).all()
 
 
 def plain_classwise(p: np.ndarray, labels: np.ndarray, bins: int, threshold: float | None):

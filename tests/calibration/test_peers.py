@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flatcal_dist.calibration import metrics, selective
-from flatcal_dist.calibration.smooth import smooth_error_at
+from flatcal_dist.calibration.smooth_relplot import relplot_error_at
 from flatcal_dist.calibration.softmax import score_images
 
 from .synthetic import golden_inputs, make_logits
@@ -110,11 +110,11 @@ class TestRelplot:
         import relplot
 
         *_, confidence, correct = images
-        ours = metrics.smooth_calibration_error(confidence, correct)
+        ours = metrics.smooth_calibration_error_relplot(confidence, correct)
         assert ours == pytest.approx(relplot.smECE(confidence, correct.astype(float)), abs=1e-3)
         for width in (0.02, 0.1):
             theirs = relplot.smECE_sigma(confidence, correct.astype(float), sigma=width)
-            assert smooth_error_at(confidence, correct, width) == pytest.approx(theirs, abs=1e-4)
+            assert relplot_error_at(confidence, correct, width) == pytest.approx(theirs, abs=1e-4)
 
     def test_known_difference(self) -> None:
         from relplot.metrics import binnedECE

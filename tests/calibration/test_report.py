@@ -154,8 +154,10 @@ def report(records: Records, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_files(report: Path) -> None:
     names = {"reliability_before", "reliability_after", "confidence_before", "confidence_after"}
-    figures = {f"figures/{n}.{s}" for n in names | {"risk_coverage"} for s in ("png", "svg")}
-    expected = {"index.html", "metrics.json", "metrics.csv", "records.parquet"} | figures
+    names |= {"risk_coverage", "confusions"}
+    figures = {f"figures/{n}.{s}" for n in names for s in ("png", "svg", "pdf")}
+    tables = {"metrics.csv", "table.csv", "table.tex"}
+    expected = {"index.html", "metrics.json", "records.parquet"} | tables | figures
     assert set(files(report)) == expected
 
 
@@ -171,7 +173,7 @@ def test_page(report: Path) -> None:
 
 def test_metrics_json(report: Path, records: Records) -> None:
     m = strict_json(report / "metrics.json")
-    assert m["schema_version"] == 2
+    assert m["schema_version"] == 3
     assert m["images"] == 400
     assert set(HEADLINE) <= set(m)
     assert set(HEADLINE) | {"intervals", "ece_null", "bins", "risk_coverage"} <= set(
@@ -218,7 +220,8 @@ def test_rendering_again_gives_the_same_files(report: Path, tmp_path: Path) -> N
         shutil.copy(report / name, copy / name)
     render_report(copy)
     expected = files(report)
-    del expected["metrics.csv"]
+    for name in ("metrics.csv", "table.csv", "table.tex"):
+        del expected[name]
     assert files(copy) == expected
 
 

@@ -1,6 +1,7 @@
 """The parts of a report beyond its headline: classes, thresholds, errors, curves, literature."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from flatcal_dist.calibration import curves, metrics_csv, report, selective
+from flatcal_dist.calibration import curves, metrics_csv, operating, report, selective
 from flatcal_dist.calibration.classes import per_class
 from flatcal_dist.calibration.confident_errors import (
     most_confident_errors,
@@ -16,9 +17,12 @@ from flatcal_dist.calibration.confident_errors import (
     save_thumbnails,
     thumbnail,
 )
+from flatcal_dist.calibration.confusions import confusions
 from flatcal_dist.calibration.display import percent
+from flatcal_dist.calibration.figures import density_strength
 from flatcal_dist.calibration.literature import FIGURES, _literature, references
 from flatcal_dist.calibration.operating import operating_points
+from flatcal_dist.calibration.palette import PALETTE, contrast, text_on
 from flatcal_dist.calibration.records import Records, Source
 from flatcal_dist.calibration.report import render_report, write_report
 from flatcal_dist.calibration.summary import About, summarize
@@ -66,7 +70,7 @@ def test_page_of_a_report_with_everything(whole: Path) -> None:
     )
     for text in ("Under shift", "digits-c", "elsewhere", "Training", "jpeg compression"):
         assert text in page.text
-    assert [f.topic for f in verdict(m, shift)][-2:] == ["Labels", "Shift"]
+    assert [f.topic for f in verdict(m, shift)][-3:] == ["Labels", "Shift", "Corruptions"]
     for finding in verdict(m, shift):
         assert finding.text in page.text
     drawn = {p.stem for p in (whole / "figures").glob("*.svg")}
@@ -76,11 +80,12 @@ def test_page_of_a_report_with_everything(whole: Path) -> None:
 def test_page_is_rendered_again_with_pictures_and_shift(whole: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
-    for name in ("index.html", "figures", "metrics.csv"):
+    for name in ("index.html", "figures", "metrics.csv", "table.csv", "table.tex"):
         shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
     render_report(copy)
     expected = files(whole)
-    del expected["metrics.csv"]
+    for name in ("metrics.csv", "table.csv", "table.tex"):
+        expected.pop(name)
     assert files(copy) == expected
 
 
@@ -104,7 +109,7 @@ def test_metrics_json_keeps_to_its_schema(whole: Path, tmp_path: Path) -> None:
     ids, labels, logits = make_logits(60, classes=3)
     bare = summarize(Records.from_logits(ids, np.zeros_like(labels), logits), resamples=5)
     validator.validate(bare)
-    for spoiled in ({"ece": "0.1"}, {"accuracy": 1.2}, {"schema_version": 1}, {"surprise": 0}):
+    for spoiled in ({"ece": "0.1"}, {"accuracy": 1.2}, {"schema_version": 2}, {"surprise": 0}):
         with pytest.raises(jsonschema.ValidationError):
             validator.validate(m | spoiled)
     short = {k: v for k, v in m.items() if k != "signed_gap"}
@@ -297,3 +302,87 @@ def test_csv_has_every_number_of_both_sides(whole: Path) -> None:
 def test_heat_map_has_every_corruption(whole: Path) -> None:
     svg = (whole / "figures" / "shift_0_signed_gap_after.svg").read_text()
     assert all(c.replace("_", " ") in svg for c in CORRUPTIONS)
+
+
+def test_the_smooth_line_fades_with_the_images_it_rests_on() -> None:
+    random = np.random.default_rng(0)
+    c = np.concatenate([random.uniform(0.8, 1, 2000), [0.1, 0.12, 0.15]])
+    found = curves.smooth_reliability(c, random.random(len(c)) < c, 0.05)
+    images = dict(zip(np.round(found["confidence"], 2), found["images"], strict=True))
+    assert images[0.1] < 4
+    assert images[0.9] > 500
+    # Equal weights: the number itself.
+    one_place = curves.smooth_reliability(np.full(50, 0.5), np.ones(50, bool), 0.05)
+    assert one_place["images"] == pytest.approx([50] * len(one_place["images"]), rel=1e-6)
+    strength = density_strength([1, 15, 30, 1000])
+    assert strength == pytest.approx([1 / 900, 0.25, 1, 1])
+
+
+def test_thresholds_by_cost(records: Records) -> None:
+    scores, fold = records.before, records.fold
+    for point in operating_points(scores, fold)["by_cost"]:
+        cost = point["cost_of_error"]
+        answered = scores.confidence >= 1 - 1 / cost
+        spent = [
+            (cost if not right else 0) if sure else 1
+            for sure, right in zip(answered, scores.correct, strict=True)
+        ]
+        assert point["cost"] == pytest.approx(np.mean(spent))
+        assert point["cost_low"] < point["cost"] < point["cost_high"]
+        assert point["coverage"] == pytest.approx(answered.mean())
+        assert point["cost_of_all"] == pytest.approx(cost * (1 - records.correct.mean()))
+        held_out = np.zeros(len(records), bool)
+        for f in range(5):
+            here = fold == f
+            c, right = scores.confidence[~here], scores.correct[~here]
+            costs = {t: np.where(c >= t, cost * ~right, 1).sum() for t in [*c.tolist(), 2.0]}
+            least = min(costs.values())
+            best = max(t for t, v in costs.items() if v <= least + 1e-9)
+            reached = np.where(c >= operating.cheapest_threshold(c, right, cost), cost * ~right, 1)
+            assert reached.sum() == pytest.approx(least)
+            assert best <= 2
+            at = operating.cheapest_threshold(scores.log_confidence[~here], right, cost)
+            held_out[here] = scores.log_confidence[here] >= at
+        assert point["held_out"]["images"] == held_out.sum()
+
+
+def test_chows_rule_is_cheapest_where_confidences_are_true() -> None:
+    random = np.random.default_rng(0)
+    c = random.beta(4, 1, 200_000)
+    right = random.random(len(c)) < c
+    for cost in operating.COSTS:
+        by_rule = np.where(c >= 1 - 1 / cost, cost * ~right, 1).mean()
+        for threshold in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.1):
+            other = np.where(c >= threshold, cost * ~right, 1).mean()
+            assert by_rule <= other + 0.02
+
+
+def test_confusions_against_a_plain_loop(records: Records) -> None:
+    found = confusions(records)
+    expected = np.zeros((10, 10), int)
+    for label, answer in zip(records.label, records.prediction, strict=True):
+        expected[label, answer] += 1
+    assert found["matrix"] == expected.tolist()
+    wrong = {(i, j): n for (i, j), n in np.ndenumerate(expected) if i != j and n}
+    assert [p["images"] for p in found["pairs"]] == sorted(wrong.values(), reverse=True)[:20]
+    for p in found["pairs"]:
+        assert wrong[p["label"], p["answer"]] == p["images"]
+        assert p["of"] == expected[p["label"]].sum()
+        assert p["back"] == expected[p["answer"], p["label"]]
+    many = confusions(make_records(500, classes=60))
+    assert many["matrix"] is None
+    assert many["pairs"]
+
+
+def test_text_in_the_heat_map_can_be_read(whole: Path) -> None:
+    """Contrast on every colour in both themes (WCAG: 4.5), and size in a column of 352 pixels."""
+    for name in [n for n in PALETTE if n.startswith(("blue-", "vermillion-"))] + ["paper"]:
+        text = PALETTE[text_on(name)]
+        assert contrast(text.light, PALETTE[name].light) >= 4.5
+        assert contrast(text.dark, PALETTE[name].dark) >= 4.5
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+    svg = (whole / "figures" / "shift_0_accuracy_before.svg").read_text()
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+    sizes = [float(s) for s in re.findall(r"font: ([\d.]+)px", svg)]
+    assert min(sizes) * 352 / width >= 10

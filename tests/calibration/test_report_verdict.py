@@ -126,10 +126,14 @@ def test_verdict_gives_no_advice_from_the_end_of_the_search() -> None:
 def test_verdict_names_the_worst_classes_on_either_side() -> None:
     gaps = {"signed_gap": [0.3, 0.1, -0.2, -0.4], "gap_low": [0.2, -0.1, -0.3, -0.5]}
     table = {"class": [0, 1, 2, 3], "images": [50] * 4, "gap_high": [0.4, 0.2, -0.1, -0.25]}
+    table |= {"accuracy": [0.5, 0.4, 0.8, 0.9], "mean_confidence": [0.8, 0.5, 0.6, 0.5]}
+    table |= {"confused_with": [1, 2, None, 0], "confused_share": [0.3, 0.25, 0.0, 0.1]}
     said = " ".join(texts(run() | {"per_class": table | gaps, "about": {"class_names": None}}))
     assert "1 of 4 classes are over-confident and 2 under-confident" in said
     assert "most over-confident is class 0, by 30.0 points (20.0 to 40.0)" in said
     assert "most under-confident is class 3, by 40.0 points (25.0 to 50.0)" in said
+    assert "The least accurate class is class 1: 40.0 % of its 50 images are right" in said
+    assert "(30.0 % to 60.0 %); 25 % are taken for class 2" in said
 
 
 def test_what_is_not_whole_is_not_printed_as_100_per_cent() -> None:
@@ -138,3 +142,89 @@ def test_what_is_not_whole_is_not_printed_as_100_per_cent() -> None:
     assert percent(0.9994, 0) == "99.9 %"
     assert percent(1.0, 1) == "100.0 %"
     assert percent(0.5, 1) == "50.0 %"
+
+
+def shifted(before: tuple, after: tuple, distance: tuple | None, temperature: float = 0.8) -> dict:
+    """shift.json of one set of images, as far as the verdict reads it; gaps with intervals."""
+
+    def figures(gap: tuple) -> dict:
+        value, low, high = gap
+        ends = {"signed_gap": {"low": low, "high": high}, "accuracy": {"low": 0.45, "high": 0.55}}
+        return {"accuracy": 0.5, "signed_gap": value, "ece": 0.1, "intervals": ends}
+
+    row = {"name": "v2", "before": figures(before), "after": figures(after)}
+    value, low, high = distance or (None, None, None)
+    row["effect"] = {"distance": {"value": value, "low": low, "high": high}}
+    return {"clean": {"temperature": temperature}, "sets": [row], "corruptions": []}
+
+
+def shift_text(*arguments: object, **options: float) -> str:
+    m = run() | {"per_class": {"class": []}}
+    return next(f.text for f in verdict(m, shifted(*arguments, **options)) if f.topic == "Shift")
+
+
+def test_a_change_of_sign_under_shift_is_named() -> None:
+    """9.3 points below became 9.1 above: the dangerous side, and no nearer."""
+    said = shift_text((-0.093, -0.11, -0.08), (0.091, 0.08, 0.1), (-0.002, -0.01, 0.006))
+    assert "under-confidence has become over-confidence, which is the dangerous side" in said
+    assert "neither nearer to accuracy nor further away" in said
+    assert "brings it nearer" not in said
+    assert "this is nearer" not in said
+    said = shift_text((0.093, 0.08, 0.11), (-0.04, -0.05, -0.03), (-0.053, -0.06, -0.04))
+    assert "over-confidence has become under-confidence;" in said
+    assert "dangerous" not in said
+    assert "this is nearer to accuracy, by 5.3 points (4.0 to 6.0)" in said
+    said = shift_text((-0.01, -0.02, 0.001), (0.01, -0.002, 0.03), (0.0, -0.01, 0.01))
+    assert "the gap has changed its sign" in said
+    assert "has become" not in said, "neither is shown"
+
+
+def test_nearer_under_shift_is_said_with_an_interval_alone() -> None:
+    same = ((0.2, 0.18, 0.22), (0.1, 0.08, 0.12))
+    assert "this is nearer to accuracy, by 10.0 points (9.0 to 11.0)" in shift_text(
+        *same, (-0.1, -0.11, -0.09)
+    )
+    assert "this is further away from accuracy, by 3.0" in shift_text(*same, (0.03, 0.01, 0.05))
+    for distance in ((-0.1, -0.2, 0.01), (-0.1, None, None)):
+        assert "neither nearer to accuracy nor further away" in shift_text(*same, distance)
+    said = shift_text(*same, (-0.1, -0.11, -0.09), temperature=BOUNDS[0])
+    assert "no temperature that could be used" in said
+    assert "nearer" not in said
+
+
+def test_the_worst_corruption_is_named() -> None:
+    def figures(accuracy: float, gap: float, ece: float) -> dict:
+        ends = {"signed_gap": {"low": gap - 0.01, "high": gap + 0.01}}
+        ends |= {"accuracy": {"low": accuracy - 0.01, "high": accuracy + 0.01}}
+        return {"accuracy": accuracy, "signed_gap": gap, "ece": ece, "intervals": ends}
+
+    def change(value: float) -> dict:
+        return {"ece": {"value": value, "low": value - 0.005, "high": value + 0.005},
+                "distance": {"value": 0.0, "low": -0.1, "high": 0.1}}  # fmt: skip
+
+    before = {"fog": figures(0.6, -0.05, 0.05), "glass_blur": figures(0.3, 0.2, 0.2)}
+    after = {"fog": figures(0.6, 0.1, 0.1), "glass_blur": figures(0.3, 0.1, 0.1)}
+    effect = {"fog": change(0.05), "glass_blur": change(-0.1)}
+    group = {
+        "name": "imagenet_c", "severities": [5],
+        "before": {"by_corruption": before, "by_severity": {"5": before["fog"]}},
+        "after": {"by_corruption": after, "by_severity": {"5": after["fog"]}},
+        "effect": {"by_corruption": effect, "by_severity": {"5": effect["fog"]}},
+    }  # fmt: skip
+    shift = {"clean": {"temperature": 0.8}, "sets": [], "corruptions": [group]}
+    said = next(f.text for f in verdict(run(), shift) if f.topic == "Corruptions")
+    assert "glass blur leaves the least accuracy, 30.0 % (29.0 % to 31.0 %)" in said
+    assert "Over-confidence is largest under glass blur" in said
+    assert "raises ECE under 1 of them, most under fog, from 5.0 % to 10.0 %" in said
+
+
+def test_one_image_is_no_images() -> None:
+    assert texts(run(images=1, accuracy=1.0))[0].startswith("1 image is too few")
+    assert texts(run(images=2, accuracy=1.0))[0].startswith("2 images are too few")
+
+
+def test_no_figure_after_a_temperature_that_could_not_be_fitted() -> None:
+    said = " ".join(texts(run() | {"temperature": BOUNDS[0]}))
+    assert "use none of them" in said
+    assert "after temperature scaling 60 %" not in said
+    assert "0.001" not in said

@@ -7,17 +7,13 @@ import pytest
 
 from flatcal_dist.calibration.calibrators import TemperatureScaling
 from flatcal_dist.calibration.records import Records, Source
-from flatcal_dist.calibration.shift import (
+from flatcal_dist.calibration.shift import Shifted, read_shift, save_shifted, write_shift
+from flatcal_dist.calibration.shift_groups import (
     ALEXNET_ERROR,
     SEVERITIES,
-    Shifted,
     mean_corruption_error,
-    read_shift,
-    real_figures,
-    row,
-    save_shifted,
-    write_shift,
 )
+from flatcal_dist.calibration.shift_rows import measure, real_figures
 from flatcal_dist.calibration.softmax import score_images
 
 from .synthetic import make_logits
@@ -111,7 +107,7 @@ def test_the_table_and_its_means(clean, tmp_path):
     rows = [save_shifted(Shifted(records, "hash"), tmp_path) for records in subsets(clean)]
     other = Records.from_logits(*make_logits(40, seed=9), clean=clean, source=Source("v2"))
     rows.append(save_shifted(Shifted(other, "hash2"), tmp_path))
-    write_shift(row(clean, "hash0", tmp_path / "records.parquet"), rows, tmp_path)
+    write_shift(measure(clean, "hash0", tmp_path / "records.parquet"), rows, tmp_path)
     table = read_shift(tmp_path)
     assert [r["name"] for r in table["sets"]] == ["imagenet_c"] * 4 + ["v2"]
     for r in table["sets"]:
@@ -138,7 +134,7 @@ def test_an_undefined_figure_makes_the_mean_null_and_the_json_stays_valid(clean,
     with pytest.warns(RuntimeWarning, match="no finite temperature"):
         records = Records.from_logits(ids, labels, right, clean=clean, source=source)
     rows = [save_shifted(Shifted(records, "hash"), tmp_path)]
-    write_shift(row(clean, "", tmp_path), rows, tmp_path)
+    write_shift(measure(clean, "", tmp_path), rows, tmp_path)
     table = json.loads((tmp_path / "shift.json").read_text())
     assert table["sets"][0]["before"]["auroc"] is None
     assert table["corruptions"][0]["before"]["all"]["auroc"] is None
@@ -167,3 +163,54 @@ def test_temperature_of_clean_images_changes_no_prediction_under_shift(clean):
     direct = score_images(logits, labels)
     order = np.argsort(ids)
     assert np.array_equal(records.before.nll, direct.nll[order])
+
+
+def gaps(records: Records) -> np.ndarray:
+    """Confidence minus correctness of each image, before and after temperature scaling."""
+    return np.stack([side.confidence - side.correct for side in (records.before, records.after)])
+
+
+def test_intervals_are_of_the_same_photographs_in_all_subsets(clean, tmp_path):
+    """Against a plain bootstrap that draws photographs once, for all corruptions."""
+    found = subsets(clean)
+    rows = [save_shifted(Shifted(records, "hash"), tmp_path) for records in found]
+    write_shift(measure(clean, "hash0", tmp_path), rows, tmp_path)
+    table = read_shift(tmp_path)
+    for r in (table["clean"], *table["sets"]):
+        for side in ("before", "after"):
+            for name in ("accuracy", "signed_gap", "nll", "auroc", "aurc"):
+                ends = r[side]["intervals"][name]
+                assert ends["low"] < r[side][name] < ends["high"], name
+    per_image = np.stack([gaps(records) for records in found]).mean(axis=0)  # [side, image]
+    draws = np.random.default_rng(0).integers(60, size=(4000, 60))
+    means = per_image[:, draws].mean(axis=2)
+    (group,) = table["corruptions"]
+    for side, replicates in zip(("before", "after"), means, strict=True):
+        ends = group[side]["all"]["intervals"]["signed_gap"]
+        low, high = np.quantile(replicates, (0.025, 0.975))
+        # 200 draws leave 0.1 of the half width of an interval to chance, and more at times.
+        assert ends["low"] == pytest.approx(low, abs=0.2 * (high - low))
+        assert ends["high"] == pytest.approx(high, abs=0.2 * (high - low))
+    moved = np.abs(means[1]) - np.abs(means[0])
+    distance = group["effect"]["all"]["distance"]
+    exact = np.abs(per_image.mean(axis=1))
+    assert distance["value"] == pytest.approx(exact[1] - exact[0])
+    low, high = np.quantile(moved, (0.025, 0.975))
+    assert distance["low"] == pytest.approx(low, abs=0.2 * (high - low))
+    assert distance["high"] == pytest.approx(high, abs=0.2 * (high - low))
+
+
+def test_subsets_of_different_photographs_have_means_without_intervals(clean, tmp_path):
+    found = subsets(clean)
+    ids, labels, logits = make_logits(60, seed=4)
+    source = Source("imagenet_c", "imagenet_c", None, "fog", 2)
+    found.append(
+        Records.from_logits([f"other/{i}" for i in ids], labels, logits, clean=clean, source=source)
+    )
+    rows = [save_shifted(Shifted(records, "hash"), tmp_path) for records in found]
+    write_shift(measure(clean, "hash0", tmp_path), rows, tmp_path)
+    (group,) = read_shift(tmp_path)["corruptions"]
+    assert group["before"]["all"]["accuracy"] is not None
+    assert group["before"]["all"]["intervals"]["accuracy"] == {"low": None, "high": None}
+    assert group["effect"]["all"]["distance"]["low"] is None
+    assert group["before"]["by_corruption"]["snow"]["intervals"]["accuracy"]["low"] is not None

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
 from flatcal_dist.calibration import inflated, metrics, selective
+from flatcal_dist.calibration.intervals import POSITIVE, SHARES
 from flatcal_dist.calibration.records import Records, Scores
-from flatcal_dist.calibration.smooth import smooth_curve, smooth_error_at
+from flatcal_dist.calibration.smooth import kernel_width, smooth_error_at
 from flatcal_dist.calibration.softmax import score_images
 from flatcal_dist.calibration.statistics import (
     BINNED,
@@ -63,7 +64,7 @@ def test_figures_with_choices_of_their_own(records: Records) -> None:
     scores = records.before
     samples = bootstrap([scores], resamples=3, seed=5)
     inner = metrics.equal_mass_edges(scores.confidence, 15)
-    width = smooth_curve(scores.confidence, scores.correct).width
+    width = kernel_width(scores.confidence, scores.correct)
     rng = np.random.default_rng(5)
     draws = [np.arange(400), *(rng.integers(400, size=400) for _ in range(3))]
     for chosen, row in zip(draws, (samples.point[0], *samples.replicates[:, 0]), strict=True):
@@ -199,8 +200,7 @@ def test_refused(records: Records) -> None:
 def test_intervals_of_calibration_errors_hold_the_truth(truth: float) -> None:
     """Over-confident by `truth` everywhere, so that every one of these errors is `truth`.
 
-    Of 60 intervals at 95 %, 57 should hold it; 51 or fewer have a chance of 1 in 100. That of KS
-    is a little too narrow (0.87 to 0.97 of 100 at 1,000 images), as its docstring says.
+    Of 60 intervals at 95 %, 57 should hold it; 51 or fewer have a chance of 1 in 100.
     """
     random = np.random.default_rng(0)
     inside = {name: 0 for name in BINNED if name != "adaptive_ece_100"}
@@ -216,10 +216,75 @@ def test_intervals_of_calibration_errors_hold_the_truth(truth: float) -> None:
             inside[name] += interval.low <= truth <= interval.high
         low, high = np.quantile(samples.replicates[:, 0, STATISTICS.index("ece")], (0.025, 0.975))
         percentiles += low <= truth <= high
-    assert inside.pop("ks") >= 47
     assert min(inside.values()) >= 51, inside
     if truth < 0.05:
         assert percentiles < 51, "or the plain bootstrap would do"
+
+
+def ranked(images: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of right images lie 1.8 above those of wrong ones, one in ten; both are normal."""
+    correct = random.random(images) >= 0.1
+    return random.normal(size=images) + 1.8 * correct, correct
+
+
+def test_intervals_of_rankings_hold_the_truth_with_few_wrong_images() -> None:
+    """Some 30 wrong images. Of 120 intervals at 95 %, 114 should hold the truth.
+
+    Those of the three metrics that hang on the few surest errors hold it in about 90 % of cases
+    (`benchmarks/interval_coverage.py`); percentiles hold it in fewer.
+    """
+    random = np.random.default_rng(0)
+    score, correct = ranked(400_000, random)
+    pair = [score, score + random.normal(size=400_000)]
+    truth, worse = rank_bootstrap(pair, correct, 1).point
+    assert truth[list(RANKS).index("auroc")] == pytest.approx(norm.cdf(1.8 / np.sqrt(2)), abs=3e-3)
+    inside = dict.fromkeys([*POSITIVE, *SHARES], 0)
+    differences, percentiles = dict(inside), dict(inside)
+    for seed in range(120):
+        score, correct = ranked(300, random)
+        other = score + random.normal(size=300)  # ranks worse
+        samples = rank_bootstrap([score, other], correct, 100, seed)
+        for name in inside:
+            m = list(RANKS).index(name)
+            interval, difference = samples.interval(0, name), samples.difference(1, 0, name)
+            inside[name] += interval.low <= truth[m] <= interval.high
+            differences[name] += difference.low <= worse[m] - truth[m] <= difference.high
+            low, high = np.quantile(samples.replicates[:, 0, m], (0.025, 0.975))
+            percentiles[name] += low <= truth[m] <= high
+    for name in ("eaurc", "naurc", "aupr_success"):
+        assert inside.pop(name) >= max(103, percentiles[name] + 3), name
+        assert differences.pop(name) >= 103, name
+    assert min(inside.values()) >= 108, inside
+    assert min(differences.values()) >= 108, differences
+
+
+def test_interval_of_a_largest_gap_holds_whatever_the_gaps_are() -> None:
+    """Gaps that are no multiple of those seen: over-confident below, under-confident above."""
+    random = np.random.default_rng(0)
+    population = random.uniform(0.5, 1, 200_000)
+    chance = population + 0.12 * np.sin(2 * np.pi * (population - 0.5) / 0.5)
+    truth = np.abs(np.cumsum((population - chance)[np.argsort(population)])).max() / 200_000
+    inside = 0
+    for seed in range(100):
+        chosen = random.integers(200_000, size=400)
+        confidence, correct = population[chosen], random.random(400) < chance[chosen]
+        zeros = np.zeros(400)
+        samples = bootstrap([Scores(correct, np.log(confidence), zeros, zeros, zeros)], 60, seed)
+        interval = samples.interval(0, "ks")
+        inside += interval.low <= truth <= interval.high
+    assert inside >= 90  # 95 at 95 %; fewer than 90 have a chance of 1 in 100
+
+
+def test_no_interval_of_a_ranking_without_enough_outcomes() -> None:
+    score = np.arange(40.0)
+    perfect = rank_bootstrap([score], score >= 4, 50)
+    for name in ("eaurc", "naurc", "auroc"):
+        interval = perfect.interval(0, name)
+        assert interval.value is not None, name
+        assert (interval.low, interval.high) == (None, None), name
+    single = rank_bootstrap([score], score != 7, 50)
+    assert single.interval(0, "aurc").low is None
+    assert single.interval(0, "risk_at_80_coverage").low is not None
 
 
 def test_interval_of_a_vector_of_gaps() -> None:
@@ -231,8 +296,8 @@ def test_interval_of_a_vector_of_gaps() -> None:
     assert (low, high) == (pytest.approx(0.4804, abs=1e-3), pytest.approx(0.5196, abs=1e-3))
     many = np.random.default_rng(1).normal(0, 0.01, (1000, 50))
     seen = np.random.default_rng(2).normal(0, 0.01, 50)
-    for norm in (inflated.absolute, inflated.euclidean, inflated.largest):
-        low, _ = inflated.interval(seen, seen + many, norm, 0.95)
+    for of_gaps in (inflated.absolute, inflated.euclidean, inflated.largest):
+        low, _ = inflated.interval(seen, seen + many, of_gaps, 0.95)
         assert low == 0
     assert inflated.interval(np.zeros(3), np.zeros((10, 3)), inflated.absolute, 0.95) == (0, 0)
 

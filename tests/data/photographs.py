@@ -95,7 +95,7 @@ def encoded(image: Image.Image, form: str = "jpeg", **options) -> bytes:
 
 
 @lru_cache
-def awkward_image(kind: str) -> bytes:
+def awkward_image(kind: str, orientation: int = 6) -> bytes:
     """The bytes of one awkward file of the kinds in AWKWARD."""
     image, _ = photograph(0, number=999)
     jpeg = encoded(image)
@@ -105,7 +105,7 @@ def awkward_image(kind: str) -> bytes:
         return encoded(image, "png")
     if kind == "exif":
         exif = Image.Exif()
-        exif[0x0112] = 6  # orientation
+        exif[0x0112] = orientation
         return encoded(image, exif=exif)
     if kind == "gray":
         return encoded(image.convert("L"))

@@ -235,6 +235,19 @@ def test_awkward_images_are_listed(tmp_path):
     }
 
 
+def test_orientations_that_turn_nothing_are_no_finding(tmp_path):
+    """0 and 9 stand in files, though EXIF defines 1 to 8 alone; viewers take them for upright."""
+    samples = [
+        sample(i, key=f"o{i}", image=awkward_image("exif", orientation=i)) for i in range(10)
+    ]
+    shards = write_shards(samples, tmp_path, "x", split="train", samples_per_shard=10)
+    findings = validate_shards(shards, decode_images=0).findings.values()
+    turned = {e["key"] for f in findings if f.kind == "image rotated by EXIF" for e in f.examples}
+    count = sum(f.count for f in findings if f.kind == "image rotated by EXIF")
+    assert count == 7
+    assert turned <= {f"o{i}" for i in range(2, 9)}
+
+
 def test_duplicates_across_shards(tmp_path):
     """Of the same label and of another; the key twice is an error, the image a warning."""
     one = [sample(i) for i in range(4)]

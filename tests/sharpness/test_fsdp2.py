@@ -1,13 +1,29 @@
 """What only FSDP2 has: sharding over groups of ranks that perturb by themselves."""
 
 import math
+from functools import partial
 
 import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from flatcal_dist.sharpness import SharpnessAwareStep
 from tests.ranks import on_ranks
 from tests.sharpness.engines import make_engine, used
-from tests.sharpness.reference import CLOSE, RULES, STEPS, bits, far, reference, train
+from tests.sharpness.reference import (
+    CLOSE,
+    RULES,
+    STEPS,
+    bits,
+    far,
+    make_network,
+    my_part,
+    reference,
+    train,
+)
 from tests.sharpness.test_refusals import message
 
 
@@ -60,3 +76,165 @@ def test_groups_perturb_by_themselves_and_stay_replicas():
         assert "already perturbs in scope 'global'" in other
         assert "2 ranks gather theirs" in rank_scope
         assert stopped == (True, True)
+
+
+# Norm layers beside low-precision weights
+
+
+class PlainNorm(nn.Module):
+    """Batch norm as a user writes it: known by its buffers only, computes in its weight's type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(16)), nn.Parameter(torch.zeros(16))
+        self.register_buffer("running_mean", torch.zeros(16))
+        self.register_buffer("running_var", torch.ones(16))
+
+    def forward(self, x):
+        x = x.to(self.weight.dtype)
+        variance, mean = torch.var_mean(x, 0, correction=0)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, 0.1)
+            self.running_var.lerp_(variance, 0.1)
+        return (x - mean) * (variance + 1e-5).rsqrt() * self.weight + self.bias
+
+
+class Image(nn.Module):
+    """16 features as an image of 4 by 4, for what is within."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x.view(-1, 4, 2, 2)).flatten(1)
+
+
+class Recomputed(nn.Module):
+    """Within gradient checkpointing."""
+
+    def __init__(self, layer: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.layer, self.reentrant = layer, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=self.reentrant)
+
+
+class Twice(nn.Module):
+    """One layer, run twice in a pass."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+class OneOfTwo(nn.Module):
+    """Of two norms that share a weight, every second forward pass runs one only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm1d(16), nn.BatchNorm1d(16)])
+        self.norms[1].weight, self.calls = self.norms[0].weight, 0
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.norms[0](x)
+        return self.norms[1](x) if self.calls % 2 else x
+
+
+NORMS = {
+    "batch": partial(nn.BatchNorm1d, 16),
+    "average": partial(nn.BatchNorm1d, 16, momentum=None),
+    "user's": PlainNorm,
+    "timm's": lambda: Image(BatchNormAct2d(4)),
+    "instance": lambda: Image(nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+    "frozen": lambda: nn.BatchNorm1d(16).requires_grad_(False),
+    "in a block": lambda: nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)),
+    "checkpoint": lambda: Recomputed(nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)), False),
+    "reentrant": lambda: Recomputed(nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)), True),
+    "twice": lambda: Twice(nn.BatchNorm1d(16)),
+    "tied": lambda: OneOfTwo(),
+}
+
+
+def with_norm(name: str) -> nn.Module:
+    network = make_network()
+    network[1] = NORMS[name]()
+    return network
+
+
+def low_precision(rank, world_size, names):
+    """What a norm's weight and statistics are in the passes; all in use after some steps."""
+    outcome = {}
+    for name in names:
+        network, seen = with_norm(name), set()
+        norms = [m for m in network.modules() if hasattr(m, "running_mean")]
+        for norm in norms:
+            norm.register_forward_hook(
+                lambda m, *_, s=seen: s.update({m.weight.dtype, m.running_mean.dtype})
+            )
+        linear = network[0]
+        linear.register_forward_hook(lambda m, *_, s=seen: s.add(("linear", m.weight.dtype)))
+        engine = make_engine("fsdp2", network, torch.bfloat16)
+        results = train(SharpnessAwareStep(engine, RULES["sam"]), rank, world_size)
+        outcome[name] = seen, used(engine), [r.skipped for r in results]
+    return outcome
+
+
+@pytest.mark.parametrize("names", [list(NORMS)[:5], list(NORMS)[5:]], ids=["kinds", "places"])
+def test_norms_with_statistics_stay_in_fp32_beside_bf16(names):
+    """bf16 has 8 bits: after these steps weights are off by a percent, statistics by less."""
+    outcomes = on_ranks(2, low_precision, names)
+    for name in names:
+        seen, weights, skipped = outcomes[0][name]
+        assert seen == {torch.float32, ("linear", torch.bfloat16)}, name
+        assert not any(skipped), name
+        # Plain autograd knows checkpoints of the other kind only; they compute the same.
+        plain = partial(with_norm, {"reentrant": "checkpoint"}.get(name, name))
+        expected = reference(RULES["sam"], 2, network=plain)[0]
+        assert far(weights, {n: expected[n] for n in weights}) < 0.03, name
+        statistics = [n for n in expected if "running" in n]
+        assert statistics
+        for own in statistics:
+            assert torch.allclose(weights[own], expected[own], rtol=0.02, atol=0.02), (name, own)
+        shared = {n for n in weights if "running" not in n and "tracked" not in n}
+        assert all(torch.equal(weights[n], outcomes[1][name][1][n]) for n in shared), name
+
+
+# Gradients that nothing public reaches
+
+
+def leftovers(rank, world_size):
+    """Whether a backward pass that was never reduced is gone: by precision, and way to end."""
+    outcome = {}
+    for precision in (torch.float32, torch.bfloat16):
+        pairs = my_part(rank, world_size, 0, 2)
+        engine = make_engine("fsdp2", precision=precision)
+        gradients = []
+        for way in ("nothing before", "between passes", "amid a pass"):
+            if way != "nothing before":
+                backward(engine, pairs[0], reduce=False)
+            if way == "amid a pass":
+                with pytest.raises(ZeroDivisionError), engine.accumulation(False):
+                    _ = engine.model(pairs[1][0]), 1 / 0
+            engine.zero_gradients()
+            backward(engine, pairs[1], reduce=True)
+            gradients.append(bits(dict(enumerate(engine.shards().gradients))))
+            engine.zero_gradients()
+        outcome[precision] = [g == gradients[0] for g in gradients]
+    return outcome
+
+
+def backward(engine, pairs, reduce: bool) -> None:
+    inputs, target = pairs
+    with engine.accumulation(reduce):
+        engine.backward(F.cross_entropy(engine.model(inputs), target))
+
+
+def test_no_gradients_means_none_within_fsdp2_either():
+    for outcome in on_ranks(2, leftovers):
+        assert outcome == dict.fromkeys([torch.float32, torch.bfloat16], [True] * 3)

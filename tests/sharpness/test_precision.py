@@ -120,7 +120,7 @@ def norm_network() -> nn.Module:
 
 
 def fp16_engine(kind: str, network: nn.Module, scale: float):
-    """DeepSpeed does not offer fp16 on CPUs; torch runs it there, slowly."""
+    """DeepSpeed offers fp16 on some processors only; torch runs it on all, slowly."""
     import deepspeed
 
     accelerator = deepspeed.get_accelerator()

@@ -3,6 +3,7 @@
 import math
 import os
 
+import deepspeed
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,18 +125,32 @@ def test_ranks_with_different_numbers_of_micro_batches(kind):
         assert "different numbers of micro-batches" in refused
 
 
+NOTHING = "nothing was refused"
+
+
 def message(work) -> str:
     try:
         work()
     except (ValueError, RuntimeError) as error:
         return str(error)
-    return "nothing was refused"
+    return NOTHING
 
 
 class WithNumber(nn.Linear):
     def __init__(self):
         super().__init__(6, CLASSES)
         self.scale = nn.Parameter(torch.ones(()))
+
+
+def half(supported: bool | None = None) -> str:
+    """What start_zero says to float16; supported: in place of what DeepSpeed says of the device."""
+    accelerator = deepspeed.get_accelerator()
+    if supported is not None:
+        accelerator.is_fp16_supported = lambda: supported
+    try:
+        return message(lambda: make_engine("zero1", precision=torch.float16))
+    finally:
+        accelerator.__dict__.pop("is_fp16_supported", None)
 
 
 def under_zero(rank, world_size):
@@ -154,7 +169,9 @@ def under_zero(rank, world_size):
         "stage": message(lambda: make_engine("zero0")),
         "number": message(lambda: make_engine("zero1", WithNumber())),
         "precision": message(lambda: make_engine("zero1", precision=torch.float64)),
-        "half": message(lambda: make_engine("zero1", precision=torch.float16)),
+        "half here": (half(), bool(deepspeed.get_accelerator().is_fp16_supported())),
+        "half": half(supported=False),
+        "half elsewhere": half(supported=True),
         "clip": message(lambda: train(SharpnessAwareStep(clips, SAM(0.1)), rank, world_size)),
     }
 
@@ -172,6 +189,9 @@ def test_under_zero():
         assert "without a dimension, such as scale" in refused["number"]
         assert "precision must be" in refused["precision"]
         assert "does not run float16 on this machine" in refused["half"]
+        assert refused["half elsewhere"] == NOTHING
+        said, supported = refused["half here"]
+        assert (said == NOTHING) == supported, "the device decides, as DeepSpeed knows it"
         assert "give start_zero the same clip_norm" in refused["clip"]
 
 

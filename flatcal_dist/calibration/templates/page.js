@@ -28,7 +28,9 @@
     var first = head.dataset.first || "ascending", other = first === "ascending" ? "descending" : "ascending";
     var order = head.getAttribute("aria-sort") === first ? other : first;
     var rows = Array.from(body.rows).map(function (row) { return [value(row, column), row]; });
-    rows.sort(function (a, b) {  // what has no value stays last in either order
+    rows.sort(function (a, b) {  // what has no value, or says too little, stays last in either order
+      var late = a[1].hasAttribute("data-last") - b[1].hasAttribute("data-last");
+      if (late) return late;
       if (a[0] === null || b[0] === null) return (a[0] === null) - (b[0] === null);
       return order === "ascending" ? compare(a[0], b[0]) : compare(b[0], a[0]);
     });

@@ -1,0 +1,108 @@
+"""The main table of a report as files: `table.csv`, and `table.tex` for a paper."""
+
+import csv
+import io
+from typing import Any
+
+from .display import MINUS, UNDEFINED, between, show, show_difference
+from .naming import GROUPS, Metric
+from .statistics import Interval
+from .summary import interval_of
+
+# What LaTeX reads as a command, and what of our signs a plain document cannot print.
+LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
+    "%": r"\%", "_": r"\_", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
+    "<": r"\textless{}", ">": r"\textgreater{}",
+    MINUS: "$-$", "×": r"$\times$", "…": r"\ldots{}", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
+    "→": r"$\to$", "ρ": r"$\rho$", "γ": r"$\gamma$", "\u00a0": "~", "±": r"$\pm$",
+}  # fmt: skip
+
+
+def change(m: dict[str, Any], name: str) -> Interval | None:
+    """What temperature scaling does to a metric: after minus before, None where not compared."""
+    value = m["after_temperature"]["difference"].get(name)
+    return None if value is None else Interval(**value)
+
+
+def table_csv(m: dict[str, Any]) -> str:
+    """One row per metric: both sides and their difference, each with its 95 % interval.
+
+    Rates are fractions and nothing is rounded, as in metrics.json.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = ("as_trained", "after_temperature", "change")
+    ends = [f"{column}{end}" for column in columns for end in ("", "_low", "_high")]
+    writer.writerow(["metric", "name", "better", *ends])
+    for metric in (metric for group in GROUPS for metric in group.metrics):
+        cells: list[float | None] = []
+        for interval in (
+            interval_of(m, metric.key),
+            interval_of(m["after_temperature"], metric.key),
+            change(m, metric.key) or Interval(None, None, None),
+        ):
+            cells += [interval.value, interval.low, interval.high]
+        writer.writerow([metric.key, metric.name, metric.better, *cells])
+    return text.getvalue()
+
+
+def table_tex(m: dict[str, Any]) -> str:
+    """The table in LaTeX, for a document that loads booktabs; nothing else is needed."""
+    rows = []
+    for group in GROUPS:
+        rows.append(rf"\multicolumn{{4}}{{l}}{{\textit{{{latex(group.name)}}}}} \\")
+        rows += [_row(m, metric) for metric in group.metrics]
+        rows.append(r"\midrule")
+    about = m["about"]
+    subject = about["title"] or about["model"] or "This network"
+    caption = latex(
+        f"{subject}, {m['images']:,} images, {m['classes']:,} classes. In brackets 95 % intervals "
+        "over images; those of errors of calibration are of the error without what chance adds."
+    )
+    return "\n".join(
+        [
+            r"% Needs \usepackage{booktabs}.",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            r"\small",
+            r"\begin{tabular}{lrrr}",
+            r"\toprule",
+            r"Metric & As trained & After temperature & Change \\",
+            r"\midrule",
+            *rows[:-1],
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _row(m: dict[str, Any], metric: Metric) -> str:
+    cells = []
+    for side in (m, m["after_temperature"]):
+        i = interval_of(side, metric.key)
+        cells.append(_cell(show(i.value, metric.unit), between(i.low, i.high, metric.unit)))
+    moved = change(m, metric.key)
+    if moved is None or moved.value is None:
+        cells.append("")
+    else:
+        cells.append(_cell(*show_difference(moved.value, moved.low, moved.high, metric.unit)))
+    name = latex(f"{metric.name} {metric.arrow}".strip())
+    return " & ".join([name, *cells]) + r" \\"
+
+
+def _cell(value: str, ends: str | None) -> str:
+    if value == UNDEFINED:
+        return "--"
+    if ends is None:
+        return latex(value)
+    low, high = ends.split(" to ")
+    return rf"{latex(value)} {{\footnotesize [{latex(low)}, {latex(high)}]}}"
+
+
+def latex(text: str) -> str:
+    """Any text as LaTeX prints it."""
+    return "".join(LATEX.get(c, c) for c in text)

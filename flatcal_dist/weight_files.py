@@ -1,0 +1,148 @@
+"""What weight files hold: dictionaries of tensors, however deep, under whatever wrappers.
+
+Of pickled files nothing but tensors, plain containers and the classes of `ALLOWED` is read.
+"""
+
+import argparse
+import pickle
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+# A bag of attributes: timm's train.py keeps its options in one, beside the weights.
+ALLOWED = (argparse.Namespace,)
+# Components that wrappers put inside names: torch.compile, FSDP, activation checkpointing.
+INNER = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+NO_WEIGHTS = {"optimizer", "optimizers", "optim", "opt_state", "optimizer_states", "grads"}
+AVERAGES = {"ema", "swa", "avg", "average", "averaged", "shadow", "polyak"}
+DEEPEST = 6  # dictionaries inside each other, or components before the network's own names
+
+
+class WeightsError(ValueError):
+    """A weight file that cannot be read, or is not of this network."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Tensors that may be a network's weights.
+
+    name: keys of the dictionaries around them, and the component before their names where others
+    stand beside it. of: the dictionary that they are in. left_out: how many of its tensors are not
+    among them.
+    """
+
+    name: str
+    tensors: dict[str, Tensor]
+    of: str
+    left_out: int = 0
+
+
+def read(path: Path) -> Any:
+    """What a file of safetensors, or one that torch.save wrote, holds. Raises WeightsError."""
+    try:
+        if _is_safetensors(path):
+            return load_file(path)
+        with torch.serialization.safe_globals(list(ALLOWED)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise WeightsError(_not_tensors(path)) from None
+    except (OSError, EOFError, SafetensorError) as error:
+        raise WeightsError(f"cannot read the weights {path}: {_line(error)}") from None
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError,
+            AssertionError, MemoryError, OverflowError, RecursionError) as error:  # fmt: skip
+        script = "TorchScript" in str(error)
+        reason = "it is a TorchScript archive: save its state_dict" if script else _line(error)
+        raise WeightsError(f"cannot read the weights {path}: {reason}") from None
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By the name, or by a header of JSON after its length."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        start = file.read(9)
+    size = path.stat().st_size
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < size
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    if not lines or "weights_only" in str(error):
+        return "it is damaged, or no file of weights"
+    return lines[0]
+
+
+def _not_tensors(path: Path) -> str:
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # it reads what was found to be unreadable
+        names = []
+    strange = [name for name in names if name != "argparse.Namespace"]
+    what = f" ({', '.join(strange[:3])})" if strange else ""
+    return (
+        f"{path} holds more than tensors{what}, and unpickling it would run its code; save its "
+        "state_dict alone, or as safetensors"
+    )
+
+
+def candidates(stored: Any, own: dict[str, Tensor]) -> list[Candidate]:
+    """All that may be the weights of a network with the names `own`, the outermost first."""
+    least = max(1, len([n for n in own if not n.endswith("num_batches_tracked")]) // 2)
+    found = []
+    for name, tensors in _dictionaries(stored, "", 0):
+        found += _unwrapped(Candidate(name, _without_inner(tensors), name), own, least, 0)
+    return found
+
+
+def _dictionaries(stored: Any, name: str, depth: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    if not isinstance(stored, dict) or depth > DEEPEST:
+        return
+    tensors = {k: v for k, v in stored.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if tensors:
+        yield name, tensors
+    for key, value in stored.items():
+        if isinstance(key, str) and key.lower() not in NO_WEIGHTS:
+            yield from _dictionaries(value, f"{name}.{key}" if name else key, depth + 1)
+
+
+def _without_inner(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    cut = {
+        ".".join(part for part in name.split(".") if part not in INNER): tensor
+        for name, tensor in tensors.items()
+    }
+    return cut if len(cut) == len(tensors) else tensors
+
+
+def _unwrapped(
+    one: Candidate, own: dict[str, Tensor], least: int, depth: int
+) -> Iterator[Candidate]:
+    """Itself, and those of its tensors whose names have a first component in common, without it."""
+    yield one
+    if depth > DEEPEST or one.tensors.keys() == own.keys():
+        return
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in one.tensors.items():
+        first, dot, rest = name.partition(".")
+        if dot:
+            groups.setdefault(first, {})[rest] = tensor
+    for first, tensors in groups.items():
+        if len(tensors) < least:
+            continue
+        left = len(one.tensors) - len(tensors)
+        alone = left == 0 or len([g for g in groups.values() if len(g) >= least]) == 1
+        name = one.name if alone else f"{one.name}.{first}".lstrip(".")
+        inner = replace(one, name=name, tensors=tensors, left_out=one.left_out + left)
+        yield from _unwrapped(inner, own, least, depth + 1)
+
+
+def is_average(name: str) -> bool:
+    return bool(AVERAGES & set(re.split(r"[._\-]", name.lower())))
