@@ -52,8 +52,10 @@ def start_zero(
     with torch.no_grad():
         # ZeRO lays weights out flat, in the order of their rows. Another memory format
         # (channels_last) has no such order; inputs may keep it, and convolutions then use it.
+        # `contiguous` would leave the strides of 1 x 1 convolutions as they are.
         for weight in network.parameters():
-            weight.data = weight.data.contiguous()
+            if not weight.is_contiguous() or (weight.dim() and weight.stride(-1) != 1):
+                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
     if precision != torch.float32:
         for module in network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:

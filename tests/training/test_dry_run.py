@@ -17,7 +17,7 @@ def check(config: str, engine: str, folder) -> None:
         "--config",
         ROOT / f"configs/imagenet/{config}.yaml",
         f"train.engine={engine}",
-        "data.image_size=64",
+        f"data.image_size={224 if config.startswith('vit') else 64}",
         launcher=f"cpu_{engine}",
         cwd=folder,
     )
