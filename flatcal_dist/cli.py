@@ -26,24 +26,34 @@ from typing import TYPE_CHECKING
 
 from flatcal_dist.arguments import usable_cores, whole_number
 from flatcal_dist.files import write_json
+from flatcal_dist.launcher import give_up
+from flatcal_dist.printing import never_fail, problem_of_output
 from flatcal_dist.warning_lines import print_warnings_plainly
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from flatcal_dist.data.sources import Source
 
 # Commands import what they need: torch alone takes seconds, and `flatcal report` needs none of it.
 
+WIDE = 1000  # cells
+
 
 def main(argv: Sequence[str] | None = None) -> None:
+    never_fail()
     run_command(_parser().parse_args(argv))
 
 
 def run_command(arguments: argparse.Namespace) -> None:
+    """Do what was asked; an error becomes a message, and what was printed has to have arrived."""
     print_warnings_plainly()
     try:
         arguments.run(arguments)
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        give_up(str(error))
+    if problem := problem_of_output():
+        give_up(f"standard output cannot be written: {problem}")
 
 
 def shard(arguments: argparse.Namespace) -> None:
@@ -140,6 +150,14 @@ def validate(arguments: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def _console() -> "Console":
+    """As wide as the terminal, or as COLUMNS says; a file or a pipe has room for any line."""
+    from rich.console import Console
+
+    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if narrow else WIDE)
+
+
 def _number_or_all(text: str) -> int | None:
     return None if text == "all" else whole_number(0)(text)
 
@@ -211,7 +229,6 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def status(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
 
     from flatcal_dist import status as states
 
@@ -219,7 +236,7 @@ def status(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps([asdict(one) for one in found], indent=1))
     else:
-        states.print_status(found, Console())
+        states.print_status(found, _console())
     if any(one.phase == "unreadable" for one in found):
         sys.exit(1)
 
@@ -245,8 +262,8 @@ def environment(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     from flatcal_dist.calibration.class_list import read_class_names
-    from flatcal_dist.evaluation import Provenance
     from flatcal_dist.evaluation_job import Wanted, evaluate_model, evaluate_runs
+    from flatcal_dist.provenance import Provenance
 
     classes = arguments.classes
     wanted = Wanted(

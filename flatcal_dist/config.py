@@ -10,40 +10,55 @@ a value that does not fit, is refused with its path, where it was written, and w
 """
 
 import argparse
-import difflib
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
-import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
 
+from flatcal_dist.config_choices import with_chosen_only
+from flatcal_dist.config_files import ConfigError, dump_yaml, parse_yaml, private_file, read_layers
+from flatcal_dist.config_messages import explain
+from flatcal_dist.config_types import (
+    Label,
+    Mean,
+    Options,
+    PathText,
+    Ratio,
+    Section,
+    Shards,
+    Share,
+    Std,
+    Text,
+)
+from flatcal_dist.files import write_text
+from flatcal_dist.urls import identified, public
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key, its origin and the remedy."""
+__all__ = ["Config", "ConfigError", "Section", "load", "parse_yaml"]
 
-
-class Section(BaseModel):
-    """Strict: no unknown keys, no silent conversion of types, no infinities; and immutable."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+WEEK = 7 * 24 * 60.0  # minutes
+MANY = 10**12  # beyond any number of images or steps
 
 
 class RunConfig(Section):
-    dir: str | None = Field(None, description="run directory; by default runs/NAME-HASH")
-    seed: int = Field(0, ge=0, description="seed of weights, order, augmentation and dropout")
+    dir: PathText | None = Field(None, description="run directory; by default runs/NAME-HASH")
+    start_again: int | None = Field(
+        None, ge=1, le=MANY, description="begin at step 0 although the checkpoints are lost: how "
+        "often the run was started so far, so that this holds for one start only"
+    )  # fmt: skip
+    seed: int = Field(
+        0, ge=0, lt=2**64, description="seed of weights, order, augmentation and dropout"
+    )
     world_size: int | None = Field(
-        None, ge=1, description="refuse to run on another number of ranks"
+        None, ge=1, le=2**20, description="refuse to run on another number of ranks"
     )
 
 
@@ -51,20 +66,27 @@ class DataConfig(Section):
     prepare: Literal["digits"] | None = Field(
         None, description="embedded data set whose shards are written where `train` expects them"
     )
-    train: str | list[str] | None = Field(None, description="shards: pattern, directory, or list")
-    validation: str | list[str] | None = Field(None, description="shards to evaluate on")
-    global_batch_size: int = Field(256, ge=1, description="images per optimizer step, all ranks")
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="images per forward pass on one rank; by default its whole share"
+    train: Shards | list[Shards] | None = Field(
+        None, description="shards: pattern, directory, or list"
     )
-    workers: int = Field(4, ge=0, description="loader processes per rank")
-    image_size: int = Field(224, ge=1, description="pixels, height and width")
+    validation: Shards | list[Shards] | None = Field(None, description="shards to evaluate on")
+    global_batch_size: int = Field(
+        256, ge=1, le=2**24, description="images per optimizer step, all ranks"
+    )
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        le=2**24,
+        description="images per forward pass on one rank; by default its whole share",
+    )
+    workers: int = Field(4, ge=0, le=1024, description="loader processes per rank")
+    image_size: int = Field(224, ge=1, le=8192, description="pixels, height and width")
     channels: Literal[1, 3] = 3
-    mean: list[float] = Field([0.485, 0.456, 0.406], description="per channel, of values in [0, 1]")
-    std: list[float] = Field([0.229, 0.224, 0.225], description="per channel, of values in [0, 1]")
+    mean: list[Mean] = Field([0.485, 0.456, 0.406], description="per channel, of values in [0, 1]")
+    std: list[Std] = Field([0.229, 0.224, 0.225], description="per channel, of values in [0, 1]")
     augmentation: Literal["none", "resized_crop"] = "resized_crop"
-    crop_scale: list[float] = Field([0.08, 1.0], min_length=2, max_length=2)
-    crop_ratio: list[float] = Field([3 / 4, 4 / 3], min_length=2, max_length=2)
+    crop_scale: list[Share] = Field([0.08, 1.0], min_length=2, max_length=2)
+    crop_ratio: list[Ratio] = Field([3 / 4, 4 / 3], min_length=2, max_length=2)
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     auto_augment: Literal["none", "randaugment", "autoaugment", "trivial_augment", "augmix"] = (
         Field("none", description="after crop and flip, as torchvision has them")
@@ -72,15 +94,20 @@ class DataConfig(Section):
     auto_augment_magnitude: int = Field(
         9, ge=0, le=30, description="of randaugment, 0 to 30, and of augmix, 1 to 10"
     )
-    auto_augment_operations: int = Field(2, ge=1, description="of randaugment, per image")
+    auto_augment_operations: int = Field(2, ge=1, le=100, description="of randaugment, per image")
     color_jitter: float = Field(
-        0.0, ge=0, description="brightness, contrast and saturation change by up to this share"
+        0.0,
+        ge=0,
+        le=10,
+        description="brightness, contrast and saturation change by up to this share",
     )
     random_erasing: float = Field(
         0.0, ge=0, le=1, description="probability that a rectangle is painted in the mean colour"
     )
-    mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0 for none")
-    cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0 for none; with mixup: in turn")
+    mixup: float = Field(0.0, ge=0, le=1000, description="alpha of mixup; 0 for none")
+    cutmix: float = Field(
+        0.0, ge=0, le=1000, description="alpha of cutmix; 0 for none; with mixup: in turn"
+    )
     mix_probability: float = Field(1.0, ge=0, le=1, description="that a pair of images is mixed")
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     crop_pct: float = Field(0.875, gt=0, le=1, description="share of the image kept in evaluation")
@@ -91,26 +118,40 @@ class DataConfig(Section):
         89_478_485, ge=1, le=178_956_970, description="larger images count as bad; bounds memory"
     )
     max_bad_samples: int = Field(
-        100, ge=0, description="different images that may be replaced before training stops"
+        100,
+        ge=0,
+        le=MANY,
+        description="different images that may be replaced before training stops",
     )
     shuffle_window: int = Field(
-        65536, ge=1, description="images shuffled together; shards are read about this far apart"
+        65536,
+        ge=1,
+        le=MANY,
+        description="images shuffled together; shards are read about this far apart",
     )
     reader: Literal["auto", "indexed", "streaming"] = Field(
         "auto", description="of `train`; auto: streaming for URLs and commands, indexed for paths"
     )
     epoch_samples: int | None = Field(
-        None, ge=1, description="streaming: images of an epoch; by default _info.json counts them"
+        None,
+        ge=1,
+        le=MANY,
+        description="streaming: images of an epoch; by default _info.json counts them",
     )
     shuffle_buffer: int = Field(
-        2048, ge=1, description="streaming: encoded images that a worker holds, to shuffle them"
+        2048,
+        ge=1,
+        le=10**7,
+        description="streaming: encoded images that a worker holds, to shuffle them",
     )
-    cache: str | None = Field(
+    cache: PathText | None = Field(
         None, description="directory that keeps shards from URLs; reader=indexed downloads all"
     )
-    cache_limit: int | None = Field(None, ge=1, description="GiB; what was unused longest goes")
+    cache_limit: int | None = Field(
+        None, ge=1, le=10**9, description="GiB; what was unused longest goes"
+    )
     stall_timeout: float = Field(
-        30.0, gt=0, le=60, description="seconds without a byte until a URL is opened again"
+        30.0, ge=0.1, le=60, description="seconds without a byte until a URL is opened again"
     )
     retries: int = Field(
         5, ge=0, le=6, description="of a shard's URL, with pauses that double from half a second"
@@ -124,8 +165,6 @@ class DataConfig(Section):
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
                 raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
-        if any(value <= 0 for value in self.std):
-            raise ValueError("std must be positive")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError("crop_scale must satisfy 0 < smallest <= largest <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
@@ -145,36 +184,45 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    name: str = Field("resnet50", description="'mlp', any network of timm, torchvision:NAME")
-    num_classes: int = Field(1000, ge=2)
-    options: dict[str, Any] = Field({}, description="passed to the builder of the network")
+    name: Text = Field("resnet50", description="'mlp', any network of timm, torchvision:NAME")
+    num_classes: int = Field(1000, ge=2, le=1_000_000)
+    options: Options = Field({}, description="passed to the builder of the network")
     channels_last: bool = Field(False, description="memory format; faster for convolutions on GPU")
 
 
 class OptimizerConfig(Section):
-    name: str = Field("sgd", description="'sgd' (no Nesterov), or any optimizer of timm")
-    learning_rate: float = Field(0.1, gt=0)
+    name: Text = Field("sgd", description="'sgd' (no Nesterov), or any optimizer of timm")
+    learning_rate: float = Field(0.1, gt=0, le=1e6)
     momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0, description="not applied to biases and norm weights")
-    clip_norm: float | None = Field(None, gt=0, description="of the descent gradient, all ranks'")
-    warmup_epochs: float = Field(0.0, ge=0)
-    options: dict[str, Any] = Field({}, description="passed to the optimizer, such as betas")
+    weight_decay: float = Field(
+        0.0, ge=0, le=1e6, description="not applied to biases and norm weights"
+    )
+    clip_norm: float | None = Field(
+        None, gt=0, le=1e30, description="of the descent gradient, all ranks'"
+    )
+    warmup_epochs: float = Field(0.0, ge=0, le=1e6)
+    options: Options = Field({}, description="passed to the optimizer, such as betas")
 
 
 class SharpnessConfig(Section):
     rule: Literal["none", "sam", "asam", "csam", "looksam"] = "none"
-    rho: float = Field(0.05, ge=0, description="length of the perturbation")
+    rho: float = Field(0.05, ge=0, le=1000, description="length of the perturbation")
     rho_schedule: Literal["constant", "learning_rate"] = Field(
         "constant", description="learning_rate: from rho to rho_min as the learning rate falls"
     )
-    rho_min: float = Field(0.0, ge=0, description="of rho_schedule=learning_rate")
+    rho_min: float = Field(0.0, ge=0, le=1000, description="of rho_schedule=learning_rate")
     gamma: float = Field(1.0, ge=0, le=2, description="CSAM's exponent; 0 is SAM")
-    eta: float = Field(0.01, ge=0, description="ASAM's, added to absolute weights")
-    alpha: float = Field(0.7, ge=0, description="LookSAM's weight of the remembered gradient")
-    every: int | None = Field(
-        None, ge=1, description="perturb in each so-manieth step only; by default 1, LookSAM's 5"
+    eta: float = Field(0.01, ge=0, le=1000, description="ASAM's, added to absolute weights")
+    alpha: float = Field(
+        0.7, ge=0, le=1000, description="LookSAM's weight of the remembered gradient"
     )
-    scope: Literal["global", "rank", "node"] | PositiveInt = Field(
+    every: int | None = Field(
+        None,
+        ge=1,
+        le=MANY,
+        description="perturb in each so-manieth step only; by default 1, LookSAM's 5",
+    )
+    scope: Literal["global", "rank", "node"] | Annotated[int, Field(ge=1, le=2**20)] = Field(
         "global", description="whose gradient perturbs: of all ranks, each one's own, a number's"
     )
     per_micro_batch: bool = Field(False, description="perturb for each micro-batch by itself")
@@ -186,16 +234,20 @@ class SharpnessConfig(Section):
 class TrainConfig(Section):
     engine: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    epochs: int = Field(90, ge=1)
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    log_every_steps: int = Field(50, ge=1)
-    validate_every_epochs: int | None = Field(
-        1, ge=1, description="null: only the report at the end"
+    epochs: int = Field(90, ge=1, le=10**6)
+    max_steps: int | None = Field(
+        None, ge=1, le=MANY, description="optimizer steps; wins over epochs"
     )
-    checkpoint_every_epochs: int = Field(1, ge=1)
-    checkpoint_every_steps: int | None = Field(None, ge=1, description="within epochs, too")
-    keep_checkpoints: int = Field(2, ge=1, description="the newest so many")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    log_every_steps: int = Field(50, ge=1, le=MANY)
+    validate_every_epochs: int | None = Field(
+        1, ge=1, le=MANY, description="null: only the report at the end"
+    )
+    checkpoint_every_epochs: int = Field(1, ge=1, le=MANY)
+    checkpoint_every_steps: int | None = Field(
+        None, ge=1, le=MANY, description="within epochs, too"
+    )
+    keep_checkpoints: int = Field(2, ge=1, le=MANY, description="the newest so many")
     keep_best: Literal["accuracy", "nll"] | None = Field(
         None,
         description="keep the checkpoint of the best validation as well; each is then saved",
@@ -209,34 +261,37 @@ class TrainConfig(Section):
         description="of batch norm in the average: from training images, or averaged (cheaper)",
     )
     stop_after_minutes: float | None = Field(
-        None, gt=0, description="of this start; then a checkpoint, and the end as preempted"
+        None,
+        gt=0,
+        le=52 * WEEK,
+        description="of this start; then a checkpoint, and the end as preempted",
     )
     stop_margin_minutes: float = Field(
-        5.0, ge=0, description="before the end of a SLURM job, to stop likewise"
+        5.0, ge=0, le=WEEK, description="before the end of a SLURM job, to stop likewise"
     )
     hang_minutes: float | None = Field(
-        30.0, gt=0, description="without a step, until a rank ends itself and says where it was; "
-        "longer than a validation and a save take"
+        30.0, ge=0.01, le=WEEK, description="without a step, until a rank ends itself and says "
+        "where it was; longer than a validation and a save take"
     )  # fmt: skip
     collective_timeout_minutes: float = Field(
-        10.0, gt=0, description="that a rank waits for the others"
+        10.0, ge=0.01, le=WEEK, description="that a rank waits for the others"
     )
 
 
 class EvaluateConfig(Section):
     at_end: bool = Field(True, description="evaluate and write the report when training ends")
-    batch_size: int = Field(256, ge=1, description="images per forward pass on one rank")
-    folds: int = Field(5, ge=2, description="of the cross-fitted temperature")
+    batch_size: int = Field(256, ge=1, le=2**24, description="images per forward pass on one rank")
+    folds: int = Field(5, ge=2, le=1000, description="of the cross-fitted temperature")
 
 
 class WandbConfig(Section):
     mode: Literal["offline", "online", "disabled"] = Field(
         "offline", description="online: offline where W&B cannot be reached"
     )
-    project: str = "flatcal_dist"
-    name: str | None = None
-    group: str | None = Field(None, description="runs shown together; a sweep's, its name")
-    tags: list[str] = []
+    project: Label = Field("flatcal_dist", pattern=r"^[^/\\#?%:]+$")
+    name: Label | None = None
+    group: Label | None = Field(None, description="runs shown together; a sweep's, its name")
+    tags: list[Annotated[Text, Field(max_length=64)]] = Field([], max_length=1000)
     log_checkpoints: bool = Field(False, description="send checkpoints as artifacts")
     finish_seconds: float = Field(
         30.0, gt=0, le=600, description="that the end of a run waits for W&B at most"
@@ -255,6 +310,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combines(self) -> "Config":
+        sharpness = self.sharpness
+        scheduled = sharpness.rule != "none" and sharpness.rho_schedule == "learning_rate"
+        if scheduled and sharpness.rho_min > sharpness.rho:
+            raise ValueError(
+                f"sharpness.rho_min={sharpness.rho_min} is above sharpness.rho={sharpness.rho}: "
+                "rho falls from the second to the first"
+            )
         if self.sharpness.rule == "csam" and self.train.label_smoothing > 0:
             raise ValueError(
                 "sharpness.rule=csam is defined for hard labels only: set train.label_smoothing=0, "
@@ -274,8 +336,9 @@ class Config(Section):
 # who watches, not what it is meant to compute (batch norm and dropout do see the micro-batches).
 # Everything else belongs to the identity of the run.
 MAY_CHANGE = (
-    "run.dir", "run.world_size", "data.workers", "data.micro_batch_size", "data.max_bad_samples",
-    "data.cache", "data.cache_limit", "data.stall_timeout", "data.retries", "data.allow_pipe",
+    "run.dir", "run.world_size", "run.start_again", "data.workers", "data.micro_batch_size",
+    "data.max_bad_samples", "data.cache", "data.cache_limit", "data.stall_timeout", "data.retries",
+    "data.allow_pipe",
     "train.log_every_steps", "train.validate_every_epochs", "train.checkpoint_every_epochs",
     "train.checkpoint_every_steps", "train.keep_checkpoints", "train.keep_best",
     "train.stop_after_minutes", "train.stop_margin_minutes", "train.hang_minutes",
@@ -283,34 +346,44 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration file (None: the defaults), apply overrides of the form `key.sub=value`.
+def load(path: str | Path | None, overrides: Sequence[str] = (), recorded: bool = False) -> Config:
+    """Read a configuration file, and apply overrides of the form `key.sub=value`.
 
-    Raises ConfigError for an unreadable file, an unknown key or a value that does not fit.
+    Keys that only another choice reads have their defaults in the result.
+
+    Args:
+        path: The file; None for the defaults.
+        overrides: Values that win over those of the file.
+        recorded: Whether it is the file of a run that has begun. Values that it does not read are
+            then passed over, because earlier versions recorded them.
+
+    Raises:
+        ConfigError: The file cannot be read, a key is unknown, or a value does not fit.
     """
-    values, origin = _read(Path(path), ()) if path else ({}, {})
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"'{override}' is not an override: write key.sub=value")
-        _merge(
-            values, _nested(key, parse_yaml(text, f"the override '{override}'")), origin, "override"
-        )
+    layers = read_layers(Path(path) if path is not None else None, overrides)
     try:
-        config = Config.model_validate(values)
+        config = Config.model_validate(layers.values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, origin)) from None
+        raise ConfigError(explain(error, layers, list(_known_keys()))) from None
+    config = with_chosen_only(config, layers, recorded)
     if config.run.dir is None and path:
-        name = f"{Path(path).resolve().parent.name}_{Path(path).stem}-{fingerprint(config)}"
+        folder, stem = (_word(name) for name in (Path(path).resolve().parent.name, Path(path).stem))
+        name = f"{folder}_{stem}-{fingerprint(config)}"
         config = config.model_copy(
             update={"run": config.run.model_copy(update={"dir": f"runs/{name}"})}
         )
     return config
 
 
+def _word(text: str) -> str:
+    """A part of a directory's name; a configuration read from a pipe has an odd one."""
+    return re.sub(r"[^\w.+-]+", "_", text)
+
+
 def fingerprint(config: Config) -> str:
     """Eight hexadecimal digits that identify what the run computes, whatever its directory."""
-    text = json.dumps({k: v for k, v in flatten(config) if not _may_change(k)}, sort_keys=True)
+    kept = {k: identified(v) for k, v in flatten(config) if not _may_change(k)}
+    text = json.dumps(kept, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -318,19 +391,41 @@ def differences(old: Config, new: Config) -> list[str]:
     """What keeps `new` from continuing the run of `old`: one line per key.
 
     Another engine does not: a checkpoint is resharded. It has a fingerprint of its own all the
-    same, so that engines are compared in different directories.
+    same, so that engines are compared in different directories. Neither do renewed credentials.
     """
     before, after = dict(flatten(old)), dict(flatten(new))
     return [
-        f"{key}: the run has {before.get(key)!r}, now {after.get(key)!r}"
+        f"{key}: the run has {public(before.get(key))!r}, now {public(after.get(key))!r}"
+        + " (they differ in what is not shown)"
+        * (public(before.get(key)) == public(after.get(key)))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not _may_change(key) and key != "train.engine"
+        if identified(before.get(key)) != identified(after.get(key))
+        and not _may_change(key)
+        and key != "train.engine"
     ]
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration, loadable again."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, default_flow_style=None)
+    """The resolved configuration, loadable again, without the credentials of URLs."""
+    return dump_yaml(public(config.model_dump()))
+
+
+def write(config: Config, file: Path) -> None:
+    """Write it resolved; credentials of URLs beside it, into a file that its owner alone may read.
+
+    `load` finds both. Raises WriteError.
+    """
+    if private := _only_private(config.model_dump()):
+        write_text(private_file(file), dump_yaml(private), private=True)
+    else:
+        private_file(file).unlink(missing_ok=True)
+    write_text(file, to_yaml(config))
+
+
+def _only_private(values: dict) -> dict:
+    """What `public` changes, in the sections where it stands."""
+    opened = {k: _only_private(v) if isinstance(v, dict) else v for k, v in values.items()}
+    return {k: v for k, v in opened.items() if v and v != public(values[k])}
 
 
 def flatten(config: Config) -> Iterator[tuple[str, Any]]:
@@ -346,9 +441,16 @@ def flatten(config: Config) -> Iterator[tuple[str, Any]]:
     yield from walk(config.model_dump(), "")
 
 
+class CommandLine(argparse.ArgumentParser):
+    """Leaves what to say, and on which rank, to the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\n{self.format_usage().strip()}")
+
+
 def command_line(description: str, default_config: Path | None = None) -> argparse.ArgumentParser:
     """The options that every recipe has; `overrides` takes the dotted ones."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=default_config, metavar="FILE")
@@ -364,74 +466,6 @@ def _may_change(key: str) -> bool:
     return any(key == entry or key.startswith(entry + ".") for entry in MAY_CHANGE)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers (`1e-4` is one) and no duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        if duplicates := {key for key in keys if keys.count(key) > 1}:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key written twice: {', '.join(sorted(duplicates))}", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {error}") from None
-
-
-def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict, dict[str, str]]:
-    """One file and what it inherits: the merged values, and the file that each leaf came from."""
-    path = path.resolve()
-    if path in chain:
-        raise ConfigError(f"{path} inherits itself, by way of {chain[-1]}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        written = f", inherited by {chain[-1]}" if chain else ""
-        raise ConfigError(f"cannot read the configuration {path}{written}: {error}") from None
-    own = parse_yaml(text, str(path)) or {}
-    if not isinstance(own, dict):
-        raise ConfigError(f"{path} must hold keys and values, not a {type(own).__name__}")
-    parents = own.pop("inherits", [])
-    values: dict = {}
-    origin: dict[str, str] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
-        inherited, where = _read(path.parent / parent, (*chain, path))
-        _merge(values, inherited, origin, where)
-    _merge(values, own, origin, str(path))
-    return values, origin
-
-
-def _merge(
-    into: dict, values: dict, origin: dict[str, str], source: str | dict[str, str], path: str = ""
-) -> None:
-    """Lay `values` over `into`, section by section; remember the source of every leaf."""
-    for key, value in values.items():
-        full = f"{path}.{key}" if path else str(key)
-        if value and isinstance(value, dict) and isinstance(into.get(key, {}), dict):
-            _merge(into.setdefault(key, {}), value, origin, source, full)
-        else:
-            into[key] = value
-            for old in [key for key in origin if key.startswith(full + ".")]:
-                del origin[old]  # a whole section was replaced
-            origin[full] = source[full] if isinstance(source, dict) else source
-
-
-def _nested(key: str, value: Any) -> dict:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
 def _known_keys(section: type[BaseModel] = Config, path: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         inner = field.annotation
@@ -439,41 +473,3 @@ def _known_keys(section: type[BaseModel] = Config, path: str = "") -> Iterator[s
             yield from _known_keys(inner, f"{path}{name}.")
         else:
             yield path + name
-
-
-def _nearest(key: str) -> str | None:
-    """The known key most like `key`: by its last part first (a forgotten section), then whole."""
-    known = list(_known_keys())
-    leaf = key.rsplit(".", 1)[-1]
-    same_leaf = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
-    match = difflib.get_close_matches(
-        key, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.5
-    )
-    return match[0] if match else None
-
-
-def _explain(error: ValidationError, origin: dict[str, str]) -> str:
-    lines = []
-    for problem in error.errors():
-        names = [str(part) for part in problem["loc"]]
-        # A union (str or list) adds the tried type to the path: keep what is a key or an index.
-        key = ".".join(
-            part for part in names if part.isidentifier() and part not in ("str", "list")
-        )
-        where = next((o for k, o in origin.items() if k == key or k.startswith(key + ".")), None)
-        if where is None:
-            where = origin.get(key.rsplit(".", 1)[0])
-        place = {None: "", "override": " (on the command line)"}.get(where, f" (in {where})")
-        if problem["type"] == "extra_forbidden":
-            nearest = _nearest(key)
-            hint = f"; did you mean {nearest}?" if nearest else ""
-            line = f"{key}: no such key{place}{hint}"
-        elif problem["type"] == "value_error":
-            line = f"{key + ': ' if key else ''}{problem['ctx']['error']}{place}"
-        elif problem["type"] == "model_type":
-            line = f"{key} = {problem['input']!r}{place}: this is a section; set one of its keys"
-        else:
-            line = f"{key} = {problem['input']!r}{place}: {problem['msg'].lower()}"
-        if line not in lines:
-            lines.append(line)
-    return "\n".join(lines)

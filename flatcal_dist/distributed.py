@@ -1,15 +1,12 @@
 """Starting ranks with Accelerate, checking that they are those asked for, failing together."""
 
-import json
 import os
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch
@@ -20,16 +17,23 @@ from accelerate.utils import (
     gather_object,
 )
 
+from flatcal_dist.launcher import (
+    Launch,
+    LaunchError,
+    launch_of,
+    preempted_code,
+    settle,
+    tell_launcher,
+)
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.training.preemption import ignore_signals
+from flatcal_dist.urls import hide
 from flatcal_dist.warning_lines import print_warnings_plainly
 
 T = TypeVar("T")
 
 # After this long without an answer a collective fails, instead of waiting for a rank for ever.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-PREEMPTED = 75  # sysexits.h: a temporary failure, the same command goes on
-
 
 # What gloo and NCCL say when the process at the other end is no more.
 LOST = (
@@ -38,10 +42,6 @@ LOST = (
     "remote process exited",
     "Broken pipe",
 )
-
-
-class LaunchError(RuntimeError):
-    """The processes that run are not those that were asked for."""
 
 
 class FailedTogether(RuntimeError):
@@ -58,31 +58,46 @@ def start(
 
     Works under `accelerate launch`, torchrun, or alone (one process). Raises LaunchError when the
     launcher (or `world_size`) asked for another number of processes than is found here, or the
-    launcher for another precision or engine.
+    launcher for another precision or engine, or where the launcher's variables make no sense.
     """
+    preempted_code()  # a wrong variable is named now, and not when the run ends
+    launch = launch_of(os.environ)
     print_warnings_plainly()
     # The new name that torch >= 2.13 asks for is one that Accelerate does not pass on yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     # Only replicated weights are cast by autocast; the other engines keep low-precision copies.
     mixed = {"fp32": "no"}.get(precision, precision) if engine == "ddp" else "no"
     _refuse_other_launch(engine, precision)
+    settle(os.environ, launch)
     cpu = not torch.accelerator.is_available()
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=mixed,
-        kwargs_handlers=[
-            # Running statistics are broadcast before they are saved or used, not in every forward.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timeout),
-        ],
-    )
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != asked:
+    try:
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=mixed,
+            kwargs_handlers=[
+                # Running statistics are broadcast before they are saved or used, not in each pass.
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, gradient_as_bucket_view=True
+                ),
+                InitProcessGroupKwargs(timeout=timeout),
+            ],
+        )
+    except (RuntimeError, ValueError, OSError) as error:  # torch's DistErrors are RuntimeErrors
+        if launch.world_size > 1:
+            raise LaunchError(_not_joined(launch, error)) from error
+        variables = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
+        if not variables:
+            raise
         raise LaunchError(
-            f"the launcher was asked for {asked} processes, but this one found itself among "
-            f"{accelerator.num_processes}; check the launcher's configuration against "
+            f"Accelerate does not start: {error}. It reads {', '.join(variables)} from the "
+            "environment: `unset` those that are left over"
+        ) from error
+    if accelerator.num_processes != launch.world_size:
+        raise LaunchError(
+            f"the launcher was asked for {launch.world_size} processes, but this one found itself "
+            f"among {accelerator.num_processes}; check the launcher's configuration against "
             f"configs/accelerate/*_{engine}.yaml"
         )
     if world_size not in (None, accelerator.num_processes):
@@ -93,20 +108,33 @@ def start(
     return accelerator
 
 
+def _not_joined(launch: Launch, error: Exception) -> str:
+    where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return (
+        f"this process is rank {launch.rank} of {launch.world_size} by its environment, and did "
+        f"not find the others at {where} (MASTER_ADDR and MASTER_PORT): "
+        f"{type(error).__name__}: {str(error).splitlines()[0][:300]}. If nobody started the "
+        "others, `unset RANK WORLD_SIZE LOCAL_RANK`; else look for their own errors"
+    )
+
+
 def _refuse_other_launch(engine: str, precision: str) -> None:
     under_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     # Accelerate's plain CPU launcher prepares a rendezvous for several processes and starts one.
-    if under_accelerate and "MASTER_PORT" in os.environ and "RANK" not in os.environ:
+    rendezvous = "MASTER_PORT" in os.environ and "MASTER_ADDR" in os.environ
+    if under_accelerate and rendezvous and "RANK" not in os.environ:
         raise LaunchError(
             "`accelerate launch` was asked for several processes and started one (its --cpu and "
             f"MULTI_CPU need mpirun); use --config_file configs/accelerate/cpu_{engine}.yaml, with "
-            "--num_processes N for another number"
+            "--num_processes N for another number. If you asked for one process, "
+            "`unset MASTER_ADDR MASTER_PORT`, which are left over from an earlier launch"
         )
     mixed = {"fp32": "no"}.get(precision, precision)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", mixed):
         raise LaunchError(
-            f"`accelerate launch` was asked for mixed precision '{launched}', the configuration "
+            f"`accelerate launch` was asked for mixed precision '{launched}' "
+            "(ACCELERATE_MIXED_PRECISION in the environment), the configuration "
             f"has '{mixed}'; drop it from the launcher, train.precision decides"
         )
     launched = _launched_engine()
@@ -162,7 +190,7 @@ def describe(error: BaseException) -> str:
     """The message of an error meant for people as it is; any other with the name of its type."""
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted by {error}; the same command goes on"
-    text = str(error) if meant_for_people(error) else f"{type(error).__name__}: {error}"
+    text = hide(str(error) if meant_for_people(error) else f"{type(error).__name__}: {error}")
     if any(sign in text for sign in LOST):
         text += (
             "\n(a connection was lost: another rank has ended. Its own error stands elsewhere in "
@@ -193,7 +221,7 @@ def ending_together(
                 with suppress(OSError, RuntimeError):
                     directory.interrupt(str(error))
         elif not meant_for_people(error):
-            traceback.print_exc()
+            print(hide(traceback.format_exc()), file=sys.stderr)
         end(
             describe(error),
             accelerator.process_index,
@@ -230,15 +258,3 @@ def end(
     sys.stdout.flush()
     # No orderly shutdown: it would wait for ranks that may be waiting for this one.
     os._exit(code)
-
-
-def preempted_code() -> int:
-    return int(os.environ.get("FLATCAL_EXIT_PREEMPTED", PREEMPTED))
-
-
-def tell_launcher(cause: str) -> None:
-    """Leave the cause where torchrun and `accelerate launch` look: they end with printing it."""
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"timestamp": str(int(time.time())), "py_callstack": ""}
-        with suppress(OSError):
-            Path(file).write_text(json.dumps({"message": {"message": cause, "extraInfo": extra}}))

@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,52 +21,16 @@ from flatcal_dist.calibration.records import Records, Source
 from flatcal_dist.calibration.report import render_report, write_report
 from flatcal_dist.calibration.shift import Shifted, save_shifted, write_shift
 from flatcal_dist.calibration.shift_rows import Measured, measure
-from flatcal_dist.calibration.summary import About
 from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.data import DataError, Index
 from flatcal_dist.data.variants import DataSet, Variant, local_shards, open_variant
 from flatcal_dist.distributed import on_all_ranks
-from flatcal_dist.environment import describe_environment
 from flatcal_dist.files import write_atomically
-from flatcal_dist.models import in_evaluation_mode, parameter_count
+from flatcal_dist.models import in_evaluation_mode
+from flatcal_dist.provenance import UNKNOWN, Provenance, describe
 from flatcal_dist.sharpness.outputs import logits_of
-from flatcal_dist.weights import sha256, weights_hash
 
-# The settings of the data that evaluation depends on; all others belong to a training.
-EVALUATED_DATA = {
-    "image_size", "channels", "mean", "std", "interpolation", "crop_pct", "decoder",
-}  # fmt: skip
 ALL_CLASSES = "_all_classes"  # after the name of a set of which a part of the classes compete
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """How a network was trained, as far as that is known; by default nothing is.
-
-    method: rule or optimizer. seconds: of training. configuration: the run's own. Nothing of an
-    evaluation's configuration tells how the weights came about, so it stands for none of these.
-    """
-
-    method: str | None = None
-    rho: float | None = None
-    gamma: float | None = None
-    seed: int | None = None
-    seconds: float | None = None
-    configuration: Config | None = None
-
-    @classmethod
-    def of_run(cls, config: Config, seconds: float | None) -> "Provenance":
-        """Of a network that this configuration trained."""
-        sharpness = config.sharpness
-        plain = sharpness.rule == "none"
-        return cls(
-            method=config.optimizer.name if plain else sharpness.rule,
-            rho=None if plain else sharpness.rho,
-            gamma=sharpness.gamma if sharpness.rule == "csam" else None,
-            seed=config.run.seed,
-            seconds=seconds,
-            configuration=config,
-        )
 
 
 @torch.inference_mode()
@@ -211,7 +175,7 @@ def report(
     *,
     title: str | None = None,
     weights_file: Path | None = None,
-    trained: Provenance = Provenance(),
+    trained: Provenance = UNKNOWN,
     training: Sequence[Mapping[str, Any]] = (),
     logits_file: Path | None = None,
     class_names: Sequence[str] | None = None,
@@ -230,7 +194,7 @@ def report(
         records, all_classes = found
         (output / "shift.json").unlink(missing_ok=True)
         shutil.rmtree(output / "shift", ignore_errors=True)
-        about = _about(
+        about = describe(
             config, module, data, accelerator, title or output.parent.name, weights_file, trained,
         )  # fmt: skip
         if class_names is not None:
@@ -254,48 +218,6 @@ def _image_of(data: DataSet) -> Callable[[str], bytes | None]:
             return None
 
     return image
-
-
-def _about(
-    config: Config,
-    module: nn.Module,
-    data: DataSet,
-    accelerator: Accelerator,
-    title: str,
-    weights_file: Path | None,
-    trained: Provenance,
-) -> About:
-    identity, known = data.identity, trained.configuration
-    return About(
-        title=title,
-        model=config.model.name,
-        method=trained.method,
-        rho=trained.rho,
-        gamma=trained.gamma,
-        seed=trained.seed,
-        data=f"{data.variant.path} ({identity[:16]})",
-        data_identity=identity,
-        known_by="images",
-        class_names=data.class_names,
-        image_size=config.data.image_size,
-        crop_pct=config.data.crop_pct,
-        interpolation=config.data.interpolation,
-        parameters=parameter_count(module),
-        checkpoint=sha256(weights_file) if weights_file else weights_hash(module),
-        precision=config.train.precision,
-        engine=None if known is None else known.train.engine,
-        world_size=accelerator.num_processes,
-        training_seconds=trained.seconds,
-        versions=describe_environment()["packages"],
-        configuration=_of_evaluation(config) if known is None else known.model_dump(),
-    )
-
-
-def _of_evaluation(config: Config) -> dict[str, Any]:
-    """What of a configuration decides the logits of a network that it did not train."""
-    data = config.data.model_dump(include=EVALUATED_DATA)
-    evaluate = {"folds": config.evaluate.folds}
-    return {"model": config.model.model_dump(), "data": data, "evaluate": evaluate}
 
 
 def report_shift(

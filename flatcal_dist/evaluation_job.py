@@ -6,7 +6,7 @@ none is named. One shifted data set alone, for a network without a run, gets a r
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -26,11 +26,12 @@ from flatcal_dist.data.variants import (
     path_of,
 )
 from flatcal_dist.distributed import ending_together, on_all_ranks
-from flatcal_dist.evaluation import Provenance
 from flatcal_dist.models import build
+from flatcal_dist.provenance import UNKNOWN, Provenance
 from flatcal_dist.run_directory import RunDirectory, RunError
 from flatcal_dist.training import checkpoint, resharding
 from flatcal_dist.training.tracking import read_metrics
+from flatcal_dist.urls import public
 from flatcal_dist.weights import load_weights
 
 
@@ -63,7 +64,7 @@ class Network:
     config: Config
     weights: Path | None
     output: Path
-    trained: Provenance = field(default_factory=Provenance)
+    trained: Provenance = UNKNOWN
     log: Path | None = None  # of its training, for the curves in the report
     key: str | None = None
 
@@ -85,7 +86,7 @@ def _of_run(run: Path) -> Network:
     directory = RunDirectory(run.parent.parent if step else run)
     if not directory.config_file.exists():
         raise RunError(f"{directory.path} is not a run directory: it has no config.yaml")
-    config = configuration.load(directory.config_file)
+    config = configuration.load(directory.config_file, recorded=True)
     title = directory.path.name
     if step is not None:
         checkpoint.verify(run)
@@ -141,7 +142,7 @@ def evaluate_model(
         raise ConfigError(f"evaluate needs a run directory, or also {', '.join(missing)}{hint}")
     settings = pretrained.settings(name, published)
     config = configuration.load(None, [f"model.name={name}", *settings, *overrides])
-    trained = trained or Provenance()
+    trained = trained or UNKNOWN
     networks = [
         Network(file.stem if file else name, config, file, output, trained, key=key)
         for file in weights or [None]
@@ -246,7 +247,7 @@ def _evaluate_one(
         if clean is not None:
             return open_variant(clean, classes, wanted.real_file, _shards(config))
         index = inputs.open_index(config.data, "validation", classes)
-        return of_index(index, str(config.data.validation), classes, wanted.real_file)
+        return of_index(index, str(public(config.data.validation)), classes, wanted.real_file)
 
     data = on_all_ranks(opened)
     weights_file = network.weights if network.weights and network.weights.is_file() else None

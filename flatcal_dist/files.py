@@ -1,38 +1,138 @@
-"""Files that appear whole or not at all, and JSON that any reader accepts."""
+"""Files that appear whole or not at all, JSON that any reader accepts, and reading with a bound."""
 
+import csv
+import errno
+import io
 import json
 import os
+import stat
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+ROOM = "Make room on its file system, or mend the permissions, and give the same command again"
+REFUSALS = (
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ESTALE,
+)  # fmt: skip
+LARGEST = 64 << 20  # bytes of a file that is read as a whole; ours have far fewer
+
+
+class WriteError(OSError):
+    """A file that cannot be written; the message names it, the cause and the remedy."""
+
+    def __init__(self, path: Path, cause: OSError | str, remedy: str = ROOM) -> None:
+        words = cause if isinstance(cause, str) else cause.strerror or str(cause)
+        super().__init__(f"{path} cannot be written ({words}). {remedy}")
 
 
 @contextmanager
-def write_atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, flushed and renamed over it if the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_atomically(path: Path, private: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, flushed and renamed over it if the block ends well.
+
+    private: only its owner may read the file, from its first byte on. Raises WriteError where the
+    file system refuses.
+    """
+    special = path.is_symlink() and str(path.readlink()).startswith("/proc/")  # /dev/stdout
+    if special or (path.exists() and not path.is_file()):  # a device would be replaced
+        raise WriteError(path, "it is there, and no regular file", "Name another one")
     # The suffix stays last, because writers choose a format by it.
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if private:
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
         sync_directory(path.parent)
+    except OSError as error:
+        # What the block itself reads has a name of its own, or fails in other ways.
+        ours = error.filename in (None, str(temporary), str(path.parent))
+        if error.errno not in REFUSALS or not ours:
+            raise
+        raise WriteError(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it must not hide what happened
+            temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    with write_atomically(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+def write_text(path: Path, text: str, private: bool = False) -> None:
+    with write_atomically(path, private) as temporary:
+        # A name that is no UTF-8 may stand in a message; in JSON this is an escape.
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON without NaN or infinity (ValueError if there is one)."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def open_to_append(path: Path) -> TextIO:
+    """A text file that grows, readable too. Raises WriteError, also for what is no plain file.
+
+    A symbolic link is not followed: what it points to need not be ours.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise WriteError(path, "it is a symbolic link", "Remove the link") from None
+        raise WriteError(path, error) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise WriteError(path, "it is no regular file", "Remove it")
+    return os.fdopen(descriptor, "a+", encoding="utf-8")
+
+
+def read_bytes(path: Path, limit: int | None = LARGEST) -> bytes:
+    """The contents of a regular file of at most `limit` bytes.
+
+    Raises OSError, and ValueError for devices, pipes (which could be read for ever) and more bytes.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} is no regular file")
+    with path.open("rb") as file:
+        content = file.read() if limit is None else file.read(limit + 1)
+    if limit is not None and len(content) > limit:
+        raise ValueError(f"{path} has more than {limit:,} bytes")
+    return content
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises OSError, and ValueError for all that is not JSON."""
+    try:
+        return json.loads(read_bytes(path).decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """CSV in which no cell is a formula for a spreadsheet.
+
+    A text that begins like one (`=`, `+`, `-`, `@`, a tab, a line break) and is no number gets an
+    apostrophe in front, by which spreadsheets know text (OWASP, CSV Injection).
+    """
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([_cell(value) for value in row] for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\r", "\n")  # which the writer would not quote, and readers end a row at
+    if not value.startswith(("=", "+", "-", "@", "\t", "\n")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def sync_directory(path: Path) -> None:

@@ -36,6 +36,7 @@ from flatcal_dist.data.remote import Access, is_remote
 from flatcal_dist.data.stream import Stream, checksums, class_names, list_shards, open_stream
 from flatcal_dist.data.streaming import streaming_loader
 from flatcal_dist.distributed import on_all_ranks
+from flatcal_dist.urls import public
 
 STATISTICS_SAMPLES = 8192  # 10^3 to 10^4 are enough (Wu and Johnson, 2021, arXiv 2105.07576)
 DOWNLOAD_ROUND = 60  # seconds; far below the time after which a collective gives up
@@ -55,7 +56,7 @@ def prepare(data: DataConfig) -> None:
         if not isinstance(data.train, str) or is_remote(data.train):
             raise DataError(
                 "data.prepare=digits needs data.train to be one pattern or directory, not "
-                f"{data.train}"
+                f"{public(data.train)}"
             )
         train = Path(data.train).expanduser()
         is_pattern = train.suffix == ".tar" or any(sign in train.name for sign in "*?[{")

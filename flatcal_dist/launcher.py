@@ -1,16 +1,227 @@
-"""What a rank does first, before imports that take seconds. Needs nothing but Python."""
+"""What a rank does first, before imports that take seconds: who launched it, and whom it tells.
+
+Needs nothing but Python.
+"""
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from flatcal_dist.urls import hide
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PREEMPTED = 75  # sysexits.h: a temporary failure, the same command goes on
+FIRST_RANK_SECONDS = 2.0  # that rank 0 has to say what all ranks would say
+SUMMARY_LINES = 7  # of a message in the summary of a launcher
+
+# What MPI's launchers set, and Accelerate reads beside the usual variables.
+MPI = ("OMPI_COMM_WORLD", "MV2_COMM_WORLD", "PMI")
+MPI_ENDINGS = ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
+RANK_VARIABLES = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+    "MASTER_PORT",
+)  # fmt: skip
+
+
+class LaunchError(RuntimeError):
+    """The processes that run are not those that were asked for."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among those that were started together.
+
+    watched: whether a launcher waits for it, and is to be followed when it ends.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    watched: bool = False
+
+
+def launch_of(environment: Mapping[str, str]) -> Launch:
+    """What the variables of launchers say, those of earlier launches told apart from this one's.
+
+    A process is a rank of several if RANK and WORLD_SIZE say so. Variables that say nothing, or
+    speak of one process, may be left over: the process then runs alone.
+
+    Raises:
+        LaunchError: A variable speaks of several processes, but this one does not know its place
+            among them, or a variable is no number.
+    """
+    rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    watched = bool(environment.get("TORCHELASTIC_RUN_ID"))
+    if size is None or (size == 1 and not rank):
+        _refuse_lost_process(environment)
+        return Launch(watched=watched)
+    if rank is None:
+        if size == 1:
+            return Launch(watched=watched)
+        raise LaunchError(
+            f"WORLD_SIZE={size} says that {size} processes were started, but RANK is not set. "
+            "Start them with `accelerate launch` or torchrun, which set both; or `unset WORLD_SIZE`"
+        )
+    if rank >= size:
+        raise LaunchError(
+            f"RANK={rank} is not below WORLD_SIZE={size}: `unset RANK WORLD_SIZE` if they are left "
+            "over, or check the launcher"
+        )
+    _number(environment, "LOCAL_RANK", required=f"RANK={rank} and WORLD_SIZE={size} need it")
+    _number(environment, "LOCAL_WORLD_SIZE")
+    _number(environment, "MASTER_PORT", required=f"WORLD_SIZE={size} needs it", most=65535)
+    if not environment.get("MASTER_ADDR", "").strip():
+        raise LaunchError(
+            f"MASTER_ADDR is not set, and WORLD_SIZE={size} needs it: the address of rank 0. "
+            "`unset WORLD_SIZE RANK` to run as one process"
+        )
+    return Launch(rank, size, watched=True)
+
+
+def _number(
+    environment: Mapping[str, str], name: str, required: str = "", most: int = 2**31
+) -> int | None:
+    text = environment.get(name, "").strip()
+    if not text and not required:
+        return None
+    if not (text.isascii() and text.isdecimal() and int(text) <= most):
+        why = f", and {required}" if required else ""
+        raise LaunchError(
+            f"{name}={text} in the environment is not a whole number from 0 to {most:,}{why}. "
+            f"Launchers set it; `unset {name}` if it is left over"
+        )
+    return int(text)
+
+
+def _refuse_lost_process(environment: Mapping[str, str]) -> None:
+    """Several processes that each take themselves for the only one would share a run directory."""
+    counts = [f"{prefix}_SIZE" for prefix in MPI]
+    if "SLURM_PROCID" in environment:  # a task of srun; a shell of salloc has no such count
+        counts.append("SLURM_STEP_NUM_TASKS")
+    for name in counts:
+        text = environment.get(name, "").strip()
+        if text.isascii() and text.isdecimal() and int(text) > 1:
+            how = (
+                "srun: export RANK=$SLURM_PROCID, LOCAL_RANK=$SLURM_LOCALID, WORLD_SIZE, "
+                "MASTER_ADDR and MASTER_PORT in each task, as launch/submit.py does"
+                if name.startswith("SLURM")
+                else "MPI, which does not start ranks here: use `accelerate launch` or torchrun"
+            )
+            raise LaunchError(
+                f"{name}={text} says that this process is one of {text} of {how}. "
+                f"If it is left over, `unset {name}`"
+            )
+
+
+def settle(environment: dict[str, str] | os._Environ, launch: Launch) -> None:
+    """Remove what would mislead the libraries that look for the same variables."""
+    names = [f"{prefix}_{ending}" for prefix in MPI for ending in MPI_ENDINGS]
+    names += ["MPI_LOCALRANKID", "MPI_LOCALNRANKS"]
+    if launch.world_size == 1:
+        names += RANK_VARIABLES
+    for name in names:
+        environment.pop(name, None)
+
+
+def rank_to_speak() -> int:
+    """The rank of this process; 0 where the variables make no sense, so that somebody speaks."""
+    try:
+        return launch_of(os.environ).rank
+    except LaunchError:
+        return 0
+
+
+def preempted_code() -> int:
+    """The exit code of a run that was asked to stop: FLATCAL_EXIT_PREEMPTED, or 75.
+
+    Raises:
+        LaunchError: The variable is no exit code.
+    """
+    code = _number(os.environ, "FLATCAL_EXIT_PREEMPTED", most=255)
+    return PREEMPTED if code is None else code
 
 
 def end_with_the_launcher() -> None:
-    """Be told by SIGTERM when the process that launched this rank ends. Linux only."""
-    if "RANK" not in os.environ:
-        return  # from a shell, which may well go away
+    """Be told by SIGTERM when the process that launched this rank ends. Linux only.
+
+    And leave an error that nothing else catches, of an import for instance, to the launcher.
+    """
+    sys.excepthook = _uncaught
+    try:
+        if not launch_of(os.environ).watched:
+            return  # from a shell, which may well go away
+    except LaunchError:
+        return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(hide("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+    if not isinstance(error, KeyboardInterrupt):
+        tell_launcher(f"{kind.__name__}: {error}")
+
+
+def give_up(cause: str) -> NoReturn:
+    """End a process that cannot begin, with its message; before ranks can agree on who speaks.
+
+    Rank 0 speaks at once, and the launcher ends the others. What only another rank has to say is
+    said by that rank, a moment later.
+    """
+    rank, cause = rank_to_speak(), hide(cause)
+    tell_launcher(cause if rank == 0 else f"rank {rank}: {cause}")
+    if rank:
+        time.sleep(FIRST_RANK_SECONDS)
+    print(f"error on rank {rank}: {cause}" if rank else f"error: {cause}", file=sys.stderr)
+    sys.exit(1)
+
+
+def tell_launcher(cause: str) -> None:
+    """Leave the cause where the launcher's own last lines come from.
+
+    torchrun, and `accelerate launch` of several processes, end with what stands in this file as
+    `py_callstack`. `accelerate launch` of one process ends with a traceback of its own: a small
+    process waits for that, and says the cause once more.
+    """
+    lines = hide(cause).splitlines()
+    if len(lines) > SUMMARY_LINES:
+        lines = [*lines[: SUMMARY_LINES - 1], "(all of the message stands above)"]
+    text = "\n".join(lines)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"timestamp": str(int(time.time())), "py_callstack": text}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+    elif "ACCELERATE_MIXED_PRECISION" in os.environ and rank_to_speak() == 0:
+        program = Path(sys.argv[0]).name
+        with contextlib.suppress(OSError):
+            subprocess.Popen(
+                [sys.executable, "-S", "-c", AFTERWARDS, str(os.getppid()), f"{program}: {text}"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+
+AFTERWARDS = """
+import os, sys, time
+for _ in range(300):
+    try:
+        os.kill(int(sys.argv[1]), 0)
+    except OSError:
+        break
+    time.sleep(0.1)
+try:
+    print(sys.argv[2], file=sys.stderr, flush=True)
+except OSError:
+    pass
+"""

@@ -21,6 +21,8 @@ class MLP(nn.Module):
         self, in_chans: int, image_size: int, num_classes: int, width: int = 512, depth: int = 2
     ) -> None:
         super().__init__()
+        if not all(isinstance(n, int) and n >= 1 for n in (width, depth)):
+            raise ValueError(f"width={width!r} and depth={depth!r} have to be positive numbers")
         sizes = [in_chans * image_size**2] + [width] * depth
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.head = nn.Linear(sizes[-1], num_classes)
@@ -51,9 +53,12 @@ def build(
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ConfigError(f"model.name={name} is neither 'mlp' nor a network of timm{hint}")
         return timm.create_model(own, num_classes=num_classes, in_chans=channels, **options)
-    except TypeError as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # the builders of the libraries check little, each in its own way
         raise ConfigError(
-            f"model.options={options} does not fit model.name={name}: {error}"
+            f"model.options={options} or the number of classes, channels or pixels does not fit "
+            f"model.name={name}: {type(error).__name__}: {error}"
         ) from None
 
 

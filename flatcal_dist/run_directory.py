@@ -6,21 +6,27 @@ code/  slurm/ (of a submitted run, there before its first start)
 """
 
 import fcntl
-import json
 import os
+import re
 import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import ClassVar, Literal, TextIO
+
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, TypeAdapter, ValidationError
 
 from flatcal_dist import config as configuration
 from flatcal_dist.config import Config
-from flatcal_dist.files import write_json, write_text
+from flatcal_dist.files import open_to_append, read_bytes, read_json, write_json
 
 # What may lie in a run directory before the first start: launch/submit.py's, a request to stop, and
 # what a start that was killed, or had no room, left.
-BEFORE = ("code", "slurm", "STOP", ".lock", "checkpoints")
+BEFORE = ("code", "slurm", "STOP", ".lock", "checkpoints", "config.private.yaml")
+# What a writer of ours that was killed leaves beside the file that it was about to replace.
+LEFTOVER = re.compile(
+    r"\.(config|config\.private|state|environment|wandb_id|bad_samples|model)\.[0-9a-f]{8}(\.\w+)?"
+)
 LOCK_PATIENCE = 5.0  # seconds; a job that was just killed may take as long to be gone
 
 
@@ -30,17 +36,32 @@ class RunError(RuntimeError):
 
 @dataclass
 class State:
-    """`phase`: running, preempted, finished or failed. `seconds` of training, over all restarts.
+    """`phase`: what became of the run. `seconds` of training, over all restarts.
 
-    `cause`: the first error of a failure; what asked a preempted run to stop.
+    `cause`: the first error of a failure; what asked a preempted run to stop. `saved`: the step of
+    the newest checkpoint there was when this was written, 0 for none.
     """
 
-    phase: str = "running"
-    epoch: int = 0
-    step: int = 0
-    restarts: int = 0
-    seconds: float = 0.0
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    phase: Literal["running", "preempted", "finished", "failed"] = "running"
+    epoch: NonNegativeInt = 0
+    step: NonNegativeInt = 0
+    restarts: NonNegativeInt = 0
+    seconds: NonNegativeFloat = 0.0
     cause: str | None = None
+    saved: NonNegativeInt = 0
+
+
+STATE = TypeAdapter(State)
+
+
+def in_words(error: Exception) -> str:
+    """What is wrong with a file, in one line."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    each = [(".".join(map(str, one["loc"])), one["msg"].lower()) for one in error.errors()]
+    return "; ".join(f"{where}: {what}" if where else what for where, what in each[:5])
 
 
 class RunDirectory:
@@ -59,6 +80,15 @@ class RunDirectory:
 
     def check(self, config: Config) -> None:
         """Whether this configuration may run here. Reads only. Raises RunError."""
+        try:
+            self._check(config)
+        except OSError as error:
+            raise RunError(
+                f"run.dir={self.path} cannot be read ({error.strerror or error}). Mend its "
+                "permissions, or name another run.dir"
+            ) from None
+
+    def _check(self, config: Config) -> None:
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -71,7 +101,7 @@ class RunDirectory:
                     "directory; name a new or an empty one"
                 )
             return
-        old = configuration.load(self.config_file)
+        old = configuration.load(self.config_file, recorded=True)
         if different := configuration.differences(old, config):
             raise RunError(
                 f"run.dir={self.path} belongs to a run of another configuration:\n  "
@@ -103,8 +133,11 @@ class RunDirectory:
         """What the last start recorded; empty before the first."""
         file = self.path / "environment.json"
         try:
-            return json.loads(file.read_text()) if file.exists() else {}
-        except ValueError as error:
+            found = read_json(file) if file.exists() else {}
+            if not isinstance(found, dict):
+                raise ValueError("it holds no keys and values")
+            return found
+        except (OSError, ValueError) as error:
             raise RunError(f"{file} cannot be read ({error}); delete it to go on") from None
 
     def claim(self) -> None:
@@ -112,9 +145,19 @@ class RunDirectory:
 
         Before anything in it is looked at: another job may be about to change it.
         """
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:  # a name may hold what no name can
+            raise RunError(
+                f"run.dir={self.path}: no directory can be made as {self.checkpoints} "
+                f"({getattr(error, 'strerror', None) or error}). Name another run.dir, or mend the "
+                "file system"
+            ) from None
         if self.lock is None or self.lock.closed:
             self._lock()
+        for left in self.path.glob(".*"):  # of writers that were killed: the lock is ours
+            if LEFTOVER.fullmatch(left.name) and not left.is_dir():
+                left.unlink(missing_ok=True)
 
     def open(self, config: Config, environment: dict) -> State:
         """Enter the run (one rank does): claim it, write what describes it, count the start."""
@@ -123,7 +166,7 @@ class RunDirectory:
         state = State() if state is None else state
         if self.config_file.exists():
             state.restarts += 1
-        write_text(self.config_file, configuration.to_yaml(config))
+        configuration.write(config, self.config_file)
         write_json(self.path / "environment.json", environment)
         state.phase, state.cause = "running", None
         self.write(state)
@@ -131,7 +174,7 @@ class RunDirectory:
 
     def _lock(self) -> None:
         """Hold the directory until this process ends, however it ends."""
-        self.lock = (self.path / ".lock").open("a+")
+        self.lock = open_to_append(self.path / ".lock")
         until = time.monotonic() + LOCK_PATIENCE
         while True:
             try:
@@ -141,9 +184,8 @@ class RunDirectory:
                 if time.monotonic() < until:
                     time.sleep(0.1)
                     continue
-                self.lock.seek(0)
-                holder = self.lock.read().strip()
                 self.lock.close()
+                holder = self.holder() or "it says not which"
                 raise RunError(
                     f"run.dir={self.path} is in use by another job ({holder}); "
                     "wait for it or end it, or name another run.dir"
@@ -158,26 +200,34 @@ class RunDirectory:
     def in_use(self) -> str | None:
         """Who holds the directory; None where nobody does, or that cannot be told."""
         try:
-            with (self.path / ".lock").open() as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return file.read().strip() or "a job that is starting"
-        except OSError:  # no lock, or a file system without locks
+            descriptor = os.open(self.path / ".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:  # no lock
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return self.holder() or "a job that is starting"
+        except OSError:  # a file system without locks
             pass
+        finally:
+            os.close(descriptor)
         return None
+
+    def holder(self) -> str:
+        """The job that was the last to hold the directory, by its own words; "" for none."""
+        return _words(self.path / ".lock")
 
     def state(self) -> State | None:
         """The recorded state, or None before the first start. Raises RunError if unreadable."""
         file = self.path / "state.json"
-        if not file.exists():
-            return None
         try:
-            return State(**json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
+            if not file.exists():
+                return None
+            return STATE.validate_json(read_bytes(file))
+        except (OSError, ValueError) as error:
             raise RunError(
-                f"{file} cannot be read ({error}); delete it, and the run goes on from its newest "
-                "checkpoint"
+                f"{file} cannot be read ({in_words(error)}); delete it, and the run goes on from "
+                "its newest checkpoint"
             ) from None
 
     def write(self, state: State) -> None:
@@ -195,6 +245,16 @@ class RunDirectory:
                 f"run.dir={self.path} has vanished (removed, renamed, or its file system is gone); "
                 "with it back in its place the same command goes on from its newest checkpoint"
             )
+
+    def wandb_id(self) -> str | None:
+        """The id of the W&B run; None before there is one, or where the file holds none."""
+        found = _words(self.wandb_id_file)
+        return found if re.fullmatch(r"[\w-]{1,64}", found, re.ASCII) else None
+
+    def job(self) -> str | None:
+        """The number of the SLURM job that the run was submitted as, such as 41 or 41_3."""
+        found = _words(self.path / "slurm/job")
+        return found if re.fullmatch(r"[0-9]+(_[0-9]+)?", found) else None
 
     def has_ended(self) -> bool:
         """Whether a rank has recorded that this start of the run is over."""
@@ -220,4 +280,12 @@ class RunDirectory:
 
 
 def _before(name: str) -> bool:
-    return name in BEFORE or (name.startswith(".config.") and name.endswith(".yaml"))
+    return name in BEFORE or LEFTOVER.fullmatch(name) is not None
+
+
+def _words(file: Path) -> str:
+    """What stands in a small file that a job wrote about itself; "" where that cannot be read."""
+    try:
+        return " ".join(read_bytes(file, 1000).decode(errors="replace").split())
+    except (OSError, ValueError):
+        return ""

@@ -15,6 +15,7 @@ The last key of the grid turns fastest. A run is named by its values, not by its
 grid that grows finds the runs it has.
 """
 
+import hashlib
 import itertools
 import json
 import re
@@ -26,12 +27,19 @@ from pydantic import Field, ValidationError
 
 from flatcal_dist import config as configuration
 from flatcal_dist.config import Config, ConfigError, Section, fingerprint
+from flatcal_dist.config_choices import unread
+from flatcal_dist.files import read_bytes
+from flatcal_dist.urls import identified, public
 
 FROM_SWEEP = ("run.dir", "wandb.name")  # each run has its own
+TAKEN = ("code", "comparison", "logs", "slurm", "summary.csv")  # beside the runs
+LONGEST = 200  # bytes of a run's name; file systems take 255, with what is put around it
 
 
 class Sweep(Section):
-    name: str = Field(pattern=r"^[\w.+-]+$", description="also the W&B group of its runs")
+    name: str = Field(
+        pattern=r"^[\w+-][\w.+-]*$", max_length=100, description="also the W&B group of its runs"
+    )
     base: str = Field(description="configuration that all runs start from")
     directory: str = Field(description="holds the run directories")
     set: dict[str, Any] = Field({}, description="overrides of all runs, by dotted key")
@@ -59,8 +67,8 @@ def load_sweep(path: str | Path) -> Sweep:
     """Read a sweep's file. Raises ConfigError with the key and what was expected there."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the sweep {path}: {error}") from None
     values = configuration.parse_yaml(text, str(path))
     if not isinstance(values, dict):
@@ -100,11 +108,12 @@ def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[
         point = dict(zip(sweep.grid, values, strict=True))
         if any(_matches(point, entry) for entry in sweep.exclude):
             continue
-        name = "-".join(_part(key, value) for key, value in point.items())
+        name = _name(point)
         run = Path(sweep.directory) / name
         explicit = [*common, *(_override(key, value) for key, value in point.items())]
+        explicit = _read_ones(sweep, explicit)
         if not any(text.startswith("wandb.group=") for text in explicit):
-            explicit.insert(0, f"wandb.group={sweep.name}")
+            explicit.insert(0, _override("wandb.group", sweep.name))
         try:
             config = configuration.load(sweep.base, [*explicit, f"run.dir={run}"])
         except ConfigError as error:
@@ -116,10 +125,33 @@ def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[
     return found
 
 
+def _read_ones(sweep: Sweep, overrides: list[str]) -> list[str]:
+    """Without those that a choice in the grid leaves unread: plain training has no gamma."""
+    try:
+        config = configuration.load(sweep.base, overrides, recorded=True)
+    except ConfigError:
+        return overrides  # the run itself is refused, by its name
+    aside = {
+        key for key, choice in unread(config).items() if any(b in sweep.grid for b in choice.by)
+    }
+    return [text for text in overrides if text.partition("=")[0].strip() not in aside]
+
+
 def _check(sweep: Sweep, path: Path) -> None:
     for key, values in sweep.grid.items():
         if not values:
             raise ConfigError(f"{path}: grid.{key} lists no value")
+    each = [("set", key, value) for key, value in sweep.set.items()]
+    each += [("grid", key, value) for key, values in sweep.grid.items() for value in values]
+    for where, key, value in each:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise ConfigError(
+                f"{path}: {where}.{key} has {value!r}, which is a {type(value).__name__} in YAML; "
+                "expected a number, a text, true, false, null, or a list or section of these. Put "
+                "a text that looks like something else into quotes"
+            ) from None
     for key in FROM_SWEEP:
         if key in sweep.grid or key in sweep.set:
             raise ConfigError(f"{path}: {key} follows from the sweep (`directory`, `grid`)")
@@ -151,17 +183,31 @@ def _override(key: str, value: Any) -> str:
     return f"{key}={json.dumps(value)}"
 
 
+def _name(point: dict[str, Any]) -> str:
+    """Of a run: a plain name of a directory, whatever the values hold.
+
+    Shortened, and told from the sweep's own directories, by a hash of all values.
+    """
+    name = "-".join(_part(key, value) for key, value in point.items())
+    digest = hashlib.sha256(json.dumps(identified(point), sort_keys=True).encode()).hexdigest()[:8]
+    if len(name.encode()) > LONGEST:
+        return f"{name.encode()[:LONGEST].decode(errors='ignore')}-{digest}"
+    return f"{name}-{digest}" if name in TAKEN else name
+
+
 def _part(key: str, value: Any) -> str:
     """Of a run's name: the value, behind the last part of its key unless it is a word itself."""
-    text = value if isinstance(value, str) else key.rsplit(".", 1)[-1] + json.dumps(value)
-    return re.sub(r"[^\w.+-]+", "_", text).strip("_")
+    leaf, value = key.rsplit(".", 1)[-1], public(value)
+    text = value if isinstance(value, str) else leaf + json.dumps(value)
+    # A name does not begin with a dot: `..` is another directory.
+    return re.sub(r"[^\w.+-]+", "_", text).strip("_").lstrip(".") or f"{leaf}_"
 
 
 def _refuse_twins(found: list[Element]) -> None:
     """Two runs of one name would share a directory; two of one configuration are one run."""
-    for what, key in (
-        ("are called", lambda e: e.name),
-        ("compute", lambda e: fingerprint(e.config)),
+    for what, key, hint in (
+        ("are called", lambda e: e.name, ""),
+        ("compute", lambda e: fingerprint(e.config), "; leave one of them out by `exclude`"),
     ):
         seen: dict[str, Element] = {}
         for element in found:
@@ -169,5 +215,5 @@ def _refuse_twins(found: list[Element]) -> None:
             if twin is not element:
                 raise ConfigError(
                     f"runs {twin.index} and {element.index} of the sweep {what} the same: "
-                    f"{' '.join(twin.overrides)} and {' '.join(element.overrides)}"
+                    f"{' '.join(twin.overrides)} and {' '.join(element.overrides)}{hint}"
                 )

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flatcal_dist.files import read_bytes
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.training.sink import WandbSink
 from flatcal_dist.training.wandb_files import history, segments
@@ -29,31 +30,10 @@ def sync(directories: Sequence[Path], dry_run: bool = False, minutes: float = 30
             raise ValueError(f"{directory} is in use ({holder}); sync it when that has ended")
     failed = []
     for directory in directories:
-        if lost := lines_lost(directory):
-            print(
-                f"{directory}: {lost} records before the last one sent stand in no log that can be "
-                f"read. If W&B lacks them, move {directory / 'wandb'} aside and sync again: all is "
-                "then written anew from metrics.jsonl",
-                file=sys.stderr,
-            )
-        missing = lines_wanted(directory) - lines_sent(directory)
-        if dry_run:
-            logs = "".join(f"\n  {file}" for file in segments(directory))
-            print(f"{directory}: {max(missing, 0)} records to write into a new log first{logs}")
-            continue
-        if missing > 0:
-            complete(directory)
-            print(f"{directory}: wrote a log of {missing} records that W&B had missed")
-        logs = [str(file.parent) for file in segments(directory)]
-        if not logs:
-            print(f"{directory}: nothing to send")
-            continue
-        command = [sys.executable, "-m", "wandb", "sync", "--yes", "--include-online", *logs]
         try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=60 * minutes)
-            sent = done.returncode == 0
-        except subprocess.TimeoutExpired:
-            print(f"{directory}: not sent within {minutes:g} minutes (--minutes)", file=sys.stderr)
+            sent = _sync(directory, dry_run, minutes)
+        except (OSError, ValueError, RuntimeError) as error:  # the others are sent all the same
+            print(f"{directory}: {error}", file=sys.stderr)
             sent = False
         if not sent:
             failed.append(str(directory))
@@ -64,10 +44,40 @@ def sync(directories: Sequence[Path], dry_run: bool = False, minutes: float = 30
         )
 
 
+def _sync(directory: Path, dry_run: bool, minutes: float) -> bool:
+    """Whether all of a run is sent, or would be."""
+    if lost := lines_lost(directory):
+        print(
+            f"{directory}: {lost} records before the last one sent stand in no log that can be "
+            f"read. If W&B lacks them, move {directory / 'wandb'} aside and sync again: all is "
+            "then written anew from metrics.jsonl",
+            file=sys.stderr,
+        )
+    missing = lines_wanted(directory) - lines_sent(directory)
+    if dry_run:
+        logs = "".join(f"\n  {file}" for file in segments(directory))
+        print(f"{directory}: {max(missing, 0)} records to write into a new log first{logs}")
+        return True
+    if missing > 0:
+        complete(directory)
+        print(f"{directory}: wrote a log of {missing} records that W&B had missed")
+    logs = [str(file.parent) for file in segments(directory)]
+    if not logs:
+        print(f"{directory}: nothing to send")
+        return True
+    command = [sys.executable, "-m", "wandb", "sync", "--yes", "--include-online", *logs]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=60 * minutes)
+    except subprocess.TimeoutExpired:
+        print(f"{directory}: not sent within {minutes:g} minutes (--minutes)", file=sys.stderr)
+        return False
+    return done.returncode == 0
+
+
 def lines_wanted(directory: Path) -> int:
     """How many records there are for W&B; the report of a finished run counts as one."""
     metrics = directory / "metrics.jsonl"
-    lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    lines = read_bytes(metrics, limit=None).count(b"\n") if metrics.exists() else 0
     return lines + (
         _phase(directory) == "finished" and (directory / "report/metrics.json").exists()
     )

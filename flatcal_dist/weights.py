@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flatcal_dist import weight_files
-from flatcal_dist.files import write_atomically
+from flatcal_dist.files import WriteError, write_atomically
 from flatcal_dist.weight_files import Candidate, WeightsError
 
 # Of torchvision's networks: published with them, and of use in their own training alone.
@@ -49,7 +50,10 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     with write_atomically(path) as temporary:
         temporary.touch()  # with the permissions of any new file: safetensors' own are private
         mode = temporary.stat().st_mode
-        save_file(own, str(temporary))
+        try:
+            save_file(own, str(temporary))
+        except SafetensorError as error:
+            raise WriteError(path, str(error)) from None
         temporary.chmod(mode)
 
 

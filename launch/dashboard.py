@@ -11,6 +11,7 @@ rule where there are several, lines are means with a band of one standard deviat
 import argparse
 import json
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ import wandb_workspaces.workspaces as ws  # noqa: E402
 from wandb_workspaces import expr  # noqa: E402
 
 from flatcal_dist.config import Config, ConfigError  # noqa: E402
+from flatcal_dist.files import write_text  # noqa: E402
+from flatcal_dist.printing import never_fail  # noqa: E402
 from flatcal_dist.sweep import Sweep, load_sweep  # noqa: E402
 
 # Lines over the steps: section -> panels, each its title and metrics.
@@ -136,7 +139,7 @@ def report(
         **where,
         name=name or "all runs",
         query=name if kind == "run" and name else "",
-        filters=f"Metric('Group') = '{name}'" if kind == "sweep" else "",
+        filters=f"Metric('Group') = {name!r}" if kind == "sweep" else "",
         groupby=[] if kind == "run" else ["config.sharpness.rule"],
     )
     blocks: list[Any] = []
@@ -145,19 +148,26 @@ def report(
     return wr.Report(project=project, entity=entity, title=title, blocks=blocks, width="fluid")
 
 
+def plain(title: str) -> str:
+    """A title that W&B takes: of symbols, `<` and `+` among them, it says that they are emojis."""
+    symbols = ("So", "Sk", "Sm", "Sc", "Cs")
+    return "".join("_" if unicodedata.category(letter) in symbols else letter for letter in title)
+
+
 def specification(view: ws.Workspace | wr.Report) -> dict[str, Any]:
     """What would be sent, as plain JSON."""
     return view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def main() -> None:
+    never_fail()
     arguments = _parser().parse_args()
     try:
         name, grid, project = _subject(arguments.kind, arguments.subject)
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
     project = arguments.project or project
-    title = f"{KINDS[arguments.kind]}{f': {name}' if name else ''}"
+    title = plain(f"{KINDS[arguments.kind]}{f': {name}' if name else ''}")
     if arguments.push and not arguments.entity:
         sys.exit("error: --push needs --entity, the W&B user or team that owns the project")
     entity = arguments.entity if arguments.push else ""
@@ -168,7 +178,7 @@ def main() -> None:
     if not arguments.push:
         text = json.dumps({key: specification(view) for key, view in views.items()}, indent=1)
         if arguments.output:
-            arguments.output.write_text(text + "\n")
+            write_text(arguments.output, text + "\n")
         else:
             print(text)
         return

@@ -16,11 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
+
+from flatcal_dist.printing import never_fail  # noqa: E402
+
 METHODS = {"sgd": "SGD", "sam": "SAM", "csam": "CSAM"}
 COLUMNS = ("accuracy", "nll", "ece", "signed_gap", "aurc", "seconds")
 
 
 def main() -> None:
+    never_fail()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", nargs="?", type=Path, default=ROOT / "quickstart")
     parser.add_argument("--seeds", type=int, default=1, help="networks per method")

@@ -12,6 +12,7 @@ changes nothing. Options that belong to a site can stand in a file, one a line: 
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,8 +31,10 @@ from flatcal_dist.arguments import whole_number  # noqa: E402
 from flatcal_dist.config import Config, ConfigError  # noqa: E402
 from flatcal_dist.environment import code_version  # noqa: E402
 from flatcal_dist.files import write_json, write_text  # noqa: E402
+from flatcal_dist.printing import never_fail  # noqa: E402
 from flatcal_dist.run_directory import RunDirectory  # noqa: E402
 from flatcal_dist.sweep import Element, elements, load_sweep  # noqa: E402
+from flatcal_dist.urls import hide  # noqa: E402
 
 CODE = ("flatcal_dist", "recipes", "configs", "launch", "pyproject.toml")
 
@@ -60,9 +63,11 @@ class Job:
 
 
 def main() -> None:
+    never_fail()
     arguments = _parser().parse_intermixed_args()
     try:
         _refuse_short(arguments)
+        _refuse_absent(arguments)
         job = _sweep(arguments) if arguments.sweep else _run(arguments)
         scripts = render(job, arguments)
         if arguments.dry_run:
@@ -97,7 +102,7 @@ def _sweep(arguments: argparse.Namespace) -> Job:
     sweep = load_sweep(arguments.sweep)
     directory = _directory(sweep.directory)
     found = [
-        replace(element, run=directory / element.name)
+        _in_directory(element, directory / element.name)
         for element in elements(sweep, arguments.overrides)
     ]
     missing = [element for element in found if not _finished(element.run)]
@@ -107,6 +112,11 @@ def _sweep(arguments: argparse.Namespace) -> Job:
     return Job(sweep.name, directory, base, runs, missing)
 
 
+def _in_directory(element: Element, run: Path) -> Element:
+    own = element.config.run.model_copy(update={"dir": str(run)})
+    return replace(element, run=run, config=element.config.model_copy(update={"run": own}))
+
+
 def _refuse_short(arguments: argparse.Namespace) -> None:
     """A job that is told to stop as it starts would requeue itself again and again."""
     limit = _seconds(arguments.time)
@@ -114,6 +124,34 @@ def _refuse_short(arguments: argparse.Namespace) -> None:
         raise SubmitError(
             f"--time {arguments.time} is no more than the {arguments.signal_seconds} s before its "
             "end in which the run is to stop (--signal-seconds): ask for more, or for fewer"
+        )
+
+
+def _refuse_absent(arguments: argparse.Namespace) -> None:
+    """What would be noticed in the job only; and what would become other lines of its script."""
+    recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+    if arguments.recipe not in recipes:
+        raise SubmitError(f"--recipe {arguments.recipe}: expected one of {', '.join(recipes)}")
+    arguments.python = Path(os.path.abspath(arguments.python.expanduser()))  # noqa: PTH100
+    for path in (arguments.python, arguments.python.parent / "python"):
+        # --dry-run may be for another machine. The job calls `python`, from this directory.
+        if not arguments.dry_run and not (path.is_file() and os.access(path, os.X_OK)):
+            raise SubmitError(f"--python {arguments.python}: there is no program {path}")
+    if os.pathsep in str(arguments.python):
+        raise SubmitError(f"--python {arguments.python}: PATH takes no directory with a colon")
+    lines = {"--time": [arguments.time], "--time-after": [arguments.time_after]}
+    for option, values in (lines | {"--sbatch": arguments.sbatch}).items():
+        for value in values:
+            if not value.isprintable():
+                raise SubmitError(
+                    f"{option} {value!r}: a line break or another control character would become "
+                    "lines of the job's script"
+                )
+    if arguments.evaluate is not None and hide(arguments.evaluate) != arguments.evaluate:
+        raise SubmitError(
+            f"--evaluate {hide(arguments.evaluate)!r} holds credentials, which everybody on the "
+            "machine could read in the job's script and in its list of processes: name the data as "
+            "the run's data.validation, which is kept in a private file"
         )
 
 
@@ -136,8 +174,14 @@ def _finished(run: Path) -> bool:
 
 def _directory(name: str | Path) -> Path:
     path = Path(os.path.abspath(Path(name).expanduser()))  # noqa: PTH100  links stay as written
-    if any(letter.isspace() or letter in "%\\'\"" for letter in str(path)):
-        raise SubmitError(f"{path}: SLURM takes no blanks, quotes, % or \\ in the name of a log")
+    if any(letter.isspace() or letter in "%\\'\"#" for letter in str(path)):
+        raise SubmitError(f"{path}: SLURM takes no blanks, quotes, %, # or \\ in the name of a log")
+    if ":" in str(path) or not str(path).isprintable():
+        raise SubmitError(
+            f"{str(path)!r}: expected a directory without a colon, which separates the directories "
+            "of PYTHONPATH (the job would run other code than its copy), and without control "
+            "characters"
+        )
     return path
 
 
@@ -171,10 +215,8 @@ def render(job: Job, arguments: argparse.Namespace) -> dict[str, str]:
         name = job.name if kind == "train" else f"{job.name}-{kind}"
         return template.render(values | {"kind": kind, "name": name, "words": words} | changed)
 
-    recipe = code / f"recipes/{arguments.recipe}.py"
-    scripts = {
-        "train.sh": script("train", ["--config", str(job.slurm / "config.yaml")], script=recipe)
-    }
+    recipe, config = code / f"recipes/{arguments.recipe}.py", str(job.slurm / "config.yaml")
+    scripts = {"train.sh": script("train", [] if array else ["--config", config], script=recipe)}
     after = {"launcher": "srun", "nodes": 1, "time": arguments.time_after}
     if arguments.evaluate is not None:
         recipe = code / "recipes/evaluate.py"
@@ -198,14 +240,14 @@ def write(job: Job, scripts: dict[str, str]) -> None:
         print(f"{job.directory / 'code'} is kept as it is; delete it to run the present code")
     else:
         copy_code(job.directory / "code")
-    write_text(job.slurm / "config.yaml", configuration.to_yaml(job.config))
+    if job.elements:
+        for element in job.elements:
+            configuration.write(element.config, job.slurm / f"{element.index}.yaml")
+            write_text(job.slurm / f"{element.index}.run", f"{element.run}\n")
+    else:
+        configuration.write(job.config, job.slurm / "config.yaml")
     for name, text in scripts.items():
         write_text(job.slurm / name, text)
-    for element in job.elements:
-        if any("\n" in word for word in element.arguments):
-            raise SubmitError(f"run {element.index} of the sweep has a line break in a value")
-        lines = "\n".join([str(element.run), *element.arguments])
-        write_text(job.slurm / f"{element.index}.arguments", lines + "\n")
 
 
 def copy_code(destination: Path) -> None:
@@ -256,16 +298,24 @@ def _sbatch(words: Sequence[str], submitted: str | None) -> str:
     if done.returncode:
         also = f"; job {submitted} is submitted already" if submitted else ""
         raise SubmitError(f"sbatch {words[-1]}: {done.stderr.strip()}{also}")
-    return done.stdout.strip().partition(";")[0]
+    # Some sites' sbatch greets before it answers: JOB or JOB;CLUSTER.
+    numbers = re.findall(r"^(\d+)(?:;\S+)?$", done.stdout, re.MULTILINE)
+    if not numbers:
+        raise SubmitError(
+            f"sbatch {words[-1]} ended well and gave no job number, but {done.stdout.strip()!r}: "
+            "look with squeue whether it was submitted"
+        )
+    return numbers[-1]
 
 
 def _refuse_queued(job: Job) -> None:
     """Two jobs on one run directory: the second would only fail once it has waited."""
     for run in [element.run for element in job.elements] or [job.directory]:
-        file = run / "slurm/job"
-        if not file.exists() or not shutil.which("squeue"):
+        if not shutil.which("squeue"):
+            return
+        if (number := RunDirectory(run).job()) is None:
             continue
-        words = ["squeue", "--noheader", "--format=%T", "--jobs", file.read_text().strip()]
+        words = ["squeue", "--noheader", "--format=%T", "--jobs", number]
         found = subprocess.run(words, capture_output=True, text=True)  # an old number is an error
         if found.returncode == 0 and found.stdout.strip():
             raise SubmitError(

@@ -10,8 +10,7 @@ no other. The output of each run is in DIRECTORY/logs. Exits with 1 if a run fai
 """
 
 import argparse
-import csv
-import json
+import contextlib
 import os
 import shlex
 import signal
@@ -22,14 +21,19 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
 
+from flatcal_dist import config as configuration  # noqa: E402
 from flatcal_dist.arguments import whole_number  # noqa: E402
 from flatcal_dist.config import ConfigError  # noqa: E402
+from flatcal_dist.files import csv_text, read_json, write_text  # noqa: E402
+from flatcal_dist.printing import never_fail  # noqa: E402
 from flatcal_dist.run_directory import RunDirectory, RunError  # noqa: E402
 from flatcal_dist.sweep import Element, Sweep, elements, load_sweep  # noqa: E402
+from flatcal_dist.urls import hide  # noqa: E402
 
 METRICS = ("accuracy", "nll", "ece", "signed_gap", "aurc", "temperature")
 PATIENCE = 300.0  # seconds that a run may take to stop, a checkpoint among them
@@ -51,7 +55,12 @@ class Jobs:
         waiting = list(waiting)
         while self.running or (waiting and not self.stopping):
             while waiting and not self.stopping and len(self.running) < self.arguments.parallel:
-                self._start(waiting.pop(0))
+                element = waiting.pop(0)
+                try:
+                    self._start(element)
+                except OSError as error:  # no room for its log, say
+                    self.failed.append(element)
+                    print(f"[{element.index}] {element.name}: not started: {error}", flush=True)
             time.sleep(0.2)
             self._collect()
             if self.stopping and time.monotonic() > self.deadline:
@@ -79,7 +88,10 @@ class Jobs:
     def _collect(self) -> None:
         for process in [process for process in self.running if process.poll() is not None]:
             element = self.running.pop(process)
-            phase = phase_of(element)
+            try:
+                phase = phase_of(element)
+            except RunError as error:  # the others go on
+                phase = f"unreadable: {error}"
             text = f"[{element.index}] {element.name}: {phase}"
             if phase != "finished" and not self.stopping:
                 self.failed.append(element)
@@ -90,7 +102,8 @@ class Jobs:
         if self.stopping:
             return
         self.stopping, self.deadline = True, time.monotonic() + PATIENCE
-        os.write(1, b"stopping: runs under way save a checkpoint; the same command goes on\n")
+        with contextlib.suppress(OSError):
+            os.write(1, b"stopping: runs under way save a checkpoint; the same command goes on\n")
         self._signal(signal.SIGINT)
 
     def _signal(self, number: int) -> None:
@@ -100,16 +113,17 @@ class Jobs:
 
 
 def main() -> None:
+    never_fail()
     arguments = _parser().parse_intermixed_args()
     try:
         sweep = load_sweep(arguments.file)
         found = elements(sweep, arguments.overrides)
         phases = {element.index: phase_of(element) for element in found}
-    except (ConfigError, RunError) as error:
+    except (ConfigError, RunError, OSError) as error:
         sys.exit(f"error: {error}")
     if arguments.list:
         for element in found:
-            print(element.index, phases[element.index], shlex.join(element.arguments))
+            print(element.index, phases[element.index], hide(shlex.join(element.arguments)))
         return
     missing = [element for element in found if phases[element.index] != "finished"]
     print(f"sweep {sweep.name}: {len(found)} runs, {len(found) - len(missing)} finished already")
@@ -117,7 +131,10 @@ def main() -> None:
     jobs.run(missing)
     if jobs.stopping:
         sys.exit(130)
-    summarize(sweep, found)
+    try:
+        summarize(sweep, found)
+    except (OSError, RunError) as error:
+        sys.exit(f"error: {error}")
     if jobs.failed:
         sys.exit(f"error: {len(jobs.failed)} of {len(found)} runs did not finish")
     if len(found) > 1 and all(_metrics(element) for element in found):
@@ -130,7 +147,12 @@ def main() -> None:
 
 def command(sweep: Sweep, element: Element, arguments: argparse.Namespace) -> list[str]:
     """What a user would type for this run."""
-    recipe = [str(ROOT / "recipes/imagenet_csam.py"), "--config", sweep.base, *element.arguments]
+    options = ["--config", sweep.base, *element.arguments]
+    if any(hide(word) != word for word in options):
+        # Everybody on a machine can read the words of a command.
+        configuration.write(element.config, logs(element).with_suffix(".yaml"))
+        options = ["--config", str(logs(element).with_suffix(".yaml"))]
+    recipe = [str(ROOT / "recipes/imagenet_csam.py"), *options]
     if arguments.processes == 1 and arguments.launcher is None:
         return [sys.executable, *recipe]
     engine = element.config.train.engine
@@ -160,22 +182,29 @@ def summarize(sweep: Sweep, found: list[Element]) -> None:
         values = dict(text.split("=", 1) for text in element.overrides)
         metrics = _metrics(element) or {}
         figures = ["" if metrics.get(m) is None else f"{metrics[m]:.4f}" for m in METRICS]
-        rows.append([str(element.index), *(values[k] for k in keys), phase_of(element), *figures])
+        turned = (hide(values[key]) for key in keys)
+        rows.append([str(element.index), *turned, phase_of(element), *figures])
     header = ["run", *keys, "phase", *METRICS]
     table = Table(*header)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     file = Path(sweep.directory) / "summary.csv"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as stream:
-        csv.writer(stream).writerows([header, *rows])
+    write_text(file, csv_text([header, *rows]))
     print(f"table: {file}")
 
 
 def _metrics(element: Element) -> dict | None:
     file = element.run / "report/metrics.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    try:
+        if not file.exists():
+            return None
+        written = read_json(file)
+        known = {name: written.get(name) for name in METRICS}
+        return {name: None if value is None else float(value) for name, value in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        print(f"{file} cannot be read ({error}); `flatcal evaluate` writes it again")
+        return None
 
 
 def _path() -> str:

@@ -15,10 +15,16 @@ end_with_the_launcher()  # before the imports that take seconds
 import argparse
 
 from flatcal_dist.cli import evaluate_arguments, run_command
+from flatcal_dist.config import CommandLine, ConfigError
+from flatcal_dist.launcher import give_up
+from flatcal_dist.printing import never_fail
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    never_fail()
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     evaluate_arguments(parser)
-    run_command(parser.parse_args())
+    try:
+        arguments = parser.parse_args()
+    except ConfigError as error:
+        give_up(str(error))
+    run_command(arguments)

@@ -66,7 +66,7 @@ def test_the_names_that_others_rely_on_exist():
         ("sharpness.rule=same", "input should be 'none', 'sam', 'asam', 'csam' or 'looksam'"),
         ("sharpness.gamma=2.1", "input should be less than or equal to 2"),
         ("train.epochs=2.5", "train.epochs = 2.5 (on the command line): input should be a valid"),
-        ("train.epochs=yes", "train.epochs = True"),
+        ("train.epochs=yes", "train.epochs = 'yes'"),
         ("train.epochs.x=1", "train.epochs = {'x': 1}"),
         ("data=3", "data = 3 (on the command line): this is a section"),
         ("data.channels=1", "mean has 3 values for 1 channels"),
@@ -161,7 +161,7 @@ def test_the_run_directory_is_a_function_of_what_is_computed(file):
 def test_differences_name_the_keys_that_matter(file):
     path = file(a="{}")
     old = load(path, ["model.options.a=1"])
-    new = load(path, ["sharpness.rho=0.3", "data.workers=9", "run.dir=x"])
+    new = load(path, ["sharpness.rule=sam", "sharpness.rho=0.3", "data.workers=9", "run.dir=x"])
     lines = configuration.differences(old, new)
-    assert len(lines) == 3  # options: {a: 1} against {} counts as the key gone and the empty value
+    assert len(lines) == 4  # options: {a: 1} against {} counts as the key gone and the empty value
     assert "sharpness.rho: the run has 0.05, now 0.3" in lines

@@ -59,3 +59,14 @@ def test_every_metric_on_a_panel_is_one_that_a_run_writes(tmp_path):
     assert dashboard.metrics_shown() <= written
     for figure in dashboard.MEDIA:  # what the W&B process sends of the report
         assert Path(run, "report/figures", figure.removeprefix("report/") + ".png").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["a<b", "it's", 'a"b', "a\\b", "x' or State = 'y", "m\u00fcsli+1", "="]
+)
+@pytest.mark.parametrize("kind", ["run", "sweep"])
+def test_any_name_is_looked_for_as_it_is(name, kind):
+    title = dashboard.plain(f"One run: {name}")
+    for make in (dashboard.workspace, dashboard.report):
+        built = json.dumps(dashboard.specification(make(kind, title, name, [], "", "project")))
+        assert f'"value": {json.dumps(name)}' in built or f'"query": {json.dumps(name)}' in built

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,10 @@ from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.data import DataError, image_folder, prepare_shards
 from flatcal_dist.data.corruptions import corrupted_jpeg
 from flatcal_dist.data.decode import decode
-from flatcal_dist.data.imagenet import subset
+from flatcal_dist.data.imagenet import class_names, subset
 from flatcal_dist.data.variants import find, open_variant
 from flatcal_dist.distributed import FailedTogether
-from flatcal_dist.evaluation_job import Wanted, _sets, evaluate_model
+from flatcal_dist.evaluation_job import Network, Wanted, _into, _on_device, _sets, evaluate_model
 from flatcal_dist.inputs import augmentation, evaluation_transform
 from flatcal_dist.models import build
 from tests.calibration.test_records import assert_same
@@ -43,6 +44,7 @@ from tests.ranks import on_ranks
 pytestmark = pytest.mark.filterwarnings("ignore:no finite temperature")
 REAL = "imagenet_real_labels.json"
 SIZE = 8  # pixels that the small network looks at
+NAMES = [f"class {i} by name" for i in range(10)]
 CORRUPTIONS = (["gaussian_noise", "pixelate"], [1, 4])
 
 
@@ -154,6 +156,43 @@ def test_r_is_masked_before_the_softmax(alone, trees):
     assert np.exp(unmasked).sum() > 2 * np.exp(unmasked[:, classes]).sum(), "the mask matters"
 
 
+def test_r_is_also_judged_among_all_classes(alone, trees, tmp_path, monkeypatch):
+    data = open_variant(find(str(trees / "r"), 1000)[0], 1000)
+    accelerator = distributed.start("ddp", "fp32")
+    setting, module, clean = settings(1000), network(1000), alone["imagenet"]
+    # Beside the clean images they are a row of their own.
+    clean.save(tmp_path / "records.parquet")
+    monkeypatch.setattr(evaluation, "render_report", lambda output: None)
+    evaluation.report_shift(
+        setting, module, [data.variant], accelerator, tmp_path, clean, "identity of the clean"
+    )
+    rows = json.loads((tmp_path / "shift.json").read_text())["sets"]
+    assert [(r["name"], r["classes"]) for r in rows] == [
+        ("imagenet_r", 200), ("imagenet_r_all_classes", 1000),
+    ]  # fmt: skip
+    masked, every = evaluation.evaluate_spaces(setting, module, data, accelerator, clean=clean)
+    assert_same(masked, alone["imagenet_r"])
+    files = sorted((trees / "r").glob("*/*"))
+    labels = [WNIDS.index(file.parent.name) for file in files]
+    assert_scores(every, files, logits_by_hand(files, 1000), labels)
+    assert (every.source.name, every.source.classes) == ("imagenet_r_all_classes", None)
+    assert every.temperature == clean.temperature
+    assert rows[1]["before"]["accuracy"] == every.correct.mean()
+    assert_same(Records.load(tmp_path / rows[1]["records"]), every)
+    # In a report on these images alone they are a part of it.
+    monkeypatch.setattr(
+        evaluation, "write_report",
+        lambda records, output, about, all_classes, **_: summarize(
+            records, about, all_classes=all_classes, resamples=2
+        ),
+    )  # fmt: skip
+    _, m = evaluation.report(setting, module, data, accelerator, tmp_path / "own", title="x")
+    assert (m["classes"], m["all_classes"]["classes"]) == (200, 1000)
+    assert m["all_classes"]["before"]["nll"] == pytest.approx(every.before.nll.mean(), abs=1e-6)
+    names = dict(zip(m["per_class"]["class"], m["per_class"]["name"], strict=True))
+    assert names == {c: class_names()[c] for c in subset("imagenet_r")}
+
+
 def test_v2_is_labelled_by_number(alone, trees):
     files = sorted((trees / "v2").glob("*/*"))
     labels = [int(file.parent.name) for file in files]
@@ -233,6 +272,8 @@ def job(trees, tmp_path_factory) -> Path:
     words += ["--weights", output / "weights.safetensors", "--data", trees / "photographs"]
     words += ["--data", f"imagenet_c={trees / 'c'}", "--corruptions", "pixelate"]
     words += ["--severities", "1,4", "--save-logits", "--output", output / "report"]
+    (output / "names").write_text("\n".join(NAMES))
+    words += ["--classes", output / "names", "--method", "sam", "--seed", "4"]
     words += ["--set", "model.num_classes=10", "data.workers=0", "data.image_size=64"]
     on_ranks(2, on_the_command, [str(word) for word in words])
     return output / "report"
@@ -241,6 +282,8 @@ def job(trees, tmp_path_factory) -> Path:
 def test_the_job_writes_report_shift_and_logits(job, trees):
     metrics = json.loads((job / "metrics.json").read_text())
     assert metrics["about"]["model"] == "torchvision:squeezenet1_1"
+    assert (metrics["about"]["method"], metrics["about"]["seed"]) == ("sam", 4), "as it was told"
+    assert metrics["per_class"]["name"] == NAMES
     configuration = metrics["about"]["configuration"]["data"]
     assert configuration["interpolation"] == "bilinear", "as torchvision evaluates it"
     assert math.floor(224 / configuration["crop_pct"]) == 256
@@ -330,6 +373,30 @@ def test_corruptions_of_other_images_are_refused(trees, tmp_path):
         )
     shift = json.loads((tmp_path / "out/shift.json").read_text())
     assert len(shift["sets"]) == 1, "what was evaluated before is kept"
+
+
+def test_another_output_keeps_the_training(tmp_path):
+    run = Network("a run", settings(10), None, tmp_path, log=tmp_path / "log")
+    for several, output in ((False, tmp_path / "o"), (True, tmp_path / "o/a_run")):
+        assert _into(tmp_path / "o", run, several) == replace(run, output=output)
+
+
+def test_weights_are_chosen_by_name(tmp_path, capsys):
+    accelerator = distributed.start("ddp", "fp32")
+    state = network(10).state_dict()
+    average = {name: tensor + 1 for name, tensor in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": average}, tmp_path / "w.pth")
+    for key, expected in ((None, state), ("state_dict_ema", average)):
+        wanted = Network("x", settings(10), tmp_path / "w.pth", tmp_path, key=key)
+        module = _on_device(wanted, accelerator)
+        assert torch.equal(module.head.bias, expected["head.bias"])
+        assert f"weights taken: {key or 'state_dict'}; also there" in capsys.readouterr().out
+
+
+def test_names_of_another_number_of_classes_are_refused(trees, tmp_path):
+    wanted = Wanted([str(trees / "photographs")], class_names=["a", "b"])
+    with pytest.raises(ConfigError, match="--classes has 2 names, and the network 10 classes"):
+        evaluate_model("mlp", [tmp_path / "w.pth"], wanted, tmp_path, ["model.num_classes=10"])
 
 
 def test_which_data_set_is_the_clean_one(trees):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from flatcal_dist import config as configuration
 from flatcal_dist.config import Config
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.status import status
@@ -39,7 +40,9 @@ def submit(monkeypatch, capsys):
     """submit.py in this process: what it prints; its error ends as SystemExit."""
 
     def call(*words: str) -> str:
-        command = ["submit.py", "--python", "/opt/env/bin/python", *map(str, words)]
+        # A dry run may be for another machine.
+        there = "/opt/env/bin/python" if "--dry-run" in words else sys.executable
+        command = ["submit.py", "--python", there, *map(str, words)]
         monkeypatch.setattr(sys, "argv", command)
         launcher.main()
         return capsys.readouterr().out
@@ -184,10 +187,10 @@ def test_a_sweep_is_an_array_of_what_is_missing(submit, commands, tmp_path):
     submit("--sweep", file, "--cpu", "--parallel", "2", "--evaluate", "--compare")
     script = (tmp_path / "seeds/slurm/train.sh").read_text()
     assert "#SBATCH --array=0,2%2" in script
-    lines = (tmp_path / "seeds/slurm/2.arguments").read_text().splitlines()
     run = tmp_path / "seeds/seed7"
-    assert lines[:2] == [str(run), f"run.dir={run}"]
-    assert "run.seed=7" in lines
+    assert (tmp_path / "seeds/slurm/2.run").read_text() == f"{run}\n"
+    config = configuration.load(tmp_path / "seeds/slurm/2.yaml")
+    assert (config.run.dir, config.run.seed) == (str(run), 7)
     assert (run / "slurm/job").read_text() == "411_2\n"
     _, evaluation, comparison = called(commands, "sbatch")
     assert "--dependency=aftercorr:411" in evaluation
@@ -197,7 +200,7 @@ def test_a_sweep_is_an_array_of_what_is_missing(submit, commands, tmp_path):
     array = {"SLURM_ARRAY_JOB_ID": "411", "SLURM_ARRAY_TASK_ID": "2"}
     _run_script(tmp_path / "seeds/slurm/train.sh", array)
     (line,) = called(commands, "srun")
-    assert "run.seed=7" in line
+    assert f"--config {tmp_path}/seeds/slurm/2.yaml" in line
     assert any("requeue 411_2" in line for line in called(commands, "scontrol"))
 
 
@@ -214,8 +217,50 @@ def test_what_cannot_be_submitted(submit, tmp_path, monkeypatch):
     finished.mkdir()
     (finished / "state.json").write_text('{"phase": "finished"}')
     refused("is finished already", f"run.dir={finished}")
+    run = f"run.dir={tmp_path}/run"
+    # Each would be another line of the job's script, or other code than the copy.
+    refused("a line break", run, "--time", "5:00:00\ntouch /tmp/x")
+    refused("a line break", run, "--time-after", "5:00:00\r")
+    refused("a line break", run, "--sbatch", "--qos=a\n#SBATCH --wrap=x")
+    refused("a colon, which separates", f"run.dir={tmp_path}/10:30")
+    refused("SLURM takes no", f"run.dir={tmp_path}/a#b")
+    refused("--recipe nosuch: expected one of evaluate, imagenet_csam", run, "--recipe", "nosuch")
+    refused("--recipe ../launch/submit", run, "--recipe", "../launch/submit")
+    refused("there is no program /nowhere/python", run, "--python", "/nowhere/python")
+    refused("holds credentials", run, "--evaluate", "--data http://me:secret@h/x.tar")
+    assert not (tmp_path / "run").exists(), "noticed before anything is written"
     monkeypatch.setenv("PATH", "/nowhere")
-    refused("submit from a login node", f"run.dir={tmp_path}/run")
+    refused("submit from a login node", run)
+
+
+@pytest.mark.parametrize("said", ["", "\n", "Submitted batch job 7", "error: slow", ";cluster"])
+def test_an_answer_of_sbatch_without_a_number_is_no_job(submit, commands, tmp_path, said):
+    sbatch = commands / "sbatch"
+    sbatch.write_text(f"#!/bin/bash\necho '{said}'\n")
+    with pytest.raises(SystemExit, match="gave no job number"):
+        submit("--config", DIGITS, f"run.dir={tmp_path}/run", "--cpu")
+    assert not (tmp_path / "run/slurm/job").exists()
+    sbatch.write_text("#!/bin/bash\necho Welcome to the 7th cluster\necho '42;big'\n")
+    submit("--config", DIGITS, f"run.dir={tmp_path}/run", "--cpu")
+    assert (tmp_path / "run/slurm/job").read_text() == "42\n"
+
+
+def test_credentials_of_a_sweep_stand_in_private_files(submit, commands, tmp_path):
+    file = tmp_path / "seeds.yaml"
+    url = "http://me:hunter2pw@h/x.tar?sig=SeKret9"
+    file.write_text(
+        f"base: {DIGITS}\ndirectory: {tmp_path}/seeds\ngrid: {{run.seed: [5, 6]}}\n"
+        f"set: {{data.prepare: null, data.train: '{url}'}}\n"
+    )
+    printed = submit("--sweep", file, "--cpu")
+    for written in (tmp_path / "seeds").rglob("*"):
+        if written.is_file() and not written.name.endswith(".private.yaml"):
+            assert b"hunter2pw" not in written.read_bytes(), written
+            assert b"SeKret9" not in written.read_bytes(), written
+    assert "hunter2pw" not in printed + (commands / "called").read_text()
+    assert configuration.load(tmp_path / "seeds/slurm/1.yaml").data.train == url
+    private = tmp_path / "seeds/slurm/1.private.yaml"
+    assert private.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize(

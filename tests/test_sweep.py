@@ -57,7 +57,7 @@ def test_the_overrides_alone_make_the_configuration(sweep_file):
 
 
 def test_values_are_read_back_as_they_were_written(sweep_file):
-    text = "grid:\n  wandb.project: ['1', 'true', 'a: b', plain]\n  data.mean: [[0.0], [0.5]]\n"
+    text = "grid:\n  wandb.project: ['1', 'true', '- b', plain]\n  data.mean: [[0.0], [0.5]]\n"
     sweep = load_sweep(sweep_file(text + "  wandb.tags: [[a, b]]\n  train.max_steps: [null]"))
     with pytest.raises(ConfigError, match="compute the same"):  # W&B's keys change no result
         elements(sweep)
@@ -106,3 +106,46 @@ def test_what_cannot_be_swept_is_refused_with_its_key(sweep_file, text, message)
 def test_an_override_of_what_is_each_runs_own_is_refused(sweep_file, override, message):
     with pytest.raises(ConfigError, match=message):
         elements(load_sweep(sweep_file("grid: {run.seed: [1, 2]}")), [override])
+
+
+NAMES = ["..", ".", ".hidden", "/etc", "a/../..", "=cmd|' /C calc'!A0", "a'b<c>", "-x", "", "///"]
+
+
+def test_a_run_s_directory_lies_in_the_sweep_s_whatever_the_values_are(sweep_file):
+    """And is none that the sweep itself writes to."""
+    taken = ["code", "comparison", "logs", "slurm", "x" * 300, "é" * 200, "http://me:secret@h/x?s"]
+    for value in NAMES + taken:
+        sweep = load_sweep(sweep_file("grid: {run.seed: [1]}"))
+        sweep = sweep.model_copy(update={"grid": {"wandb.project": [value]}})
+        (element,) = elements(sweep)
+        assert element.run.parent == Path("runs/study"), value
+        assert element.name not in ("", ".", "..", *taken), value
+        assert not element.name.startswith(".")
+        assert len(element.name.encode()) < 220
+        assert "secret" not in element.name
+        assert element.config.wandb.project == value
+
+
+@pytest.mark.parametrize("stem", ["7", "1e3", "true", "2024-01-01", "null", "a+b", "0x10"])
+def test_a_sweep_may_be_called_like_a_number(sweep_file, stem):
+    path = sweep_file("grid: {run.seed: [1]}")
+    path = path.rename(path.with_name(f"{stem}.yaml"))
+    (element,) = elements(load_sweep(path))
+    assert element.config.wandb.group == stem
+
+
+@pytest.mark.parametrize("value", ["2024-01-01", "2024-01-01 10:00:00", "!!binary aGk=", ".nan",
+                                   "!!set {a, b}", "-.inf"])  # fmt: skip
+@pytest.mark.parametrize(
+    "place",
+    ["grid: {model.options.x: [VALUE]}", "grid: {run.seed: [1]}\nset: {model.options.x: VALUE}"],
+)
+def test_a_value_that_no_command_line_takes_is_refused_with_its_key(sweep_file, value, place):
+    with pytest.raises(ConfigError, match=r"model\.options\.x"):
+        elements(load_sweep(sweep_file(place.replace("VALUE", value))))
+
+
+@pytest.mark.parametrize("name", ["..", ".", ".x", "a/b", "", "x" * 101])
+def test_a_name_that_leaves_the_directory_of_runs_is_refused(sweep_file, name):
+    with pytest.raises(ConfigError, match="name: string should"):
+        load_sweep(sweep_file(f"name: '{name}'\ngrid: {{run.seed: [1]}}"))

@@ -1,7 +1,5 @@
 """Comparison of runs on the same images: paired differences, groups of seeds, one page."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from flatcal_dist.files import write_json, write_text
+from flatcal_dist.files import csv_text, write_json, write_text
 
 from . import comparison_figures, comparison_table, decisions, figures, page, pairing
 from .calibrators import is_fitted
@@ -234,11 +232,7 @@ def _csv(comparison: dict[str, Any]) -> str:
             d = run["difference"].get(key, {})
             row |= {f"{key}_difference{ending}": d.get(name) for ending, name in endings}
         rows.append(row)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text([list(rows[0]), *([row.get(name) for name in rows[0]] for row in rows)])
 
 
 def _write_page(

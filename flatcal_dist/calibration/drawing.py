@@ -11,6 +11,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
@@ -97,13 +99,18 @@ class Curve:
 def save_figure(figure: Figure, folder: Path, name: str) -> str:
     """Write folder/name.png, .svg and .pdf, each whole or not at all; return the SVG text."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Laid out once, by savefig, which draws twice for it; the other formats take the same layout.
+    formats = {
+        ".png": lambda file: figure.savefig(file, metadata={"Software": None}),
+        ".svg": lambda file: FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None}),
+        ".pdf": lambda file: FigureCanvasPdf(figure).print_pdf(file, metadata=UNDATED),
+    }
     with style():
         FigureCanvasAgg(figure)
-        undated = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": UNDATED}
-        for suffix, metadata in undated.items():
+        for suffix, save in formats.items():
             with write_atomically(folder / f"{name}{suffix}") as temporary:
-                figure.savefig(temporary, metadata=metadata)
-            figure.set_layout_engine("none")  # laid out once; the other formats take the same
+                save(temporary)
+            figure.set_layout_engine("none")
     return (folder / f"{name}.svg").read_text(encoding="utf-8")
 
 

@@ -1,8 +1,8 @@
 """The main table of a report as files: `table.csv`, and `table.tex` for a paper."""
 
-import csv
-import io
 from typing import Any
+
+from flatcal_dist.files import csv_text
 
 from .display import MINUS, UNDEFINED, between, show, show_difference
 from .naming import GROUPS, Metric
@@ -30,11 +30,9 @@ def table_csv(m: dict[str, Any]) -> str:
 
     Rates are fractions and nothing is rounded, as in metrics.json.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     columns = ("as_trained", "after_temperature", "change")
     ends = [f"{column}{end}" for column in columns for end in ("", "_low", "_high")]
-    writer.writerow(["metric", "name", "better", *ends])
+    rows: list[list[Any]] = [["metric", "name", "better", *ends]]
     for metric in (metric for group in GROUPS for metric in group.metrics):
         cells: list[float | None] = []
         for interval in (
@@ -43,8 +41,8 @@ def table_csv(m: dict[str, Any]) -> str:
             change(m, metric.key) or Interval(None, None, None),
         ):
             cells += [interval.value, interval.low, interval.high]
-        writer.writerow([metric.key, metric.name, metric.better, *cells])
-    return text.getvalue()
+        rows.append([metric.key, metric.name, metric.better, *cells])
+    return csv_text(rows)
 
 
 def table_tex(m: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """metrics.csv: one row that stands below those of timm's results files."""
 
-import csv
-import io
 from typing import Any
+
+from flatcal_dist.files import csv_text
 
 
 def metrics_csv(m: dict[str, Any]) -> str:
@@ -25,11 +25,7 @@ def metrics_csv(m: dict[str, Any]) -> str:
     after = m["after_temperature"]
     row |= {key: value for key, value in m.items() if _is_score(m, key)}
     row |= {f"{key}_after_temperature": after[key] for key in after if _is_score(m, key)}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(row), lineterminator="\n")
-    writer.writeheader()
-    writer.writerow(row)
-    return text.getvalue()
+    return csv_text([list(row), list(row.values())])
 
 
 def _per_cent(rate: float | None) -> str | None:

@@ -113,10 +113,14 @@ def _npz(path: Path) -> Columns:
 def _no_objects(read: Callable[[], Any], name: str) -> np.ndarray:
     try:
         array = read()
-    except (ValueError, SyntaxError, KeyError, TypeError) as error:
+    except DAMAGED:
+        raise
+    except Exception as error:  # of a damaged header numpy's parsers raise what they please
+        if "pickle" not in str(error):
+            raise OSError(f"{name} is damaged: {_reason(error)}") from None
         raise ValueError(
-            f"{name} cannot be read without unpickling: {_reason(error)}. Write numbers as numbers "
-            "and text as numpy.array(texts, dtype=str)"
+            f"{name} cannot be read without unpickling. Write numbers as numbers and text as "
+            "numpy.array(texts, dtype=str)"
         ) from None
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{name} is no array, as numpy.save writes")
@@ -190,8 +194,9 @@ def tensors(path: Path) -> Any:
             "it holds more than tensors, and unpickling that would run its code: save "
             "{'logits': logits, 'labels': labels} as tensors, or use numpy.savez"
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError,
-            IndexError, AssertionError):  # fmt: skip
+    except FileNotFoundError:
+        raise
+    except Exception:  # of damaged bytes the unpickler raises what it pleases
         raise OSError("it is damaged, or no file that torch.save wrote") from None
 
     def converted(value: Any) -> Any:

@@ -1,9 +1,10 @@
 """Shards from elsewhere, kept on a local disk: each downloaded once, whole, and checked.
 
-A directory holds HASH-NAME.tar, the hash being that of the full URL (base names repeat), and
-beside it HASH-NAME.json: where it came from, its size and SHA-256. A shard appears by rename when
-all of it is there; until then its downloader holds a lock that ends with the process, however it
-ends. So any number of ranks, workers and jobs may share a directory. A URL's contents are taken
+A directory holds HASH-NAME.tar, the hash being that of the URL without what is renewed, such as a
+signature (base names repeat), and beside it HASH-NAME.json: where it came from, its size and
+SHA-256. A shard appears by rename when all of it is there; until then its downloader holds a lock
+that ends with the process, however it ends. So any number of ranks, workers and jobs may share a
+directory. A URL's contents are taken
 never to change: shards that do need another name.
 """
 
@@ -19,10 +20,11 @@ from typing import BinaryIO
 
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.index import sidecar
-from flatcal_dist.data.remote import Access, RemoteFile, base_name
+from flatcal_dist.data.remote import Access, RemoteFile
 from flatcal_dist.data.shards import locked
 from flatcal_dist.data.walk import BLOCK
 from flatcal_dist.files import sync_directory, write_json
+from flatcal_dist.urls import base_name, identity
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class ShardCache:
     def path(self, url: str) -> Path:
         """Where the shard lies, or will."""
         name = re.sub(r"[^A-Za-z0-9._-]", "_", base_name(url)).removesuffix(".tar")[-80:]
-        return self.directory / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}-{name}.tar"
+        digest = hashlib.sha256(identity(url).encode()).hexdigest()
+        return self.directory / f"{digest[:32]}-{name}.tar"
 
     def open(self, url: str, sha256: str | None = None) -> BinaryIO:
         """The shard, downloaded unless it is there; open, so that it cannot vanish again.

@@ -1,8 +1,16 @@
 """The errors of the data room."""
 
+from flatcal_dist.urls import hide
+
 
 class DataError(ValueError):
-    """Data is not what it must be: the message names where, what was expected, how to mend it."""
+    """Data is not what it must be: the message names where, what was expected, how to mend it.
+
+    The message never holds the credentials of a URL.
+    """
+
+    def __init__(self, *texts: str) -> None:
+        super().__init__(*map(hide, texts))
 
 
 class BadImage(DataError):

@@ -20,7 +20,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import fsspec
 import requests
@@ -28,6 +27,8 @@ import urllib3
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from flatcal_dist.data.errors import DataError
+from flatcal_dist.patterns import too_many_names
+from flatcal_dist.urls import hide, shown
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 CHUNK = 1 << 20  # bytes that a read asks for
@@ -65,10 +66,15 @@ def is_remote(name: str) -> bool:
 
 def expand_urls(pattern: str, access: Access) -> list[str]:
     """The URLs that a brace pattern stands for. Raises DataError for a scheme not allowed."""
+    if problem := too_many_names(pattern):
+        raise DataError(f"The shard pattern {problem}.")
     try:
         urls = list(braceexpand(pattern))
     except UnbalancedBracesError as error:
-        raise DataError(f"The shard pattern {pattern!r} has unbalanced braces: {error}.") from error
+        raise DataError(
+            f"The shard pattern {shown(pattern)!r} has unbalanced braces: "
+            f"{hide(str(error), pattern)}."
+        ) from None
     for url in urls:
         _check_allowed(url, access)
     return urls
@@ -78,27 +84,14 @@ def _check_allowed(url: str, access: Access) -> None:
     if url.startswith("pipe:"):
         if not access.allow_pipe:
             raise DataError(
-                f"{url!r} would run a command in a shell. If you trust where this name comes from, "
-                "set data.allow_pipe=true."
+                f"{shown(url)!r} would run a command in a shell. If you trust where this name "
+                "comes from, set data.allow_pipe=true."
             )
     elif (scheme := url.partition("://")[0]) not in SCHEMES:
         raise DataError(
             f"{shown(url)}: {scheme}:// is no scheme that shards are read from; expected one of "
             f"{', '.join(SCHEMES)}, `pipe:COMMAND`, or a path."
         )
-
-
-def shown(url: str) -> str:
-    """A URL for messages, without passwords and signatures."""
-    if not re.match(r"https?://", url):
-        return url
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def base_name(url: str) -> str:
-    """The shard's file name: the last part of its path."""
-    return (urlsplit(url).path if re.match(r"https?://", url) else url).rpartition("/")[2]
 
 
 @dataclass
@@ -166,9 +159,11 @@ class RemoteFile:
         try:
             source = _open(self._url, self.position, self._tag, self._access)
         except FileNotFoundError as error:
-            raise NotThere(f"{self.name}: no such shard ({error}). Check the name.") from None
+            said = hide(str(error), self._url)
+            raise NotThere(f"{self.name}: no such shard ({said}). Check the name.") from None
         except PermissionError as error:
-            raise NotThere(f"{self.name} may not be read ({error}).") from None
+            said = hide(str(error), self._url)
+            raise NotThere(f"{self.name} may not be read ({said}).") from None
         self._source = source
         if self.position and (_differ(source.size, self.size) or _differ(source.tag, self._tag)):
             raise DataError(
@@ -195,13 +190,13 @@ class RemoteFile:
         self.close()
         self._failures += 1
         at = f"at byte {self.position:,}" + (f" of {self.size:,}" if self.size is not None else "")
-        attempts, cause = self._access.retries + 1, _in_words(error)
+        attempts, cause = self._access.retries + 1, hide(_in_words(error), self._url)
         if self._failures == attempts:
             raise DataError(
                 f"{self.name}: gave up {at} after {attempts} attempts; the last one failed because "
                 f"{cause}. Check the server and the shard; data.retries and data.stall_timeout say "
                 "how long to try."
-            ) from error
+            ) from None  # other libraries' messages hold the URL
         print(f"{self.name}: {cause}, {at}; attempt {self._failures} failed", file=sys.stderr)
         wait = min(self._access.backoff * 2 ** (self._failures - 1), LONGEST_WAIT)
         # So that readers that failed together do not come back together.
@@ -255,7 +250,7 @@ def _open_http(url: str, offset: int, tag: str | None, timeout: float) -> _Sourc
     status = response.status_code
     if status not in (200, 206) or (status == 206 and not offset):
         response.close()
-        said = f"the server answered {status} {response.reason}"
+        said = hide(f"the server answered {status} {response.reason}", url)
         if status in BUSY:
             raise _Broken(said, _asked_wait(response))
         if status in (401, 403, 404, 410):
@@ -296,7 +291,7 @@ def _open_object(url: str, offset: int, timeout: float) -> _Source:
         try:
             return _within(timeout, work)
         except ImportError as error:
-            raise DataError(f"{url}: {scheme}:// needs another package: {error}.") from None
+            raise DataError(f"{shown(url)}: {scheme}:// needs another package: {error}.") from None
         except OSError:
             raise
         except Exception as error:  # of the store's own client

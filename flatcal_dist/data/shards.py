@@ -25,6 +25,7 @@ from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.index import index_shard
 from flatcal_dist.data.walk import IMAGES
 from flatcal_dist.files import write_atomically, write_json, write_text
+from flatcal_dist.patterns import too_many_names
 
 
 @dataclass(frozen=True)
@@ -221,10 +222,12 @@ def expand(
 def _expand(pattern: str, split: str | None, missing: bool) -> list[Path]:
     if Path(pattern).expanduser().exists():  # also a name that happens to hold * or {
         return _tars(Path(pattern).expanduser(), split, missing)
+    if problem := too_many_names(pattern):
+        raise DataError(f"The shard pattern {problem}.")
     try:
         names = list(braceexpand(pattern))
     except UnbalancedBracesError as error:
-        raise DataError(f"The shard pattern {pattern!r} has unbalanced braces: {error}.") from error
+        raise DataError(f"The shard pattern {pattern!r} has unbalanced braces: {error}.") from None
     found = []
     for name in names:
         path = Path(name).expanduser()

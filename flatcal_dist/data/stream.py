@@ -16,13 +16,12 @@ from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.remote import (
     Access,
     NotThere,
-    base_name,
     expand_urls,
     is_remote,
     read_small,
-    shown,
 )
 from flatcal_dist.data.shards import expand
+from flatcal_dist.urls import base_name, identity, shown
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Stream:
     @property
     def identity(self) -> str:
         """SHA-256 over the shards' names and lengths: what is known without reading them."""
-        text = json.dumps([[shown(shard) for shard in self.shards], self.lengths, self.samples])
+        text = json.dumps([[identity(shard) for shard in self.shards], self.lengths, self.samples])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -98,7 +97,8 @@ def list_shards(pattern: str | Sequence[str], split: str, access: Access) -> lis
     """The shards that patterns stand for, each once, in the order given.
 
     URLs and commands may have braces; a URL that ends in a slash stands for the split's shards in
-    the `_info.json` there; for paths see `shards.expand`. Raises DataError.
+    the `_info.json` there; for paths see `shards.expand`. Raises DataError, also for two that only
+    credentials tell apart: those are renewed, so that they are no part of a shard's identity.
     """
     shards: list[str] = []
     for one in [pattern] if isinstance(pattern, str) else pattern:
@@ -115,7 +115,15 @@ def list_shards(pattern: str | Sequence[str], split: str, access: Access) -> lis
             shards += [directory + name for name, _ in splits[split]]
         else:
             shards += expand_urls(one, access)
-    return list(dict.fromkeys(shards))
+    shards = list(dict.fromkeys(shards))
+    seen: dict[str, str] = {}
+    for shard in shards:
+        if seen.setdefault(identity(shard), shard) != shard:
+            raise DataError(
+                f"{shown(shard)} is named twice, with different user info, query or fragment, "
+                "which are no part of its identity. Name each shard once, by a path of its own."
+            )
+    return shards
 
 
 def _check_counts(lengths: list[int] | None, epoch_samples: int | None) -> None:

@@ -38,10 +38,11 @@ from flatcal_dist.data.order import (
     shuffled,
     steps_per_epoch,
 )
-from flatcal_dist.data.remote import RemoteFile, base_name, is_remote, shown
+from flatcal_dist.data.remote import RemoteFile, is_remote
 from flatcal_dist.data.stream import Stream
 from flatcal_dist.data.tar_stream import read_samples
 from flatcal_dist.data.transforms import Training, stack
+from flatcal_dist.urls import base_name, shown
 
 
 def streaming_loader(

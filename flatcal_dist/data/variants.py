@@ -37,11 +37,12 @@ from flatcal_dist.data import corruptions, imagenet
 from flatcal_dist.data.corruptions import Corrupted
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.index import Index, load_index
-from flatcal_dist.data.remote import Access
+from flatcal_dist.data.remote import Access, is_remote
 from flatcal_dist.data.shards import expand
 from flatcal_dist.data.stream import class_names
 from flatcal_dist.data.tree import TreeIndex, class_folders, open_tree
 from flatcal_dist.identity import data_identity
+from flatcal_dist.urls import shown
 
 MASKED = ("imagenet_a", "imagenet_r")
 SUBSET = "imagenet_subset"
@@ -182,7 +183,7 @@ def find(
 def _split(text: str) -> tuple[str | None, str]:
     """NAME=PATH, or PATH alone."""
     name, equals, path = text.partition("=")
-    if not equals or "/" in name or Path(text).expanduser().exists():
+    if is_remote(text) or not equals or "/" in name or Path(text).expanduser().exists():
         return None, text
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or not path:
         raise DataError(
@@ -198,6 +199,7 @@ def path_of(text: str) -> str:
 
 
 def _stem(path: str) -> str:
+    path = shown(path)
     last = Path(path).name if is_tree(path) or Path(path).is_dir() else Path(path).parent.name
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", last).strip("_.-") or "data"
 

@@ -10,12 +10,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accelerate.utils import gather_object
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from flatcal_dist.data import DataError, Index, Replaced
-from flatcal_dist.data.remote import shown
 from flatcal_dist.data.stream import Stream
 from flatcal_dist.distributed import FailedTogether, on_all_ranks
-from flatcal_dist.files import write_text
+from flatcal_dist.files import WriteError, open_to_append, read_bytes, write_text
+from flatcal_dist.urls import shown
+
+
+class Entry(TypedDict):
+    """One replacement. `step` counts from 1."""
+
+    step: int
+    epoch: int
+    shard: str
+    key: str
+    reason: str
+    replaced_by: str
+
+
+ENTRY = TypeAdapter(Entry)
 
 
 class BadSamples:
@@ -64,7 +80,7 @@ class BadSamples:
                 "shards, or raise data.max_bad_samples; the run goes on from its last checkpoint"
             )
 
-    def _entry(self, one: Replaced) -> dict:
+    def _entry(self, one: Replaced) -> Entry:
         shard, key = self._where(one.sample)
         return {
             "step": one.epoch * self.epoch_steps + one.step + 1,
@@ -85,17 +101,20 @@ class BadSamples:
         except (DataError, IndexError):  # its sidecar was changed since the run began
             return shard, f"number {sample}"
 
-    def _append(self, entries: list[dict]) -> None:
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
-
-
-def _read(file: Path) -> list[dict]:
-    """The entries of the list so far; a line that was cut off when the run was killed is left."""
-    entries = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+    def _append(self, entries: list[Entry]) -> None:
         try:
-            entries.append(json.loads(line))
+            with open_to_append(self.file) as file:
+                file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+        except OSError as error:
+            raise error if isinstance(error, WriteError) else WriteError(self.file, error) from None
+
+
+def _read(file: Path) -> list[Entry]:
+    """The entries of the list so far; a line that is none, cut off by a kill say, is left out."""
+    entries = []
+    for line in read_bytes(file).split(b"\n") if file.exists() else ():
+        try:
+            entries.append(ENTRY.validate_json(line))
         except ValueError:
             continue
     return entries

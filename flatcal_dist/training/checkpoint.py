@@ -14,18 +14,21 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
-from flatcal_dist.files import sync_directory
-from flatcal_dist.run_directory import RunError
+from flatcal_dist.files import read_bytes, read_json, sync_directory
+from flatcal_dist.run_directory import RunError, in_words
 from flatcal_dist.sharpness import SharpnessAwareStep
 from flatcal_dist.training.averaging import Average
 from flatcal_dist.weights import sha256
 
+NAME = re.compile(r"step_([0-9]{8,18})")
 BEST = {"accuracy": 1, "nll": -1}  # and the sign that makes more of it better
 
 
@@ -42,19 +45,24 @@ class Progress:
     {"accuracy": 0.76, "nll": 0.98}.
     """
 
-    step: int
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    step: NonNegativeInt
     samples_per_perturbation: int | None
     engine: str
-    world_size: int
+    world_size: PositiveInt
     sharded: bool
     seconds: float
-    skipped: int = 0
+    skipped: NonNegativeInt = 0
     validation: dict[str, float] = field(default_factory=dict)
     wandb_id: str | None = None
 
     @property
     def parts(self) -> int:
         return self.world_size if self.sharded else 1
+
+
+PROGRESS = TypeAdapter(Progress)
 
 
 def state_of(step: SharpnessAwareStep, average: Average | None = None) -> dict[str, Any]:
@@ -122,14 +130,14 @@ def _score(path: Path, keep_best: str | None) -> float | None:
         return None
     try:
         value = load_progress(path).validation.get(keep_best)
-    except (OSError, RunError):
+    except (OSError, RunError, CheckpointError):
         return None
     return None if value is None else BEST[keep_best] * value
 
 
 def found(directory: Path) -> dict[int, Path]:
     """What is called a checkpoint by its step, oldest first; a user's copies are not."""
-    numbers = {path: re.fullmatch(r"step_(\d{8,})", path.name) for path in directory.glob("step_*")}
+    numbers = {path: NAME.fullmatch(path.name) for path in directory.glob("step_*")}
     return dict(sorted((int(number[1]), path) for path, number in numbers.items() if number))
 
 
@@ -148,50 +156,107 @@ def newest(directory: Path) -> tuple[Path | None, list[str]]:
 def clean(directory: Path, newest_whole: Path | None) -> None:
     """Remove what killed saves left; rename the damaged after `newest_whole`: they never count."""
     for leftover in directory.glob(".step_*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
     there = found(directory)
     whole = next((number for number, path in there.items() if path == newest_whole), -1)
     for number, path in there.items():
         if number > whole:
             aside = directory / f"damaged_{path.name}"
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
             path.rename(aside)
+
+
+def _remove(path: Path) -> None:
+    """A directory with what is in it, or a file or link by itself: what it points to is not ours.
+
+    What cannot be removed stays.
+    """
+    if path.is_symlink() or not path.is_dir():
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def verify(path: Path) -> None:
     """Compare every file with the manifest. Raises CheckpointError naming the first difference.
 
-    RunError for one that is whole and of another version: it must not be passed over as damaged.
+    And whether what they hold can be loaded, has no weight that is NaN, and nothing but what a
+    save writes: then SHA-256 is no help. RunError for one that is whole and of another version: it
+    must not be passed over as damaged.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = read_json(path / "manifest.json")
         if "progress.json" not in manifest:
             raise CheckpointError(f"{path / 'manifest.json'} lists no progress.json")
         for name, recorded in manifest.items():
             file = path / name
+            if not re.fullmatch(r"progress\.json|state_[0-9]{5}\.pt", name):
+                raise CheckpointError(
+                    f"{path / 'manifest.json'} lists {name!r}, which no save writes"
+                )
+            if not file.is_file():  # a pipe or device could be read for ever
+                raise CheckpointError(f"{file} is no file")
             if file.stat().st_size != recorded["size"] or sha256(file) != recorded["sha256"]:
                 raise CheckpointError(f"{file} is not what was saved (size or SHA-256 differ)")
-        for rank in range(load_progress(path).parts):
+        progress = load_progress(path)
+        if NAME.fullmatch(path.name) and path.name != f"step_{progress.step:08d}":
+            raise CheckpointError(f"{path} holds the state of step {progress.step}")
+        for rank in range(progress.parts):
             if (name := f"state_{rank:05d}.pt") not in manifest:
                 raise CheckpointError(f"{path / 'manifest.json'} lists no {name}")
+            _refuse_nan(load_part(path, rank, mmap=True), path / name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not whole: {error}") from None
 
 
+def _refuse_nan(state: dict[str, Any], file: Path) -> None:
+    """Of trained weights, which no step makes NaN: buffers may hold what they like."""
+    engine, pieces = state["engine"], state["arrangement"]["pieces"]
+    flat = engine.get("masters")  # ZeRO's, of which a rank may hold none
+    for weight in [engine["weights"][name] for name in pieces] if flat is None else flat:
+        if torch.isnan(weight).any():
+            raise CheckpointError(f"{file} holds weights that are NaN")
+
+
 def load_progress(path: Path) -> Progress:
-    """Of a verified checkpoint. Raises RunError for one of another version."""
+    """Of a verified checkpoint. Raises RunError for one of another version.
+
+    CheckpointError for one that no version wrote.
+    """
+    file = path / "progress.json"
     try:
-        return Progress(**json.loads((path / "progress.json").read_text()))
-    except (ValueError, TypeError) as error:
+        return PROGRESS.validate_json(read_bytes(file))
+    except ValidationError as error:
+        kinds = {one["type"] for one in error.errors()}
+        if not kinds <= {"missing", "unexpected_keyword_argument", "extra_forbidden"}:
+            raise CheckpointError(f"{file} is damaged: {in_words(error)}") from None
         raise RunError(
-            f"{path / 'progress.json'} is not as this version writes it ({error}): go on with the "
+            f"{file} is not as this version writes it ({in_words(error)}): go on with the "
             "version that environment.json names, or begin another run"
         ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
 
 
-def load_part(path: Path, rank: int) -> dict[str, Any]:
-    """What `state_of` gave on this rank, on the CPU."""
-    return torch.load(path / f"state_{rank:05d}.pt", weights_only=True, map_location="cpu")
+def load_part(path: Path, rank: int, mmap: bool = False) -> dict[str, Any]:
+    """What `state_of` gave on this rank, on the CPU; with `mmap` read when it is looked at.
+
+    Raises CheckpointError for a file that holds anything else.
+    """
+    file = path / f"state_{rank:05d}.pt"
+    try:
+        state = torch.load(file, weights_only=True, map_location="cpu", mmap=mmap)
+    except OSError:
+        raise
+    except Exception:  # torch's message would advise to run what the file holds
+        raise CheckpointError(
+            f"{file} cannot be loaded: it holds more than tensors and plain containers, or is "
+            "damaged"
+        ) from None
+    if not isinstance(state, dict) or not {"engine", "arrangement"} <= state.keys():
+        raise CheckpointError(f"{file} is not the state of a rank")
+    return state
 
 
 def fill(step: SharpnessAwareStep, state: dict[str, Any], average: Average | None = None) -> None:

@@ -6,9 +6,11 @@ from flatcal_dist import evaluation
 from flatcal_dist.config import Config
 from flatcal_dist.data import Index
 from flatcal_dist.data.variants import of_index
+from flatcal_dist.provenance import Provenance
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.sharpness.engines import Engine
 from flatcal_dist.training.tracking import Tracker, read_metrics
+from flatcal_dist.urls import public
 from flatcal_dist.weights import save_weights
 
 
@@ -31,11 +33,11 @@ def export_and_report(
     written = evaluation.report(
         config,
         engine.inference,
-        of_index(validation, str(config.data.validation), config.model.num_classes),
+        of_index(validation, str(public(config.data.validation)), config.model.num_classes),
         accelerator,
         directory.report,
         weights_file=directory.weights_file,
-        trained=evaluation.Provenance.of_run(config, training_seconds),
+        trained=Provenance.of_run(config, training_seconds),
         training=read_metrics(directory.metrics_file) if accelerator.is_main_process else (),
     )
     if written is None:

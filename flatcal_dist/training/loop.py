@@ -68,7 +68,10 @@ def run(
     on_all_ranks(lambda: inputs.batch_arithmetic(config, accelerator.num_processes, len(train)))
     step = build_step(config, accelerator)
     trainer = Trainer(config, directory, accelerator, train, validation, step)
-    trainer.watchdog, trainer.deadline = watchdog, preemption.deadline(config.train, started)
+    trainer.watchdog = watchdog
+    trainer.deadline, remark = preemption.deadline(config.train, started)
+    if remark:
+        accelerator.print(remark)
     return trainer.run()
 
 
@@ -358,7 +361,6 @@ class Trainer:
         if self.average:
             self.average.settle()
         self.tracker.sync()  # what a run that goes on from here does not write again
-        wandb_id = self.directory.wandb_id_file
         progress = Progress(
             step=self.done,
             samples_per_perturbation=self.samples_per_perturbation,
@@ -368,7 +370,7 @@ class Trainer:
             seconds=time.monotonic() - self.started,
             skipped=self.skipped,
             validation=self.validated[1] if self.validated[0] == self.done else {},
-            wandb_id=wandb_id.read_text().strip() if self.main and wandb_id.exists() else None,
+            wandb_id=self.directory.wandb_id() if self.main else None,
         )
         self.saver.start(checkpoint.state_of(self.step, self.average), progress)
         self._record("running")
@@ -402,6 +404,7 @@ class Trainer:
             if phase == "running" and self.directory.has_ended():
                 return  # another rank has ended the run: its word stays
             self.state.phase, self.state.step = phase, self.done
+            self.state.saved = max(checkpoint.found(self.directory.checkpoints), default=0)
             self.state.cause = self.stopped_by if phase == "preempted" else None
             self.state.epoch = self.done // self.epoch_steps
             self.state.seconds = round(time.monotonic() - self.started, 1)

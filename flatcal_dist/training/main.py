@@ -5,7 +5,6 @@ from flatcal_dist.launcher import end_with_the_launcher
 end_with_the_launcher()  # here: ranks that are importing when it dies would wait for it in vain
 
 # ruff: noqa: E402
-import os
 import sys
 import time
 from datetime import timedelta
@@ -15,7 +14,15 @@ from pathlib import Path
 from flatcal_dist import config as configuration
 from flatcal_dist import distributed
 from flatcal_dist.config import ConfigError
-from flatcal_dist.distributed import ending_together, preempted_code, tell_launcher
+from flatcal_dist.distributed import ending_together
+from flatcal_dist.launcher import (
+    LaunchError,
+    give_up,
+    preempted_code,
+    rank_to_speak,
+    tell_launcher,
+)
+from flatcal_dist.printing import never_fail
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.training.dry_run import dry_run
 from flatcal_dist.training.loop import run
@@ -31,11 +38,13 @@ def main(default_config: Path, description: str | None = None) -> None:
     """
     started = time.time()
     end_with_the_launcher()  # where this module was imported before the rank was forked
-    arguments = configuration.command_line(description, default_config).parse_intermixed_args()
+    never_fail()
     try:
+        parser = configuration.command_line(description, default_config)
+        arguments = parser.parse_intermixed_args()
         config = configuration.load(arguments.config, arguments.overrides)
         if arguments.print_config:
-            if os.environ.get("RANK", "0") == "0":
+            if rank_to_speak() == 0:
                 print(configuration.to_yaml(config), end="")
             return
         accelerator = distributed.start(
@@ -44,8 +53,8 @@ def main(default_config: Path, description: str | None = None) -> None:
             config.run.world_size,
             timedelta(minutes=config.train.collective_timeout_minutes),
         )
-    except (ConfigError, distributed.LaunchError) as error:
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    except (ConfigError, LaunchError) as error:
+        give_up(str(error))
     directory = RunDirectory(config.run.dir)
     phase = "finished"
     interrupt_on_signals()

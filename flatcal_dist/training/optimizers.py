@@ -9,6 +9,7 @@ from torch import nn
 
 from flatcal_dist.config import ConfigError, OptimizerConfig
 
+MOMENTUM = OptimizerConfig().momentum
 OWN_KEYS = ("lr", "weight_decay", "momentum")
 
 
@@ -38,14 +39,25 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
             f"optimizer.options.{strange[0]}: {config.name} takes {', '.join(known)} here; rate, "
             "decay and momentum have keys of their own in the section optimizer"
         )
-    return create_optimizer_v2(
-        model,
-        opt=config.name,
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        **options,
-    )
+    if not get_optimizer_info(config.name).has_momentum and config.momentum != MOMENTUM:
+        raise ConfigError(
+            f"optimizer.momentum={config.momentum} belongs to optimizers with momentum, and "
+            f"optimizer.name={config.name} has none: leave it out, or choose sgd"
+        )
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=config.name,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            **options,
+        )
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"the section optimizer does not fit optimizer.name={config.name} with "
+            f"optimizer.options={options}: {type(error).__name__}: {error}"
+        ) from None
 
 
 def build_schedule(

@@ -5,6 +5,7 @@ in the run directory; a deadline.
 """
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -89,15 +90,30 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def deadline(config: TrainConfig, started: float) -> float | None:
-    """When to stop by itself, in seconds since 1970, or None.
+def deadline(config: TrainConfig, started: float) -> tuple[float | None, str | None]:
+    """When to stop by itself, in seconds since 1970, or None; and a remark, or None.
 
     train.stop_after_minutes after `started`; and SLURM's end of the job less
-    train.stop_margin_minutes.
+    train.stop_margin_minutes. What cannot be the end of this job is left out, with a remark.
     """
-    ends = []
+    ends, remark = [], None
     if config.stop_after_minutes is not None:
         ends.append(started + 60 * config.stop_after_minutes)
-    if end := os.environ.get("SLURM_JOB_END_TIME"):
-        ends.append(float(end) - 60 * config.stop_margin_minutes)
-    return min(ends, default=None)
+    if text := os.environ.get("SLURM_JOB_END_TIME"):
+        end = _seconds(text)
+        if end is not None and end > started:
+            ends.append(end - 60 * config.stop_margin_minutes)
+        else:
+            remark = (
+                f"SLURM_JOB_END_TIME={text[:40]} in the environment is no time after the start of "
+                "this process, so it is ignored: the run does not stop before the job's end"
+            )
+    return min(ends, default=None), remark
+
+
+def _seconds(text: str) -> float | None:
+    try:
+        seconds = float(text) if text.isascii() else math.nan
+    except ValueError:
+        return None
+    return seconds if math.isfinite(seconds) else None

@@ -142,7 +142,7 @@ def export(run: Path, file: Path, step: int | None = None) -> Path:
             there = ", ".join(map(str, checkpoint.found(directory.checkpoints))) or "none"
             raise CheckpointError(f"{path} is not there; checkpoints of {run}: {there}")
         checkpoint.verify(path)
-    config = configuration.load(directory.config_file)
+    config = configuration.load(directory.config_file, recorded=True)
     model, data = config.model, config.data
     network = build(model.name, model.num_classes, data.channels, data.image_size, model.options)
     fill_network(network, path)

@@ -11,11 +11,13 @@ from flatcal_dist.data import Index, steps_per_epoch
 from flatcal_dist.data.stream import Stream
 from flatcal_dist.distributed import on_all_ranks, said_by_rank_0
 from flatcal_dist.environment import describe_environment
+from flatcal_dist.files import write_text
 from flatcal_dist.run_directory import RunDirectory, RunError, State
 from flatcal_dist.sharpness import SharpnessAwareStep
 from flatcal_dist.training import checkpoint, resharding
 from flatcal_dist.training.averaging import Average
 from flatcal_dist.training.build import samples_per_perturbation
+from flatcal_dist.training.tracking import read_metrics
 
 
 def find(
@@ -31,10 +33,39 @@ def find(
         path, problems = checkpoint.newest(directory.checkpoints)
         if path is not None:
             _refuse_other_samples(directory, config, accelerator.num_processes, path)
+        else:
+            _refuse_lost(directory, config, problems)
         return path, [f"passed over a checkpoint: {problem}" for problem in problems]
 
     none: tuple[Path | None, list[str]] = (None, [])
     return said_by_rank_0(on_all_ranks(lambda: look() if accelerator.is_main_process else none))
+
+
+def _refuse_lost(directory: RunDirectory, config: Config, problems: list[str]) -> None:
+    """A run that had checkpoints and has no whole one must not begin again unless it is told to.
+
+    The word for it holds for one start: a job that is requeued would say it again.
+    """
+    state = directory.state()
+    saved = max([*checkpoint.found(directory.checkpoints), state.saved if state else 0])
+    logged = state is None and any(
+        record.get("step") for record in read_metrics(directory.metrics_file)
+    )
+    if not saved and not logged:
+        return
+    starts = state.restarts + 1 if state else 1
+    if config.run.start_again == starts:
+        return
+    lost = f"had a checkpoint of step {saved}" if saved else "has records of steps in metrics.jsonl"
+    was = f" (run.start_again={config.run.start_again} was for another start)"
+    raise RunError(
+        f"{directory.path} {lost}, and no checkpoint in {directory.checkpoints} is whole"
+        + "".join(f"\n  {problem}" for problem in problems[:3])
+        + "\nPut one back and give the same command again; or lose what was trained and begin at "
+        f"step 0: run.start_again={starts}, which holds for the next start only"
+        + was
+        * (config.run.start_again is not None)
+    )
 
 
 def _refuse_other_samples(directory: RunDirectory, config: Config, ranks: int, path: Path) -> None:
@@ -79,6 +110,8 @@ def enter(
     before = directory.environment().get("readers", environment["readers"])
     state = directory.open(config, environment)
     checkpoint.clean(directory.checkpoints, found)
+    state.saved = max(checkpoint.found(directory.checkpoints), default=0)
+    directory.write(state)
     if not isinstance(train, Stream) or found is None or before == environment["readers"]:
         return state, []
     if checkpoint.load_progress(found).step % steps_per_epoch(
@@ -105,9 +138,8 @@ def load(
     """
     progress = checkpoint.load_progress(path)
     rank, ranks, engine = accelerator.process_index, accelerator.num_processes, config.train.engine
-    wandb_id = directory.wandb_id_file
-    if rank == 0 and progress.wandb_id and not wandb_id.exists():
-        wandb_id.write_text(progress.wandb_id)
+    if rank == 0 and progress.wandb_id and directory.wandb_id() is None:
+        write_text(directory.wandb_id_file, progress.wandb_id)
     if progress.engine == engine and (not progress.sharded or progress.world_size == ranks):
         number = rank if progress.sharded else 0
         state = on_all_ranks(partial(checkpoint.load_part, path, number))

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from flatcal_dist.files import open_to_append
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -22,7 +24,7 @@ class WandbSink:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         environment.pop("WANDB_SERVICE", None)  # a service of its own, not one we live in
-        with (directory / "wandb/process.log").open("a") as log:
+        with open_to_append(directory / "wandb/process.log") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "flatcal_dist.training.wandb_process", str(directory), mode],
                 stdin=subprocess.PIPE,

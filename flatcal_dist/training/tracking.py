@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flatcal_dist.config import Config
+from flatcal_dist.files import WriteError, open_to_append, read_bytes
 from flatcal_dist.training.sink import WandbSink
 
 
@@ -28,7 +29,8 @@ class Tracker:
         self.active = active
         if not active:
             return
-        self.file = (path / "metrics.jsonl").open("a+", encoding="utf-8")
+        self.path = path / "metrics.jsonl"
+        self.file = open_to_append(self.path)
         _end_torn_line(path / "metrics.jsonl")
         self.total_steps = total_steps
         self.console = Console(file=sys.stdout)
@@ -40,14 +42,20 @@ class Tracker:
         if not self.active:
             return
         record = {"step": step} | {key: _finite_or_none(value) for key, value in values.items()}
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise WriteError(self.path, error) from None
         self._watch_wandb()
 
     def sync(self) -> None:
         """Make what was logged durable: it outlives the machine."""
         if self.active:
-            os.fsync(self.file.fileno())
+            try:
+                os.fsync(self.file.fileno())
+            except OSError as error:
+                raise WriteError(self.path, error) from None
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -71,7 +79,8 @@ class Tracker:
         if not self.active:
             return
         self.active = False
-        self.file.close()
+        with suppress(OSError):  # what could not be written was said before
+            self.file.close()
         if self.bar is not None:
             with suppress(OSError):
                 self.bar.stop()
@@ -114,19 +123,30 @@ class Tracker:
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl, in the order written; lines that are torn are left out.
 
-    Empty where there is no such file.
+    Empty where there is no such file. Raises OSError, and ValueError for what is no regular file.
     """
     if not path.exists():
         return []
-    records = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            record = json.loads(line)
-        except ValueError:  # a machine that went down may leave anything
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    lines = read_bytes(path, limit=None).split(b"\n")
+    return [record for line in lines if (record := parse_record(line)) is not None]
+
+
+def parse_record(line: bytes) -> dict | None:
+    """One line of metrics.jsonl; None for what is no record.
+
+    A machine that went down may leave anything. Values are numbers or None, `step` is a number.
+    """
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    return {k: v for k, v in record.items() if v is None or _is_number(v)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _end_torn_line(path: Path) -> None:

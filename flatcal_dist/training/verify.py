@@ -1,6 +1,5 @@
 """The command around the verification: arguments in, table and exit code out."""
 
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -14,8 +13,11 @@ from flatcal_dist import distributed
 from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.files import write_json
+from flatcal_dist.launcher import LaunchError, give_up, tell_launcher
+from flatcal_dist.printing import never_fail
 from flatcal_dist.training.faults import FAULTS, refuse_fault
 from flatcal_dist.training.verification import Row, engine_class, verify
+from flatcal_dist.urls import public
 
 DEFAULT = Path(__file__).parents[2] / "configs/digits/csam.yaml"
 
@@ -24,14 +26,15 @@ def main(description: str | None = None) -> None:
     parser = configuration.command_line(description, DEFAULT)
     parser.add_argument("--fault", choices=FAULTS, help="break one thing on purpose")
     parser.add_argument("--output", type=Path, default=Path("verification.json"), metavar="FILE")
-    arguments = parser.parse_intermixed_args()
+    never_fail()
     try:
+        arguments = parser.parse_intermixed_args()
         config = configuration.load(arguments.config, arguments.overrides)
         refuse_fault(arguments.fault, config)
         train = config.train
         accelerator = distributed.start(train.engine, train.precision, config.run.world_size)
-    except (ConfigError, distributed.LaunchError) as error:
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    except (ConfigError, LaunchError) as error:
+        give_up(str(error))
     started = time.monotonic()
     holds = False
     with distributed.ending_together(accelerator):
@@ -43,6 +46,7 @@ def main(description: str | None = None) -> None:
             _show(rows, config, accelerator.num_processes, time.monotonic() - started)
             _save(rows, config, accelerator.num_processes, arguments.output, arguments.fault)
     if not holds:
+        tell_launcher("an invariant of the step does not hold: see the table above")
         sys.exit(1)
 
 
@@ -78,7 +82,7 @@ def _save(rows: list[Row], config: Config, ranks: int, output: Path, fault: str 
             "fault": fault,
             "world_size": ranks,
             "invariants": table,
-            "configuration": config.model_dump(),
+            "configuration": public(config.model_dump()),
             "environment": describe_environment(),
         },
     )

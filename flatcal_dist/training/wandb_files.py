@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flatcal_dist.files import read_bytes
+
 HEADER, BLOCK = struct.pack("<4sHB", b":W&B", 0xBEE1, 0), 32768
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
@@ -24,11 +26,15 @@ def segments(run: Path) -> list[Path]:
 
 def read_records(file: Path) -> Iterator[Any]:
     """The records of a log, up to where it was cut off or is damaged."""
+    from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record
 
-    for payload in _payloads(file.read_bytes()):
+    for payload in _payloads(read_bytes(file, limit=None)):
         record = Record()
-        record.ParseFromString(payload)
+        try:
+            record.ParseFromString(payload)
+        except DecodeError:
+            return
         yield record
 
 

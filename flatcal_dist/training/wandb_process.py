@@ -8,7 +8,6 @@ what goes back, drops nothing where a resumed run takes a step again; charts are
 (define_metric). A later start, or `flatcal sync`, sends what an earlier one did not.
 """
 
-import json
 import os
 import secrets
 import signal
@@ -21,7 +20,12 @@ from typing import Any
 
 from flatcal_dist import config as configuration
 from flatcal_dist.config import Config
+from flatcal_dist.files import read_json, write_text
+from flatcal_dist.printing import never_fail
+from flatcal_dist.run_directory import RunDirectory
+from flatcal_dist.training.tracking import parse_record
 from flatcal_dist.training.wandb_files import history, segments
+from flatcal_dist.urls import hide, public
 
 BEST = {"val/accuracy": max, "val/nll": min}
 TABLES = {
@@ -39,7 +43,7 @@ class Lines:
         self.file, self.offset, self.number = file, 0, 0
 
     def new(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        if not self.file.exists():
+        if not self.file.is_file():
             return
         with self.file.open("rb") as file:
             file.seek(self.offset)
@@ -48,11 +52,7 @@ class Lines:
                     return
                 self.offset += len(line)
                 number, self.number = self.number, self.number + 1
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(record, dict):
+                if (record := parse_record(line)) is not None:
                     yield number, {k: value for k, value in record.items() if value is not None}
 
 
@@ -148,9 +148,9 @@ def start(directory: Path, config: Config, mode: str) -> Any:
         os.environ.setdefault(name, str((directory / "wandb/data").resolve()))
     import wandb
 
-    id_file = directory / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
+    run_directory = RunDirectory(directory)
+    if (run_id := run_directory.wandb_id()) is None:
+        write_text(run_directory.wandb_id_file, run_id := secrets.token_hex(4))
     settings = config.wandb
     run = wandb.init(
         project=settings.project,
@@ -158,11 +158,11 @@ def start(directory: Path, config: Config, mode: str) -> Any:
         group=settings.group,
         job_type="train",
         tags=settings.tags,
-        id=id_file.read_text().strip(),
+        id=run_id,
         resume="allow",
         mode=mode,
         dir=str(directory),
-        config=config.model_dump() | {"environment": _json(directory / "environment.json")},
+        config=public(config.model_dump()) | {"environment": _json(directory / "environment.json")},
         settings=wandb.Settings(
             silent=True,
             console="off",
@@ -178,7 +178,7 @@ def start(directory: Path, config: Config, mode: str) -> Any:
 
 def follow(directory: Path, mode: str, code: int | None) -> None:
     """Send what comes until the training process says it is over (`code`), or is no more."""
-    config = configuration.load(directory / "config.yaml")
+    config = configuration.load(directory / "config.yaml", recorded=True)
     order = Order(config.wandb.finish_seconds, code)
     try:
         follower = Follower(directory, config, mode)
@@ -222,7 +222,7 @@ class Order:
 def say(text: str) -> None:
     """To the training process, which shows it."""
     try:
-        os.write(MESSAGES, (text.replace("\n", " ") + "\n").encode())
+        os.write(MESSAGES, (hide(text).replace("\n", " ") + "\n").encode())
     except OSError:  # it is no more
         print(text, file=sys.stderr)
 
@@ -234,7 +234,7 @@ def lines_sent(directory: Path) -> int:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _first_line(error: Exception) -> str:
@@ -248,10 +248,11 @@ if __name__ == "__main__":
     os.nice(10)
     MESSAGES = os.dup(1)  # whatever else is printed goes to the log
     os.dup2(2, 1)
+    never_fail()
     try:
         follow(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) if sys.argv[3:] else None)
     except BaseException as error:
         say(f"W&B failed: {_first_line(error)}")
-        traceback.print_exc()
+        print(hide(traceback.format_exc()), file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)  # not by way of W&B's own handlers, which may wait for what is no more

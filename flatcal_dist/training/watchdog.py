@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from flatcal_dist.launcher import launch_of
+
 TICK = 0.5  # seconds
 ORPHAN_SECONDS = 40.0  # to end in order, with a checkpoint, once the launcher is gone
 WAITING_SECONDS = 3.0  # that ranks which wait for another leave it to speak first
@@ -26,7 +28,7 @@ class Watchdog:
         self.end = end
         self.limit = None if minutes is None else 60 * minutes
         self.silent = 0.0  # seconds without a beat
-        self.launcher = os.getppid() if "RANK" in os.environ else None
+        self.launcher = os.getppid() if launch_of(os.environ).watched else None
         self.main = threading.main_thread().ident
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 

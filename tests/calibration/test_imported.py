@@ -1,5 +1,8 @@
 """Files of logits from elsewhere: what is understood, and what is refused."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +13,7 @@ from flatcal_dist.calibration.imported import read_file
 from flatcal_dist.calibration.records import Records
 from flatcal_dist.calibration.summary import summarize
 
+from .foreign_tables import IDS, PLAIN, SAME, K, N, P, Y, Z
 from .synthetic import make_logits
 from .test_records import assert_same
 
@@ -115,6 +119,8 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="1 of 2 images have no id"):
         read_file(tmp_path / "v.parquet")
     with pytest.raises(ValueError, match=r"none of \.npz"):
+        read_file(tmp_path / "x.mat")
+    with pytest.raises(ValueError, match="No such file"):
         read_file(tmp_path / "x.pt")
     ragged = pa.table({"label": [0, 1], "logits": [[1.0, 2.0], [1.0]]})
     pq.write_table(ragged, tmp_path / "z.parquet")
@@ -129,3 +135,50 @@ def test_the_command_reports_on_a_file(tmp_path):
     assert (tmp_path / "mine_report/index.html").stat().st_size > 0
     own = Records.load(tmp_path / "mine_report/records.parquet")
     assert np.array_equal(own.before.nll, Records.from_logits(ids, labels, logits).before.nll)
+
+
+@pytest.mark.filterwarnings("ignore:no finite temperature")
+@pytest.mark.parametrize("form", SAME)
+def test_what_programs_write_is_read(tmp_path, form):
+    name, write = SAME[form]
+    write(tmp_path / name)
+    records = read_file(tmp_path / name)
+    assert records.id.tolist() == IDS
+    assert records.label.tolist() == Y.tolist()
+    assert records.before.nll == pytest.approx(-np.log(P[np.arange(N), Y]), abs=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:no finite temperature")
+def test_ids_are_the_same_from_every_format(tmp_path):
+    """Or compare would lose the pairs, and folds would be others."""
+    seen = []
+    for name in ("Id", "ID", "ids"):
+        (tmp_path / "a.csv").write_text(PLAIN.replace("id,", f"{name},", 1))
+        seen.append(read_file(tmp_path / "a.csv"))
+    np.savez(tmp_path / "b.npz", ids=np.array(IDS, "S"), labels=Y, logits=Z)
+    seen.append(read_file(tmp_path / "b.npz"))
+    for records in seen:
+        assert records.id.tolist() == IDS
+        assert records.after.nll == pytest.approx(seen[0].after.nll, abs=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:no finite temperature")
+def test_unsigned_labels_do_not_pass_a_probability_of_zero(tmp_path):
+    p = P.copy()
+    p[0] = np.eye(K)[(Y[0] + 1) % K]
+    for kind in (np.uint8, np.uint16, np.int32, np.float64):
+        np.savez(tmp_path / "a.npz", probabilities=p, labels=Y.astype(kind))
+        with pytest.raises(ValueError, match="1 images give their own label the probability 0"):
+            read_file(tmp_path / "a.npz")
+
+
+def test_a_report_on_a_file_needs_no_torch(tmp_path):
+    """Its import takes seconds, once most of the time of a small report."""
+    np.savez(tmp_path / "a.npz", logits=Z, labels=Y)
+    code = (
+        "import sys; from flatcal_dist import cli; from flatcal_dist.calibration import report; "
+        "report.write_report = lambda *_: None; "
+        f"cli.main(['report', {str(tmp_path / 'a.npz')!r}]); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code]).returncode == 0

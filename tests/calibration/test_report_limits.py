@@ -58,6 +58,9 @@ def test_classes_of_few_images_are_grey_and_last(tmp_path: Path) -> None:
     html = (tmp_path / "index.html").read_text()
     rows = re.findall(r'<tr( class="few" data-last)?><th scope="row" data-value="(\d)">', html)
     assert [bool(few) for few, _ in rows] == [False] * 5 + [True]
+    small = re.search(r'<tr class="few".*?</tr>', html, re.DOTALL)[0]
+    assert '<td data-value="0.0">0 of 3</td>' in small  # and no 0.0 %, of three images
+    assert "3 of 3</td>" in small  # taken for class 0
     assert rows[-1][1] == "5"
     gaps = dict(zip(m["per_class"]["class"], m["per_class"]["signed_gap"], strict=True))
     assert max(gaps, key=gaps.get) == 5, "by its gap it would be the first"

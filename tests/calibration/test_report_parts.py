@@ -11,6 +11,7 @@ import pytest
 
 from flatcal_dist.calibration import curves, metrics_csv, operating, report, selective
 from flatcal_dist.calibration.classes import per_class
+from flatcal_dist.calibration.compare import _csv
 from flatcal_dist.calibration.confident_errors import (
     most_confident_errors,
     read_thumbnails,
@@ -138,6 +139,7 @@ def test_per_class_against_a_plain_loop(records: Records) -> None:
         most = max(counts.values())
         assert table["confused_with"][row] == min(c for c in counts if counts[c] == most)
         assert table["confused_share"][row] == most / len(mine)
+        assert (table["correct"][row], table["confused_images"][row]) == (len(right), most)
 
 
 def test_classes_of_a_part_of_the_label_space_have_the_networks_numbers() -> None:
@@ -302,6 +304,12 @@ def test_csv_has_every_number_of_both_sides(whole: Path) -> None:
 def test_heat_map_has_every_corruption(whole: Path) -> None:
     svg = (whole / "figures" / "shift_0_signed_gap_after.svg").read_text()
     assert all(c.replace("_", " ") in svg for c in CORRUPTIONS)
+
+
+def test_a_run_called_like_a_formula_is_a_text_in_spreadsheets():
+    name = "=cmd|' /C calc'!A0"
+    _, row = _csv({"runs": [{"run": name, "nll": -0.5, "difference": {}}]}).splitlines()
+    assert row.startswith(f"'{name},-0.5,")
 
 
 def test_the_smooth_line_fades_with_the_images_it_rests_on() -> None:

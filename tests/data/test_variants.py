@@ -74,7 +74,45 @@ def test_a_and_r_have_200_classes_of_the_network(trees, kind):
     chosen = [data.classes[i] for i in data.label]
     assert chosen == classes_by_hand(data, WNIDS.index)
     assert sorted(set(data.label.tolist())) == list(range(200))
-    assert data.class_names[0] == class_names()[data.classes[0]]
+    assert data.class_names == list(class_names()), "by the network's numbers, not by places"
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        ([WNIDS[i] for i in (3, 500, 999)], [3, 500, 999]),
+        (["7", "12", "900"], [7, 12, 900]),
+        ([WNIDS[i] for i in subset("imagenet_r")], list(subset("imagenet_r"))),
+    ],
+)
+def test_a_part_of_the_classes_is_evaluated_where_it_is_asked_for(tmp_path, folders, expected):
+    tree = write_tree(tmp_path / "t", folders)
+    (variant,) = find(f"imagenet_subset={tree}", K)
+    assert (variant.kind, variant.shifted) == ("imagenet_subset", False)
+    data = open_variant(variant, K)
+    assert data.label.tolist() == expected
+    assert data.classes is None, "all of the network's classes compete"
+    assert data.class_names == list(class_names())
+    prepare_shards(image_folder(tree), tmp_path / "s", "validation", shards=1)
+    shards = open_variant(find(f"imagenet_subset={tmp_path / 's'}", K)[0], K)
+    of_tree = dict(zip(data.index.keys(), data.label.tolist(), strict=True))
+    of_shards = dict(zip(shards.index.keys(), shards.label.tolist(), strict=True))
+    if folders[0].startswith("n"):  # shards record what labels count; numbers are labels already
+        assert of_shards == of_tree
+
+
+def test_a_part_of_the_classes_is_refused_elsewhere(tmp_path):
+    tree = write_tree(tmp_path / "t", WNIDS[:10])
+    with pytest.raises(DataError, match=f"or write imagenet_subset={tree} to evaluate on"):
+        find(str(tree), K)
+    with pytest.raises(DataError, match="needs a network of ImageNet's 1,000 classes"):
+        find(f"imagenet_subset={tree}", 10)
+    for folders, message in ((["3", "1000"], "class numbers"), (["3", "03"], "class numbers"),
+                             ([WNIDS[0], "cats"], "1 folders are no classes")):  # fmt: skip
+        shutil.rmtree(tree)
+        write_tree(tree, folders)
+        with pytest.raises(DataError, match=message):
+            find(f"imagenet_subset={tree}", K)
 
 
 def test_validation_and_sketch_are_told_apart_by_file_names(trees):

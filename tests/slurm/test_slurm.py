@@ -130,3 +130,34 @@ def test_every_launcher_trains_the_same_network(slurm, data, tmp_path):
         (job,) = submit(slurm, "--launcher", launcher, *training(tmp_path / launcher, data, *steps))
         wait_for(slurm, job, "COMPLETED")
     assert all(same_weights(tmp_path / "srun", tmp_path / other) for other in launchers)
+
+
+RANKS = """export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=4 LOCAL_WORLD_SIZE=2
+export MASTER_ADDR=127.0.0.1 MASTER_PORT=29501
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "key", "told"),
+    [
+        pytest.param(
+            RANKS, "sharpness.roh=1", "sharpness.roh: no such key", marks=pytest.mark.exhaustive
+        ),
+        (RANKS, "$([ $RANK = 3 ] && echo sharpness.roh=1 || echo run.seed=1)",
+         "error on rank 3: sharpness.roh: no such key"),
+        pytest.param(
+            "", "run.seed=1", "SLURM_STEP_NUM_TASKS=4 says that this process is one of 4",
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+)  # fmt: skip
+def test_srun_ends_with_the_reason(slurm, tmp_path, before, key, told):
+    recipe, config = ROOT / "recipes/imagenet_sam.py", ROOT / "configs/digits/sam.yaml"
+    code = f"{before}exec {sys.executable} {recipe} --config {config} run.dir={tmp_path}/run {key}"
+    words = ["srun", "--nodes=2", "--ntasks=4", "--kill-on-bad-exit=1", "bash", "-c", code]
+    done = subprocess.run(
+        words, env=slurm | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SECONDS,
+    )  # fmt: skip
+    assert done.returncode
+    assert told in "\n".join(done.stdout.splitlines()[-10:]), done.stdout

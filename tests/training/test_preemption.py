@@ -54,13 +54,26 @@ def test_a_stop_file_that_a_signal_preceded_is_for_the_next_start(tmp_path):
 
 def test_the_deadline_is_the_earlier_one(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
-    assert deadline(TrainConfig(), 1000.0) is None
+    assert deadline(TrainConfig(), 1000.0) == (None, None)
     config = TrainConfig(stop_after_minutes=10.0, stop_margin_minutes=2.0)
-    assert deadline(config, 1000.0) == 1600.0
+    assert deadline(config, 1000.0) == (1600.0, None)
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1500")
-    assert deadline(config, 1000.0) == 1380.0
+    assert deadline(config, 1000.0) == (1380.0, None)
     assert StopRequest(deadline=time.time() - 1).asked
     assert not StopRequest(deadline=time.time() + 100).asked
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "word", "-5", "nan", "inf", "900", "1000", "１５００", "1e999"]
+)
+def test_what_cannot_be_the_end_of_the_job_is_ignored_and_named(text, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", text)
+    for config, expected in ((TrainConfig(), None), (TrainConfig(stop_after_minutes=1.0), 1060.0)):
+        end, remark = deadline(config, 1000.0)
+        assert end == expected
+        assert f"SLURM_JOB_END_TIME={text} in the environment" in remark
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "99999999999")
+    assert deadline(TrainConfig(), 1000.0) == (99999999999.0 - 300, None)
 
 
 def test_the_watchdog_barks_when_no_step_comes(monkeypatch, capfd):
@@ -128,9 +141,11 @@ def test_a_rank_that_is_importing_ends_with_its_launcher(tmp_path):
         "import pathlib, time\npathlib.Path(__file__).with_name('there').touch()\ntime.sleep(50)\n"
     )
     words = [sys.executable, str(ROOT / "recipes/imagenet_csam.py")]
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     launcher = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess; subprocess.run({words})"],
-        env=os.environ | {"RANK": "0", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        env=os.environ | rank | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "there").exists():

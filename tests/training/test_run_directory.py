@@ -127,6 +127,17 @@ def test_another_decoder_is_refused_and_another_version_is_not(config):
         directory.check_data({}, "pil 13.0.0")
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"a/../b", b"x" * 5000, b"a b"])
+def test_an_id_that_is_none_of_w_and_b_is_no_id(config, content):
+    directory = RunDirectory(config.run.dir)
+    directory.open(config, {})
+    assert directory.wandb_id() is None
+    directory.wandb_id_file.write_bytes(content)
+    assert directory.wandb_id() is None
+    directory.wandb_id_file.write_text("abcd1234\n")
+    assert directory.wandb_id() == "abcd1234"
+
+
 def test_an_unreadable_state_is_named(config):
     directory = RunDirectory(config.run.dir)
     directory.open(config, {})
