@@ -256,6 +256,10 @@ class TrainConfig(Section):
         "none", description="ema: of the weights; it is what is validated, reported and exported"
     )
     average_decay: float = Field(0.9999, ge=0, lt=1, description="of the average, per step")
+    average_norm_statistics: Literal["reestimate", "average"] = Field(
+        "reestimate",
+        description="of batch norm in the average: from training images, or averaged (cheaper)",
+    )
     stop_after_minutes: float | None = Field(
         None,
         gt=0,

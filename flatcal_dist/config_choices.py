@@ -50,7 +50,7 @@ CHOICES = (
         "a sharpness.rule such as sam and sharpness.rho_schedule=learning_rate",
     ),
     Choice(
-        ("train.average_decay",),
+        ("train.average_decay", "train.average_norm_statistics"),
         lambda config: config.train.average == "ema",
         ("train.average",),
         "train.average=ema",

@@ -26,7 +26,9 @@ from flatcal_dist.data import DataError, Index
 from flatcal_dist.data.variants import DataSet, Variant, local_shards, open_variant
 from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.files import write_atomically
+from flatcal_dist.models import in_evaluation_mode
 from flatcal_dist.provenance import UNKNOWN, Provenance, describe
+from flatcal_dist.sharpness.outputs import logits_of
 
 ALL_CLASSES = "_all_classes"  # after the name of a set of which a part of the classes compete
 
@@ -45,12 +47,10 @@ def predict(
         accelerator.device.type == "cuda",
     )
     samples, logits = [], []
-    training = module.training
-    module.eval()
-    with accelerator.autocast():
+    with in_evaluation_mode(module), accelerator.autocast():
         for batch in batches:
             images = normalize(batch.images.to(accelerator.device, non_blocking=True))
-            output = module(images).float()
+            output = logits_of(module(images)).float()
             if output.shape[1] != config.model.num_classes:
                 raise ConfigError(
                     f"the network gives {output.shape[1]} logits, but model.num_classes="
@@ -59,7 +59,6 @@ def predict(
             valid = batch.valid
             samples.append(batch.samples[valid].numpy())
             logits.append(output[valid.to(output.device)].cpu().numpy())
-    module.train(training)
     return np.concatenate(samples), np.concatenate(logits)
 
 

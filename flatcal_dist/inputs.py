@@ -24,6 +24,7 @@ from flatcal_dist.data import (
     index_shard,
     load_index,
     prepare_digits,
+    sample_loader,
     steps_per_epoch,
     training_loader,
     training_transform,
@@ -45,6 +46,7 @@ from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.urls import public
 
 LABEL_BYTES = 8  # of a label, and of the number of a sample
+STATISTICS_SAMPLES = 8192  # 10^3 to 10^4 are enough (Wu and Johnson, 2021, arXiv 2105.07576)
 DOWNLOAD_ROUND = 60  # seconds; far below the time after which a collective gives up
 
 HOW_TO_PREPARE = """
@@ -315,6 +317,44 @@ def training_batches(
         workers=data.workers,
         pin_memory=pin_memory,
     )
+
+
+def statistics_batches(
+    config: Config, train: Index | Stream, rank: int, world_size: int, pin_memory: bool
+) -> tuple[Batches, int]:
+    """Training images to estimate norm statistics on, and how many batches (`Batch.step`) count.
+
+    `STATISTICS_SAMPLES` images, or an epoch's, augmented as in training; the same at every call.
+    Indexed data gives the same batches on any number of ranks: the first of the first epoch, of
+    data.global_batch_size images, at most evaluate.batch_size. A stream gives those that its
+    training begins with, which depend on ranks and workers.
+    """
+    data, size = config.data, config.data.global_batch_size
+    if isinstance(train, Stream):
+        steps = min(-(-STATISTICS_SAMPLES // size), steps_per_epoch(len(train), size))
+        short = config.train.model_copy(update={"max_steps": steps})
+        config = config.model_copy(update={"train": short})
+        return training_batches(config, train, Position(), rank, world_size, pin_memory), steps
+    size = min(size, max(config.evaluate.batch_size, 2))
+    if mixing(data, config.model.num_classes):
+        size -= size % 2
+    batches = max(min(STATISTICS_SAMPLES, len(train)) // size, 1)
+    loader = sample_loader(
+        train,
+        seed=config.run.seed,
+        batch_size=size,
+        batches=batches,
+        transform=training_transform(augmentation(data), data.image_size),
+        channels=data.channels,
+        rank=rank,
+        world_size=world_size,
+        window=data.shuffle_window,
+        decoder=data.decoder,
+        max_pixels=data.max_pixels,
+        workers=data.workers,
+        pin_memory=pin_memory,
+    )
+    return loader, batches
 
 
 def evaluation_batches(

@@ -1,6 +1,9 @@
 """Networks by name: the literature's small ones, and all of timm's and torchvision's."""
 
 import difflib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -80,8 +83,33 @@ def _torchvision(name: str, num_classes: int, channels: int, options: dict[str, 
     check_torchvision(name)
     if channels != 3:
         raise ConfigError(f"torchvision's networks take 3 channels, not data.channels={channels}")
+    if has_auxiliary_heads(name):
+        if options.get("aux_logits"):
+            raise ConfigError(
+                f"model.options.aux_logits=true gives {name} several outputs in training, and the "
+                "loss takes one tensor of logits: leave it out"
+            )
+        options = {"aux_logits": False, "init_weights": True} | options
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+
+
+def has_auxiliary_heads(name: str) -> bool:
+    """Whether torchvision's network gives several outputs in training, unless told not to."""
+    built = inspect.signature(torchvision.models.get_model_builder(name)).return_annotation
+    return "aux_logits" in inspect.signature(built).parameters
 
 
 def parameter_count(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
+
+
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; then each module in the mode that it had, frozen layers included."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,7 +1,7 @@
 """Weight files: written as safetensors, read without ever unpickling more than tensors."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from flatcal_dist import weight_files
 from flatcal_dist.files import WriteError, write_atomically
 from flatcal_dist.weight_files import Candidate, WeightsError
+
+# Of torchvision's networks: published with them, and of use in their own training alone.
+AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def load_weights(module: nn.Module, path: Path, key: str | None = None) -> Taken
     path = Path(path)
     own = module.state_dict()
     found = weight_files.candidates(weight_files.read(path), own)
+    if getattr(module, "aux_logits", None) is False:
+        found = [_without_auxiliary_heads(one) for one in found]
     if not found:
         raise WeightsError(f"{path} holds no state_dict (names and tensors)")
     fitting = [one for one in found if not _problems(one.tensors, own)]
@@ -91,6 +96,11 @@ def load_weights(module: nn.Module, path: Path, key: str | None = None) -> Taken
     module.load_state_dict(taken.tensors, strict=False)
     others = tuple(one.name for one in whole if one is not taken)
     return Taken(taken.name, others, _rest(taken, whole))
+
+
+def _without_auxiliary_heads(one: Candidate) -> Candidate:
+    kept = {n: t for n, t in one.tensors.items() if not n.startswith(AUXILIARY_HEADS)}
+    return replace(one, tensors=kept)
 
 
 def _problems(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from flatcal_dist.config import OptimizerConfig
+from flatcal_dist.config import ConfigError, OptimizerConfig
 from flatcal_dist.models import build
 from flatcal_dist.training.optimizers import build_optimizer, build_schedule
+from flatcal_dist.weights import load_weights
 
 
 def test_mlp_has_the_shape_of_the_protocol():
@@ -50,3 +52,20 @@ def test_schedule_is_linear_warm_up_then_cosine_to_zero():
     cosine = [0.4 * (1 + math.cos(math.pi * (s - 20) / 80)) for s in (99, 20, 60)]
     expected = [cosine[0], 0.04, 0.04 + 0.76 * 5 / 20, 0.04 + 0.76 * 19 / 20, *cosine[1:], 0.0]
     assert seen == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("name", "size"), [("googlenet", 64), ("inception_v3", 96)])
+def test_torchvisions_networks_give_logits_alone_in_training(name, size, tmp_path):
+    """Auxiliary heads would make of the output what no loss takes."""
+    network = build(f"torchvision:{name}", 7, 3, size, {"init_weights": False}).train()
+    assert network(torch.zeros(2, 3, size, size)).shape == (2, 7)
+    with pytest.raises(ConfigError, match=rf"aux_logits=true gives {name} several outputs"):
+        build(f"torchvision:{name}", 7, 3, size, {"aux_logits": True})
+    published = torchvision.models.get_model(
+        name, weights=None, num_classes=7, aux_logits=True, init_weights=False
+    )
+    torch.save(published.state_dict(), tmp_path / "published.pth")
+    load_weights(network, tmp_path / "published.pth")
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(network.eval()(images), published.eval()(images))

@@ -20,6 +20,7 @@ from flatcal_dist.data.loader import (
     EvaluationBatch,
     evaluation_loader,
     optimizer_steps,
+    sample_loader,
     training_loader,
 )
 from flatcal_dist.data.mixing import Mixing
@@ -55,6 +56,7 @@ __all__ = [
     "optimizer_steps",
     "prepare_digits",
     "prepare_shards",
+    "sample_loader",
     "sample_seed",
     "steps_per_epoch",
     "training_loader",

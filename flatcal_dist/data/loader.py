@@ -22,7 +22,9 @@ from flatcal_dist.data.images import Images, Replaced
 from flatcal_dist.data.index import Index
 from flatcal_dist.data.order import (
     Position,
+    epoch_order,
     evaluation_batches,
+    global_batch,
     micro_batch_count,
     sample_seed,
     steps_per_epoch,
@@ -118,6 +120,48 @@ def training_loader(
     return Batches(
         images,
         requests,
+        workers=workers,
+        prefetch=prefetch,
+        pin_memory=pin_memory,
+        context=multiprocessing_context,
+    )
+
+
+def sample_loader(
+    index: Index,
+    *,
+    seed: int,
+    batch_size: int,
+    batches: int,
+    transform: Training,
+    channels: int,
+    rank: int = 0,
+    world_size: int = 1,
+    window: int | None = None,
+    decoder: str = "auto",
+    max_pixels: int = MAX_PIXELS,
+    workers: int = 0,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+    multiprocessing_context: str | None = None,
+) -> Batches:
+    """The first `batches` batches of the first epoch, as `Batch` objects; the same at every call.
+
+    Batch b (`Batch.step`) holds the same images, cut in the same way, on any number of ranks, and
+    goes whole to rank b % world_size. Every rank gets the same number of batches: a surplus one
+    has a step of `batches` or more, and the images of the last. Iterating raises DataError for
+    bad data.
+    """
+    order = epoch_order(index.lengths, seed, 0, window)
+    rounds = -(-batches // world_size)
+    requests = [
+        Request(global_batch(order, min(b, batches - 1), batch_size), epoch=0, step=b, last=True)
+        for b in range(rank, rounds * world_size, world_size)
+    ]
+    images = _TrainingImages(Images(index, channels, decoder, max_pixels), seed, transform)
+    return Batches(
+        images,
+        Ahead(requests, max(workers, 1)),
         workers=workers,
         prefetch=prefetch,
         pin_memory=pin_memory,

@@ -72,7 +72,7 @@ class Ahead:
     DataLoader deals requests to its workers in turn: that is the one `workers` further on.
     """
 
-    schedule: Schedule
+    schedule: Schedule | list[Request]
     workers: int
 
     def __len__(self) -> int:

@@ -136,7 +136,8 @@ class ReplicatedEngine:
     """One process, or DistributedDataParallel: every rank holds all weights.
 
     model: a module, or DistributedDataParallel around one (best with broadcast_buffers=False:
-    buffers are broadcast when they are needed, not in each forward pass), compiled or not.
+    buffers are broadcast when they are needed, not in each forward pass), compiled or not, or a
+    wrapper of one's own around either, such as Lightning Fabric's.
     optimizer: of its float32 parameters. compute_dtype: what autocast rounds weights to, if it
     does; torch.float16 scales losses. Raises StepError for what it cannot serve.
     """
@@ -148,12 +149,14 @@ class ReplicatedEngine:
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model
+        self.wrapper = _find_wrapper(model)
+        self.distributed = self.wrapper is not None
+        self.group = self.wrapper.process_group if self.distributed else None
         inner = getattr(model, "_orig_mod", model)  # torch.compile may be around either
-        self.distributed = isinstance(inner, DistributedDataParallel)
-        self.group = inner.process_group if self.distributed else None
-        self.wrapper = inner if self.distributed else None
-        self.module: nn.Module = inner.module if self.distributed else model
-        self.named: nn.Module = getattr(self.module, "_orig_mod", self.module)
+        # A wrapper of the user's around DDP is a part of the network.
+        self.module: nn.Module = inner.module if inner is self.wrapper else model
+        within = self.wrapper.module if self.distributed else model
+        self.named: nn.Module = getattr(within, "_orig_mod", within)
         refuse_unheld(self.named)
         self.optimizer = optimizer
         self.weights = {n: w for n, w in self.named.named_parameters() if w.requires_grad}
@@ -181,7 +184,14 @@ class ReplicatedEngine:
         return self.scale.value
 
     def check(self, rule: SAM, scope: Scope, per_micro_batch: bool) -> None:
-        pass  # every rule, every scope
+        # Every rule and every scope, but for this: a rank's own gradient has to bypass DDP.
+        own = per_micro_batch or not scope.everyone
+        if own and self.reduces_always and self.module is self.model:
+            raise StepError(
+                "a static graph of DistributedDataParallel within another wrapper reduces every "
+                "gradient, and this scope needs one that is not reduced: use static_graph=False, "
+                "or scope 'global' without per_micro_batch"
+            )
 
     def reduces(self, scope: Scope) -> bool:
         return scope.everyone
@@ -376,6 +386,38 @@ def refuse_part(weights: dict[str, nn.Parameter], held: set[int]) -> None:
             "them. Freeze what is not to be trained, requires_grad_(False), or give it to the "
             "optimizer"
         )
+
+
+def _find_wrapper(model: nn.Module) -> DistributedDataParallel | None:
+    """The DistributedDataParallel in or around the network, None where there is none.
+
+    Raises StepError for a network that only a part of is wrapped, or that another engine serves.
+    """
+    for name, weight in model.named_parameters():
+        other = "ShardedEngine" if hasattr(weight, "to_local") else None
+        other = "ZeroEngine" if hasattr(weight, "ds_id") else other
+        if other:
+            raise StepError(f"weight {name} is sharded over ranks: the engine for that is {other}")
+    for module in model.modules():
+        if type(module).__module__.partition(".")[0] == "deepspeed":
+            raise StepError("the network is DeepSpeed's: the engine for that is ZeroEngine")
+    found = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise StepError(
+            f"{len(found)} parts of the network are wrapped in DistributedDataParallel by "
+            "themselves, and would reduce their gradients one without the others: wrap the whole "
+            "network once"
+        )
+    reduced = {id(weight) for weight in found[0].parameters()}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and id(weight) not in reduced:
+            raise StepError(
+                f"weight {name} is outside of the DistributedDataParallel within the network: its "
+                "gradient would not be reduced, and ranks would drift apart. Wrap the whole network"
+            )
+    return found[0]
 
 
 def _refuse_part_of_the_world(ranks: int) -> None:

@@ -33,6 +33,7 @@ from flatcal_dist.sharpness.fsdp2_state import copy_into, join, parameters_of, s
 from flatcal_dist.sharpness.loss_scale import LossScale
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
 from flatcal_dist.sharpness.networks import sparse_refused
+from flatcal_dist.sharpness.optimizer_probe import refuse_rows
 from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 
@@ -63,6 +64,8 @@ class ShardedEngine:
         self.blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
         refuse_unusable(self.weights, optimizer)
         refuse_part(self.weights, {id(w) for w in parameters_of(optimizer)})
+        shapes = [[tuple(w.shape) for w in group["params"]] for group in optimizer.param_groups]
+        refuse_rows(optimizer, shapes, parameters_of(optimizer)[0].device_mesh)
         first = next(iter(self.weights.values()))
         self.device = first.to_local().device
         self.world_size = dist.get_world_size()

@@ -116,12 +116,6 @@ def _users(network: nn.Module) -> dict[nn.Parameter, set[nn.Module]]:
     return users
 
 
-def in_full_precision(network: nn.Module) -> set[int]:
-    """Ids of the parameters that passes use in fp32 whatever their precision."""
-    groups = _norms_with_statistics(network)
-    return {id(w) for norms in groups for norm in norms for w in norm.parameters()}
-
-
 def _norms_with_statistics(network: nn.Module) -> list[list[nn.Module]]:
     """Layers whose statistics are fp32 buffers; those that share a weight are in one list.
 

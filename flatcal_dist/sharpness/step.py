@@ -19,6 +19,7 @@ from flatcal_dist.losses import cross_entropy
 from flatcal_dist.sharpness.engines import Engine
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.move import Measured
+from flatcal_dist.sharpness.outputs import logits_of
 from flatcal_dist.sharpness.replay import SameFunctionTwice
 from flatcal_dist.sharpness.rules import SAM, Loss, Shards
 from flatcal_dist.sharpness.scope import Scope
@@ -308,7 +309,7 @@ class SharpnessAwareStep:
         total, count = torch.zeros((), dtype=torch.float64, device=self.engine.device), 0
         for number, (inputs, target) in enumerate(micro_batches, start=1):
             with self.engine.accumulation(reduce and number == len(micro_batches)):
-                logits = self.engine.model(inputs)
+                logits = logits_of(self.engine.model(inputs))
                 losses = _per_sample(loss(logits, target), logits, self.engine)
                 self.engine.backward(losses.sum() * share)
             seen = losses if loss is self.loss else self.loss(logits.detach(), target)
@@ -329,7 +330,8 @@ class SharpnessAwareStep:
         shards = engine.whole_weights()
         gradients: list[Tensor | None] = [None] * len(shards.weights)
         for inputs, target in micro_batches:
-            logits = engine.module(inputs)
+            with engine.accumulation(reduce=False):  # DDP may be within
+                logits = logits_of(engine.module(inputs))
             losses = _per_sample(self.loss(logits, target), logits, engine)
             count += len(losses)
             scaled = losses.sum() * share * engine.loss_scale

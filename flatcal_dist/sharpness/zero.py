@@ -317,6 +317,11 @@ class ZeroEngine:
 
 def _refuse_configuration(model: "deepspeed.DeepSpeedEngine") -> None:
     """Raises StepError for what is not as `start_zero` sets it up."""
+    if not isinstance(model, deepspeed.DeepSpeedEngine):
+        raise StepError(
+            f"ZeroEngine wants DeepSpeed's engine itself, as start_zero gives it, not a "
+            f"{type(model).__name__}: put a wrapper of your own around the network before"
+        )
     wrong = {
         "a ZeRO stage other than 1, 2, 3": model.zero_optimization_stage() not in (1, 2, 3),
         "offload": model.zero_offload_optimizer() or model.zero_offload_param(),

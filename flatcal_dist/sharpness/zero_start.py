@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flatcal_dist.sharpness.engines import refuse_part
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.networks import refuse_unheld
+from flatcal_dist.sharpness.optimizer_probe import refuse_flat_parts
 from flatcal_dist.sharpness.zero_parts import deepspeed, layout_of
 
 BUCKET = 2**25  # elements of one gradient reduction; DeepSpeed's 5e8 would be 2 GB of fp32
@@ -28,8 +29,9 @@ def start_zero(
     precision: of weights in the forward pass; the master copy, the reduction of gradients and
     their accumulation are fp32, float16 scales losses. clip_norm: of the gradient, the same that
     the step is given.
-    Raises StepError for another stage or precision and for a network that DeepSpeed cannot
-    hold, RuntimeError where float16 cannot run.
+    Raises StepError for another stage or precision, for a network that DeepSpeed cannot hold and
+    for an optimizer that would be another algorithm on parts of the weights; RuntimeError where
+    float16 cannot run.
     """
     if stage not in (1, 2, 3):
         raise StepError(f"ZeRO has the stages 1, 2 and 3, not {stage}")
@@ -42,8 +44,17 @@ def start_zero(
     refuse_unheld(network, "DeepSpeed")
     trained = {name: w for name, w in network.named_parameters() if w.requires_grad}
     refuse_part(trained, {id(w) for group in optimizer.param_groups for w in group["params"]})
+    shapes = [[tuple(w.shape) for w in group["params"]] for group in optimizer.param_groups]
+    refuse_flat_parts(optimizer, shapes, stage)
     if not dist.is_initialized():
         _join_alone()
+    with torch.no_grad():
+        # ZeRO lays weights out flat, in the order of their rows. Another memory format
+        # (channels_last) has no such order; inputs may keep it, and convolutions then use it.
+        # `contiguous` would leave the strides of 1 x 1 convolutions as they are.
+        for weight in network.parameters():
+            if not weight.is_contiguous() or (weight.dim() and weight.stride(-1) != 1):
+                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
     if precision != torch.float32:
         for module in network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
@@ -123,7 +134,8 @@ class InPrecision(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         if inputs.is_floating_point():
             inputs = inputs.to(self.precision)
-        return self.engine(inputs).float()
+        output = self.engine(inputs)
+        return output.float() if isinstance(output, Tensor) else output
 
 
 class RunningStatisticsInFp32:

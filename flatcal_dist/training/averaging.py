@@ -1,25 +1,50 @@
 """The exponential moving average of the weights, kept by each engine on its own parts, in fp32."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from flatcal_dist.sharpness.engines import Engine
+from flatcal_dist.sharpness.engines import Engine, broadcast
+from flatcal_dist.training.norm_statistics import (
+    Statistics,
+    norm_layers,
+    reestimate,
+    statistics_of,
+)
+
+Batches = Callable[[], Iterable[tuple[Tensor, bool]]]
 
 
 class Average:
     """average <- decay * average + (1 - decay) * weights, from the initial weights on.
 
-    Of the trained weights; buffers (running statistics are averages already) stay the network's,
-    as torch.optim.swa_utils.AveragedModel does by default. One copy of this rank's fp32 weights.
+    Of the trained weights: one copy of this rank's fp32 part. The running statistics of norm layers
+    belong to the weights, so the average has its own. With `batches` they are estimated anew for
+    each average that is looked at (see `norm_statistics.reestimate`). Without, they are averaged as
+    the weights are, which costs nothing and is right only once the average has forgotten its
+    beginning. All other buffers are the network's. A network without such layers has no cost.
+
+    Args:
+        engine: Its network is in training mode; norm layers that are not are frozen, and keep their
+            statistics.
+        decay: In [0, 1), per step.
+        batches: This rank's training inputs, in the same order each time, and whether they count;
+            as `norm_statistics.reestimate` takes them.
     """
 
     @torch.no_grad()
-    def __init__(self, engine: Engine, decay: float) -> None:
-        self.engine, self.decay = engine, decay
+    def __init__(self, engine: Engine, decay: float, batches: Batches | None = None) -> None:
+        self.engine, self.decay, self.batches = engine, decay, batches
         self.weights = {name: w.detach().clone() for name, w in engine.masters().items()}
+        network = getattr(engine, "named", engine.module)  # without torch.compile's prefix
+        self.layers = norm_layers(network)
+        self.statistics: Statistics = {
+            name: buffer.detach().float().clone()
+            for name, buffer in statistics_of(self.layers).items()
+        }
+        self.current = not self.layers or batches is None  # whether they belong to the weights
 
     @torch.no_grad()
     def update(self) -> None:
@@ -29,15 +54,47 @@ class Average:
             torch._foreach_lerp_(
                 list(self.weights.values()), [now[name] for name in self.weights], 1 - self.decay
             )
+        if self.batches is not None:
+            self.current = not self.layers
+            return
+        for name, buffer in statistics_of(self.layers).items():
+            self.statistics[name].lerp_(buffer.float(), 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The network has the average's weights inside; its own, bit for bit, after. All ranks."""
+        """The network is the average inside; itself, bit for bit, after. All ranks."""
+        if self.batches is None:
+            self.settle()
+        own = {name: buffer.clone() for name, buffer in statistics_of(self.layers).items()}
         self._exchange()
         try:
+            if not self.current:
+                self._reestimate()
+            self._put(self.statistics)
             yield
         finally:
+            self._put(own)
             self._exchange()
+
+    def settle(self) -> None:
+        """Let every rank hold the same statistics, those of the average as it is now. All ranks."""
+        if self.batches is None:  # ranks have seen different batches: rank 0's, as of all buffers
+            if self.engine.world_size > 1:
+                broadcast(self.statistics.values())
+        elif not self.current:
+            with self.applied():
+                pass
+
+    def _reestimate(self) -> None:
+        self.statistics = reestimate(
+            self.engine.inference, self.layers, self.batches(), self.engine.world_size
+        )
+        self.current = True
+
+    @torch.no_grad()
+    def _put(self, statistics: Statistics) -> None:
+        for name, buffer in statistics_of(self.layers).items():
+            buffer.copy_(statistics[name])
 
     @torch.no_grad()
     def _exchange(self) -> None:
@@ -48,7 +105,12 @@ class Average:
         self.engine.rewritten()
 
     @torch.no_grad()
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """This rank's part of a saved average, by name."""
+    def load(self, weights: dict[str, Tensor], statistics: Statistics | None) -> None:
+        """This rank's part of a saved average, by name, and its statistics, where they are kept."""
         for name, average in self.weights.items():
             average.copy_(weights[name].view(average.shape))
+        if self.batches is None:
+            for name, kept in self.statistics.items():
+                kept.copy_(statistics[name])
+        else:
+            self.current = not self.layers

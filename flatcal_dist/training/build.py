@@ -11,9 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from flatcal_dist.config import Config, SharpnessConfig
 from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.losses import cross_entropy
-from flatcal_dist.models import build
+from flatcal_dist.models import build, in_evaluation_mode
 from flatcal_dist.sharpness import ASAM, CSAM, SAM, Engine, LookSAM, SharpnessAwareStep
 from flatcal_dist.sharpness.engines import ReplicatedEngine
+from flatcal_dist.sharpness.outputs import logits_of
 from flatcal_dist.sharpness.scope import ranks_of
 from flatcal_dist.training.optimizers import build_optimizer
 
@@ -88,10 +89,8 @@ def arrange_buckets(
     more than two ranks are added up, so a run that goes on would differ from one that never
     stopped, by rounding, in the step after. shape: [C, H, W] of an image.
     """
-    training = model.training
-    model.eval()  # draws no dropout, counts no statistics
-    model(torch.zeros(1, *shape, device=device)).sum().backward()
-    model.train(training)
+    with in_evaluation_mode(model):  # draws no dropout, counts no statistics
+        logits_of(model(torch.zeros(1, *shape, device=device))).sum().backward()
     model.zero_grad(set_to_none=True)
 
 

@@ -66,12 +66,16 @@ PROGRESS = TypeAdapter(Progress)
 
 
 def state_of(step: SharpnessAwareStep, average: Average | None = None) -> dict[str, Any]:
-    """All that this rank needs to go on, as the step left it: to be copied before the next one."""
+    """All that this rank needs to go on, as the step left it: to be copied before the next one.
+
+    An average has to be settled.
+    """
     return {
         "engine": step.engine.local_state(),
         "arrangement": step.engine.arrangement(),
         "memory": step.memory,
         "average": average.weights if average else None,
+        "average_statistics": average.statistics if average else None,  # the same on every rank
     }
 
 
@@ -265,7 +269,7 @@ def fill(step: SharpnessAwareStep, state: dict[str, Any], average: Average | Non
     device = step.engine.device
     step.memory = memory and {name: tensor.to(device) for name, tensor in memory.items()}
     if average:
-        average.load(state["average"])
+        average.load(state["average"], state.get("average_statistics"))
 
 
 class HashedFile:

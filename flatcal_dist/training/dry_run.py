@@ -14,6 +14,7 @@ from flatcal_dist import inputs
 from flatcal_dist.config import Config
 from flatcal_dist.data import DataError
 from flatcal_dist.data.order import micro_batch_count, micro_batches, rank_share
+from flatcal_dist.models import in_evaluation_mode
 from flatcal_dist.sharpness import SharpnessAwareStep
 from flatcal_dist.training.build import build_step
 
@@ -34,11 +35,10 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
     module = step.engine.module
     sizes = _micro_batch_sizes(config, accelerator)
     image = _made_up(config, 1, accelerator.device)[0]
-    module.eval()
-    flops, macs, parameters = get_model_profile(
-        module, args=[image], print_profile=False, as_string=False, warm_up=0
-    )
-    module.train()
+    with in_evaluation_mode(module):
+        flops, macs, parameters = get_model_profile(
+            module, args=[image], print_profile=False, as_string=False, warm_up=0
+        )
     share = 0.0 if step.rule is None else 1 / step.rule.every  # of steps that perturb
     passes = "a forward and a backward pass"
     if share:
@@ -95,7 +95,8 @@ def _made_up(config: Config, images: int, device: torch.device) -> tuple[Tensor,
     data = config.data
     shape = (images, data.channels, data.image_size, data.image_size)
     labels = torch.randint(config.model.num_classes, (images,), device=device)
-    return torch.randn(shape, device=device), labels
+    layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
+    return torch.randn(shape, device=device).contiguous(memory_format=layout), labels
 
 
 def _timed_step(

@@ -5,7 +5,7 @@ claim the directory -> data -> network, engine, step -> resume -> steps -> weigh
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 
@@ -105,7 +105,11 @@ class Trainer:
         self.main = accelerator.is_main_process
         self.samples_per_perturbation = samples_per_perturbation(config, accelerator.num_processes)
         train = config.train
-        self.average = Average(step.engine, train.average_decay) if train.average == "ema" else None
+        self.average: Average | None = None
+        if train.average == "ema":
+            anew = train.average_norm_statistics == "reestimate"
+            batches = self._statistics_batches if anew else None
+            self.average = Average(step.engine, train.average_decay, batches)
         self.skipped = self.skipped_in_a_row = 0  # steps without a finite gradient, all and last
         self.stopped_by: str | None = None
         self.saved = 0  # the step of the last checkpoint
@@ -334,6 +338,17 @@ class Trainer:
             f"ECE {values['val/ece']:.4f}  signed gap {values['val/signed_gap']:+.4f}"
         )
 
+    def _statistics_batches(self) -> Iterator[tuple[torch.Tensor, bool]]:
+        """This rank's inputs to estimate the average's norm statistics on, and if they count."""
+        device, ranks = self.accelerator.device, self.accelerator.num_processes
+        loader, count = inputs.statistics_batches(
+            self.config, self.train, self.accelerator.process_index, ranks, device.type == "cuda"
+        )
+        batches = iter(loader)
+        # A rank whose data fails must not leave the others waiting in the network.
+        while (batch := on_all_ranks(lambda: next(batches, None))) is not None:
+            yield self._on_device(batch)[0], batch.step < count
+
     def _averaged(self) -> AbstractContextManager[None]:
         """Around what is evaluated or given away: with the average's weights, if there is one."""
         return self.average.applied() if self.average else nullcontext()
@@ -344,6 +359,8 @@ class Trainer:
             return
         self.saved = self.done
         self.engine.synchronize_buffers()
+        if self.average:
+            self.average.settle()
         self.tracker.sync()  # what a run that goes on from here does not write again
         progress = Progress(
             step=self.done,

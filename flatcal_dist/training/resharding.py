@@ -22,6 +22,7 @@ from flatcal_dist.sharpness.buffers import set_buffers
 from flatcal_dist.training import checkpoint
 from flatcal_dist.training.averaging import Average
 from flatcal_dist.training.checkpoint import CheckpointError, Progress
+from flatcal_dist.training.norm_statistics import has_statistics
 from flatcal_dist.weights import save_weights
 
 Pieces = dict[str, list]
@@ -39,6 +40,7 @@ class Whole:
     loss_scale: float = 1.0
     memory: dict[str, Tensor] | None = None
     average: dict[str, Tensor] | None = None
+    average_statistics: dict[str, Tensor] | None = None
 
     def put(self, into: dict[str, Any], key: str, name: str, part: Tensor, start: int) -> None:
         """Lay a rank's part of what has the shape of the parameter `name` into into[key]."""
@@ -70,6 +72,7 @@ def assemble(path: Path, optimizer: bool = True) -> Whole:
             _add_optimizer(whole, part["engine"]["optimizer"], slots, pieces, progress)
         if rank == 0:
             whole.rest = _rest(part["engine"], pieces)
+            whole.average_statistics = part.get("average_statistics")
             whole.loss_scale = part["arrangement"]["loss_scale"]
             whole.groups = part["engine"]["optimizer"]["param_groups"]
     return whole
@@ -106,7 +109,8 @@ def load(
         if name in pieces
     }
     if average:
-        average.load({n: _cut(whole.average[n], piece) for n, piece in pieces.items()})
+        cut = {n: _cut(whole.average[n], piece) for n, piece in pieces.items()}
+        average.load(cut, whole.average_statistics)
 
 
 def _refuse_other_network(whole: Whole, pieces: Pieces) -> None:
@@ -149,10 +153,18 @@ def export(run: Path, file: Path, step: int | None = None) -> Path:
 def fill_network(network: nn.Module, path: Path) -> None:
     """Let a plain network have the weights of a verified checkpoint; the average's, if it has one.
 
-    Raises CheckpointError where the checkpoint is of another network.
+    The average comes with the running statistics that belong to it. Raises CheckpointError where
+    the checkpoint is of another network, or holds an average without these.
     """
     whole = assemble(path, optimizer=False)
-    found, own = whole.rest | whole.weights | (whole.average or {}), network.state_dict()
+    if whole.average is not None and whole.average_statistics is None and has_statistics(network):
+        raise CheckpointError(
+            f"{path} holds an average of the weights without the running statistics of batch norm "
+            "that belong to it: an older version wrote it. Start the run again with the same "
+            "command, and use the next checkpoint that it writes"
+        )
+    found = whole.rest | whole.weights | (whole.average or {}) | (whole.average_statistics or {})
+    own = network.state_dict()
     # Of names that share a tensor one was saved.
     filled = {t.data_ptr() for name, t in own.items() if name in found}
     for name, tensor in own.items():

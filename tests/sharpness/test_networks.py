@@ -199,13 +199,46 @@ def test_uneven_shares_weigh_every_sample_the_same(kind):
     assert far(outcomes[0][1], expected) < CLOSE
 
 
+class Pictures(nn.Module):
+    """Convolutions of what the reference's vectors make, weights and activations channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 8, 2)
+        self.pointwise = nn.Conv2d(8, 8, 1)  # contiguous in either format, with other strides
+        self.head = nn.Linear(8 * 9, CLASSES)
+        with torch.no_grad():
+            self.head.weight.mul_(12)
+
+    def forward(self, x):
+        x = x[:, :, None, None] * torch.linspace(0.5, 1, 16, dtype=x.dtype).view(4, 4)
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.pointwise(self.first(x).tanh()).tanh()
+        return self.head(self.second(x).tanh().flatten(1))
+
+
+def channels_last() -> nn.Module:
+    network = Pictures().to(memory_format=torch.channels_last)
+    assert not network.first.weight.is_contiguous()
+    return network
+
+
+@pytest.mark.parametrize("kind", EVERYWHERE)
+def test_channels_last_changes_where_numbers_lie_and_not_what_they_are(kind):
+    expected = reference(RULES["csam"], network=Pictures)[0]
+    for own, full, _ in everywhere(kind, trained, channels_last, RULES["csam"]):
+        assert far({name: own[name] for name in expected}, expected) < CLOSE
+        assert not full or far(full, expected) < CLOSE
+
+
 def timm_optimizer(network: nn.Module, name: str) -> torch.optim.Optimizer:
     return create_optimizer_v2(network.parameters(), opt=name, lr=1e-2, weight_decay=0.05)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_optimizers_that_look_at_whole_tensors_see_them_whole(kind):
-    """As LAMB at their norms. Under ZeRO they see its partitions, as DeepSpeed has it."""
+    """As LAMB at their norms. ZeRO, which has partitions alone, refuses them."""
     optimizers = [partial(timm_optimizer, name=name) for name in ("adamw", "lamb", "adafactor")]
     cases = [((make_network, SAM(0.1), optimizer), {}) for optimizer in optimizers]
     for optimizer, (_, weights, _) in zip(

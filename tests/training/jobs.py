@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from flatcal_dist.training.checkpoint import load_progress
+from flatcal_dist.training.preemption import StopRequest
 from flatcal_dist.training.tracking import read_metrics
 from tests.launching import ROOT, digits
 from tests.ranks import FORKING, free_port
@@ -150,6 +151,12 @@ def same(ours: Run, theirs: Run) -> bool:
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert ours.records() == theirs.records()
     return True
+
+
+def stop_after_six(rank):
+    """Ask for the end after six steps of this start."""
+    asked = iter([False] * 5)
+    StopRequest.asked = property(lambda self: next(asked, True))
 
 
 def slow_disk(rank: int) -> None:

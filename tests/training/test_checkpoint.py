@@ -11,13 +11,11 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flatcal_dist.config import Config, to_yaml
 from flatcal_dist.run_directory import RunError
 from flatcal_dist.sharpness import LookSAM, ReplicatedEngine, SharpnessAwareStep
 from flatcal_dist.training import checkpoint
-from flatcal_dist.training.averaging import Average
 from flatcal_dist.training.checkpoint import CheckpointError, Progress
 from flatcal_dist.training.resharding import export
 from flatcal_dist.training.saving import Saver
@@ -223,29 +221,6 @@ def test_an_error_in_the_background_is_a_vote_and_raised_at_the_next_step(tmp_pa
     assert saver.votes == (0.0, 1.0)
     with pytest.raises(CheckpointError, match=r"step 2 could not be written .*gone"):
         saver.agreed(saver.votes)
-
-
-def test_the_average_is_torchs_and_leaves_the_weights_alone():
-    """Against torch.optim.swa_utils: the same expression in the same order, so the same bits."""
-    step = make(1)
-    average = Average(step.engine, decay=0.9)
-    reference = AveragedModel(step.engine.module, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    reference.update_parameters(step.engine.module)  # the first only copies
-    for number in range(4):
-        step([batch(number)])
-        average.update()
-        reference.update_parameters(step.engine.module)
-    before = [w.clone() for w in step.engine.module.parameters()]
-    with average.applied():
-        for ours, theirs in zip(
-            step.engine.module.state_dict().values(),
-            reference.module.state_dict().values(),
-            strict=True,
-        ):
-            assert torch.equal(ours, theirs)
-    after = list(step.engine.module.parameters())
-    assert not torch.equal(before[0], reference.module[0].weight)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 class _Attack:

@@ -20,9 +20,8 @@ from safetensors.torch import load_file
 from flatcal_dist.calibration.records import Records
 from flatcal_dist.data import prepare_digits
 from flatcal_dist.training import loop
-from flatcal_dist.training.preemption import StopRequest
 from tests.launching import command, digits
-from tests.training.jobs import PATIENCE, SAVING, TINY, Run, kill, same
+from tests.training.jobs import PATIENCE, SAVING, TINY, Run, kill, same, stop_after_six
 
 
 @pytest.fixture(scope="session")
@@ -162,12 +161,6 @@ def test_a_run_that_diverged_says_where(data, tmp_path):
     assert re.search(r"is the output of \S+ \(\w+\), in the first pass, on rank 0", cause), cause
     assert "There is no checkpoint yet" in cause
     assert not run.saved()
-
-
-def stop_after_six(rank):
-    """Ask for the end after six steps of this start."""
-    asked = iter([False] * 5)
-    StopRequest.asked = property(lambda self: next(asked, True))
 
 
 # LookSAM remembers a gradient, AdamW keeps two moments and a count: all of it changes hands.

@@ -1,0 +1,224 @@
+"""Running statistics of norm layers, estimated anew for weights that no forward pass has trained.
+
+An average of weights is a network of its own. The running statistics that training leaves behind
+describe the activations of other weights, so the averaged network is evaluated with the wrong
+means and variances (Izmailov et al., UAI 2018, section 3.2).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from flatcal_dist.models import in_evaluation_mode
+
+STATISTICS = ("running_mean", "running_var")
+
+Statistics = dict[str, Tensor]  # by the buffer's name in the network, float32
+
+
+def norm_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a network, by name, that a forward pass in training mode gives statistics to.
+
+    These are the modules in training mode with a buffer `running_mean` or `running_var` and an
+    attribute `momentum`: batch norm of torch, SyncBatchNorm, instance norm with statistics, and
+    layers of other libraries that follow torch. A frozen layer (in evaluation mode, or with a
+    momentum of 0) keeps its statistics and is not among them.
+    """
+    return {name: m for name, m in network.named_modules() if _is_norm(m) and not _is_frozen(m)}
+
+
+def has_statistics(network: nn.Module) -> bool:
+    """Whether any layer keeps running statistics, frozen or not."""
+    return any(_is_norm(module) for module in network.modules())
+
+
+def _is_norm(module: nn.Module) -> bool:
+    momentum = getattr(module, "momentum", "none")
+    return bool(_buffers(module)) and (momentum is None or isinstance(momentum, int | float))
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    # Instance norm takes None for 0, where batch norm takes it for a plain average of all batches.
+    never = module.momentum == 0 or (isinstance(module, _InstanceNorm) and module.momentum is None)
+    return never or not module.training
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    found = {name: module._buffers.get(name) for name in STATISTICS}
+    return {name: buffer for name, buffer in found.items() if buffer is not None}
+
+
+def statistics_of(layers: dict[str, nn.Module]) -> Statistics:
+    """The buffers themselves, in their order in the network."""
+    return {
+        f"{layer}.{name}" if layer else name: buffer
+        for layer, module in layers.items()
+        for name, buffer in _buffers(module).items()
+    }
+
+
+@torch.no_grad()
+def reestimate(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    batches: Iterable[tuple[Tensor, bool]],
+    ranks: int,
+) -> Statistics:
+    """Statistics of the layers' inputs over all batches of all ranks; the network stays as it is.
+
+    A batch norm gets mean and unbiased variance over all values that passed through it, put
+    together from those of the batches by counts (Wu and Johnson, 2021, arXiv 2105.07576, section
+    3). Other layers get the mean of what each batch gave them, weighted by its samples. A layer
+    that no batch reached keeps its statistics. Within a batch the layers normalize as in training.
+    All else is in evaluation mode, as where the statistics will be used: dropout is off, and other
+    buffers are not touched. Any number of ranks that deal the same batches in turn get the same
+    bits.
+
+    Args:
+        model: What is called, with inputs [N, ...].
+        layers: As `norm_layers` gives them, of the network within `model`.
+        batches: Of this rank: inputs, and whether they count. As many on every rank; surplus ones
+            do not count.
+        ranks: That take part; 1 also where others run that have networks of their own.
+
+    Returns:
+        Statistics by buffer name, on the device of the layers.
+    """
+    if not layers:
+        return {}
+    sums = Sums(layers)
+    total = sums.take(counts=False)
+    # A compiled network runs as it is written: it would not notice the hooks.
+    with _collecting(model, sums), torch.compiler.set_stance("force_eager"):
+        for inputs, counts in batches:
+            model(inputs)
+            # In the order of the batches, which the ranks take in turn.
+            for part in _of_all_ranks(sums.take(counts), ranks):
+                total = total + part
+    return sums.statistics(total)
+
+
+def _of_all_ranks(part: Tensor, ranks: int) -> list[Tensor]:
+    if ranks == 1:
+        return [part]
+    parts = [torch.empty_like(part) for _ in range(ranks)]
+    dist.all_gather(parts, part)
+    return parts
+
+
+class Sums:
+    """What the layers saw since `take`: for each its count, and sums as long as its buffers."""
+
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        self.layers = layers
+        self.sizes = {n: [b.numel() for b in _buffers(m).values()] for n, m in layers.items()}
+        self.device = next(iter(statistics_of(layers).values())).device
+        self._clear()
+
+    def _clear(self) -> None:
+        new = {"dtype": torch.float64, "device": self.device}
+        self.sums = {
+            name: [torch.zeros(size, **new) for size in (1, *sizes)]
+            for name, sizes in self.sizes.items()
+        }
+
+    def add(self, name: str, inputs: Tensor) -> None:
+        """After a forward pass of the layer with momentum 1: its buffers are those of the batch."""
+        layer = self.layers[name]
+        count = _values_per_channel(layer, inputs)
+        if not count:
+            return  # of an empty batch they are NaN
+        values = [buffer.double().flatten() for buffer in _buffers(layer).values()]
+        if _pools(layer):
+            mean, variance = values
+            parts = [mean * count, variance * (count - 1) + mean.square() * count]
+        else:
+            parts = [value * count for value in values]
+        self.sums[name][0] += count
+        for held, part in zip(self.sums[name][1:], parts, strict=True):
+            held += part
+
+    def take(self, counts: bool) -> Tensor:
+        """All of it as one vector, zeros unless it counts; the next begins at zero."""
+        flat = torch.cat([part for parts in self.sums.values() for part in parts])
+        self._clear()
+        return flat if counts else torch.zeros_like(flat)
+
+    def statistics(self, total: Tensor) -> Statistics:
+        """From the sum of such vectors. A layer that saw nothing keeps its own."""
+        found = {n: b.detach().float().clone() for n, b in statistics_of(self.layers).items()}
+        for name, layer in self.layers.items():
+            sizes = (1, *self.sizes[name])
+            count, *parts = total[: sum(sizes)].split(sizes)
+            total = total[sum(sizes) :]
+            if not count:
+                continue
+            values = [part / count for part in parts]
+            if _pools(layer):
+                mean, square = values
+                biased = (square - mean.square()).clamp(min=0)
+                values[1] = biased * count / (count - 1).clamp(min=1)
+            for key, value in zip(statistics_of({name: layer}), values, strict=True):
+                found[key] = value.to(found[key].dtype).view_as(found[key])
+        return found
+
+
+def _pools(layer: nn.Module) -> bool:
+    """Whether mean and variance are of all values of a channel: counts put such together."""
+    return isinstance(layer, _BatchNorm) and len(_buffers(layer)) == 2
+
+
+def _values_per_channel(layer: nn.Module, inputs: Tensor) -> int:
+    """Of a batch norm's input [N, C, ...] the values of each channel; of others', the samples."""
+    if not isinstance(layer, _BatchNorm):
+        return len(inputs)
+    return math.prod(inputs.shape) // max(inputs.shape[1], 1)
+
+
+@contextmanager
+def _collecting(model: nn.Module, sums: Sums) -> Iterator[None]:
+    """Inside, all but the layers is in evaluation mode, and `sums` sees each batch's statistics."""
+    layers = sums.layers
+    kept = {name: copy_of_buffers(layer) for name, layer in layers.items()}
+    momenta = {name: layer.momentum for name, layer in layers.items()}
+
+    def seen(name: str) -> Callable:
+        return lambda _, inputs, named, __: sums.add(name, [*inputs, *named.values()][0])
+
+    hooks = [m.register_forward_hook(seen(n), with_kwargs=True) for n, m in layers.items()]
+    # SyncBatchNorm as batch norm: which samples meet must not depend on the number of ranks.
+    alone = mock.patch.object(nn.SyncBatchNorm, "forward", _BatchNorm.forward)
+    try:
+        with in_evaluation_mode(model), alone:
+            for layer in layers.values():
+                layer.training, layer.momentum = True, 1.0
+                if isinstance(layer, _BatchNorm | _InstanceNorm):  # 0 * inf would not forget
+                    for buffer in _buffers(layer).values():
+                        buffer.zero_()
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, layer in layers.items():
+            layer.momentum = momenta[name]
+            restore_buffers(layer, kept[name])
+
+
+def copy_of_buffers(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of a module without its children: each buffer and a copy of its values, by name."""
+    return {n: (b, b.clone()) for n, b in module._buffers.items() if b is not None}
+
+
+@torch.no_grad()
+def restore_buffers(module: nn.Module, kept: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """The same buffers with the same values as `copy_of_buffers` found."""
+    for name, (buffer, values) in kept.items():
+        buffer.copy_(values)
+        module._buffers[name] = buffer
