@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from flatcal_dist.sharpness.engines import Engine, broadcast
+from flatcal_dist.sharpness.buffers import broadcast
+from flatcal_dist.sharpness.engines import Engine
 from flatcal_dist.training.norm_statistics import (
     Statistics,
     norm_layers,
