@@ -34,7 +34,8 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
     step = build_step(config, accelerator)
     module = step.engine.module
     sizes = _micro_batch_sizes(config, accelerator)
-    image = _made_up(config, 1, accelerator.device)[0]
+    # ZeRO's module holds low-precision weights, which nothing casts the image to here.
+    image = _made_up(config, 1, accelerator.device)[0].to(next(module.parameters()).dtype)
     with in_evaluation_mode(module):
         flops, macs, parameters = get_model_profile(
             module, args=[image], print_profile=False, as_string=False, warm_up=0
