@@ -54,7 +54,7 @@ STYLE = {
     "lines.solid_capstyle": "round",
     "hatch.linewidth": 0.7,
     "svg.fonttype": "none",
-    "pdf.fonttype": 42,  # text that can be searched, and that journals take
+    "pdf.fonttype": 3,  # searchable text; TrueType (42) would take half of a report's time
     "svg.hashsalt": "flatcal",
     "savefig.dpi": 200,
 }

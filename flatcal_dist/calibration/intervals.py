@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import expit
-from scipy.stats import norm, t
+from scipy.special import expit, ndtri, stdtrit
 
 from .checks import FloatArray
 
@@ -74,7 +73,7 @@ def of_ranking(statistic: str, point: float, replicates: FloatArray, rarer: int)
     if plain.low is None or rarer < 2 or point <= ROUNDING or (share and point >= 1 - ROUNDING):
         return Interval(plain.value, None, None)
     deviation = np.nanstd(replicates, ddof=1) * np.sqrt(rarer / (rarer - 1))
-    reach = t.ppf((1 + LEVEL) / 2, rarer - 1) * deviation * np.array([-1.0, 1.0])
+    reach = stdtrit(rarer - 1, (1 + LEVEL) / 2) * deviation * np.array([-1.0, 1.0])
     if share:
         low, high = expit(np.log(point / (1 - point)) + reach / (point * (1 - point)))
     else:
@@ -114,7 +113,7 @@ def proportion_interval(successes: ArrayLike, trials: ArrayLike) -> tuple[FloatA
     k, n = np.asarray(successes, dtype=np.float64), np.asarray(trials, dtype=np.float64)
     if (k < 0).any() or (k > n).any():
         raise ValueError("successes must lie between 0 and trials")
-    z = norm.ppf((1 + LEVEL) / 2)
+    z = ndtri((1 + LEVEL) / 2)
     n = np.where(n > 0, n, np.nan)
     middle = (k + z**2 / 2) / (n + z**2)
     half = z / (n + z**2) * np.sqrt(k * (n - k) / n + z**2 / 4)

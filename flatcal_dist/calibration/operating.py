@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from . import selective
 from .checks import BoolArray, FloatArray, IntArray
@@ -72,7 +72,7 @@ def _costing(scores: Scores, chosen: BoolArray, cost: float) -> dict[str, Any]:
     spent = np.where(chosen, cost * ~scores.correct, 1.0)
     low = high = None
     if spent.std() > 0:  # else nothing varies, which is no proof
-        half = norm.ppf((1 + LEVEL) / 2) * spent.std(ddof=1) / np.sqrt(len(spent))
+        half = ndtri((1 + LEVEL) / 2) * spent.std(ddof=1) / np.sqrt(len(spent))
         low, high = float(max(0.0, spent.mean() - half)), float(spent.mean() + half)
     found = {"cost": float(spent.mean()), "cost_low": low, "cost_high": high}
     return _answered(scores, chosen) | found

@@ -8,7 +8,7 @@ searched by ten bisections from 1, to one part in a thousand.
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.signal import fftconvolve
+from scipy.fft import irfft, next_fast_len, rfft
 
 from .checks import BoolArray, FloatArray, confidence_and_correct
 
@@ -39,7 +39,9 @@ def relplot_error_at(c: FloatArray, a: BoolArray, width: float) -> float:
     kernel = np.exp(-0.5 * (np.arange(-(cells // 2), cells // 2 + 1) / cells / width) ** 2)
     # The end nodes are not repeated: what lies exactly there has no mirror image.
     mirrored = np.concatenate([grids[:, :0:-1], grids, grids[:, -2::-1]], axis=1)
-    smooth = fftconvolve(mirrored, kernel[None], mode="same", axes=1)[:, cells : 2 * cells + 1]
+    size = next_fast_len(mirrored.shape[1] + len(kernel), real=True)
+    smooth = irfft(rfft(mirrored, size) * rfft(kernel, size), size)
+    smooth = smooth[:, cells + len(kernel) // 2 :][:, : cells + 1]
     at = np.linspace(0.0, cells, max(200, int(np.ceil(10 / width))))
     gap, images = (np.interp(at, np.arange(cells + 1), row) for row in smooth)
     return float(np.abs(gap).sum() / images.sum())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binom
+from scipy.special import bdtr
 
 from . import inflated, intervals, selective
 from .checks import BoolArray, FloatArray, confidence_and_correct, positive_integer
@@ -324,7 +324,7 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> McNemar:
     _same_images({len(a), len(b)})
     one, two = int((a & ~b).sum()), int((b & ~a).sum())
     fewer, total = min(one, two), one + two
-    tail = float(binom.cdf(fewer, total, 0.5))
+    tail = float(bdtr(fewer, total, 0.5))
     exact = min(1.0, 2 * tail)
-    mid = 1.0 if one == two else 2 * tail - float(binom.pmf(fewer, total, 0.5))
+    mid = 1.0 if one == two else tail + (float(bdtr(fewer - 1, total, 0.5)) if fewer else 0.0)
     return McNemar(one, two, exact, mid)
