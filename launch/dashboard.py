@@ -114,7 +114,7 @@ def workspace(
     """`name`: of the run, or of the sweep, whose runs are shown; None: all of the project."""
     runs = ws.RunsetSettings(
         query=name if kind == "run" and name else "",
-        filters=[expr.Metric("Group") == name] if kind == "sweep" else [],
+        filters=_of_group(name) if kind == "sweep" else "",
         groupby=[] if kind == "run" else [expr.Config("sharpness.rule")],
     )
     return ws.Workspace(
@@ -139,13 +139,21 @@ def report(
         **where,
         name=name or "all runs",
         query=name if kind == "run" and name else "",
-        filters=f"Metric('Group') = {name!r}" if kind == "sweep" else "",
+        filters=_of_group(name) if kind == "sweep" else "",
         groupby=[] if kind == "run" else ["config.sharpness.rule"],
     )
     blocks: list[Any] = []
     for section, panels in sections(kind, grid).items():
         blocks += [wr.H2(section), wr.PanelGrid(runsets=[runs], panels=panels)]
     return wr.Report(project=project, entity=entity, title=title, blocks=blocks, width="fluid")
+
+
+def _of_group(name: str) -> str:
+    """A filter for the runs of a group. The library parses it as text, and changes `<` and `=` in
+    it also within quotation marks: so these and all other signs are written as escapes.
+    """
+    letters = (c if c.isascii() and c.isalnum() else f"\\U{ord(c):08x}" for c in name)
+    return f"Metric('Group') == '{''.join(letters)}'"
 
 
 def plain(title: str) -> str:

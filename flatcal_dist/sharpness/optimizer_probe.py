@@ -98,7 +98,9 @@ def flat_difference(
     pieces = 2 if one_at_a_time else 1
 
     def cut(groups: Whole, half: int) -> Whole:
-        return [list(_flat(group).chunk(2)[half].chunk(pieces)) for group in groups]
+        # A half of a single number is empty, as a rank's part of it may be.
+        halves = [_flat(group).tensor_split(2)[half] for group in groups]
+        return [[p for p in flat.tensor_split(pieces) if p.numel()] for flat in halves]
 
     def on_two_ranks(whole: Whole, gradients: list[Whole]) -> Whole:
         halves = [

@@ -195,6 +195,8 @@ def test_metrics_json(report: Path, records: Records) -> None:
         assert curve["coverage"][-1] == 1
         for name in set(side["intervals"]) - set(BINNED):
             limits = side["intervals"][name]
+            if limits["low"] is None and name.startswith("coverage_at"):
+                continue  # too few errors are allowed there
             assert limits["low"] - 1e-9 <= side[name] <= limits["high"] + 1e-9, name
 
 

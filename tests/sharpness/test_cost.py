@@ -63,7 +63,7 @@ def test_rank_scope_moves_the_gradient_bytes_of_plain_training(kind):
     cases = [(None, "global"), (SAM(0.1), "rank"), (CSAM(0.1), "rank"), (ASAM(0.5), "rank")]
     for plain, *sharp in on_ranks(2, traffic, kind, cases):
         bulk, numbers = apart(plain)
-        assert sum(size for _, size, _ in numbers) <= 100
+        assert sum(size for _, size, _ in numbers) <= 120
         for collectives in sharp:
             own_bulk, own_numbers = apart(collectives)
             assert own_numbers == numbers
