@@ -26,6 +26,7 @@ class WriteError(OSError):
     def __init__(self, path: Path, cause: OSError | str, remedy: str = ROOM) -> None:
         words = cause if isinstance(cause, str) else cause.strerror or str(cause)
         super().__init__(f"{path} cannot be written ({words}). {remedy}")
+        self.strerror = words
 
 
 @contextmanager

@@ -182,8 +182,7 @@ def give_up(cause: str) -> NoReturn:
     tell_launcher(cause if rank == 0 else f"rank {rank}: {cause}")
     if rank:
         time.sleep(FIRST_RANK_SECONDS)
-    print(f"error on rank {rank}: {cause}" if rank else f"error: {cause}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(f"error on rank {rank}: {cause}" if rank else f"error: {cause}")
 
 
 def tell_launcher(cause: str) -> None:

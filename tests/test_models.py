@@ -23,7 +23,9 @@ def test_mlp_has_the_shape_of_the_protocol():
 def test_unknown_names_and_options_are_refused():
     with pytest.raises(ValueError, match=r"resnet5O.*did you mean resnet50"):
         build("resnet5O", 10, 3, 32, {})
-    with pytest.raises(ValueError, match=r"model.options=\{'widht': 1\} does not fit"):
+    with pytest.raises(
+        ValueError, match=r"model.options=\{'widht': 1\} .*does not fit model.name=mlp"
+    ):
         build("mlp", 10, 3, 32, {"widht": 1})
     with pytest.raises(ValueError, match=r"optimizer\.name=sgdd is not one of timm's"):
         build_optimizer(OptimizerConfig(name="sgdd"), nn.Linear(2, 2))

@@ -392,5 +392,5 @@ def test_text_in_the_heat_map_can_be_read(whole: Path) -> None:
     assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
     svg = (whole / "figures" / "shift_0_accuracy_before.svg").read_text()
     width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
-    sizes = [float(s) for s in re.findall(r"font: ([\d.]+)px", svg)]
+    sizes = [float(s) for s in re.findall(r"font(?:-size)?: ([\d.]+)px", svg)]
     assert min(sizes) * 352 / width >= 10

@@ -294,8 +294,12 @@ class ViT(nn.Module):
 
 
 def shared_module() -> nn.Module:
-    """One layer at two places, with a norm whose statistics count at each."""
-    shared = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Tanh())
+    """One layer at two places, with a norm whose statistics count at each.
+
+    With the usual eps two norms of few samples amplify rounding: the reference in float32 is then
+    5e-6 from itself in float64.
+    """
+    shared = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH, eps=0.1), nn.Tanh())
     return between(shared, shared)
 
 
