@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from flatcal_dist.sharpness.alone import join_alone
 from flatcal_dist.sharpness.buffers import broadcast, broadcast_buffers
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.networks import refuse_unheld
@@ -47,11 +48,7 @@ def shard(
 
     Raises StepError for what cannot be sharded so.
     """
-    if not dist.is_initialized():
-        raise StepError(
-            "FSDP2 needs a process group: launch with "
-            "accelerate launch --config_file configs/accelerate/*_fsdp2.yaml"
-        )
+    join_alone("nccl" if device.type == "cuda" else "gloo", "FSDP2")
     world_size = dist.get_world_size()
     ranks = ranks_per_group or world_size
     if world_size % ranks:

@@ -1,12 +1,12 @@
 """DeepSpeed ZeRO around a network, set up for two passes in each step, on GPUs or CPUs."""
 
-import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flatcal_dist.sharpness.alone import join_alone
 from flatcal_dist.sharpness.engines import refuse_part
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.networks import refuse_unheld
@@ -46,8 +46,7 @@ def start_zero(
     refuse_part(trained, {id(w) for group in optimizer.param_groups for w in group["params"]})
     shapes = [[tuple(w.shape) for w in group["params"]] for group in optimizer.param_groups]
     refuse_flat_parts(optimizer, shapes, stage)
-    if not dist.is_initialized():
-        _join_alone()
+    join_alone(deepspeed.get_accelerator().communication_backend_name(), "ZeRO")
     with torch.no_grad():
         # ZeRO lays weights out flat, in the order of their rows. Another memory format
         # (channels_last) has no such order; inputs may keep it, and convolutions then use it.
@@ -109,18 +108,6 @@ def configuration(stage: int, precision: torch.dtype, clip_norm: float | None) -
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
     }
-
-
-def _join_alone() -> None:
-    """DeepSpeed wants a process group, of one process as well."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RuntimeError(
-            "ZeRO wants the ranks to have joined: call flatcal_dist.distributed.start, or "
-            "torch.distributed.init_process_group, first"
-        )
-    os.environ.setdefault("LOCAL_RANK", "0")
-    backend = deepspeed.get_accelerator().communication_backend_name()
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 class InPrecision(nn.Module):

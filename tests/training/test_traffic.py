@@ -7,7 +7,7 @@ from flatcal_dist.training.traffic import counted
 from tests.ranks import on_ranks
 from tests.sharpness.reference import make_batch, make_network, make_optimizer
 
-FLAGS = 9 * 8  # float64: losses, norms, lengths, whether to skip, to stop
+FLAGS = 12 * 8  # float64: losses and their number, norms, lengths, whether to skip, to stop
 
 
 def test_collectives_and_bytes_of_a_step():
