@@ -275,14 +275,19 @@ def test_without_data_the_flagship_says_what_to_prepare(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("config", ["imagenet/resnet50_csam", "imagenet/vit_s16_sam"])
-def test_a_dry_run_needs_no_data(config, tmp_path):
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [("imagenet/resnet50_csam", ()), ("imagenet/vit_s16_sam", ("model.options={img_size: 64}",))],
+)
+def test_a_dry_run_needs_no_data(config, options, tmp_path):
+    """Of small images: many processors are slow in bf16."""
     done = launch(
         "imagenet_csam",
         "--dry-run",
         "--config",
         ROOT / f"configs/{config}.yaml",
-        "data.image_size=224",
+        "data.image_size=64",
+        *options,
         processes=1,
         cwd=tmp_path,
     )

@@ -1,5 +1,6 @@
 """The parts of a report beyond its headline: classes, thresholds, errors, curves, literature."""
 
+import csv
 import json
 import re
 import shutil
@@ -394,3 +395,12 @@ def test_text_in_the_heat_map_can_be_read(whole: Path) -> None:
     width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
     sizes = [float(s) for s in re.findall(r"font(?:-size)?: ([\d.]+)px", svg)]
     assert min(sizes) * 352 / width >= 10
+
+
+def test_what_is_not_known_of_a_training_is_said_to_be_unknown(tmp_path: Path) -> None:
+    write_report(make_records(60), tmp_path, About(title="elsewhere"), resamples=20)
+    page = (tmp_path / "index.html").read_text()
+    assert "method unknown" in page
+    assert "<dt>Training seed</dt><dd>unknown</dd>" in page
+    (row,) = csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines())
+    assert row["method"] == row["seed"] == ""
