@@ -360,6 +360,8 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), recorded: bool 
     Raises:
         ConfigError: The file cannot be read, a key is unknown, or a value does not fit.
     """
+    if recorded and path and Path(path).is_fifo():  # it may never end
+        raise ConfigError(f"{path} is a named pipe: expected the file that the run wrote")
     layers = read_layers(Path(path) if path is not None else None, overrides)
     try:
         config = Config.model_validate(layers.values)

@@ -297,8 +297,6 @@ def _files(path: Path, chain: tuple[Path, ...]) -> list[tuple[str, dict[str, Any
 
 
 def _read_file(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
-    if path.is_fifo() and not path.is_relative_to("/proc"):  # there, it is a pipe of the shell
-        raise ConfigError(f"{path} is a named pipe, and may never end: expected a file")
     try:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
