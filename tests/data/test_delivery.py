@@ -60,7 +60,10 @@ def test_too_few_open_files(tmp_path, shards, context):
     limits = (10, 14, 18, 20, 22, 26)
     results = run_loader(tmp_path, shards, context, *limits)
     assert [limit for limit, _, _ in results] == [*limits]
-    for limit, seconds, said in results:
+    # How many files Python itself has open differs: the least limits may not let it read the index.
+    undelivered = [r for r in results if "cannot be read ([Errno 24]" not in r[2]]
+    assert len(undelivered) >= 3
+    for limit, seconds, said in undelivered:
         assert "A loader worker could not deliver a batch" in said
         assert f"may open {limit} files here (ulimit -n), which is too few: raise the" in said
         assert seconds < 60
