@@ -1,5 +1,6 @@
 """What answering only the confident images gives: by accuracy wanted, and by threshold."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,15 +41,30 @@ def operating_points(scores: Scores, fold: IntArray) -> dict[str, list[dict[str,
     }
 
 
-def _by_cost(scores: Scores, fold: IntArray, cost: float) -> dict[str, Any]:
-    threshold = 1 - 1 / cost
-    score, correct = scores.log_confidence, scores.correct
+def _held_out(
+    score: FloatArray, fold: IntArray, threshold_on: Callable[[BoolArray], float | None]
+) -> BoolArray:
+    """Which images [N] are answered by the threshold that the images of the other folds give.
+
+    threshold_on: The threshold chosen on a selection [N] of the images; None answers nothing.
+    """
     answered = np.zeros(len(score), bool)
     for f in np.unique(fold):
         here = fold == f
         if here.all():
             continue  # nothing to choose a threshold on
-        answered[here] = score[here] >= cheapest_threshold(score[~here], correct[~here], cost)
+        threshold = threshold_on(~here)
+        if threshold is not None:
+            answered[here] = score[here] >= threshold
+    return answered
+
+
+def _by_cost(scores: Scores, fold: IntArray, cost: float) -> dict[str, Any]:
+    threshold = 1 - 1 / cost
+    score, correct = scores.log_confidence, scores.correct
+    answered = _held_out(
+        score, fold, lambda rest: cheapest_threshold(score[rest], correct[rest], cost)
+    )
     return {
         "cost_of_error": cost,
         "confidence": threshold,
@@ -80,14 +96,11 @@ def _costing(scores: Scores, chosen: BoolArray, cost: float) -> dict[str, Any]:
 
 def _by_accuracy(scores: Scores, fold: IntArray, wanted: float) -> dict[str, Any]:
     score, correct = scores.log_confidence, scores.correct
-    answered = np.zeros(len(score), bool)
-    for f in np.unique(fold):
-        here = fold == f
-        if here.all():
-            continue  # nothing to choose a threshold on
-        threshold = selective.threshold_at_risk(score[~here], correct[~here], 1 - wanted)
-        if threshold is not None:
-            answered[here] = score[here] >= threshold
+    answered = _held_out(
+        score,
+        fold,
+        lambda rest: selective.threshold_at_risk(score[rest], correct[rest], 1 - wanted),
+    )
     threshold = selective.threshold_at_risk(score, correct, 1 - wanted)
     return {
         "accuracy_wanted": wanted,
