@@ -12,6 +12,7 @@ import torchvision.models
 from torch import Tensor, nn
 
 from flatcal_dist.config import ConfigError
+from flatcal_dist.sharpness.replay import SameFunctionTwice
 
 
 class MLP(nn.Module):
@@ -105,11 +106,19 @@ def parameter_count(model: nn.Module) -> int:
 
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; then each module in the mode that it had, frozen layers included."""
+    """Evaluation mode inside; then all as if it had not been, so that training goes on the same.
+
+    Each module gets back the mode that it had, frozen layers included. Buffers and random numbers
+    are put back too: there are networks that count, or draw a dropout, in either mode.
+    """
     modes = {module: module.training for module in model.modules()}
+    passes = SameFunctionTwice(model, next(model.parameters()).device)
     model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with passes:
+        passes.begin()
+        try:
+            yield
+        finally:
+            passes.forget()
+            for module, training in modes.items():
+                module.training = training

@@ -1,6 +1,7 @@
 """Networks, optimizers and schedules by name."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torchvision
 from torch import nn
 
 from flatcal_dist.config import ConfigError, OptimizerConfig
-from flatcal_dist.models import build
+from flatcal_dist.models import build, in_evaluation_mode
 from flatcal_dist.training.optimizers import build_optimizer, build_schedule
 from flatcal_dist.weights import load_weights
 
@@ -71,3 +72,39 @@ def test_torchvisions_networks_give_logits_alone_in_training(name, size, tmp_pat
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         assert torch.equal(network.eval()(images), published.eval()(images))
+
+
+class CountsAlways(nn.Module):
+    """Counts passes, keeps a mean and draws a dropout in evaluation mode as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.frozen = nn.BatchNorm1d(2).eval()
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        self.passes += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.frozen(nn.functional.dropout(self.linear(x), 0.5))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_evaluation_leaves_no_trace(fails):
+    network = CountsAlways()
+    network.frozen.eval()
+    network(torch.randn(4, 3))
+    mean, passes, stream = network.mean, network.passes.clone(), torch.get_rng_state()
+    values = mean.clone()
+    with pytest.raises(InterruptedError) if fails else nullcontext():
+        with torch.inference_mode(), in_evaluation_mode(network):
+            assert not network.training
+            network(torch.randn(4, 3))
+            assert network.passes == passes + 1
+            if fails:
+                raise InterruptedError
+    assert network.training and not network.frozen.training
+    assert network.mean is mean and torch.equal(mean, values) and network.passes == passes
+    assert torch.equal(torch.get_rng_state(), stream)
+    network(torch.randn(4, 3)).sum().backward()  # nothing is left of the inference mode

@@ -59,6 +59,11 @@ class SameFunctionTwice:
         """The step does not count: buffers as before it."""
         self._set_buffers(self.buffers_before)
 
+    def forget(self) -> None:
+        """No pass counts: buffers and random numbers as before the first one."""
+        self.undo()
+        self._set_random_state(self.random_before)
+
     def __exit__(
         self,
         kind: type[BaseException] | None,

@@ -89,8 +89,9 @@ def arrange_buckets(
     more than two ranks are added up, so a run that goes on would differ from one that never
     stopped, by rounding, in the step after. shape: [C, H, W] of an image.
     """
-    with in_evaluation_mode(model):  # draws no dropout, counts no statistics
-        logits_of(model(torch.zeros(1, *shape, device=device))).sum().backward()
+    with in_evaluation_mode(model):
+        # Two images: a norm that never keeps statistics takes no single one.
+        logits_of(model(torch.zeros(2, *shape, device=device))).sum().backward()
     model.zero_grad(set_to_none=True)
 
 

@@ -35,11 +35,13 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
     module = step.engine.module
     sizes = _micro_batch_sizes(config, accelerator)
     # ZeRO's module holds low-precision weights, which nothing casts the image to here.
-    image = _made_up(config, 1, accelerator.device)[0].to(next(module.parameters()).dtype)
+    # Two images: a norm that never keeps statistics takes no single one.
+    images = _made_up(config, 2, accelerator.device)[0].to(next(module.parameters()).dtype)
     with in_evaluation_mode(module):
         flops, macs, parameters = get_model_profile(
-            module, args=[image], print_profile=False, as_string=False, warm_up=0
+            module, args=[images], print_profile=False, as_string=False, warm_up=0
         )
+    flops, macs = flops / 2, macs / 2
     share = 0.0 if step.rule is None else 1 / step.rule.every  # of steps that perturb
     passes = "a forward and a backward pass"
     if share:

@@ -46,6 +46,7 @@ class Renorm(nn.Module):
         self.register_buffer("deviation", torch.ones(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.mean.dtype)  # which autocast made less precise
         mean, deviation = x.mean(0), x.std(0) + 1e-3
         r = (deviation / self.deviation).clamp(0.3, 3).detach()
         d = ((mean - self.mean) / self.deviation).clamp(-5, 5).detach()
