@@ -97,14 +97,17 @@ def test_an_evaluation_leaves_no_trace(fails):
     network(torch.randn(4, 3))
     mean, passes, stream = network.mean, network.passes.clone(), torch.get_rng_state()
     values = mean.clone()
-    with pytest.raises(InterruptedError) if fails else nullcontext():
-        with torch.inference_mode(), in_evaluation_mode(network):
-            assert not network.training
-            network(torch.randn(4, 3))
-            assert network.passes == passes + 1
-            if fails:
-                raise InterruptedError
-    assert network.training and not network.frozen.training
-    assert network.mean is mean and torch.equal(mean, values) and network.passes == passes
+    expected = pytest.raises(InterruptedError) if fails else nullcontext()
+    with expected, torch.inference_mode(), in_evaluation_mode(network):
+        assert not network.training
+        network(torch.randn(4, 3))
+        assert network.passes == passes + 1
+        if fails:
+            raise InterruptedError
+    assert network.training
+    assert not network.frozen.training
+    assert network.mean is mean
+    assert torch.equal(mean, values)
+    assert network.passes == passes
     assert torch.equal(torch.get_rng_state(), stream)
     network(torch.randn(4, 3)).sum().backward()  # nothing is left of the inference mode
