@@ -5,7 +5,9 @@ ten, 1e-3 is a number, and yes, 1:30 or 2024-05-01 are text. PyYAML alone reads 
 these are eight, text, true, ninety and a date.
 """
 
+import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -167,6 +169,8 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
 def _hint(problem: str) -> str:
     if "'\\t'" in problem:
         return "\nA line is indented with a tab: write spaces"
+    if "unacceptable character" in problem and "byte string" in problem:
+        return "\nIt is no text in UTF-8: save it as one"
     if "could not determine a constructor" in problem:
         return "\nNo tag is needed: write numbers, words, lists and keys as they are"
     return ""
@@ -191,6 +195,18 @@ def _measure(value: Any) -> None:
 def dump_yaml(values: dict[str, Any]) -> str:
     """YAML that `parse_yaml` reads back as these values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None)
+
+
+def as_override(key: str, value: Any) -> str:
+    """`key=value` that is read back as just this value."""
+    if isinstance(value, str):
+        try:
+            if parse_yaml(value, key) == value:
+                return f"{key}={value}"
+        except ConfigError:
+            pass
+    # JSON is YAML, but for its escapes of what lies beyond 16 bits.
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
 @dataclass(frozen=True)
@@ -222,10 +238,14 @@ class Layers:
     def _merge(self, into: dict, values: dict, origin: Origin, path: str) -> None:
         for key, value in values.items():
             full = f"{path}.{key}" if path else key
-            if value and isinstance(value, dict) and isinstance(into.get(key, {}), dict):
-                self._merge(into.setdefault(key, {}), value, origin, full)
+            if value and isinstance(value, dict):
+                if not isinstance(into.get(key), dict):
+                    into[key] = {}
+                    self.origin.pop(full, None)
+                self._merge(into[key], value, origin, full)
             else:
-                into[key] = value
+                # An empty mapping that an alias names twice must not become two names of one.
+                into[key] = {} if value == {} else value
                 for old in [other for other in self.origin if other.startswith(full + ".")]:
                     del self.origin[old]  # a whole section was replaced
                 self.origin[full] = origin
@@ -263,7 +283,12 @@ def _parse_override(override: str) -> dict[str, Any]:
         )
     if len(parts) > MAX_DEPTH:
         raise ConfigError(f"'{override[:100]}...' is nested too deeply: write key.sub=value")
-    value = parse_yaml(text, f"the override '{override[:100]}'")
+    try:
+        value = parse_yaml(text, f"the override '{override[:100]}'")
+    except ConfigError as error:
+        quoted = shlex.quote(as_override(key, text))
+        hint = f"\nIf it is a text, put it into quotes: {quoted}" if len(quoted) < 200 else ""
+        raise ConfigError(f"{error}{hint}") from None
     if re.search(r"(^|\s)#", text) and "#" not in str(value):
         raise ConfigError(
             f"'{override[:100]}': what stands behind # is a comment in YAML, and would be lost. "

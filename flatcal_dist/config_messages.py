@@ -21,17 +21,19 @@ def explain(error: ValidationError, layers: Layers, known: Sequence[str]) -> str
     """One line for each problem. known: all keys that there are, dotted."""
     lines = []
     for problem in error.errors():
-        names = [str(part) for part in problem["loc"]]
+        kind, names = problem["type"], [str(part) for part in problem["loc"]]
         # A union (str or list) adds the tried type to the path: keep what is a key or an index.
         key = ".".join(
-            part for part in names if part.isidentifier() and part not in ("str", "list", "int")
+            part
+            for part in names
+            if kind == "extra_forbidden"  # of which the last may be anything
+            or (part.isidentifier() and part not in ("str", "list", "int"))
         )
         origin = layers.origin_of(key)
         place = f" ({origin})" if origin else ""
-        shown, kind = SHOWN.repr(problem["input"]), problem["type"]
+        shown = SHOWN.repr(problem["input"])
         if kind == "extra_forbidden":
-            near = nearest(key, known)
-            line = f"{key[:100]}: no such key{place}" + (f"; did you mean {near}?" if near else "")
+            line = f"{_as_written(key)}: no such key{place}{_advice(key, names[-1], known)}"
         elif kind == "value_error":
             line = f"{key + ': ' if key else ''}{problem['ctx']['error']}{place}"
         elif kind == "model_type":
@@ -44,14 +46,34 @@ def explain(error: ValidationError, layers: Layers, known: Sequence[str]) -> str
     return "\n".join(lines)
 
 
+def _as_written(key: str) -> str:
+    """A key as it is, or in quotes where one would not see what is wrong with it."""
+    return key[:100] if re.fullmatch(r"[\w.+-]*", key, re.ASCII) else repr(key[:100])
+
+
+def _advice(key: str, last: str, known: Sequence[str]) -> str:
+    if "." in last:  # `a.b: 1` in a file, where sections are nested
+        section, _, rest = last.rpartition(".")
+        return f"; in a file a dot is no separator: write {rest} into the section {section}"
+    near = nearest(key, known)
+    return f"; did you mean {near}?" if near else ""
+
+
 def nearest(key: str, known: Sequence[str]) -> str | None:
-    """The known key most like `key`: by its last part first (a forgotten section), then whole."""
-    key = key[:100]
+    """The known key or section most like `key`.
+
+    By its last part first (a forgotten section), then as a section, then whole.
+    """
+    key = key[:100].replace("-", "_")
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
-    match = difflib.get_close_matches(
-        key, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.5
-    )
+    if same_leaf:
+        return difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.0)[0]
+    if "." not in key:
+        sections = list(dict.fromkeys(other.partition(".")[0] for other in known))
+        if match := difflib.get_close_matches(key.lower(), sections, n=1, cutoff=0.7):
+            return match[0]
+    match = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.5)
     return match[0] if match else None
 
 
@@ -66,7 +88,13 @@ def _spelling(kind: str, value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return f"; write {int(value)}"
     if isinstance(value, str):
-        if re.fullmatch(r"[-+]?[0-9][0-9_,]*(\.[0-9_]*)?", value):
-            return f"; write {re.sub('[_,]', '', value)}"
+        if value.lower() == "none":
+            return "; write null for none"
+        if re.fullmatch(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?", value):
+            return f"; write {value.replace('_', '')}"
+        if kind.startswith("float") and re.fullmatch(r"[-+]?[0-9]+,[0-9]+", value):
+            return f"; a decimal point is no comma: write {value.replace(',', '.')}"
+        if re.fullmatch(r"[-+]?[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]*)?", value):
+            return f"; write {value.replace(',', '')}"
         return "; write a number in decimal digits"
     return ""

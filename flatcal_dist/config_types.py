@@ -1,6 +1,7 @@
 """The kinds of values that a configuration has, each with what it refuses."""
 
 import math
+import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ class Section(BaseModel):
 def _text(value: str) -> str:
     if not value.strip():
         raise ValueError("is empty; is a variable of the shell unset? Write null for none")
+    if value == "None":
+        raise ValueError("'None' is Python's word for nothing: write null for none")
     if len(value) > 4096:
         raise ValueError(f"has {len(value):,} characters; at most 4,096 are read")
     if odd := [c for c in value if unicodedata.category(c) in ("Cc", "Cs")]:
@@ -33,6 +36,11 @@ def _path(value: str) -> str:
     except RuntimeError:
         user = value.split("/", 1)[0]
         raise ValueError(f"{value[:80]!r}: there is no user {user[1:]!r} here") from None
+    if variable := re.search(r"(?:^|/)(\$\{[^/}]*\}|\$\w+)(?=/|$)", value):
+        raise ValueError(
+            f"{value[:80]!r}: {variable[1]} is not replaced by its value here. Write it out, or "
+            "give the path on the command line, where the shell replaces it"
+        )
     if any(len(part.encode()) > 255 for part in value.split("/")):
         raise ValueError(
             f"{value[:80]!r}... has a part of more than 255 bytes: choose a shorter one"

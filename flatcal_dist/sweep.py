@@ -18,6 +18,7 @@ grid that grows finds the runs it has.
 import hashlib
 import itertools
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,14 @@ from pydantic import Field, ValidationError
 from flatcal_dist import config as configuration
 from flatcal_dist.config import Config, ConfigError, Section, fingerprint
 from flatcal_dist.config_choices import unread
+from flatcal_dist.config_files import as_override
+from flatcal_dist.config_types import PathText
 from flatcal_dist.files import read_bytes
 from flatcal_dist.urls import identified, public
 
 FROM_SWEEP = ("run.dir", "wandb.name")  # each run has its own
 TAKEN = ("code", "comparison", "logs", "slurm", "summary.csv")  # beside the runs
+MOST_RUNS = 10_000  # before `exclude`; each is read as a configuration
 LONGEST = 200  # bytes of a run's name; file systems take 255, with what is put around it
 
 
@@ -40,8 +44,8 @@ class Sweep(Section):
     name: str = Field(
         pattern=r"^[\w+-][\w.+-]*$", max_length=100, description="also the W&B group of its runs"
     )
-    base: str = Field(description="configuration that all runs start from")
-    directory: str = Field(description="holds the run directories")
+    base: PathText = Field(description="configuration that all runs start from")
+    directory: PathText = Field(description="holds the run directories")
     set: dict[str, Any] = Field({}, description="overrides of all runs, by dotted key")
     grid: dict[str, list[Any]] = Field(min_length=1, description="values by dotted key")
     exclude: list[dict[str, Any]] = Field([], description="combinations to leave out")
@@ -60,7 +64,7 @@ class Element:
     @property
     def arguments(self) -> list[str]:
         """What a recipe takes after `--config BASE`."""
-        return [f"run.dir={self.run}", *self.overrides]
+        return [as_override("run.dir", str(self.run)), *self.overrides]
 
 
 def load_sweep(path: str | Path) -> Sweep:
@@ -81,7 +85,8 @@ def load_sweep(path: str | Path) -> Sweep:
         sweep = Sweep.model_validate(values)
     except ValidationError as error:
         lines = (
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}"
+            f"{'.'.join(map(str, problem['loc']))}: "
+            + str(problem.get("ctx", {}).get("error") or problem["msg"].lower())
             for problem in error.errors()
         )
         raise ConfigError(f"{path} is not a sweep:\n" + "\n".join(lines)) from None
@@ -102,7 +107,7 @@ def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[
             raise ConfigError(f"{override}: {key} follows from the sweep (`directory`, `grid`)")
         if key in sweep.grid:
             raise ConfigError(f"{override}: {key} is turned by the grid; change it in the file")
-    common = [_override(key, value) for key, value in sweep.set.items()] + list(overrides)
+    common = [as_override(key, value) for key, value in sweep.set.items()] + list(overrides)
     found: list[Element] = []
     for values in itertools.product(*sweep.grid.values()):
         point = dict(zip(sweep.grid, values, strict=True))
@@ -110,12 +115,12 @@ def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[
             continue
         name = _name(point)
         run = Path(sweep.directory) / name
-        explicit = [*common, *(_override(key, value) for key, value in point.items())]
+        explicit = [*common, *(as_override(key, value) for key, value in point.items())]
         explicit = _read_ones(sweep, explicit)
         if not any(text.startswith("wandb.group=") for text in explicit):
-            explicit.insert(0, _override("wandb.group", sweep.name))
+            explicit.insert(0, as_override("wandb.group", sweep.name))
         try:
-            config = configuration.load(sweep.base, [*explicit, f"run.dir={run}"])
+            config = configuration.load(sweep.base, [*explicit, as_override("run.dir", str(run))])
         except ConfigError as error:
             raise ConfigError(f"run {len(found)} of the sweep, {name}: {error}") from None
         found.append(Element(len(found), name, run, tuple(explicit), config))
@@ -141,6 +146,11 @@ def _check(sweep: Sweep, path: Path) -> None:
     for key, values in sweep.grid.items():
         if not values:
             raise ConfigError(f"{path}: grid.{key} lists no value")
+    if (count := math.prod(map(len, sweep.grid.values()))) > MOST_RUNS:
+        raise ConfigError(
+            f"{path}: the grid has {count:,} combinations, and at most {MOST_RUNS:,} are read: "
+            "check its values, or make several sweeps of it"
+        )
     each = [("set", key, value) for key, value in sweep.set.items()]
     each += [("grid", key, value) for key, values in sweep.grid.items() for value in values]
     for where, key, value in each:
@@ -174,13 +184,6 @@ def _matches(point: dict[str, Any], entry: dict[str, Any]) -> bool:
         point[key] in (wanted if isinstance(wanted, list) else [wanted])
         for key, wanted in entry.items()
     )
-
-
-def _override(key: str, value: Any) -> str:
-    """`key=value` that is read back as just this value."""
-    if isinstance(value, str) and configuration.parse_yaml(value, key) == value:
-        return f"{key}={value}"
-    return f"{key}={json.dumps(value)}"
 
 
 def _name(point: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
 
+from flatcal_dist.config_files import as_override  # noqa: E402
 from flatcal_dist.printing import never_fail  # noqa: E402
 
 METHODS = {"sgd": "SGD", "sam": "SAM", "csam": "CSAM"}
@@ -82,8 +83,9 @@ def training_command(method: str, seed: int, run: Path, data: Path, processes: i
     return [
         "accelerate", "launch", "--config_file", "configs/accelerate/cpu_ddp.yaml",
         "--num_processes", str(processes), f"recipes/imagenet_{method}.py",
-        "--config", f"configs/digits/{method}.yaml", f"run.dir={run}", f"run.seed={seed}",
-        f"run.world_size={processes}", f"data.train={data}", f"data.validation={data}",
+        "--config", f"configs/digits/{method}.yaml", as_override("run.dir", str(run)),
+        f"run.seed={seed}", f"run.world_size={processes}", as_override("data.train", str(data)),
+        as_override("data.validation", str(data)),
         "train.log_every_steps=180",
     ]  # fmt: skip
 

@@ -73,6 +73,9 @@ def test_the_names_that_others_rely_on_exist():
         ("data.crop_scale=[0.9,0.1]", "0 < smallest <= largest <= 1"),
         ("train.epochs", "'train.epochs' is not an override: write key.sub=value"),
         ("train.epochs=[", "is not valid YAML"),
+        ("optimizer.learning_rate=0,1", "a decimal point is no comma: write 0.1"),
+        ("data.global_batch_size=1,024", "write 1024"),
+        ("train.max_steps=None", "write null for none"),
         ("train.engine=zero9", "train.engine = 'zero9'"),
     ],
 )

@@ -1,12 +1,14 @@
 """Configuration files as they come from other systems and editors, and names that are no files."""
 
 import os
+import shlex
 import threading
 from pathlib import Path
 
 import pytest
 
 from flatcal_dist.config import ConfigError, load
+from flatcal_dist.config_files import as_override
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,7 +48,15 @@ def test_files_of_other_systems_are_read(content, tmp_path):
         (b"train: {epochs: 7}\n---\ntrain: {}\n", "is not valid YAML"),
         (b"\xff\xfetrain\xe9", "must hold keys and values"),
         (b"train: {epochs: 7}\n\x00", "is not valid YAML"),
-        ("name: Läufe".encode("latin-1"), "is not valid YAML"),
+        ("name: Läufe".encode("latin-1"), "It is no text in UTF-8: save it as one"),
+        ("name: a".encode("utf-16-le"), "It is no text in UTF-8: save it as one"),
+        (b"train.epochs: 7", "train.epochs: no such key"),
+        (b"train.epochs: 7", "write epochs into the section train"),
+        (b"train: {sharpness.rho: 7}", "write rho into the section sharpness"),
+        (b"data: {global-batch-size: 7}", "did you mean data.global_batch_size?"),
+        (b"Optimiser: {}", "Optimiser: no such key"),
+        (b"Optimiser: {}", "did you mean optimizer?"),
+        ("train:\n\u00a0 epochs: 7".encode(), "'\\xa0 epochs': no such key"),
         (b"1: 2", "a key has to be a word, not '1'"),
         (b"true: 2", "a key has to be a word"),
         (b"? [a, b]\n: 2", "a key has to be a word, not 'a list or a mapping'"),
@@ -161,6 +171,35 @@ def test_overrides_as_they_are_typed(override, key, value, tmp_path):
 def test_what_is_no_override(override):
     with pytest.raises(ConfigError, match="is not an override: write key"):
         load(None, [override])
+
+
+@pytest.mark.parametrize("text", ["*.tar", "{0..3}.tar", "%20", "@x", "a: b: c", "it's: a: b"])
+def test_a_text_that_yaml_cannot_read_is_shown_in_quotes(text):
+    with pytest.raises(ConfigError, match="If it is a text, put it into quotes: ") as error:
+        load(None, [f"data.train={text}"])
+    (word,) = shlex.split(str(error.value).rpartition("quotes: ")[2])
+    assert load(None, [word]).data.train == text
+
+
+@pytest.mark.parametrize("value", ["None", "$HOME/x", "a/${DATA}", "s3://$BUCKET/a.tar"])
+def test_words_of_other_languages_are_no_names(value):
+    with pytest.raises(ConfigError, match=r"null for none|is not replaced by its value here"):
+        load(None, [f"data.train={value}"])
+    assert load(None, ["run.dir=a$b/$"]).run.dir == "a$b/$"
+    assert load(None, ["data.train=pipe:cat $DATA/a.tar"]).data.train == "pipe:cat $DATA/a.tar"
+
+
+def test_an_alias_of_an_empty_section_is_a_section_of_its_own(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("model: {options: &none {}}\noptimizer: {options: *none}\n")
+    config = load(path, ["model.options.width=64"])
+    assert (config.model.options, config.optimizer.options) == ({"width": 64}, {})
+
+
+@pytest.mark.parametrize("value", ["a #b", "*x", "{a,b}/c", "😀: #", "7", "", ["😀", "é", "a: b"]])
+def test_overrides_that_are_written_are_read_back(value):
+    key, _, text = as_override("model.options.x", value).partition("=")
+    assert load(None, [f"{key}={text}"]).model.options == {"x": value}
 
 
 @pytest.mark.parametrize("text", ["#", "run #1", "[a, b] # c", " #x"])

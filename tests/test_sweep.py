@@ -87,6 +87,9 @@ def test_values_are_read_back_as_they_were_written(sweep_file):
         ("grid: {sharpness.rho: [0.1, -1]}", "run 1 of the sweep, rho-1: sharpness.rho = -1"),
         ("name: a/b\ngrid: {run.seed: [1]}", "name: string should match pattern"),
         ("- 1", "study.yaml"),
+        ("directory: ''\ngrid: {run.seed: [1]}", "directory: is empty; is a variable of the shell"),
+        ("directory: $HOME/X\ngrid: {run.seed: [1]}", "$HOME is not replaced by its value"),
+        (f"grid: {{a: {list(range(200))}, b: {list(range(200))}}}", "the grid has 40,000 combin"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_with_its_key(sweep_file, text, message):
@@ -106,6 +109,15 @@ def test_what_cannot_be_swept_is_refused_with_its_key(sweep_file, text, message)
 def test_an_override_of_what_is_each_runs_own_is_refused(sweep_file, override, message):
     with pytest.raises(ConfigError, match=message):
         elements(load_sweep(sweep_file("grid: {run.seed: [1, 2]}")), [override])
+
+
+@pytest.mark.parametrize("directory", ["a b #c", "{a,b}", "*x", "7", "a: b", "it's", "[x]", "😀"])
+def test_a_sweep_s_directory_may_have_any_name(sweep_file, directory):
+    sweep = load_sweep(sweep_file("grid: {run.seed: [1]}"))
+    sweep = sweep.model_copy(update={"directory": directory})
+    (element,) = elements(sweep)
+    assert element.config.run.dir == f"{directory}/seed1"
+    assert load(sweep.base, element.arguments) == element.config
 
 
 NAMES = ["..", ".", ".hidden", "/etc", "a/../..", "=cmd|' /C calc'!A0", "a'b<c>", "-x", "", "///"]
