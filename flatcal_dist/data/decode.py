@@ -131,8 +131,8 @@ def _by_pillow(data: bytes | memoryview, channels: int, name: str, max_pixels: i
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image.height, image.width, name, max_pixels)
-                if image.mode.startswith("I"):  # 16-bit gray: `convert` would clip it at 255
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                if image.mode.startswith(("I", "F")):  # `convert` would clip these at 255
+                    image = _of_sixteen_bits(image, name)
                 pixels = np.array(image.convert(mode))
     except (BadImage, MemoryError):
         raise
@@ -145,6 +145,18 @@ def _by_pillow(data: bytes | memoryview, channels: int, name: str, max_pixels: i
             "short, or of an unknown format",
         ) from error
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
+
+
+def _of_sixteen_bits(image: Image.Image, name: str) -> Image.Image:
+    """The upper 8 bits of 16; of other values nobody knows which of them is white."""
+    values = np.asarray(image)
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+        raise BadImage(
+            name,
+            f"holds values of type {values.dtype} from {values.min():g} to {values.max():g}, and "
+            "brightness is read from 0 to 255 or 65535 only",
+        )
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def _check_size(height: int, width: int, name: str, max_pixels: int) -> None:

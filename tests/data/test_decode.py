@@ -69,6 +69,15 @@ def test_sixteen_bits_keep_their_upper_eight():
     assert image[0, 0].tolist() == [0, 0, 1, 128, 255]
 
 
+def test_values_without_a_known_range_are_refused():
+    """0 to 1 would come out black, and more than 16 bits as noise."""
+    shown = np.array([[0, 256, 65535]], np.int32)
+    assert decode(encoded(Image.fromarray(shown), "tiff"), 1, "x")[0, 0].tolist() == [0, 1, 255]
+    for values in (shown / np.float32(65535), shown * 256, shown - 1, shown.astype(np.float32)):
+        with pytest.raises(BadImage, match="brightness is read from 0 to 255 or 65535 only"):
+            decode(encoded(Image.fromarray(values), "tiff"), 3, "x")
+
+
 def test_exif_orientation_is_left_alone(picture):
     exif = Image.Exif()
     exif[0x0112] = 6
