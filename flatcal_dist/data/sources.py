@@ -168,13 +168,16 @@ def torchvision_set(name: str, root: Path, split: str) -> Pixels:
 def unique_keys(names: Sequence[str], where: str = "") -> np.ndarray:
     """Keys [n] S for images of these names: the file name without its extension.
 
-    Where these are not unique, the folder comes in front. Raises DataError, which begins with
+    Where these are not unique, the folder comes in front. Dots become _, because a key ends at one.
+    Raises DataError, which begins with
     `where`, if two images would still share one, or a name cannot be a key.
     """
     keys = [_stem(name) for name in names]
     if len(set(keys)) < len(keys):
         folders = (name.rpartition("/")[0].rpartition("/")[2] for name in names)
-        keys = [f"{folder}_{key}" for folder, key in zip(folders, keys, strict=True)]
+        keys = [
+            f"{folder.replace('.', '_')}_{key}" for folder, key in zip(folders, keys, strict=True)
+        ]
     for key, name in zip(keys, names, strict=True):
         check_key(key, f"{where}{name!r}: ")
     twice = [key for key, count in Counter(keys).items() if count > 1]

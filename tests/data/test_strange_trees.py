@@ -190,6 +190,15 @@ def test_names_and_contents_of_many_kinds_arrive(tmp_path):
     Image.open(io.BytesIO(files["日本語/sixteen.PNG"])).verify()
 
 
+def test_class_folders_may_have_dots(tmp_path):
+    for folder in ("St. Bernard", "v1.0"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(png(0))
+    found = image_folder(tmp_path)
+    assert found.classes == ("St. Bernard", "v1.0")
+    assert found.key.tolist() == [b"St_ Bernard_1", b"v1_0_1"]
+
+
 def test_class_numbers_with_zeros_in_front(tmp_path):
     for folder in ("00", "01", "02", "10"):
         (tmp_path / folder).mkdir()
