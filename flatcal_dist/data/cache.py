@@ -9,7 +9,6 @@ never to change: shards that do need another name.
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -22,9 +21,10 @@ from typing import BinaryIO
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.index import sidecar
 from flatcal_dist.data.members import BLOCK
+from flatcal_dist.data.regular import open_regular
 from flatcal_dist.data.remote import Access, RemoteFile
 from flatcal_dist.data.shards import locked
-from flatcal_dist.files import sync_directory, write_json
+from flatcal_dist.files import read_json, sync_directory, write_json
 from flatcal_dist.urls import base_name, identity
 
 
@@ -73,15 +73,15 @@ class ShardCache:
     def recorded(self, url: str) -> str | None:
         """The SHA-256 that a shard had when it came; None if it is not there (any more)."""
         try:
-            return str(json.loads(self.path(url).with_suffix(".json").read_text())["sha256"])
-        except (OSError, ValueError, KeyError):
+            return str(read_json(self.path(url).with_suffix(".json"))["sha256"])
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def _whole(self, path: Path) -> BinaryIO | None:
         try:
-            size = json.loads(path.with_suffix(".json").read_text())["size"]
-            file = path.open("rb")
-        except (OSError, ValueError, KeyError):
+            size = read_json(path.with_suffix(".json"))["size"]
+            file = open_regular(path)
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         if os.fstat(file.fileno()).st_size != size:
             file.close()

@@ -153,7 +153,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
     Raises BlockingIOError if another process has it and `wait` is off.
     """
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for a writer
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -132,17 +132,22 @@ def test_a_flipped_bit_in_a_kept_shard_is_found(tmp_path, cache, recorded):
             list(_read_piece(stream, _Piece(0, 0, 6)))
 
 
-@pytest.mark.parametrize("damage", ["cut", "json", "no json"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "fifo", "no json", "{", "[]", '{"size": []}', "[" * 9999]
+)
 def test_a_damaged_entry_is_downloaded_again(web, origin, cache, damage):
     url = f"{web.url}/o-0001.tar"
     content = fetch(cache, url)
     path = cache.path(url)
     if damage == "cut":
         os.truncate(path, 700)
-    elif damage == "json":
-        path.with_suffix(".json").write_text("{")
-    else:
+    elif damage == "no json":
         path.with_suffix(".json").unlink()
+    elif damage == "fifo":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        path.with_suffix(".json").write_text(damage)
     assert fetch(cache, url) == content
     assert web.count("o-0001.tar") == 2
 
