@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -288,6 +289,19 @@ def _check_room(config: Config, world_size: int, local_ranks: int) -> str:
     return text
 
 
+def _reading(data: DataConfig, rank: int, world_size: int, pin_memory: bool) -> dict[str, Any]:
+    """What every loader is told alike."""
+    return {
+        "channels": data.channels,
+        "decoder": data.decoder,
+        "max_pixels": data.max_pixels,
+        "rank": rank,
+        "world_size": world_size,
+        "workers": data.workers,
+        "pin_memory": pin_memory,
+    }
+
+
 def training_batches(
     config: Config,
     train: Index | Stream,
@@ -306,16 +320,10 @@ def training_batches(
         global_batch_size=data.global_batch_size,
         micro_batch_size=micro_batch_size(data, world_size),
         transform=training_transform(augmentation(data), data.image_size),
-        channels=data.channels,
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
         start=start,
-        rank=rank,
-        world_size=world_size,
-        decoder=data.decoder,
-        max_pixels=data.max_pixels,
-        workers=data.workers,
-        pin_memory=pin_memory,
+        **_reading(data, rank, world_size, pin_memory),
     )
 
 
@@ -345,14 +353,8 @@ def statistics_batches(
         batch_size=size,
         batches=batches,
         transform=training_transform(augmentation(data), data.image_size),
-        channels=data.channels,
-        rank=rank,
-        world_size=world_size,
         window=data.shuffle_window,
-        decoder=data.decoder,
-        max_pixels=data.max_pixels,
-        workers=data.workers,
-        pin_memory=pin_memory,
+        **_reading(data, rank, world_size, pin_memory),
     )
     return loader, batches
 
@@ -365,13 +367,7 @@ def evaluation_batches(
         index,
         batch_size=config.evaluate.batch_size,
         transform=evaluation_transform(augmentation(data), data.image_size),
-        channels=data.channels,
-        decoder=data.decoder,
-        max_pixels=data.max_pixels,
-        rank=rank,
-        world_size=world_size,
-        workers=data.workers,
-        pin_memory=pin_memory,
+        **_reading(data, rank, world_size, pin_memory),
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import partial
 from multiprocessing import queues
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -28,12 +28,21 @@ PREFETCH = 2  # batches that a worker holds ready, unless asked otherwise
 GAVE_UP = 70  # exit code of a worker that cannot deliver
 
 
+class Delivery(TypedDict, total=False):
+    """What every loader passes on to `Batches`."""
+
+    workers: int  # processes; 0: none
+    prefetch: int  # batches that each worker holds ready
+    pin_memory: bool
+    multiprocessing_context: str | None  # how processes are started, None for the system's way
+
+
 class Batches:
     """The batches of a DataLoader without collation; `requests` are what each is made of.
 
     A DataError that a worker returns is raised here as it was raised there. Iterating also raises
     DataError where a worker was killed or cannot deliver. requests: None for a stream, which makes
-    its own batches. context: how processes are started, None for the system's way.
+    its own batches. The rest: see `Delivery`.
     """
 
     def __init__(
@@ -41,14 +50,14 @@ class Batches:
         images: Dataset,
         requests: Any,
         *,
-        workers: int,
-        prefetch: int,
-        pin_memory: bool,
-        context: str | None,
+        workers: int = 0,
+        prefetch: int = PREFETCH,
+        pin_memory: bool = False,
+        multiprocessing_context: str | None = None,
     ) -> None:
         self._workers, self._pinned = workers, pin_memory
         # Not a Queue: it has no background thread, and its pipe is open before anything runs out.
-        self._causes = torch.multiprocessing.get_context(context).SimpleQueue()
+        self._causes = torch.multiprocessing.get_context(multiprocessing_context).SimpleQueue()
         self._loader = DataLoader(
             images,
             sampler=requests,
@@ -58,7 +67,7 @@ class Batches:
             prefetch_factor=prefetch if workers else None,
             pin_memory=pin_memory,
             worker_init_fn=partial(start_worker, self._causes),
-            multiprocessing_context=context if workers else None,
+            multiprocessing_context=multiprocessing_context if workers else None,
             generator=torch.Generator(),  # else DataLoader draws from the process's random stream
         )
 

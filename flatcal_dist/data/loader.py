@@ -8,7 +8,7 @@ holds for images that cannot be decoded, too: others stand in for them, and batc
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flatcal_dist.data.decode import MAX_PIXELS
-from flatcal_dist.data.delivery import PREFETCH, Batches
+from flatcal_dist.data.delivery import Batches, Delivery
 from flatcal_dist.data.errors import BadImage, DataError
 from flatcal_dist.data.images import Images, Replaced
 from flatcal_dist.data.index import Index
@@ -83,18 +83,14 @@ def training_loader(
     window: int | None = None,
     decoder: str = "auto",
     max_pixels: int = MAX_PIXELS,
-    workers: int = 0,
-    prefetch: int = PREFETCH,
-    pin_memory: bool = False,
-    multiprocessing_context: str | None = None,
+    **delivery: Unpack[Delivery],
 ) -> Batches:
     """Training from `start` to the end as `Batch` objects, this rank's share of it.
 
     The end is `epochs` epochs, or `max_steps` optimizer steps where that is given, both counted
     from the beginning of the run. Micro-batches hold `micro_batch_size` samples at most; every
     rank gets the same number of them in every step, with at most one sample difference.
-    `window`: see `epoch_order`. `decoder`, `max_pixels`: see `decode`. `prefetch`: micro-batches
-    that each worker holds ready.
+    `window`: see `epoch_order`. `decoder`, `max_pixels`: see `decode`. The rest is `Delivery`'s.
 
     An image that cannot be used is replaced by one that (seed, epoch, sample) alone decide, with
     the label of that one; `Batch.replaced` lists these.
@@ -116,15 +112,7 @@ def training_loader(
         max_steps=max_steps,
     )
     images = _TrainingImages(Images(index, channels, decoder, max_pixels), seed, transform)
-    requests = Ahead(schedule, max(workers, 1))
-    return Batches(
-        images,
-        requests,
-        workers=workers,
-        prefetch=prefetch,
-        pin_memory=pin_memory,
-        context=multiprocessing_context,
-    )
+    return Batches(images, Ahead(schedule, max(delivery.get("workers", 0), 1)), **delivery)
 
 
 def sample_loader(
@@ -140,10 +128,7 @@ def sample_loader(
     window: int | None = None,
     decoder: str = "auto",
     max_pixels: int = MAX_PIXELS,
-    workers: int = 0,
-    prefetch: int = 2,
-    pin_memory: bool = False,
-    multiprocessing_context: str | None = None,
+    **delivery: Unpack[Delivery],
 ) -> Batches:
     """The first `batches` batches of the first epoch, as `Batch` objects; the same at every call.
 
@@ -159,14 +144,7 @@ def sample_loader(
         for b in range(rank, rounds * world_size, world_size)
     ]
     images = _TrainingImages(Images(index, channels, decoder, max_pixels), seed, transform)
-    return Batches(
-        images,
-        Ahead(requests, max(workers, 1)),
-        workers=workers,
-        prefetch=prefetch,
-        pin_memory=pin_memory,
-        context=multiprocessing_context,
-    )
+    return Batches(images, Ahead(requests, max(delivery.get("workers", 0), 1)), **delivery)
 
 
 def evaluation_loader(
@@ -179,10 +157,7 @@ def evaluation_loader(
     world_size: int = 1,
     decoder: str = "auto",
     max_pixels: int = MAX_PIXELS,
-    workers: int = 0,
-    prefetch: int = PREFETCH,
-    pin_memory: bool = False,
-    multiprocessing_context: str | None = None,
+    **delivery: Unpack[Delivery],
 ) -> Batches:
     """Every sample once, over all ranks, as `EvaluationBatch` objects of exactly `batch_size`.
 
@@ -192,14 +167,7 @@ def evaluation_loader(
     """
     requests = list(evaluation_batches(len(index), batch_size, rank, world_size))
     images = _EvaluationImages(Images(index, channels, decoder, max_pixels), transform)
-    return Batches(
-        images,
-        requests,
-        workers=workers,
-        prefetch=prefetch,
-        pin_memory=pin_memory,
-        context=multiprocessing_context,
-    )
+    return Batches(images, requests, **delivery)
 
 
 def optimizer_steps(batches: Iterable[Batch]) -> Iterator[list[Batch]]:

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
 from flatcal_dist.data.decode import MAX_PIXELS, decode
-from flatcal_dist.data.delivery import PREFETCH, Batches
+from flatcal_dist.data.delivery import Batches, Delivery
 from flatcal_dist.data.errors import BadImage, DataError
 from flatcal_dist.data.images import Replaced
 from flatcal_dist.data.loader import Batch
@@ -63,10 +63,7 @@ def streaming_loader(
     buffer: int = 2048,
     decoder: str = "auto",
     max_pixels: int = MAX_PIXELS,
-    workers: int = 0,
-    prefetch: int = PREFETCH,
-    pin_memory: bool = False,
-    multiprocessing_context: str | None = None,
+    **delivery: Unpack[Delivery],
 ) -> Batches:
     """`loader.training_loader` for a stream: the same batches, but for `Stream.promise`.
 
@@ -75,11 +72,12 @@ def streaming_loader(
     Raises DataError as there, and for too few shards; iterating raises it for shards that cannot
     be had or are damaged, and for micro-batches without any image that can be used.
     """
-    readers = world_size * max(workers, 1)
+    workers = max(delivery.get("workers", 0), 1)
+    readers = world_size * workers
     if stream.lengths is None and len(stream.shards) < readers:
         raise DataError(
             f"{len(stream.shards)} shards for {readers} readers ({world_size} ranks, "
-            f"{max(workers, 1)} workers each): without counts in an _info.json every one needs a "
+            f"{workers} workers each): without counts in an _info.json every one needs a "
             "shard of its own. Lower data.workers, or write more shards."
         )
     images = _Streamed(
@@ -99,14 +97,7 @@ def streaming_loader(
         epochs=epochs,
         max_steps=max_steps,
     )
-    return Batches(
-        images,
-        None,
-        workers=workers,
-        prefetch=prefetch,
-        pin_memory=pin_memory,
-        context=multiprocessing_context,
-    )
+    return Batches(images, None, **delivery)
 
 
 class _Piece(NamedTuple):
