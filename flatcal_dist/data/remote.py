@@ -90,7 +90,7 @@ def _check_allowed(url: str, access: Access) -> None:
                 f"{shown(url)!r} would run a command in a shell. If you trust where this name "
                 "comes from, set data.allow_pipe=true."
             )
-    elif (scheme := url.partition("://")[0]) not in SCHEMES:
+    elif (scheme := url.partition("://")[0]).lower() not in SCHEMES:
         raise DataError(
             f"{shown(url)}: {scheme}:// is no scheme that shards are read from; expected one of "
             f"{', '.join(SCHEMES)}, `pipe:COMMAND`, or a path."
@@ -188,7 +188,9 @@ class RemoteFile:
                 f"{self.name} changed while it was read: it had {self.size} bytes, now "
                 f"{source.size}, or other contents. Shards have to stay as they are during a run."
             )
-        self.size, self._tag = source.size, source.tag
+        # What a server says once holds, though it may not say it again.
+        self.size = source.size if source.size is not None else self.size
+        self._tag = source.tag or self._tag
         behind = self.position - source.start
         while behind:  # the other side cannot begin in the middle
             if not (data := source.read(min(behind, CHUNK))):
@@ -260,7 +262,7 @@ def read_small(url: str, access: Access, limit: int = 64 << 20) -> bytes:
 def _open(url: str, offset: int, tag: str | None, access: Access) -> _Source:
     if url.startswith("pipe:"):
         return _open_pipe(url.removeprefix("pipe:"), access.stall_timeout)
-    if re.match(r"https?://", url):
+    if re.match(r"(?i)https?://", url):
         return _open_http(url, offset, tag, access.stall_timeout)
     if is_remote(url):
         return _open_object(url, offset, access.stall_timeout)
@@ -276,9 +278,14 @@ def _open_http(url: str, offset: int, tag: str | None, timeout: float) -> _Sourc
         if tag:
             headers["If-Range"] = tag
     # requests' own limit is for every byte of a header; a server could send them one by one.
-    response = _within(
-        timeout, partial(requests.get, url, headers=headers, stream=True, timeout=timeout)
-    )
+    get = partial(requests.get, url, headers=headers, stream=True, timeout=timeout)
+    try:
+        response = _within(timeout, get)
+    except (ValueError, requests.TooManyRedirects) as error:  # no other attempt would mend it
+        raise DataError(
+            f"{shown(url)}: this address, or one that the server redirects to, cannot be opened "
+            f"({hide(str(error), url)}). Check the name."
+        ) from None
     status = response.status_code
     if status not in (200, 206) or (status == 206 and not offset):
         response.close()
@@ -290,8 +297,9 @@ def _open_http(url: str, offset: int, tag: str | None, timeout: float) -> _Sourc
         raise DataError(f"{shown(url)}: {said}. Check the name.")
     start, size = 0, response.headers.get("Content-Length")
     if status == 206:
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        if not found or not _is_number(found[2]) or found[1] != str(offset):
+        text = response.headers.get("Content-Range", "")
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d{1,18}|\*)", text, re.ASCII)
+        if not found or found[1] != str(offset):
             response.close()
             raise DataError(f"{shown(url)}: the server sent another range than was asked for.")
         start, size = offset, found[2]
@@ -324,6 +332,7 @@ def _is_number(text: str) -> bool:
 
 def _open_object(url: str, offset: int, timeout: float) -> _Source:
     scheme, _, path = url.partition("://")
+    scheme = scheme.lower()
 
     def opened() -> Any:
         # By name, and not fsspec.open: a URL could chain any other file system to it.

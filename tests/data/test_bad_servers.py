@@ -108,6 +108,37 @@ def test_numbers_that_no_server_means():
         read_small(f"{url}/a", HASTY, limit=1000)
 
 
+@pytest.mark.parametrize("target", ["http://[bad/", "file:///etc/passwd", "http://h:99999/", "/a"])
+def test_redirections_that_lead_nowhere(target, capfd):
+    """Other attempts would not mend them; and the address that is asked for is named."""
+    there = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nConnection: close\r\nLocation: "
+    named = pytest.raises(
+        DataError, match=r"127\.0\.0\.1:\d+/a: this address, or one that the serv"
+    )
+    with answering(there + target.encode() + b"?sig=SECRET\r\n\r\n") as url, named as error:
+        read_small(f"{url}/a", HASTY)
+    assert "SECRET" not in str(error.value) + capfd.readouterr().err
+
+
+def test_a_length_that_is_said_once_holds():
+    """A server that goes on in the middle, and does not say again how long all of it is."""
+    parts = iter([b"200 OK\r\nContent-Length: 6\r\n\r\nabc", b"206 OK\r\nContent-Range: bytes 3-4/*"
+                  b"\r\n\r\nde", b"206 OK\r\nContent-Range: bytes 5-5/*\r\n\r\nf"])  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            for part in parts:
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(b"HTTP/1.1 " + part)
+
+        threading.Thread(target=serve, daemon=True).start()
+        patient = Access(stall_timeout=2, retries=2, backoff=0.01)
+        url = f"HTTP://127.0.0.1:{server.getsockname()[1]}/a"  # a scheme may be written large
+        assert read_small(url, patient) == b"abcdef"
+
+
 def test_zeros_without_end_after_a_shard(tmp_path):
     """A server that does not say how long a shard is, and goes on after it."""
     shard = write_shards(make_samples(3), tmp_path, "x", split="x", samples_per_shard=3)[0]
