@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flatcal_dist.arguments import usable_cores, whole_number
-from flatcal_dist.files import write_json
+from flatcal_dist.files import expanded, write_json
 from flatcal_dist.launcher import give_up
 from flatcal_dist.printing import never_fail, problem_of_output
 from flatcal_dist.warning_lines import print_warnings_plainly
@@ -44,7 +44,10 @@ WIDE = 1000  # cells
 
 def main(argv: Sequence[str] | None = None) -> None:
     never_fail()
-    run_command(_parser().parse_args(argv))
+    given = sys.argv[1:] if argv is None else argv
+    if "" in given:  # a path of no letters would be the working directory
+        give_up("an argument is empty; is a variable of the shell unset?")
+    run_command(_parser().parse_args(given))
 
 
 def run_command(arguments: argparse.Namespace) -> None:
@@ -62,7 +65,7 @@ def shard(arguments: argparse.Namespace) -> None:
     from flatcal_dist.data import prepare_digits, prepare_shards
     from flatcal_dist.data.sharding import Encoding
 
-    arguments.destination = arguments.destination.expanduser()
+    arguments.destination = expanded(arguments.destination)
     if arguments.source == "digits":
         given = {name: getattr(arguments, name) for name in ("shards", "max_edge", "quality")}
         if any(value is not None for value in given.values()):
@@ -102,8 +105,8 @@ def _source(arguments: argparse.Namespace) -> "Source":
     if arguments.source in TORCHVISION:
         if arguments.root is None:
             raise ValueError(f"{arguments.source} needs --root, the directory torchvision keeps")
-        return torchvision_set(arguments.source, arguments.root.expanduser(), arguments.split)
-    path = Path(arguments.source).expanduser()
+        return torchvision_set(arguments.source, expanded(arguments.root), arguments.split)
+    path = expanded(arguments.source)
     if path.is_dir():
         from flatcal_dist.data.image_folder import warn_of_left_out
 

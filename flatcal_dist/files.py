@@ -29,6 +29,16 @@ class WriteError(OSError):
         self.strerror = words
 
 
+def expanded(path: str | Path) -> Path:
+    """A path whose `~` is a home directory. Raises ValueError for a user that is not known here."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{path}: {Path(path).parts[0]} is no user's home directory here"
+        ) from None
+
+
 @contextmanager
 def write_atomically(path: Path, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`, flushed and renamed over it if the block ends well.

@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from flatcal_dist.config import Config, ConfigError, Section, fingerprint
 from flatcal_dist.config_choices import unread
 from flatcal_dist.config_files import as_override
 from flatcal_dist.config_types import PathText
-from flatcal_dist.files import read_bytes
+from flatcal_dist.files import expanded, read_bytes
 from flatcal_dist.urls import identified, public
 
 FROM_SWEEP = ("run.dir", "wandb.name")  # each run has its own
@@ -80,9 +81,11 @@ def load_sweep(path: str | Path) -> Sweep:
     values.setdefault("name", path.stem)
     values.setdefault("directory", f"runs/{values['name']}")
     if isinstance(values.get("base"), str):
-        values["base"] = str((path.parent / values["base"]).resolve())
+        with suppress(RuntimeError):  # of a user who is unknown: the message follows
+            values["base"] = str((path.parent / Path(values["base"]).expanduser()).resolve())
     try:
         sweep = Sweep.model_validate(values)
+        sweep = sweep.model_copy(update={"directory": str(expanded(sweep.directory))})
     except ValidationError as error:
         lines = (
             f"{'.'.join(map(str, problem['loc']))}: "

@@ -120,6 +120,19 @@ def test_a_sweep_s_directory_may_have_any_name(sweep_file, directory):
     assert load(sweep.base, element.arguments) == element.config
 
 
+def test_a_sweep_in_the_home_directory(sweep_file, monkeypatch, tmp_path):
+    """What the runs write and what the sweep writes about them lie in one place."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = sweep_file("grid: {run.seed: [1]}").read_text().splitlines()[1]
+    (tmp_path / "csam.yaml").write_text("{}")
+    (tmp_path / "study.yaml").write_text(f"base: ~/csam.yaml\ndirectory: ~/study\n{text}")
+    sweep = load_sweep(tmp_path / "study.yaml")
+    (element,) = elements(sweep)
+    assert Path(sweep.directory) == element.run.parent == tmp_path / "study"
+    assert element.config.run.dir == str(tmp_path / "study/seed1")
+    assert sweep.base == str(tmp_path / "csam.yaml")
+
+
 NAMES = ["..", ".", ".hidden", "/etc", "a/../..", "=cmd|' /C calc'!A0", "a'b<c>", "-x", "", "///"]
 
 

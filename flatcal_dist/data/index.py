@@ -18,7 +18,6 @@ import os
 import struct
 import sys
 import tarfile
-import uuid
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ from flatcal_dist.data.members import BLOCK, LONGEST_NAME
 from flatcal_dist.data.regular import check_regular, read_regular
 from flatcal_dist.data.samples import LARGEST_MEMBER
 from flatcal_dist.data.walk import WARNINGS, Problem, Report, ShardIndex, checksum, walk_shard
+from flatcal_dist.files import write_atomically
 
 VERSION = 2
 MAGIC = b"flatcal "
@@ -80,14 +80,9 @@ def index_shard(shard: Path, warn: Report = _print_warning) -> int:
     about = (MAGIC, VERSION, found.tar_size, len(found), found.key.dtype.itemsize)
     header = HEADER.pack(*about, _whole_checksum(about, rows))
     path = sidecar(shard)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(header)
-            file.write(rows)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_atomically(path) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        file.write(rows)
     return len(found)
 
 

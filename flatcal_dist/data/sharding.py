@@ -40,6 +40,7 @@ from flatcal_dist.data.shards import (
     write_shard,
 )
 from flatcal_dist.data.sources import Source
+from flatcal_dist.files import WriteError
 
 QUALITY = 90  # of JPEGs that are encoded again, unless another is asked for
 SHARD_BYTES = 150_000_000  # of images; files of this size are read at full speed
@@ -124,7 +125,10 @@ def prepare_shards(
     parts = np.array_split(shuffled(len(source), np.random.Philox(key=seed)), count)
     width = max(4, len(str(count - 1)))
     paths = [destination / f"{name}-{number:0{width}d}.tar" for number in range(count)]
-    destination.mkdir(parents=True, exist_ok=True)
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(destination, error) from None
     plan = _plan(source, split, count, seed, encoding)
     refuse_other_shards(destination, split, paths)
     _refuse_other_plan(destination, name, split)

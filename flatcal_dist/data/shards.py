@@ -27,7 +27,7 @@ from flatcal_dist.data.index import index_shard
 from flatcal_dist.data.info import LARGEST_INFO, read_info
 from flatcal_dist.data.regular import read_regular
 from flatcal_dist.data.samples import IMAGES
-from flatcal_dist.files import write_atomically, write_json, write_text
+from flatcal_dist.files import expanded, write_atomically, write_json, write_text
 from flatcal_dist.patterns import too_many_names
 
 _NO_LETTERS = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are no text, line ends
@@ -225,8 +225,8 @@ def expand(
 
 
 def _expand(pattern: str, split: str | None, missing: bool) -> list[Path]:
-    if Path(pattern).expanduser().exists():  # also a name that happens to hold * or {
-        return _tars(Path(pattern).expanduser(), split, missing)
+    if expanded(pattern).exists():  # also a name that happens to hold * or {
+        return _tars(expanded(pattern), split, missing)
     if problem := too_many_names(pattern):
         raise DataError(f"The shard pattern {problem}.")
     try:
@@ -235,7 +235,7 @@ def _expand(pattern: str, split: str | None, missing: bool) -> list[Path]:
         raise DataError(f"The shard pattern {pattern!r} has unbalanced braces: {error}.") from None
     found = []
     for name in names:
-        path = Path(name).expanduser()
+        path = expanded(name)
         if path.exists():
             found += _tars(path, split, missing)
         elif has_magic(name):

@@ -190,6 +190,29 @@ def test_names_and_contents_of_many_kinds_arrive(tmp_path):
     Image.open(io.BytesIO(files["日本語/sixteen.PNG"])).verify()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["index", "~nosuchuser/x.tar"], "~nosuchuser is no user's home directory here"),
+        (["shard", "~nosuchuser/x", "out"], "~nosuchuser is no user's home directory here"),
+        (["shard", "", "out"], "an argument is empty; is a variable of the shell unset?"),
+        (["shard", "TREE", "FILE/out"], "FILE/out cannot be written (Not a directory)"),
+        (["index", "TAKEN/x.tar"], "x.tar.index cannot be written (it is there, and no reg"),
+    ],
+)
+def test_paths_that_cannot_be_are_said(words, message, tree, tmp_path, monkeypatch, capsys):
+    (tmp_path / "FILE").touch()
+    (tmp_path / "TREE").symlink_to(tree)
+    monkeypatch.chdir(tmp_path)
+    if "TAKEN" in words[-1]:
+        shard = prepare(image_folder(tree), tmp_path / "TAKEN", "train").shards[0]
+        shard.rename(shard.with_name("x.tar"))
+        (tmp_path / "TAKEN/x.tar.index").mkdir()
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--split=train"] if words[0] == "shard" else [*words, "--workers=1"])
+    assert message in str(end.value) + capsys.readouterr().err
+
+
 def test_class_folders_may_have_dots(tmp_path):
     for folder in ("St. Bernard", "v1.0"):
         (tmp_path / folder).mkdir()
