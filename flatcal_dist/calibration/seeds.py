@@ -13,7 +13,7 @@ from scipy.stats import t as student
 from .intervals import beyond_zero
 
 LEVEL = 0.95
-MOST_SIGNS = 20  # of seeds whose signs are all tried; beyond, signs are drawn
+MOST_SIGNS = 16  # of seeds whose signs are all tried; beyond, as many signs are drawn
 
 
 @dataclass(frozen=True)
