@@ -70,20 +70,6 @@ def evaluate(
     *,
     clean: Records | None = None,
     logits_file: Path | None = None,
-) -> Records | None:
-    """`evaluate_spaces`, among the classes that compete."""
-    found = evaluate_spaces(config, module, data, accelerator, clean=clean, logits_file=logits_file)
-    return found[0] if found else None
-
-
-def evaluate_spaces(
-    config: Config,
-    module: nn.Module,
-    data: DataSet,
-    accelerator: Accelerator,
-    *,
-    clean: Records | None = None,
-    logits_file: Path | None = None,
 ) -> tuple[Records, Records | None] | None:
     """One record per image, merged on rank 0; None on the other ranks. Called by all of them.
 
@@ -186,7 +172,7 @@ def report(
     curves over epochs. A table of data under shift that lies there is deleted: it belongs to an
     older evaluation. class_names: of the network's classes, where the data do not tell them.
     """
-    found = evaluate_spaces(config, module, data, accelerator, logits_file=logits_file)
+    found = evaluate(config, module, data, accelerator, logits_file=logits_file)
 
     def written() -> tuple[Records, dict[str, Any]] | None:
         if found is None:
@@ -254,7 +240,7 @@ def report_shift(
             return data
 
         data = on_all_ranks(opened)
-        found = evaluate_spaces(config, module, data, accelerator, clean=clean)
+        found = evaluate(config, module, data, accelerator, clean=clean)
 
         def written(found: Any = found, data: DataSet = data) -> None:
             for records in found or ():

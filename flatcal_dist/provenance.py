@@ -13,6 +13,7 @@ from flatcal_dist.data.variants import DataSet
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.models import parameter_count
 from flatcal_dist.urls import public, shown
+from flatcal_dist.weight_files import INDEX
 from flatcal_dist.weights import sha256, weights_hash
 
 # The settings of the data that evaluation depends on; all others belong to a training.
@@ -86,7 +87,7 @@ def describe(
         crop_pct=config.data.crop_pct,
         interpolation=config.data.interpolation,
         parameters=parameter_count(module),
-        checkpoint=sha256(weights_file) if weights_file else weights_hash(module),
+        checkpoint=_checkpoint(weights_file, module),
         precision=config.train.precision,
         engine=None if known is None else known.train.engine,
         world_size=accelerator.num_processes,
@@ -94,6 +95,12 @@ def describe(
         versions=describe_environment()["packages"],
         configuration=public(_of_evaluation(config) if known is None else known.model_dump()),
     )
+
+
+def _checkpoint(weights_file: Path | None, module: nn.Module) -> str:
+    if weights_file is None or weights_file.name.endswith(INDEX):  # which holds names alone
+        return weights_hash(module)
+    return sha256(weights_file)
 
 
 def _of_evaluation(config: Config) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Of pickled files nothing but tensors, plain containers and the classes of `ALLOW
 """
 
 import argparse
+import json
 import pickle
 import re
 import warnings
@@ -23,6 +24,7 @@ ALLOWED = (argparse.Namespace,)
 INNER = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 NO_WEIGHTS = {"optimizer", "optimizers", "optim", "opt_state", "optimizer_states", "grads"}
 AVERAGES = {"ema", "swa", "avg", "average", "averaged", "shadow", "polyak"}
+INDEX = ".safetensors.index.json"  # of weights in several files, as Hugging Face writes it
 DEEPEST = 6  # dictionaries inside each other, or components before the network's own names
 
 
@@ -48,11 +50,15 @@ class Candidate:
 def read(path: Path) -> Any:
     """What a file of safetensors, or one that torch.save wrote, holds. Raises WeightsError."""
     try:
+        if path.name.endswith(INDEX):
+            return _shards(path)
         if _is_safetensors(path):
             return load_file(path)
         with torch.serialization.safe_globals(list(ALLOWED)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
     except pickle.UnpicklingError:
         raise WeightsError(_not_tensors(path)) from None
     except (OSError, EOFError, SafetensorError) as error:
@@ -73,6 +79,25 @@ def _is_safetensors(path: Path) -> bool:
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < size
 
 
+def _shards(path: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index of safetensors names, which lie beside it."""
+    stored = json.loads(path.read_text())
+    shard_of = stored.get("weight_map") if isinstance(stored, dict) else None
+    if not isinstance(shard_of, dict) or not all(isinstance(n, str) for n in shard_of.values()):
+        raise WeightsError(
+            f"{path} is no index of safetensors: expected a weight_map of file names"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(shard_of.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise WeightsError(f"{path} names {name!r}, which is no file of safetensors beside it")
+        tensors |= load_file(path.parent / name)
+    missing = sorted(shard_of.keys() - tensors.keys())
+    if missing:
+        raise WeightsError(f"the files that {path} names do not hold {', '.join(missing[:3])}")
+    return tensors
+
+
 def _line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     if not lines or "weights_only" in str(error):
@@ -85,6 +110,13 @@ def _not_tensors(path: Path) -> str:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # it reads what was found to be unreadable
         names = []
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start != b"PK" and start[:1] != b"\x80":  # neither torch's archive nor a pickle
+        return (
+            f"cannot read the weights {path}: it begins with {start!r} and is neither safetensors "
+            "nor a file that torch.save wrote"
+        )
     strange = [name for name in names if name != "argparse.Namespace"]
     what = f" ({', '.join(strange[:3])})" if strange else ""
     return (

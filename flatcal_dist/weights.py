@@ -1,6 +1,7 @@
 """Weight files: written as safetensors, read without ever unpickling more than tensors."""
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def load_weights(module: nn.Module, path: Path, key: str | None = None) -> Taken
         raise WeightsError(
             f"{path} does not hold the weights of this network: {'; '.join(problems)}"
             + _advice(nearest.tensors, own)
+            + _of_shards(path)
         )
     taken = _choose(whole, key, path)
     module.load_state_dict(taken.tensors, strict=False)
@@ -120,13 +122,37 @@ def _problems(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
         for name in state
         if name in own and state[name].shape != own[name].shape
     ]
+    kinds = [
+        f"{name} as {str(state[name].dtype).removeprefix('torch.')}, {_form(state[name])}"
+        for name in state
+        if name in own and not _readable(state[name], own[name])
+    ]
     return [
         f"{what} {', '.join(names[:3])}"
         + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         + (f" (the network's names begin with {next(iter(own))})" if what == "with names" else "")
-        for what, names in (("without", missing), ("with names", strange), ("with", shapes))
+        for what, names in (
+            ("without", missing),
+            ("with names", strange),
+            ("with", shapes),
+            ("with", kinds),
+        )
         if names
     ]
+
+
+def _readable(tensor: Tensor, own: Tensor) -> bool:
+    """Whether it holds plain values, real ones for real weights: not quantised, nor sparse."""
+    plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+    return plain and (tensor.is_floating_point() or not own.is_floating_point())
+
+
+def _form(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "without values"
+    if tensor.layout != torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    return "where the network has real numbers"
 
 
 def _overlap(one: Candidate, own: dict[str, Tensor]) -> int:
@@ -154,6 +180,15 @@ def _advice(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
     return (
         f". If these are its classes, the file has {theirs[0]} and the network {ours[0]}: say "
         f"--set model.num_classes={theirs[0]}"
+    )
+
+
+def _of_shards(path: Path) -> str:
+    if re.search(r"-\d+-of-\d+\.safetensors$", path.name) is None:
+        return ""
+    return (
+        f". It is one of several files: name their index, such as model{weight_files.INDEX}, "
+        "beside them"
     )
 
 

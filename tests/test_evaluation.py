@@ -105,8 +105,9 @@ def on_variants(rank: int, world_size: int, trees: Path) -> dict[str, Records | 
             for variant in find(where, classes, *(CORRUPTIONS if classes == 10 else ())):
                 data = open_variant(variant, classes)
                 records = evaluation.evaluate(setting, module, data, accelerator, clean=clean)
-                clean = clean if variant.shifted else records
-                found[str(variant)] = records
+                first = records[0] if records else None
+                clean = clean if variant.shifted else first
+                found[str(variant)] = first
     return found
 
 
@@ -170,7 +171,7 @@ def test_r_is_also_judged_among_all_classes(alone, trees, tmp_path, monkeypatch)
     assert [(r["name"], r["classes"]) for r in rows] == [
         ("imagenet_r", 200), ("imagenet_r_all_classes", 1000),
     ]  # fmt: skip
-    masked, every = evaluation.evaluate_spaces(setting, module, data, accelerator, clean=clean)
+    masked, every = evaluation.evaluate(setting, module, data, accelerator, clean=clean)
     assert_same(masked, alone["imagenet_r"])
     files = sorted((trees / "r").glob("*/*"))
     labels = [WNIDS.index(file.parent.name) for file in files]
@@ -366,7 +367,7 @@ def test_corruptions_of_other_images_are_refused(trees, tmp_path):
     accelerator = distributed.start("ddp", "fp32")
     setting, module = settings(10), network(10)
     clean = open_variant(find(str(trees / "photographs"), 10)[0], 10)
-    records = evaluation.evaluate(setting, module, clean, accelerator)
+    records, _ = evaluation.evaluate(setting, module, clean, accelerator)
     with pytest.raises(FailedTogether, match=r"pixelate/4 holds 38 images, .*pixelate/1 39"):
         evaluation.report_shift(
             setting, module, variants, accelerator, tmp_path / "out", records, "hash"

@@ -1,6 +1,7 @@
 """Weight files as other programs write them: what is taken of them, and what is refused."""
 
 import argparse
+import json
 import re
 from pathlib import Path
 
@@ -154,6 +155,50 @@ def test_files_without_weights(tmp_path):
             load_weights(network(), tmp_path / name)
     with pytest.raises(WeightsError, match="cannot read the weights"):
         load_weights(network(), tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: (100 * t).to(torch.int8), "2.1.weight as int8, where the network has real"),
+        (lambda t: t + 0j, "2.1.weight as complex64, where the network has real numbers"),
+        (lambda t: t.to_sparse(), "2.1.weight as float32, sparse_coo"),
+        (lambda t: t.to("meta"), "2.1.weight as float32, without values"),
+    ],
+)
+def test_tensors_without_plain_real_values_are_refused(tmp_path, change, message):
+    torch.save(STATE | {"2.1.weight": change(STATE["2.1.weight"])}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        load_weights(network(), tmp_path / "w.pth")
+
+
+def test_weights_in_several_files(tmp_path):
+    names = {n: f"model-0000{1 + (n > '1')}-of-00002.safetensors" for n in STATE}
+    for file in set(names.values()):
+        save_file({n: t for n, t in STATE.items() if names[n] == file}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    module = network(2)
+    load_weights(module, index)
+    assert equal(module, STATE)
+    with pytest.raises(WeightsError, match=r"name their index, such as model\.safetensors\.index"):
+        load_weights(network(), tmp_path / min(names.values()))
+    for weight_map, message in (
+        (None, "expected a weight_map"),
+        (names | {"x": "../w.safetensors"}, "no file of safetensors beside it"),
+        (names | {"x": min(names.values())}, "do not hold x"),
+        (names | {"x": "absent.safetensors"}, "cannot read the weights"),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(WeightsError, match=message):
+            load_weights(network(), index)
+
+
+def test_a_file_of_another_kind_is_said_to_be_one(tmp_path):
+    (tmp_path / "w.pth").write_text("<html>not found</html>")
+    with pytest.raises(WeightsError, match="begins with b'<h' and is neither") as caught:
+        load_weights(network(), tmp_path / "w.pth")
+    assert "unpickling" not in str(caught.value)
 
 
 @pytest.mark.filterwarnings("error")

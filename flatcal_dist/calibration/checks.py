@@ -71,7 +71,8 @@ def logits_and_labels(
     bad = np.flatnonzero(~(np.isfinite(high) & np.isfinite(low)))
     if len(bad):
         first = f"at row {bad[0]}" if ids is None else f"{np.asarray(ids)[bad[0]]!s}"
-        raise ValueError(f"logits of {len(bad)} images are NaN or infinite, first {first}")
+        images = f"{len(bad)} image{'s' * (len(bad) > 1)}"
+        raise ValueError(f"logits of {images} are NaN or infinite, first {first}")
     if max(high.max(), -low.min()) > LARGEST_LOGIT:
         raise ValueError(f"logits must lie within +-{LARGEST_LOGIT:g}, found {high.max():g}")
     if not np.issubdtype(y.dtype, np.integer):

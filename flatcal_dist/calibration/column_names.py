@@ -24,7 +24,8 @@ LABELS = (
 )  # fmt: skip
 IDS = (
     ("id", "ids"),
-    ("image_id", "image_ids", "img_id", "sample_id", "sample_ids", "uid", "uuid", "key", "keys",
+    ("image_id", "image_ids", "img_id", "sample", "sample_id", "sample_ids", "uid", "uuid", "key",
+     "keys",
      "image_path", "image_paths", "img_path", "img_paths", "path", "paths", "file_path",
      "file_paths", "filepath", "filepaths", "filename", "filenames", "file_name", "file_names",
      "file", "files", "image_name", "image_names", "image_file", "img_name", "image", "img"),
@@ -154,7 +155,8 @@ def find_scores(names: Sequence[str], wanted: str | None) -> tuple[Found, str | 
 def _no_scores(names: Sequence[str]) -> ValueError:
     return ValueError(
         "expected the scores either as logits or as probabilities, whole or a column per class "
-        f"(logit_0, ... or probability_0, ...), and found {shortened(names)}"
+        f"(logit_0, ... or probability_0, ...), and found {shortened(names)}; if columns "
+        "are called by the classes, give their names with --classes FILE"
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .display import UNDEFINED, between, show
+from .display import UNDEFINED, between, counted, show
 from .main_table import latex
 from .methods import COMPARED, SIDES
 from .naming import METRICS
@@ -33,9 +33,9 @@ def table_tex(comparison: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str
             rows.append(" & ".join([latex(method["name"]), *cells]) + r" \\")
         rows.append(r"\midrule")
     caption = latex(
-        f"{comparison['images']:,} images. Means ± sample standard deviations over training seeds, "
-        "or values with 95 % intervals over images where there is one seed. Bold: shown to be "
-        "better than every other method (Holm's procedure, 5 %)."
+        f"{counted(comparison['images'], 'image')}. Means ± sample standard deviations over "
+        "training seeds, or values with 95 % intervals over images where there is one seed. Bold: "
+        "shown to be better than every other method (Holm's procedure, 5 %)."
     )
     return "\n".join(
         [

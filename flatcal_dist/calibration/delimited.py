@@ -7,18 +7,22 @@ and comment lines before the header (numpy.savetxt writes the header itself as o
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from .tables import Columns, is_number
+from .tables import Columns, is_number, refuse_thousands
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*,\d+([eE][+-]?\d+)?\s*")
 DECIMAL_POINT = re.compile(r"\s*[+-]?\d*\.\d*([eE][+-]?\d+)?\s*")
-BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
+BOMS = (
+    (b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe\0\0", "utf-32-le"), (b"\0\0\xfe\xff", "utf-32-be"),
+    (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"),
+)  # fmt: skip
 LOOKED_AT = 1 << 22  # bytes, in which the header has to end
 SAMPLE = 200  # rows, by which decimal commas are known
 
@@ -33,26 +37,29 @@ def read_delimited(data: bytes) -> Columns:
         body = b"\n".join(b" ".join(line.split()) for line in body.splitlines())
     names = [name.strip() for name in _cells(header, separator)]
     _refuse_headless(names)
+    if not body.strip():
+        raise ValueError("it has a header line and no rows below it")
     if separator != ",":
         notes.append(f"columns apart by {SEPARATORS.get(separator, 'spaces')}")
 
     def get(wanted: Sequence[str], text: bool) -> list[np.ndarray]:
         places = [names.index(name) for name in wanted]
-        decimal = "." if text else _decimal(body, separator, places)
+        decimal = "." if text else _decimal(body, separator, places, names)
         kind = pa.string() if text else pa.float64()
         columns = [f"c{i}" for i in range(len(names))]
-        table = pyarrow.csv.read_csv(
-            pa.BufferReader(body),
-            read_options=pyarrow.csv.ReadOptions(column_names=columns),
-            parse_options=pyarrow.csv.ParseOptions(
-                delimiter=separator, newlines_in_values=b'"' in body
-            ),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types={columns[i]: kind for i in places},
-                include_columns=[columns[i] for i in places],
-                decimal_point=decimal,
-            ),
-        )
+        with _by_name(names):
+            table = pyarrow.csv.read_csv(
+                pa.BufferReader(body),
+                read_options=pyarrow.csv.ReadOptions(column_names=columns),
+                parse_options=pyarrow.csv.ParseOptions(
+                    delimiter=separator, newlines_in_values=b'"' in body
+                ),
+                convert_options=pyarrow.csv.ConvertOptions(
+                    column_types={columns[i]: kind for i in places},
+                    include_columns=[columns[i] for i in places],
+                    decimal_point=decimal,
+                ),
+            )
         found = []
         for name, place in zip(wanted, places, strict=True):
             column = table.column(columns[place])
@@ -64,13 +71,27 @@ def read_delimited(data: bytes) -> Columns:
     return Columns(names, get, tuple(notes))
 
 
+@contextmanager
+def _by_name(names: Sequence[str]) -> Iterator[None]:
+    """Arrow counts columns; here a cell that is no number is told by its column's name."""
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        found = re.search(r"column #(\d+):.*invalid value '(.*)'", str(error), re.DOTALL)
+        if found is None:
+            raise
+        raise ValueError(
+            f"column {names[int(found[1])]} holds {found[2][:40]!r}, which is no number"
+        ) from None
+
+
 def _utf8(data: bytes) -> tuple[bytes, list[str]]:
     for mark, encoding in BOMS:
         if data.startswith(mark):
             text = data[len(mark) :]
             if encoding == "utf-8":
                 return text, []
-            return text.decode(encoding).encode(), ["UTF-16"]
+            return text.decode(encoding).encode(), [encoding[:6].upper()]
     start = data[:2000]
     zeros = [start[0::2].count(0), start[1::2].count(0)]
     if max(zeros) > len(start) / 8:  # Latin letters in UTF-16 without a mark
@@ -143,11 +164,12 @@ def _refuse_headless(names: list[str]) -> None:
         )
 
 
-def _decimal(body: bytes, separator: str, places: Sequence[int]) -> str:
+def _decimal(body: bytes, separator: str, places: Sequence[int], names: Sequence[str]) -> str:
     """Whether numbers in these columns are written with a comma or with a point."""
     lines = [_decoded(line) for line in body[:LOOKED_AT].split(b"\n")[:SAMPLE]]
-    cells = [row[i] for row in (_cells(line, separator) for line in lines) for i in places
-             if i < len(row)]  # fmt: skip
+    rows = [_cells(line, separator) for line in lines]
+    cells = [row[i] for row in rows for i in places if i < len(row)]
+    refuse_thousands(cells, names[places[0]])
     commas = any(DECIMAL_COMMA.fullmatch(cell) for cell in cells)
     points = any(DECIMAL_POINT.fullmatch(cell) for cell in cells)
     if commas and points:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .display import number, percent, points
+from .display import counted, number, percent, points
 
 NOTICED = 0.01  # share of the images below which a bin is not spoken of
 
@@ -19,7 +19,7 @@ def reliability(side: dict[str, Any]) -> str:
         f"hold images; {outside} lie outside of what a calibrated network would show. The largest "
         f"gap of a bin with 1 % of the images or more is {number(100 * gap, 1, sign=True)} points, "
         f"at confidences of {percent(worst['low'], 0)} to {percent(worst['high'], 0)}, with "
-        f"{worst['count']:,} images. ECE {percent(side['ece'])}, signed gap "
+        f"{counted(worst['count'], 'image')}. ECE {percent(side['ece'])}, signed gap "
         f"{number(100 * side['signed_gap'], 2, sign=True)} points."
     )
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from . import column_names, label_arrays, score_arrays
 from .checks import FloatArray, IntArray, image_ids, logits_and_labels
 from .column_names import Found
+from .display import counted
 from .records import METADATA_KEY, Records, Source
 from .tables import DAMAGED, Columns, open_columns, text_of
 
@@ -175,9 +176,14 @@ class _Reading:
         """Scores whose columns are called by the classes alone: cat, dog."""
         names = self.columns.names
         known = {*label_names, *column_names.find_ids(names, None)}
-        rest = [name for name in names if name not in known and name]
-        if self.classes is None and labels.dtype.kind in "UO" and set(labels.tolist()) <= set(rest):
-            if set(labels.tolist()) != set(rest):
+        answers = set(labels.tolist()) if labels.dtype.kind in "UO" else set()
+        rest = [
+            name for name in names
+            if name and name not in known
+            and (name in answers or column_names.split_of(name)[0] not in PREDICTIONS)
+        ]  # fmt: skip
+        if self.classes is None and answers and answers <= set(rest):
+            if answers != set(rest):
                 sums = sum(np.asarray(v, np.float64) for v in self.columns.get(rest, False))
                 if not np.allclose(sums, 1, atol=score_arrays.OFF):
                     return column_names.scores_by_labels(names, known, None)
@@ -214,6 +220,10 @@ class _Reading:
                     array = array[:, 0]
                 if array.ndim != 1 or array.dtype.kind not in "iufUSO" or len(array) != images:
                     if column_names.plain(name) in column_names.IDS[0]:
+                        if array.shape == (images,):
+                            raise ValueError(
+                                f"{name} holds {array.dtype}: expected texts or numbers"
+                            )
                         raise ValueError(
                             f"{name} has shape {list(array.shape)}, expected [{images}] to match "
                             "the labels"
@@ -237,8 +247,9 @@ class _Reading:
         count = len(ids) - len(set(ids))
         if count > len(ids) / 2:
             raise ValueError(
-                f"{name} names {len(set(ids))} images in {len(ids)} rows: a row has to be one "
-                "image with one answer, not a pixel, a box or a crop. Write a row for each image"
+                f"{name} names {counted(len(set(ids)), 'image')} in {len(ids):,} rows: a row has "
+                "to be one image with one answer, not a pixel, a box or a crop. Write a row "
+                "for each image"
             )
         return ids
 
@@ -269,7 +280,7 @@ class _Reading:
             where = f"{chosen.names[0]} to {chosen.names[-1]}"
         unused = [name for name in self.columns.names if name not in self.used]
         parts = [
-            f"{self.path.name}: {shape[0]:,} images, {shape[1]:,} classes",
+            f"{self.path.name}: {counted(shape[0], 'image')}, {shape[1]:,} classes",
             f"{kind} from {where}",
             "labels from " + column_names.shortened(label_names),
             *self.notes,

@@ -28,7 +28,12 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        return self.low is not None and (self.low > 0 or self.high < 0)
+        return beyond_zero(self.low, self.high)
+
+
+def beyond_zero(low: float | None, high: float | None) -> bool:
+    """Whether an interval leaves out zero, by more than an error of rounding."""
+    return low is not None and high is not None and (low > ROUNDING or high < -ROUNDING)
 
 
 def no_width(interval: Interval) -> bool:
@@ -73,6 +78,8 @@ def of_ranking(statistic: str, point: float, replicates: FloatArray, rarer: int)
     if plain.low is None or rarer < 2 or point <= ROUNDING or (share and point >= 1 - ROUNDING):
         return Interval(plain.value, None, None)
     deviation = np.nanstd(replicates, ddof=1) * np.sqrt(rarer / (rarer - 1))
+    if deviation <= ROUNDING:
+        return Interval(plain.value, None, None)
     reach = stdtrit(rarer - 1, (1 + LEVEL) / 2) * deviation * np.array([-1.0, 1.0])
     if share:
         low, high = expit(np.log(point / (1 - point)) + reach / (point * (1 - point)))

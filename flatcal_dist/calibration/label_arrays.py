@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .checks import IntArray
-from .tables import is_number, text_of
+from .tables import is_number, refuse_thousands, text_of
 
 SEGMENTATION = (
     "that is more than one answer per image, as in segmentation or detection: the report is about "
@@ -44,6 +44,7 @@ def _of_texts(texts: list[str]) -> np.ndarray:
     if words <= {"true", "false"}:
         return np.array([text.strip().lower() == "true" for text in texts])
     if words <= {"nan", "inf", "-inf"} or all(is_number(word) for word in words):
+        refuse_thousands(texts, "of labels")
         values = np.array([text.strip().replace(",", ".") for text in texts])
         return _whole(values.astype(np.float64))
     return np.array([text.strip() for text in texts])
@@ -95,6 +96,11 @@ def class_numbers(
     low, high = (int(found.min()), int(found.max())) if len(found) else (0, 0)
     if first == 1 and classes > 2 and low >= 1 and high <= classes:
         return found - 1, "classes count from 1"
+    if first == 1 and classes == 2 and low == high == 1:
+        raise ValueError(
+            "all labels are 1, and the columns of scores count from 1: whether that is the first "
+            "class or the second is open. Call the columns prob_0 and prob_1, or by their classes"
+        )
     if first == 1 and classes == 2 and {low, high} <= {1, 2} and high == 2:
         return found - 1, "classes count from 1"
     if low < 0 or high >= classes:

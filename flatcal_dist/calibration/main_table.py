@@ -4,7 +4,7 @@ from typing import Any
 
 from flatcal_dist.files import csv_text
 
-from .display import MINUS, UNDEFINED, between, show, show_difference
+from .display import MINUS, UNDEFINED, between, counted, show, show_difference
 from .naming import GROUPS, Metric
 from .statistics import Interval
 from .summary import interval_of
@@ -55,8 +55,9 @@ def table_tex(m: dict[str, Any]) -> str:
     about = m["about"]
     subject = about["title"] or about["model"] or "This network"
     caption = latex(
-        f"{subject}, {m['images']:,} images, {m['classes']:,} classes. In brackets 95 % intervals "
-        "over images; those of errors of calibration are of the error without what chance adds."
+        f"{subject}, {counted(m['images'], 'image')}, {m['classes']:,} classes. In brackets 95 % "
+        "intervals over images; those of errors of calibration are of the error without "
+        "what chance adds."
     )
     return "\n".join(
         [

@@ -15,6 +15,7 @@ import numpy as np
 
 from . import decisions
 from .calibrators import is_fitted
+from .intervals import beyond_zero
 from .naming import METRICS, Metric
 from .records import Records
 from .seeds import over_seeds, seed_difference
@@ -185,8 +186,7 @@ def _decided(found: dict[Place, dict[str, Any]]) -> dict[Place, dict[str, Any]]:
     adjusted = decisions.holm([found[place]["p_value"] for place in family])
     for place, p in zip(family, adjusted, strict=True):
         d = found[place]
-        away = d["low"] is not None and (d["low"] > 0 or d["high"] < 0)
-        shown = away and p is not None and p <= decisions.LEVEL
+        shown = beyond_zero(d["low"], d["high"]) and p is not None and p <= decisions.LEVEL
         decided[place] = d | {"adjusted_p_value": p, "shown": shown}
     for i, j, side, key in found:
         if (side, key) == REPEATED:

@@ -16,8 +16,9 @@ from scipy.special import logsumexp
 
 from .checks import FloatArray, IntArray
 from .column_names import Found
+from .display import counted
 from .label_arrays import SEGMENTATION
-from .tables import is_number, text_of
+from .tables import is_number, refuse_thousands, text_of
 
 OFF = 0.01  # how far sums of rounded probabilities may be from 1
 LOOK = 1000  # rows that are enough to tell what the others cannot be
@@ -51,6 +52,7 @@ def stacked(arrays: Sequence[np.ndarray], chosen: Found) -> np.ndarray:
 def _numbers(texts: list[str], name: str) -> FloatArray:
     """Texts such as 0.5, or [0.1, 0.9] as Python, numpy and torch print lists."""
     if all(is_number(text) for text in texts):
+        refuse_thousands(texts, name)
         return np.array([text.strip().replace(",", ".") for text in texts], dtype=np.float64)
     rows = []
     for number, text in enumerate(texts):
@@ -231,7 +233,8 @@ def log_probabilities(p: np.ndarray) -> FloatArray:
     if p.ndim != 2:
         raise ValueError(f"probabilities must have shape [N, K], got {p.shape}")
     if np.isnan(p).any():
-        raise ValueError(f"probabilities of {int(np.isnan(p).any(axis=1).sum())} images are NaN")
+        images = counted(int(np.isnan(p).any(axis=1).sum()), "image")
+        raise ValueError(f"probabilities of {images} are NaN")
     if (p < 0).any() or (p > 1 + 1e-6).any():
         raise ValueError("probabilities must lie in 0..1; if these are logits, call them logits")
     off = np.abs(p.sum(axis=1) - 1).max(initial=0)
@@ -261,7 +264,8 @@ def to_logits(table: Table, numbers: IntArray) -> np.ndarray:
         logs = np.maximum(logs, np.log(np.finfo(np.float64).tiny))
     if own.any():
         raise ValueError(
-            f"{int(own.sum())} images give their own label the probability 0, so NLL is infinite: "
+            f"the own label of {counted(int(own.sum()), 'image')} has the probability 0, so NLL is "
+            "infinite: "
             "export logits, or probabilities that were not rounded"
         )
     return logs

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
+from .intervals import beyond_zero
+
 LEVEL = 0.95
-MOST_SIGNS = 20  # of seeds whose signs are all tried; beyond, signs are drawn
+MOST_SIGNS = 16  # of seeds whose signs are all tried; beyond, as many signs are drawn
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class SeedDifference:
     @property
     def shown(self) -> bool:
         """Is there a difference? By the t interval, and from three seeds on."""
-        return self.seeds >= 3 and self.low is not None and (self.low > 0 or self.high < 0)
+        return self.seeds >= 3 and beyond_zero(self.low, self.high)
 
 
 def over_seeds(values: Sequence[float | None]) -> OverSeeds:

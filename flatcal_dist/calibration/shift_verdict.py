@@ -4,6 +4,7 @@ from typing import Any
 
 from .calibrators import is_fitted
 from .display import number, percent, points
+from .intervals import beyond_zero
 
 
 def at_worst(m: dict[str, Any], shift: dict[str, Any] | None) -> str | None:
@@ -80,7 +81,7 @@ def _turned(before: dict[str, Any], after: dict[str, Any]) -> str:
 def _moved(effect: dict[str, Any]) -> str:
     """Whether that temperature brings mean confidence nearer to accuracy, where it is shown."""
     d = effect["distance"]
-    if d["low"] is not None and (d["low"] > 0 or d["high"] < 0):
+    if beyond_zero(d["low"], d["high"]):
         word = "nearer to accuracy" if d["value"] < 0 else "further away from accuracy"
         size, *ends = points(*(abs(d[k]) for k in ("value", "low", "high")))
         ends = sorted(ends, key=lambda text: float(text.replace(",", "")))

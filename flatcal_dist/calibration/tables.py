@@ -15,7 +15,7 @@ import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -302,6 +302,26 @@ def text_of(values: np.ndarray, name: str) -> list[str]:
 
 def is_number(text: str) -> bool:
     return re.fullmatch(r"\s*[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?\s*", text) is not None
+
+
+def refuse_thousands(texts: Iterable[str], name: str) -> None:
+    """Raise ValueError where 1,234 beside 892 may be a whole number, with its thousands apart.
+
+    A zero before the sign, or any other number of digits behind it, speaks for decimals.
+    """
+    whole = grouped = ""
+    for text in map(str.strip, texts):
+        if re.fullmatch(r"[+-]?[1-9]\d{0,2}([.,]\d{3})+", text):
+            grouped = text
+        elif re.fullmatch(r"[+-]?\d{1,3}", text):
+            whole = text if text.strip("+-0") else whole
+        else:
+            return
+    if whole and grouped:
+        raise ValueError(
+            f"column {name} holds {grouped} beside {whole}: whole numbers with their thousands "
+            "apart, or decimals, is open. Write numbers without thousands separators"
+        )
 
 
 BINARY: dict[str, Callable[[Path], Columns]] = {

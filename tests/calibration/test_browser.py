@@ -38,6 +38,12 @@ NAMED = {
 }
 
 
+# Tables wider than their room, by their names.
+CUT_OFF = """Array.from(document.querySelectorAll('.scroll'))
+    .filter(box => box.scrollWidth > box.clientWidth + 1)
+    .map(box => box.getAttribute('aria-label'))"""
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory, records: Records) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("pages")
@@ -207,16 +213,23 @@ def test_nothing_is_wider_than_the_page(browser, pages, name: str, width: int) -
     visit.context.close()
 
 
+def test_long_names_of_methods_wrap(browser, tmp_path) -> None:
+    long = "a_method_with_a_name_of_more_than_forty_letters"
+    runs = [write_run(tmp_path / f"{m}_{s}", m, s) for m in ("sgd", long) for s in range(2)]
+    write_comparison(runs, tmp_path / "comparison", resamples=20)
+    for width in (400, 1400):
+        visit = Visit(browser, tmp_path / "comparison/index.html", width)
+        assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+        if width == 1400:
+            assert visit.page.evaluate(CUT_OFF) == []
+        visit.context.close()
+
+
 @pytest.mark.parametrize("name", ["report", "comparison"])
 def test_no_column_is_cut_off_on_a_desktop(browser, pages, name: str) -> None:
     visit = Visit(browser, pages[name], 1400)
     visit.page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    cut = visit.page.evaluate(
-        """Array.from(document.querySelectorAll('.scroll'))
-            .filter(box => box.scrollWidth > box.clientWidth + 1)
-            .map(box => box.getAttribute('aria-label'))"""
-    )
-    assert cut == []
+    assert visit.page.evaluate(CUT_OFF) == []
     visit.context.close()
 
 

@@ -206,6 +206,14 @@ def test_arrays_that_are_refused(tmp_path, kind):
         ("a.csv", b"label,\xfflogit_0\n", "neither UTF-8 nor UTF-16"),
         ("a.csv", b"\x89PNG\r\n\x1a\n\0\0", "no text|neither UTF-8"),
         ("a.csv", "x" * 5_000_000, "first line has no end"),
+        ("a.csv", "label,logit_0,logit_1\n", "a header line and no rows"),
+        ("a.csv", "label,p_0,p_1\n1,1%,2%\n", "column p_0 holds '1%', which is no number"),
+        ("a.csv", 'y,logit_0,logit_1\n1,"1,607","-892"\n', "column logit_0 .* thousands"),
+        ("a.csv", "y;logit_0;logit_1\n1;1.607;892\n", "column logit_0 .* thousands"),
+        ("a.csv", 'y,logit\n1,"1,607"\n0,"892"\n', "column logit .* thousands"),
+        ("a.csv", 'y,logit_0,logit_1\n2,1.5,2\n"1,000",1,2\n', "of labels .* thousands"),
+        ("a.csv", "y,p_1,p_2\n1,0.5,0.5\n1,0.4,0.6\n", "all labels are 1, and .* is open"),
+        ("a.csv", "sample,y,p\n0,1,0.5\n0,0,0.4\n0,1,0.5\n", "sample names 1 image in 3 rows"),
         ("a.json", "{", "no JSON"),
         ("a.json", "[" * 100_000, "cannot be read"),
         ("a.json", "[1, 2]", "expected a list of objects"),
@@ -227,6 +235,30 @@ def test_files_that_are_refused(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_scores(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
+
+
+def test_decimals_of_three_digits_are_no_thousands(tmp_path):
+    table = "y;logit_0;logit_1\n1;1,607;892\n0;0,125;-2\n"
+    (tmp_path / "a.csv").write_text(table)
+    assert read_scores(tmp_path / "a.csv").logits.tolist() == [[1.607, 892], [0.125, -2]]
+
+
+def test_a_column_of_predictions_beside_columns_called_by_the_classes(tmp_path):
+    rows = "dog,0.2,0.8,cat\ncat,0.7,0.3,cat\n"
+    (tmp_path / "a.csv").write_text(f"label,cat,dog,prediction\n{rows}")
+    found = read_scores(tmp_path / "a.csv")
+    assert softmax(found.logits) == pytest.approx(np.array([[0.2, 0.8], [0.7, 0.3]]))
+    assert found.understood.startswith("a.csv: 2 images, 2 classes")
+
+
+def test_utf_32_is_read_and_ids_of_another_type_are_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes("label,logit_0,logit_1\n1,2,3\n".encode("utf-32"))
+    found = read_scores(tmp_path / "a.csv")
+    assert found.logits.tolist() == [[2, 3]]
+    assert found.understood.startswith("a.csv: 1 image, 2 classes")
+    np.savez(tmp_path / "a.npz", logits=Z, labels=Y, ids=np.arange(N).astype("datetime64[s]"))
+    with pytest.raises(ValueError, match=r"ids holds datetime64\[s\]: expected texts or numbers"):
+        read_scores(tmp_path / "a.npz")
 
 
 class Attack:

@@ -84,7 +84,7 @@ def test_temperature_never_changes_what_is_correct() -> None:
         ({"ids": ["a", "b"]}, "equal lengths"),
         ({"expected": 4}, "expected 4 images, got 3"),
         ({"labels": [0, 1, 2]}, r"0\.\.1"),
-        ({"logits": [[0.0, 1.0], [np.nan, 0.0], [1.0, 1.0]]}, "1 images are NaN"),
+        ({"logits": [[0.0, 1.0], [np.nan, 0.0], [1.0, 1.0]]}, "of 1 image are NaN"),
     ],
 )
 def test_refused(change: dict, message: str) -> None:

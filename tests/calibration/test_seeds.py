@@ -1,3 +1,4 @@
+import tracemalloc
 from itertools import product
 
 import numpy as np
@@ -80,3 +81,15 @@ def test_many_seeds_draw_their_signs() -> None:
     found = seed_difference(dict(enumerate(values)), dict.fromkeys(range(25), 0.0))
     t = ttest_rel(values, np.zeros(25)).pvalue
     assert found.p_value == pytest.approx(t, abs=0.03)
+
+
+def test_twenty_seeds_take_no_longer_than_a_page_can_wait() -> None:
+    """Seven metrics, two sides and all pairs of methods: all 2^20 signs took half a gigabyte."""
+    random = np.random.default_rng(0)
+    first, second = (dict(enumerate(random.normal(size=20))) for _ in range(2))
+    tracemalloc.start()
+    found = seed_difference(first, second)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e8
+    assert found.p_value == pytest.approx(found.student_p_value, abs=0.02)

@@ -188,6 +188,21 @@ def test_rounding_is_no_interval_and_no_difference() -> None:
     assert not any(samples.difference(1, 0, name).excludes_zero for name in STATISTICS)
 
 
+def test_an_end_that_is_zero_but_for_rounding_shows_nothing() -> None:
+    for low, high in ((1.5e-17, 0.08), (-0.08, -1.5e-17), (None, None), (-1.0, 1.0)):
+        assert not Interval(0.04, low, high).excludes_zero
+    assert Interval(0.04, 1e-6, 0.08).excludes_zero
+
+
+def test_a_ranking_by_equal_confidences_has_no_interval() -> None:
+    scores = score_images(np.zeros((300, 5)), np.arange(300) % 5).scores()
+    samples = bootstrap([scores], 50)
+    for name, value in (("auroc", 0.5), ("naurc", 1.0)):
+        interval = samples.interval(0, name)
+        assert interval.value == pytest.approx(value)
+        assert (interval.low, interval.high) == (None, None)
+
+
 def test_refused(records: Records) -> None:
     other = make_records(50)
     with pytest.raises(ValueError, match="same images"):
