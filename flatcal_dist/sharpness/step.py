@@ -134,7 +134,13 @@ class SharpnessAwareStep:
         perturbs = self.rule is not None and self.rule.perturbs_at(self.taken)
         seen = Seen(engine.device)
 
-        with _no_weights_in_autocast(), SameFunctionTwice(engine.module, engine.device) as replay:
+        with (
+            _no_weights_in_autocast(),
+            SameFunctionTwice(engine.module, engine.device) as replay,
+            engine.broadcasting() as changed,
+        ):
+            if changed:
+                replay.start_from_here()
             engine.zero_gradients()
             if perturbs:
                 units = [[m] for m in micro_batches] if self.per_micro_batch else [micro_batches]
@@ -185,7 +191,6 @@ class SharpnessAwareStep:
         """The size of the global batch. Raises StepError, where ranks differ on all of them."""
         pairs = all(isinstance(m, tuple | list) and len(m) == 2 for m in micro_batches)
         count = len(micro_batches)
-        pairs = all(isinstance(m, tuple | list) and len(m) == 2 for m in micro_batches)
         sizes = [_size(*m) for m in micro_batches] if pairs and samples is None else []
         counted, even = None not in sizes, True
         if samples is None:
