@@ -53,6 +53,12 @@ class Engine(Protocol):
     def all_parameters(self) -> list[nn.Parameter]:
         """All that the network has now, as the optimizer and the engine know them."""
 
+    def broadcasting(self) -> AbstractContextManager[bool]:
+        """Around the passes of a step: no forward pass changes buffers of one rank for another's.
+
+        Gives whether that was done now instead, once for all passes.
+        """
+
     def zero_gradients(self) -> None: ...
 
     def accumulation(self, reduce: bool) -> AbstractContextManager[None]:
@@ -136,8 +142,8 @@ class ReplicatedEngine:
     """One process, or DistributedDataParallel: every rank holds all weights.
 
     model: a module, or DistributedDataParallel around one (best with broadcast_buffers=False:
-    buffers are broadcast when they are needed, not in each forward pass), compiled or not, or a
-    wrapper of one's own around either, such as Lightning Fabric's.
+    buffers are broadcast when they are needed; otherwise once at the beginning of each step),
+    compiled or not, or a wrapper of one's own around either, such as Lightning Fabric's.
     optimizer: of its float32 parameters. compute_dtype: what autocast rounds weights to, if it
     does; torch.float16 scales losses. Raises StepError for what it cannot serve.
     """
@@ -213,6 +219,22 @@ class ReplicatedEngine:
 
     def all_parameters(self) -> list[nn.Parameter]:
         return list(self.named.parameters())
+
+    @contextmanager
+    def broadcasting(self) -> Iterator[bool]:
+        # DDP broadcasts in the first forward pass after one that was reduced. A perturbation of a
+        # rank's own is not reduced, or goes around DDP: one of its passes would have buffers of
+        # rank 0, and the other those of the rank.
+        wrapper = self.wrapper
+        if wrapper is None or not (wrapper.broadcast_buffers and wrapper.modules_buffers):
+            yield False
+            return
+        wrapper._sync_buffers()  # as its forward pass would
+        wrapper.broadcast_buffers = False
+        try:
+            yield True
+        finally:
+            wrapper.broadcast_buffers = True
 
     def zero_gradients(self) -> None:
         self.module.zero_grad(set_to_none=True)

@@ -8,7 +8,7 @@ Public interface of torch.distributed.fsdp only, but for fsdp2_passes.py.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -140,6 +140,9 @@ class ShardedEngine:
     def all_parameters(self) -> list[nn.Parameter]:
         self._drop_gathered()  # whole ones are other objects
         return list(self.module.parameters())
+
+    def broadcasting(self) -> AbstractContextManager[bool]:
+        return nullcontext(False)
 
     def zero_gradients(self) -> None:
         for weight in self.weights.values():

@@ -25,7 +25,8 @@ def refuse_unheld(network: nn.Module, by: str | None = None) -> None:
 
     Raises:
         StepError: The network has parameters or buffers without a shape yet, layers whose
-            gradients are sparse, or parameters that cannot be cut.
+            gradients are sparse or that change their weights in a forward pass, or parameters that
+            cannot be cut.
     """
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
         if is_lazy(tensor):
@@ -39,6 +40,12 @@ def refuse_unheld(network: nn.Module, by: str | None = None) -> None:
                 f"the layer {name} has sparse gradients, which have no perturbation: build it "
                 "with sparse=False"
             )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise StepError(
+                f"the layer {name} has max_norm={module.max_norm}, and so changes its weights in "
+                "each forward pass, perturbed or not: build it without, and shorten its output, or "
+                "its weights after the step"
+            )
     for name, weight in network.named_parameters() if by else ():
         if weight.dim() == 0:
             raise StepError(
@@ -50,6 +57,48 @@ def refuse_unheld(network: nn.Module, by: str | None = None) -> None:
                 f"{by} cannot hold parameters without values, such as {name} of shape "
                 f"{list(weight.shape)}: leave it out of the network, or use DDP"
             )
+
+
+class FrozenWeights:
+    """Finds networks whose forward pass changes weights that are not trained.
+
+    Momentum encoders do (MoCo's, BYOL's). Both passes of a step would change them, each by other
+    weights, and the second would see another function than the first. Looked for in the first steps
+    only, since every look reads all frozen weights; and the very first may change nothing, when the
+    two encoders are still equal. Where ranks hold parts of weights (ZeRO-3, FSDP2), changes to the
+    whole ones that a pass gathers are not seen.
+    """
+
+    LOOKS = 3  # steps
+
+    def __init__(self, network: nn.Module) -> None:
+        self.frozen = {n: w for n, w in network.named_parameters() if not w.requires_grad}
+        self.looks = self.LOOKS
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around a first pass. Raises StepError, with the name, if it changed one."""
+        if not self.looks:
+            yield
+            return
+        self.looks -= 1
+        before = {name: _squares(weight) for name, weight in self.frozen.items()}
+        yield
+        for name, weight in self.frozen.items():
+            if not torch.equal(_squares(weight), before[name]):
+                raise StepError(
+                    f"the forward pass changes the frozen weight {name}, as momentum encoders do: "
+                    "both passes of a step would, and see other weights. Make it a buffer "
+                    "(register_buffer), which both passes get alike, or change it after the step"
+                )
+
+
+@torch.no_grad()
+def _squares(weight: Tensor) -> Tensor:
+    """A number that is another one when the weight is."""
+    weight = weight.to_local() if hasattr(weight, "to_local") else weight.detach()
+    weight = torch.view_as_real(weight.resolve_conj()) if weight.is_complex() else weight
+    return weight.double().square().sum().nan_to_num()
 
 
 def refuse_sparse(name: str, gradient: Tensor) -> None:

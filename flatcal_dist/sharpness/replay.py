@@ -38,6 +38,10 @@ class SameFunctionTwice:
         self.buffers_before = self.buffers_at_start = BufferState(self.modules)
         return self
 
+    def start_from_here(self) -> None:
+        """Buffers were changed for all passes of the step."""
+        self.buffers_at_start = BufferState(self.modules)
+
     def begin(self) -> None:
         """Before the first pass."""
         self.random_before = self._random_state()

@@ -19,6 +19,7 @@ from flatcal_dist.losses import cross_entropy
 from flatcal_dist.sharpness.engines import Engine
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.move import Measured
+from flatcal_dist.sharpness.networks import FrozenWeights
 from flatcal_dist.sharpness.outputs import logits_of
 from flatcal_dist.sharpness.replay import SameFunctionTwice
 from flatcal_dist.sharpness.rules import SAM, Loss, Shards
@@ -99,6 +100,7 @@ class SharpnessAwareStep:
         self.taken = 0
         self.memory: dict[str, Tensor] | None = None
         self.built_with = self._parts()
+        self.frozen = FrozenWeights(engine.module)
         self.descent_loss = self.loss
         if rule:
             if rule.remembers and (per_micro_batch or not self.scope.everyone):
@@ -134,7 +136,13 @@ class SharpnessAwareStep:
         perturbs = self.rule is not None and self.rule.perturbs_at(self.taken)
         seen = Seen(engine.device)
 
-        with _no_weights_in_autocast(), SameFunctionTwice(engine.module, engine.device) as replay:
+        with (
+            _no_weights_in_autocast(),
+            SameFunctionTwice(engine.module, engine.device) as replay,
+            engine.broadcasting() as changed,
+        ):
+            if changed:
+                replay.start_from_here()
             engine.zero_gradients()
             if perturbs:
                 units = [[m] for m in micro_batches] if self.per_micro_batch else [micro_batches]
@@ -185,7 +193,6 @@ class SharpnessAwareStep:
         """The size of the global batch. Raises StepError, where ranks differ on all of them."""
         pairs = all(isinstance(m, tuple | list) and len(m) == 2 for m in micro_batches)
         count = len(micro_batches)
-        pairs = all(isinstance(m, tuple | list) and len(m) == 2 for m in micro_batches)
         sizes = [_size(*m) for m in micro_batches] if pairs and samples is None else []
         counted, even = None not in sizes, True
         if samples is None:
@@ -259,13 +266,14 @@ class SharpnessAwareStep:
         overlapped = engine.reduces(self.scope) and not self.per_micro_batch
         alone = self.scope.ranks == 1 and not self.per_micro_batch and engine.leaves_own()
         in_place = overlapped or alone
-        if in_place:
-            seen.add_losses(*self._pass(micro_batches, self.loss, share, overlapped))
-            shards = engine.shards()
-            shards.own = not overlapped  # nothing was reduced: no engine counts on this memory
-        else:
-            shards, *losses = self._own_gradient(micro_batches, share / self.scope.ranks)
-            seen.add_losses(*losses)
+        with self.frozen.watched():
+            if in_place:
+                seen.add_losses(*self._pass(micro_batches, self.loss, share, overlapped))
+                shards = engine.shards()
+                shards.own = not overlapped  # nothing was reduced: no engine counts on this memory
+            else:
+                shards, *losses = self._own_gradient(micro_batches, share / self.scope.ranks)
+                seen.add_losses(*losses)
         norm, kept = self._gradient_to_perturbation_(shards)
         replay.rewind()
         with engine.moved(shards) as displacement:

@@ -8,7 +8,7 @@ fp32 is kept until it has been measured.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -102,6 +102,9 @@ class ZeroEngine:
 
     def all_parameters(self) -> list[nn.Parameter]:
         return list(self.module.parameters())
+
+    def broadcasting(self) -> AbstractContextManager[bool]:
+        return nullcontext(False)
 
     def zero_gradients(self) -> None:
         self._refresh()

@@ -138,10 +138,18 @@ class Number(nn.Module):
         return x * self.scale if self.scale.numel() else x + self.scale.sum()
 
 
+class Shortened(nn.Embedding):
+    """Rows that are looked up become shorter in memory."""
+
+    def forward(self, x):
+        return x + super().forward((x[:, 0] > 0).long())
+
+
 KINDS = {
     "dense": partial(Table, sparse=False),
     "sparse": partial(Table, sparse=True),
     "sparse function": partial(Table, sparse=True, function=True),
+    "max_norm": lambda: Shortened(4, 6, max_norm=0.5),
     "lazy": partial(nn.LazyLinear, 6),
     "lazy norm": nn.LazyBatchNorm1d,
     "lazy, called": lambda: called(nn.LazyLinear(6)),
@@ -179,6 +187,7 @@ def kinds(rank, world_size, kind, names):
 REFUSED = {
     "sparse": "the layer first.table has sparse gradients",
     "sparse function": "is sparse, which has no perturbation: call the function",
+    "max_norm": "the layer first has max_norm=0.5, and so changes its weights",
     "lazy": "first.weight has no shape yet",
     "lazy norm": "first.weight has no shape yet",
 }
@@ -210,3 +219,45 @@ def test_a_parameter_of_an_unusual_kind_is_trained_or_refused_by_name(kind):
             }
             values = [{n: w for n, w in x.items() if w.numel()} for x in (outcome, expected)]
             assert far(*values) < CLOSE, name
+
+
+# Weights that the forward pass changes
+
+
+class MomentumEncoder(nn.Module):
+    """Follows another layer, as MoCo's and BYOL's do in their forward passes; equal at first."""
+
+    def __init__(self, by_name: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.mean, self.by_name = nn.Linear(6, 6), nn.Linear(6, 6), by_name
+        self.mean.load_state_dict(self.layer.state_dict())
+        self.mean.requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            for own, mean in zip(self.layer.parameters(), self.mean.parameters(), strict=True):
+                if self.by_name:
+                    mean.data = 0.9 * mean.data + 0.1 * own.data
+                else:
+                    mean.data.mul_(0.9).add_(own.data, alpha=0.1)
+        return self.layer(x) + self.mean(x)
+
+
+def changing(rank, world_size, kind):
+    outcome = []
+    for by_name, options in ((True, {}), (False, {}), (False, {"per_micro_batch": True})):
+        engine = make_engine(kind, With(MomentumEncoder(by_name)))
+        if kind == "zero2":
+            options = {}
+        step = SharpnessAwareStep(engine, RULES["csam"], **options)
+        outcome.append(message(lambda step=step: train(step, rank, world_size, numbers=range(2))))
+    return outcome
+
+
+@pytest.mark.parametrize("kind", ["one", "ddp", "zero2"])
+def test_frozen_weights_that_a_forward_pass_changes_are_refused(kind):
+    """Both passes would change them, and the second see others."""
+    for outcome in everywhere(kind, changing):
+        for said in outcome:
+            assert "forward pass changes the frozen weight first.mean.weight" in said
