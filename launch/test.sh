@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Make the environment and run the tests; arguments go to pytest (-m exhaustive, a file, ...).
+# Make the environment and run the tests, two files at a time; arguments go to pytest (-m exhaustive,
+# a file, -n 0 for one at a time, ...).
 #   ./launch/test.sh [--latest] [ARGUMENT...]     --latest: not the tested versions, but the newest
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -9,4 +10,4 @@ make_environment "$versions" dev
 cd "$root"
 ruff check .
 ruff format --check .
-exec env OMP_NUM_THREADS=1 python -m pytest "$@"
+exec env OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile "$@"
