@@ -72,7 +72,12 @@ class FrozenWeights:
     LOOKS = 3  # steps
 
     def __init__(self, network: nn.Module) -> None:
-        self.frozen = {n: w for n, w in network.named_parameters() if not w.requires_grad}
+        # ZeRO-3's are empty but while they are gathered, and small ones stay so from a pass on.
+        self.frozen = {
+            name: weight
+            for name, weight in network.named_parameters()
+            if not weight.requires_grad and not hasattr(weight, "ds_id")
+        }
         self.looks = self.LOOKS
 
     @contextmanager
