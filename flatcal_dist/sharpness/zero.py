@@ -325,6 +325,11 @@ def _refuse_configuration(model: "deepspeed.DeepSpeedEngine") -> None:
             f"ZeroEngine wants DeepSpeed's engine itself, as start_zero gives it, not a "
             f"{type(model).__name__}: put a wrapper of your own around the network before"
         )
+    if isinstance(model.optimizer.optimizer, torch.optim.Adagrad):
+        raise StepError(
+            "ZeRO cannot do Adagrad: its state is there from the start, and DeepSpeed builds it "
+            "again without its parameter groups; use another optimizer, such as AdamW, or DDP"
+        )
     wrong = {
         "a ZeRO stage other than 1, 2, 3": model.zero_optimization_stage() not in (1, 2, 3),
         "offload": model.zero_offload_optimizer() or model.zero_offload_param(),
