@@ -34,9 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from flatcal_dist.distributed import start
-from flatcal_dist.losses import cross_entropy
+from flatcal_dist.objectives import cross_entropy
 from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
-from flatcal_dist.sharpness.rules import Shards
 from flatcal_dist.training.traffic import counted
 
 RATE, MOMENTUM, RHO = 0.01, 0.9, 0.05
@@ -185,7 +184,7 @@ def share_of_moving(model: nn.Module, images: Tensor, labels: Tensor, rounds: in
     device, moving = images.device, 0.0
     engine = ReplicatedEngine(model, torch.optim.SGD(model.parameters(), RATE, MOMENTUM))
     step = SharpnessAwareStep(engine, SAM(RHO))
-    perturbation, moved = step._gradient_to_perturbation_, engine.moved
+    moved = engine.moved
 
     @contextmanager
     def timed(seen: Callable[[], AbstractContextManager]) -> Iterator[object]:
@@ -197,14 +196,15 @@ def share_of_moving(model: nn.Module, images: Tensor, labels: Tensor, rounds: in
             started = now(device)
         moving += now(device) - started
 
-    def timed_perturbation(shards: Shards) -> tuple:
-        nonlocal moving
-        started = now(device)
-        value = perturbation(shards)
-        moving += now(device) - started
-        return value
+    class TimedSAM(SAM):
+        def perturb_(self, *arguments: object) -> Tensor:
+            nonlocal moving
+            started = now(device)
+            norm = super().perturb_(*arguments)
+            moving += now(device) - started
+            return norm
 
-    step._gradient_to_perturbation_ = timed_perturbation
+    step.rule = TimedSAM(RHO)
     engine.moved = lambda shards: timed(partial(moved, shards))
     shares = []
     for _ in range(3 + rounds):

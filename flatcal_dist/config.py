@@ -205,7 +205,7 @@ class OptimizerConfig(Section):
 
 
 class SharpnessConfig(Section):
-    rule: Literal["none", "sam", "asam", "csam", "looksam"] = "none"
+    rule: Literal["none", "sam", "asam", "csam", "looksam", "gsam", "momentum_sam"] = "none"
     rho: float = Field(0.05, ge=0, le=1000, description="length of the perturbation")
     rho_schedule: Literal["constant", "learning_rate"] = Field(
         "constant", description="learning_rate: from rho to rho_min as the learning rate falls"
@@ -213,8 +213,15 @@ class SharpnessConfig(Section):
     rho_min: float = Field(0.0, ge=0, le=1000, description="of rho_schedule=learning_rate")
     gamma: float = Field(1.0, ge=0, le=2, description="CSAM's exponent; 0 is SAM")
     eta: float = Field(0.01, ge=0, le=1000, description="ASAM's, added to absolute weights")
-    alpha: float = Field(
-        0.7, ge=0, le=1000, description="LookSAM's weight of the remembered gradient"
+    alpha: float | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="the weight of the part of one gradient across the other: LookSAM adds it, "
+        "by default 0.7 of it; GSAM takes it away, by default 0.4 of it",
+    )
+    momentum: float = Field(
+        0.9, ge=0, lt=1, description="Momentum-SAM's; the optimizer's is optimizer.momentum"
     )
     every: int | None = Field(
         None,

@@ -24,10 +24,10 @@ class Choice:
     where: str
 
 
-def _rule(*keys: str, rule: str) -> Choice:
+def _rule(key: str, *rules: str) -> Choice:
     return Choice(
-        keys, lambda config: config.sharpness.rule == rule, ("sharpness.rule",),
-        f"sharpness.rule={rule}",
+        (key,), lambda config: config.sharpness.rule in rules, ("sharpness.rule",),
+        f"sharpness.rule={' or '.join(rules)}",
     )  # fmt: skip
 
 
@@ -39,9 +39,10 @@ CHOICES = (
         ("sharpness.rule",),
         "a sharpness.rule such as sam",
     ),
-    _rule("sharpness.gamma", rule="csam"),
-    _rule("sharpness.eta", rule="asam"),
-    _rule("sharpness.alpha", rule="looksam"),
+    _rule("sharpness.gamma", "csam"),
+    _rule("sharpness.eta", "asam"),
+    _rule("sharpness.alpha", "looksam", "gsam"),
+    _rule("sharpness.momentum", "momentum_sam"),
     Choice(
         ("sharpness.rho_min",),
         lambda config: config.sharpness.rule != "none"

@@ -63,7 +63,10 @@ def test_the_names_that_others_rely_on_exist():
         ("rho=1", "rho: no such key (on the command line); did you mean sharpness.rho?"),
         ("sharpness.rho=-1", "sharpness.rho = -1 (on the command line): input should be greater"),
         ("sharpness.rho=.nan", "sharpness.rho = nan (on the command line): input should be a fin"),
-        ("sharpness.rule=same", "input should be 'none', 'sam', 'asam', 'csam' or 'looksam'"),
+        (
+            "sharpness.rule=same",
+            "'asam', 'csam', 'looksam', 'gsam' or 'momentum_sam'",
+        ),
         ("sharpness.gamma=2.1", "input should be less than or equal to 2"),
         ("train.epochs=2.5", "train.epochs = 2.5 (on the command line): input should be a valid"),
         ("train.epochs=yes", "train.epochs = 'yes'"),

@@ -20,7 +20,8 @@ SGD = ROOT / "configs/digits/sgd.yaml"
     [
         ("sharpness.gamma=2", "sharpness.rule=csam"),
         ("sharpness.gamma=1.0", "sharpness.rule=csam"),  # its default: asked for all the same
-        ("sharpness.alpha=3", "sharpness.rule=looksam"),
+        ("sharpness.alpha=3", "sharpness.rule=looksam or gsam"),
+        ("sharpness.momentum=0.5", "sharpness.rule=momentum_sam"),
         ("sharpness.eta=0.1", "sharpness.rule=asam"),
         ("sharpness.rho=0.1", "a sharpness.rule such as sam"),
         ("sharpness.scope=rank", "a sharpness.rule such as sam"),

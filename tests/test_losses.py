@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flatcal_dist.losses import cross_entropy, csam_loss
+from flatcal_dist.objectives import cross_entropy, csam_loss
 
 
 def logits_of(p: float, dtype=torch.float64) -> torch.Tensor:

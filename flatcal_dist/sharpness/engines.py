@@ -16,7 +16,7 @@ from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.loss_scale import LossScale
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
 from flatcal_dist.sharpness.networks import refuse_sparse, refuse_unheld, sparse_refused
-from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
+from flatcal_dist.sharpness.rules import Rule, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 
 NOT_ROUNDED = (
@@ -41,7 +41,7 @@ class Engine(Protocol):
     def scales_losses(self) -> bool:
         """Whether it does so at all, in fp16."""
 
-    def check(self, rule: SAM, scope: Scope, per_micro_batch: bool) -> None:
+    def check(self, rule: Rule, scope: Scope, per_micro_batch: bool) -> None:
         """Raises ValueError, with reason and alternatives, for what this engine cannot do."""
 
     def reduces(self, scope: Scope) -> bool:
@@ -79,8 +79,9 @@ class Engine(Protocol):
     def moved(self, shards: Shards) -> AbstractContextManager[Displacement]:
         """Move the weights by e = shards.gradients; bring them back bit for bit on every way out.
 
-        Empties the list of e. What it gives measures the move, as the forward pass saw it, against
-        the gradient that is there by then.
+        It takes the list of e over, and empties it. shards may be of a part of the parameters. It
+        yields a function that measures the move, as the forward pass saw it, against the gradient
+        that is there by then.
         """
 
     def gradient_norm(self) -> Tensor:
@@ -189,7 +190,7 @@ class ReplicatedEngine:
     def loss_scale(self) -> float:
         return self.scale.value
 
-    def check(self, rule: SAM, scope: Scope, per_micro_batch: bool) -> None:
+    def check(self, rule: Rule, scope: Scope, per_micro_batch: bool) -> None:
         # Every rule and every scope, but for this: a rank's own gradient has to bypass DDP.
         own = per_micro_batch or not scope.everyone
         if own and self.reduces_always and self.module is self.model:
@@ -252,17 +253,19 @@ class ReplicatedEngine:
         held = {n: w for n, w in self.weights.items() if w.grad is not None}
         for name, weight in held.items():
             refuse_sparse(name, weight.grad)
-        return Shards(list(held), list(held.values()), [w.grad for w in held.values()])
+        gradients = [w.grad for w in held.values()]
+        return Shards(list(held), list(held.values()), gradients, loss_scale=self.loss_scale)
 
     def whole_weights(self) -> Shards:
-        return Shards(list(self.weights), list(self.weights.values()), [], own=True)
+        weights = list(self.weights.values())
+        return Shards(list(self.weights), weights, [], own=True, loss_scale=self.loss_scale)
 
     def total(self, part: Tensor) -> Tensor:
         return part  # every rank has all of it
 
     @contextmanager
     def moved(self, shards: Shards) -> Iterator[Displacement]:
-        weights = list(shards.weights)
+        weights = [self.weights[name] for name in shards.names]
         dtypes = [self.dtypes[name] for name in shards.names]
         with self.backup.moved(shards) as before:
             yield lambda: measure(weights, before, [w.grad for w in weights], dtypes)

@@ -31,10 +31,10 @@ from flatcal_dist.sharpness.fsdp2_passes import end_passes, forget_gradients, re
 from flatcal_dist.sharpness.fsdp2_start import in_full_precision
 from flatcal_dist.sharpness.fsdp2_state import copy_into, join, parameters_of, sharded_like, split
 from flatcal_dist.sharpness.loss_scale import LossScale
-from flatcal_dist.sharpness.move import Backup, Displacement, measure
+from flatcal_dist.sharpness.move import Backup, Displacement, Measured, measure
 from flatcal_dist.sharpness.networks import sparse_refused
 from flatcal_dist.sharpness.optimizer_probe import refuse_rows
-from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
+from flatcal_dist.sharpness.rules import Rule, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 
 
@@ -109,7 +109,7 @@ class ShardedEngine:
         """Whether each group perturbs by itself, so that its ascent gradient is not averaged."""
         return self.scope is not None and not self.scope.everyone
 
-    def check(self, rule: SAM, scope: Scope, per_micro_batch: bool) -> None:
+    def check(self, rule: Rule, scope: Scope, per_micro_batch: bool) -> None:
         ranks = self.world_size // self.replicas.ranks
         if per_micro_batch:
             raise StepError(
@@ -172,7 +172,8 @@ class ShardedEngine:
     def _held(self) -> Shards:
         held = {n: w for n, w in self.weights.items() if w.grad is not None}
         weights = [w.to_local() for w in held.values()]
-        return Shards(list(held), weights, [w.grad.to_local() for w in held.values()])
+        gradients = [w.grad.to_local() for w in held.values()]
+        return Shards(list(held), weights, gradients, loss_scale=self.loss_scale)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -206,7 +207,7 @@ class ShardedEngine:
         self._drop_gathered()
         with self.backup.moved(shards) as before:
 
-            def displacement() -> tuple[Tensor, Tensor, Tensor]:
+            def displacement() -> Measured:
                 self._average()
                 gradients = [self.weights[name].grad for name in names]
                 local = [g if g is None else g.to_local() for g in gradients]

@@ -4,28 +4,33 @@
 
 It is a controller and not an optimizer: it owns the whole step, so that it decides when gradients
 are reduced, what a non-finite value means for all ranks, and that nothing outlives a perturbation.
+
+Gradients are reduced over ranks in one place: inside the backward pass of a step's last
+micro-batch, by the engine (`Engine.accumulation`). The ascent gradient of a scope that the engine
+cannot reduce by itself is the one exception (`_own_gradient`).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flatcal_dist.losses import cross_entropy
+from flatcal_dist.objectives.cross_entropy import CrossEntropy
 from flatcal_dist.sharpness.engines import Engine
 from flatcal_dist.sharpness.errors import StepError
+from flatcal_dist.sharpness.forward import Evaluated, Forward, head, of_user, pair, size_of
 from flatcal_dist.sharpness.move import Measured
 from flatcal_dist.sharpness.networks import FrozenWeights
-from flatcal_dist.sharpness.outputs import logits_of
 from flatcal_dist.sharpness.replay import SameFunctionTwice
-from flatcal_dist.sharpness.rules import SAM, Loss, Shards
+from flatcal_dist.sharpness.rules import Loss, Memory, Rule, Shards
 from flatcal_dist.sharpness.scope import Scope
 
-MicroBatches = Sequence[tuple[Tensor, Tensor]]
+MicroBatches = Sequence[Any]  # pairs (inputs, target), or what the user's `forward` takes
+Pass = Callable[[nn.Module, Any], Evaluated]
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,17 @@ class StepResult:
     """What happened in one step. Losses are means over the global batch, norms of its gradients.
 
     loss and perturbed_loss are of the same objective, that of the ascent, at w and at w + e: their
-    difference is the sharpness. skipped: a value was not finite on some rank in either pass, so no
-    rank moved. stop: some rank passed stop=True. votes: sums of the ranks' own. None in a step
-    without a perturbation: perturbed_loss and ascent_gradient_norm (of a scope smaller than all
-    ranks, the mean of the ranks' own norms). Only with measure=True, means over the ranks: cosine,
-    between the perturbation e (SAM's: the ascent gradient) and the descent gradient;
-    perturbation_norm, the length of e; and of what the forward pass saw of e, after rounding to
-    its precision: effective_rho, its length, to which the noise of rounding adds; seen_along, its
-    component along e; seen_cosine, between it and e, which tells whether the direction survived.
+    difference is the sharpness. A rule without an ascent pass sees one loss only, that at w + e.
+    skipped: a value was not finite on some rank in either pass, so no rank moved. stop: some rank
+    passed stop=True. votes: sums of the ranks' own. outputs: of this rank's micro-batches, in the
+    first pass: the logits of a pair, or what the user's `forward` returned; without a graph.
+    None in a step without a perturbation: perturbed_loss and ascent_gradient_norm (of a scope
+    smaller than all ranks, the mean of the ranks' own norms). Only with measure=True, means over
+    the ranks: cosine, between the perturbation e (SAM's: the ascent gradient) and the descent
+    gradient; perturbation_norm, the length of e; and of what the forward pass saw of e, after
+    rounding to its precision: effective_rho, its length, to which the noise of rounding adds;
+    seen_along, its component along e; seen_cosine, between it and e, which tells whether the
+    direction survived.
     """
 
     loss: float
@@ -56,28 +64,35 @@ class StepResult:
     seen_along: float | None = None
     seen_cosine: float | None = None
     votes: tuple[float, ...] = ()
+    outputs: Sequence[Any] = field(default=(), compare=False, repr=False)
 
 
 class SharpnessAwareStep:
     """One optimizer step on the micro-batches of one rank.
 
-    rule: one of rules.py, or None for plain training. loss: per-sample objective (logits [N, K],
-    target [N]) -> [N] of the ascent gradient, by default cross-entropy; the rule derives that of
-    the descent from it. CSAM has its own and takes none.
-    scope: whose gradient perturbs. "global": that of all ranks, so that N ranks with batch B are
-    one rank with batch N * B; "rank": each rank's own (m-sharpness, Foret et al. 2021, section
-    4.1); "node"; or a number of ranks. per_micro_batch: perturb for each micro-batch by itself, a
-    smaller m again. clip_norm: of the descent gradient. `rho` and `taken` (steps so far) may be
-    set between steps; `memory` is what the rule keeps, or None. To go on after a restart, save
-    `engine.local_state()` and `state_dict()` of every rank.
+    `rho` and `taken` (steps so far) may be set between steps; `memory` is what the rule keeps, or
+    None. To go on after a restart, save `engine.local_state()` and `state_dict()` of every rank.
 
-    Raises StepError, with the alternatives, for what rule, scope and engine cannot do together.
+    Args:
+        engine: The network and its optimizer, on one of the engines.
+        rule: One of `flatcal_dist.sharpness.rules`, or None for plain training.
+        loss: The per-sample objective (logits [N, K], target of N samples) -> [N] of the ascent
+            gradient; by default cross-entropy. The rule derives that of the descent from it. CSAM
+            has its own and takes none.
+        scope: Whose gradient perturbs. "global": that of all ranks, so that N ranks with batch B
+            are one rank with batch N * B; "rank": each rank's own (m-sharpness, Foret et al. 2021,
+            section 4.1); "node"; or a number of ranks.
+        per_micro_batch: Perturb for each micro-batch by itself, a smaller m again.
+        clip_norm: Of the descent gradient.
+
+    Raises:
+        StepError: Rule, scope and engine cannot do this together; the alternatives are named.
     """
 
     def __init__(
         self,
         engine: Engine,
-        rule: SAM | None,
+        rule: Rule | None,
         *,
         loss: Loss | None = None,
         scope: str | int = "global",
@@ -96,14 +111,14 @@ class SharpnessAwareStep:
         self.scope = Scope.of(scope, engine.world_size)
         self.per_micro_batch = per_micro_batch
         self.clip_norm = clip_norm
-        self.loss: Loss = loss or _plain_cross_entropy
+        self.loss: Loss = loss or CrossEntropy()
         self.taken = 0
-        self.memory: dict[str, Tensor] | None = None
+        self.memory: Memory | None = None
         self.built_with = self._parts()
         self.frozen = FrozenWeights(engine.module)
         self.descent_loss = self.loss
         if rule:
-            if rule.remembers and (per_micro_batch or not self.scope.everyone):
+            if rule.combines and (per_micro_batch or not self.scope.everyone):
                 raise StepError(
                     f"{type(rule).__name__} compares the two gradients of a step, so both must be "
                     "of all ranks: use scope 'global' without per_micro_batch, or SAM"
@@ -115,26 +130,38 @@ class SharpnessAwareStep:
         self,
         micro_batches: MicroBatches,
         *,
-        samples: int | None = None,
+        forward: Forward | None = None,
+        samples: float | None = None,
         stop: bool = False,
         measure: bool = False,
         votes: Sequence[float] = (),
     ) -> StepResult:
-        """Take the step on this rank's (inputs, target) pairs, as many on every rank.
+        """Take the step on this rank's micro-batches, as many on every rank.
 
-        samples: size of the global batch over all ranks and micro-batches, as many as the losses
-        of a pass. One more small reduction finds it when it is not given, from targets or inputs
-        that are tensors, and checks that ranks have as many pairs. stop: this rank wishes to end;
-        the result tells all ranks. measure: also what StepResult has only then. votes: numbers of
-        this rank, as many on each, of which all learn the sums.
+        Args:
+            micro_batches: Pairs (inputs, target), or what `forward` takes.
+            forward: A function of (model, batch) that returns losses and whatever else is wanted
+                back, in a form of `flatcal_dist.sharpness.forward`. It has to call the model that
+                it is given. By default the step calls the network and its own objective.
+            samples: The number of losses (or the sum of their weights) in a pass over all ranks
+                and micro-batches. One more small reduction finds it when it is not given, from the
+                first tensor of each batch, and checks that ranks have as many micro-batches.
+            stop: This rank wishes to end; the result tells all ranks.
+            measure: Whether to fill in also what StepResult has only then.
+            votes: Numbers of this rank, as many on each, of which all learn the sums.
 
-        Raises StepError for a batch that cannot be taken; nothing has changed then.
+        Raises:
+            StepError: The batch cannot be taken; nothing has changed then.
         """
-        engine = self.engine
-        samples = self._checked(micro_batches, samples)
+        engine, rule = self.engine, self.rule
+        samples = self._checked(micro_batches, samples, forward)
         share = engine.world_size / samples  # engines average over ranks: summed losses times this
-        perturbs = self.rule is not None and self.rule.perturbs_at(self.taken)
+        perturbs = rule is not None and rule.perturbs_at(self.taken)
+        passes = self._passes(forward)
         seen = Seen(engine.device)
+        units: Sequence[MicroBatches] = [micro_batches]
+        if perturbs and self.per_micro_batch:
+            units = [[batch] for batch in micro_batches]
 
         with (
             _no_weights_in_autocast(),
@@ -144,22 +171,29 @@ class SharpnessAwareStep:
             if changed:
                 replay.start_from_here()
             engine.zero_gradients()
-            if perturbs:
-                units = [[m] for m in micro_batches] if self.per_micro_batch else [micro_batches]
-                for number, unit in enumerate(units, start=1):
-                    last = number == len(units)
-                    self._perturbed_gradient(unit, share, replay, seen, measure, last)
-            else:
-                self._plain_gradient(micro_batches, share, seen)
+            for unit in units:
+                if perturbs:
+                    last = unit is units[-1]
+                    self._perturbed_gradient(unit, share, passes, replay, seen, measure, last)
+                else:
+                    sums = self._pass(unit, passes[0], share)
+                    seen.add_first(sums)
+                    seen.losses = sums.losses
+            if rule and rule.combines:
+                with torch.no_grad():
+                    seen.memory = rule.combine_(
+                        engine.shards(), self.rho, seen.ascent, self.memory, engine.total
+                    )
+                seen.ascent = None
             norm = engine.gradient_norm()
             total = self._agree(seen, norm, stop, votes)
-            if total.losses != samples:
+            if not math.isclose(total["losses"], samples, rel_tol=1e-6):
                 engine.zero_gradients()
                 raise StepError(
-                    f"the passes gave {total.losses:.0f} losses for {samples} samples: give the "
-                    "step samples=, the number of losses over all ranks and micro-batches"
+                    f"the passes gave {total['losses']:.6g} losses for {samples:.6g} samples: give "
+                    "the step samples=, the number of losses over all ranks and micro-batches"
                 )
-            skipped = total.skip > 0
+            skipped = total["skip"] > 0
             if skipped:
                 replay.undo()
                 engine.skip()
@@ -167,18 +201,19 @@ class SharpnessAwareStep:
                 self.memory = seen.memory or self.memory
                 engine.update(norm, self.clip_norm)
             self.taken += 1
-        over = engine.world_size * (len(units) if perturbs else 1)
-        measured = Measured(*(value / over for value in total.measured)) if measure else None
+        over = engine.world_size * len(units)
+        measured = {name: total[name] / over for name in Measured._fields if perturbs and measure}
         return StepResult(
-            loss=total.loss / samples,
-            perturbed_loss=total.perturbed_loss / samples if perturbs else None,
-            ascent_gradient_norm=total.ascent_norm / over if perturbs else None,
-            gradient_norm=total.norm / engine.world_size,
+            loss=total["loss"] / samples,
+            perturbed_loss=total["perturbed_loss"] / samples if perturbs else None,
+            ascent_gradient_norm=total["ascent_norm"] / over if perturbs else None,
+            gradient_norm=total["norm"] / engine.world_size,
             skipped=skipped,
-            stop=total.stop > 0,
+            stop=total["stop"] > 0,
             loss_scale=engine.loss_scale,
-            votes=tuple(total.votes),
-            **(measured._asdict() if perturbs and measured else {}),
+            votes=tuple(total[f"vote {number}"] for number in range(len(votes))),
+            outputs=seen.outputs,
+            **measured,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,20 +224,26 @@ class SharpnessAwareStep:
         self.taken, memory = state["taken"], state["memory"]
         self.memory = memory and {n: t.to(self.engine.device) for n, t in memory.items()}
 
-    def _checked(self, micro_batches: MicroBatches, samples: int | None) -> int:
+    def _checked(
+        self, micro_batches: MicroBatches, samples: float | None, forward: Forward | None
+    ) -> float:
         """The size of the global batch. Raises StepError, where ranks differ on all of them."""
+        count, even = len(micro_batches), True
         pairs = all(isinstance(m, tuple | list) and len(m) == 2 for m in micro_batches)
-        count = len(micro_batches)
-        sizes = [_size(*m) for m in micro_batches] if pairs and samples is None else []
-        counted, even = None not in sizes, True
+        fit = pairs or forward is not None
+        sizes = [size_of(m, forward is None) for m in micro_batches] if fit else []
+        counted = samples is not None or None not in sizes
         if samples is None:
             mine = sum(size or 0 for size in sizes)
-            found = [mine, count, count**2, not pairs, not counted]
+            found = [mine, count, count**2, not fit, not counted]
             total = self.engine.sum([float(number) for number in found])
             samples, even = round(total[0]), self.engine.world_size * total[2] == total[1] ** 2
-            pairs, counted = not total[3], not total[4]
-        if not pairs:
-            raise StepError("a step takes a list of (inputs, target) pairs, one per micro-batch")
+            fit, counted = not total[3], not total[4]
+        if not fit:
+            raise StepError(
+                "a step takes a list of (inputs, target) pairs, one per micro-batch; for batches "
+                "of another form give it forward=, a function of (model, batch) that returns losses"
+            )
         if not counted:
             raise StepError(
                 "neither target nor inputs are a tensor with one row a sample: give the step "
@@ -214,12 +255,30 @@ class SharpnessAwareStep:
                 f"{count}: their collectives would wait for one another. Give each as many; their "
                 "sizes may differ, down to none"
             )
-        if samples < 1 or not micro_batches:
+        if samples <= 0 or not micro_batches:
             raise StepError(f"nothing to learn from: {count} micro-batches, {samples} samples")
         if not 0 <= self.rho < math.inf:
             raise StepError(f"rho must be finite and not negative, and was set to {self.rho}")
         self._refuse_changed()
         return samples
+
+    def _passes(self, forward: Forward | None) -> tuple[Pass, Pass]:
+        """How a micro-batch is evaluated at w and at w + e; the second also by the first's loss."""
+        rule, scales = self.rule, self.engine.scales_losses
+        if forward is None:
+            ascent, descent = self.loss, self.descent_loss
+            return pair(ascent, ascent, scales), pair(descent, ascent, scales)
+        if rule and rule.own_loss:
+            raise StepError(
+                f"{type(rule).__name__} computes the losses itself, from logits and labels: give "
+                "the step pairs (inputs, target) without forward=, or use SAM"
+            )
+        if rule and 0 < rule.ascent_share < 1:
+            raise StepError(
+                f"{type(rule).__name__} cuts each micro-batch for the ascent gradient, and cannot "
+                "cut what forward= takes: give the step pairs (inputs, target)"
+            )
+        return (of_user(forward),) * 2
 
     def _parts(self) -> tuple[list[nn.Parameter], list[bool], list[Tensor]]:
         """The network's parameters, whether each is trained, and what the optimizer holds."""
@@ -243,16 +302,11 @@ class SharpnessAwareStep:
                 f"{what} after the step was built: build engine, optimizer and step again"
             )
 
-    def _plain_gradient(self, micro_batches: MicroBatches, share: float, seen: "Seen") -> None:
-        seen.add_losses(*self._pass(micro_batches, self.loss, share))
-        if self.rule and self.rule.remembers and self.memory:
-            with torch.no_grad():
-                self.rule.correct_(self.memory, self.engine.shards(), self.engine.total)
-
     def _perturbed_gradient(
         self,
-        micro_batches: MicroBatches,
+        unit: MicroBatches,
         share: float,
+        passes: tuple[Pass, Pass],
         replay: SameFunctionTwice,
         seen: "Seen",
         measure: bool,
@@ -261,88 +315,103 @@ class SharpnessAwareStep:
         """The gradient at w + e, added to those of earlier units of this step."""
         engine, rule = self.engine, self.rule
         replay.begin()
+        shards, in_place = self._ascent(unit, share, passes[0], seen)
+        moving = shards.selected(rule.selects)
+        norm = self._gradient_to_perturbation_(shards, moving, seen)
+        if rule.ascent_share:
+            replay.rewind()
+        with engine.moved(moving) as displacement:
+            shards.gradients.clear()
+            if in_place:
+                engine.zero_gradients()
+            sums = self._pass(unit, passes[1], share, last)
+            seen.add_second(sums)
+            if not rule.ascent_share:
+                seen.add_first(sums)
+            if measure:
+                seen.add_measured(displacement())
+        if rule.ascent_share:
+            replay.forward()
+        seen.ascent_norm = seen.ascent_norm + norm / shards.loss_scale
+
+    @torch.no_grad()
+    def _gradient_to_perturbation_(self, shards: Shards, moving: Shards, seen: "Seen") -> Tensor:
+        """e in place of the gradients of what moves; the norm that they had.
+
+        A function of its own: no name of the step holds a gradient during the second pass.
+        """
+        if self.rule.keeps_ascent:
+            seen.ascent = {name: g.clone() for name, g in shards.by_name()}
+        norm = self.rule.perturb_(moving, self.rho, self.memory, self.engine.total)
+        # After an overflow the step will be skipped. Until all ranks agree on that no network is to
+        # run on weights of NaN: it may check its values, or use them as indices.
+        overflow = ~norm.isfinite()
+        for e in moving.gradients:
+            e.masked_fill_(overflow, 0.0)
+        return norm
+
+    def _ascent(
+        self, unit: MicroBatches, share: float, forward: Pass, seen: "Seen"
+    ) -> tuple[Shards, bool]:
+        """The ascent gradient of this unit; and whether it lies where the descent's is to lie.
+
+        scope                     engine           comes from                      summed over
+        "global"                  all              the engine's backward pass      all ranks
+        groups FSDP2 shards over  FSDP2            the engine's backward pass      each group
+        "rank"                    DDP              the engine's, not reduced       nothing
+        all others, and           DDP, ZeRO-1, -2  autograd itself, so that what   the scope, by us
+          per_micro_batch                          the engine holds stays
+        no ascent (Momentum-SAM)  all              zeros, for the rule to fill     nothing
+        """
+        engine, rule = self.engine, self.rule
+        if not rule.ascent_share:
+            weights = engine.masters()
+            zeros = [torch.zeros_like(w) for w in weights.values()]
+            return Shards(list(weights), list(weights.values()), zeros), False
+        if rule.ascent_share < 1:
+            forward = _on_a_share(forward, rule.ascent_share)
         # The engine's own reduction overlaps with the backward pass; it can do it for some scopes
         # only, and only while no descent gradient is being accumulated.
         overlapped = engine.reduces(self.scope) and not self.per_micro_batch
         alone = self.scope.ranks == 1 and not self.per_micro_batch and engine.leaves_own()
-        in_place = overlapped or alone
         with self.frozen.watched():
-            if in_place:
-                seen.add_losses(*self._pass(micro_batches, self.loss, share, overlapped))
+            if overlapped or alone:
+                seen.add_first(self._pass(unit, forward, share, overlapped))
                 shards = engine.shards()
                 shards.own = not overlapped  # nothing was reduced: no engine counts on this memory
             else:
-                shards, *losses = self._own_gradient(micro_batches, share / self.scope.ranks)
-                seen.add_losses(*losses)
-        norm, kept = self._gradient_to_perturbation_(shards)
-        replay.rewind()
-        with engine.moved(shards) as displacement:
-            if in_place:
-                engine.zero_gradients()
-            perturbed_loss, _ = self._pass(micro_batches, self.descent_loss, share, last)
-            seen.perturbed_loss = seen.perturbed_loss + perturbed_loss
-            if measure:
-                new = displacement()
-                seen.measured = [old + value for old, value in zip(seen.measured, new, strict=True)]
-        replay.forward()
-        seen.ascent_norm = seen.ascent_norm + norm / engine.loss_scale
-        if rule.remembers:
-            with torch.no_grad():
-                seen.memory = rule.remember(kept, engine.shards(), engine.total)
+                shards, sums = self._own_gradient(unit, forward, share / self.scope.ranks)
+                seen.add_first(sums)
+        return shards, overlapped or alone
 
-    @torch.no_grad()
-    def _gradient_to_perturbation_(self, shards: Shards) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """e in place of the gradients; the norm that they had; e again, if the rule keeps it."""
-        norm = self.engine.total(self.rule.squared_norm(shards)).sqrt()
-        self.rule.perturbation_(shards, torch.where(norm > 0, self.rho / norm, 0.0))
-        # After an overflow the step will be skipped. Until all ranks agree on that no network is to
-        # run on weights of NaN: it may check its values, or use them as indices.
-        overflow = ~norm.isfinite()
-        for gradient in shards.gradients:
-            gradient.masked_fill_(overflow, 0.0)
-        if not self.rule.remembers:
-            return norm, None
-        return norm, {n: e.clone() for n, e in zip(shards.names, shards.gradients, strict=True)}
-
-    def _pass(
-        self, micro_batches: MicroBatches, loss: Loss, share: float, reduce: bool = True
-    ) -> tuple[Tensor, int]:
-        """Accumulate the gradient of share * (sum of losses); reduce it with the last micro-batch.
-
-        Returns the sum of this rank's losses, those of the ascent, a float64 scalar; their number.
-        """
+    def _pass(self, unit: MicroBatches, forward: Pass, share: float, reduce: bool = True) -> "Sums":
+        """Accumulate the gradient of share * (sum of losses); the last micro-batch reduces it."""
         # Inside somebody's outer autocast block the low-precision copies of the weights would
         # outlive the perturbation: pass two would silently see the weights of pass one.
         torch.clear_autocast_cache()
-        total, count = torch.zeros((), dtype=torch.float64, device=self.engine.device), 0
-        for number, (inputs, target) in enumerate(micro_batches, start=1):
-            with self.engine.accumulation(reduce and number == len(micro_batches)):
-                logits = logits_of(self.engine.model(inputs))
-                losses = _per_sample(loss(logits, target), logits, self.engine)
-                self.engine.backward(losses.sum() * share)
-            seen = losses if loss is self.loss else self.loss(logits.detach(), target)
-            total += seen.detach().sum()
-            count += len(losses)
-        return total, count
+        engine, sums = self.engine, Sums(self.engine.device)
+        for number, batch in enumerate(unit, start=1):
+            with engine.accumulation(reduce and number == len(unit)):
+                evaluated = forward(engine.model, batch)
+                engine.backward(evaluated.total * share)
+            sums.add(evaluated)
+        return sums
 
     def _own_gradient(
-        self, micro_batches: MicroBatches, share: float
-    ) -> tuple[Shards, Tensor, int]:
+        self, unit: MicroBatches, forward: Pass, share: float
+    ) -> tuple[Shards, "Sums"]:
         """As `_pass`, with the gradient left on this rank, then summed over the ranks in scope.
 
         It comes from autograd itself: no engine sees it, and what an engine accumulates stays.
         """
         torch.clear_autocast_cache()
-        engine = self.engine
-        total, count = torch.zeros((), dtype=torch.float64, device=engine.device), 0
+        engine, sums = self.engine, Sums(self.engine.device)
         shards = engine.whole_weights()
         gradients: list[Tensor | None] = [None] * len(shards.weights)
-        for inputs, target in micro_batches:
+        for batch in unit:
             with engine.accumulation(reduce=False):  # DDP may be within
-                logits = logits_of(engine.module(inputs))
-            losses = _per_sample(self.loss(logits, target), logits, engine)
-            count += len(losses)
-            scaled = losses.sum() * share * engine.loss_scale
+                evaluated = forward(engine.module, batch)
+            scaled = evaluated.total * share * engine.loss_scale
             new = list(torch.autograd.grad(scaled, shards.weights, allow_unused=True))
             for i in reversed(range(len(new))):
                 gradient = new.pop()  # autograd may give one tensor for several parameters: copy
@@ -350,20 +419,37 @@ class SharpnessAwareStep:
                     gradients[i] = torch.empty_like(shards.weights[i]).copy_(gradient)
                 elif gradient is not None:
                     gradients[i].add_(gradient)
-            total += losses.detach().sum()
+            sums.add(evaluated)
         shards.gradients = [
             torch.zeros_like(w) if g is None else g
             for w, g in zip(shards.weights, gradients, strict=True)
         ]
         self.scope.sum_(shards.gradients)
-        return shards, total, count
+        return shards, sums
 
-    def _agree(self, seen: "Seen", norm: Tensor, stop: bool, votes: Sequence[float]) -> "Totals":
-        """Sums over ranks, by one reduction."""
-        mine = torch.stack([*seen.numbers(), norm.double()])
-        skip = 1 - mine.isfinite().all().double()
-        mine = [*mine, skip, float(stop), float(seen.losses), *votes]
-        return Totals.of(self.engine.sum(mine))
+    def _agree(
+        self, seen: "Seen", norm: Tensor, stop: bool, votes: Sequence[float]
+    ) -> dict[str, float]:
+        """Sums over ranks, by name, in one reduction. skip: of ranks with a value not finite."""
+        mine = seen.figures() | {"norm": norm.double()}
+        skip = 1 - torch.stack(list(mine.values())).isfinite().all().double()
+        mine |= {"skip": skip, "stop": float(stop), "losses": seen.losses}
+        mine |= {f"vote {number}": vote for number, vote in enumerate(votes)}
+        return dict(zip(mine, self.engine.sum(list(mine.values())), strict=True))
+
+
+class Sums:
+    """Over the micro-batches of one pass, on this rank. loss: a float64 scalar on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.losses: float | Tensor = 0
+        self.outputs: list[Any] = []
+
+    def add(self, evaluated: Evaluated) -> None:
+        self.loss += evaluated.reported
+        self.losses = self.losses + evaluated.count
+        self.outputs.append(evaluated.output)
 
 
 class Seen:
@@ -373,37 +459,40 @@ class Seen:
         zero = torch.zeros((), dtype=torch.float64, device=device)
         self.loss = self.perturbed_loss = self.ascent_norm = zero
         self.measured = [zero] * len(Measured._fields)
-        self.losses = 0  # their number, in one pass
-        self.memory: dict[str, Tensor] | None = None
+        self.losses: float | Tensor = 0  # their number, in one pass over the whole batch
+        self.outputs: list[Any] = []
+        self.ascent: Memory | None = None
+        self.memory: Memory | None = None
 
-    def add_losses(self, loss: Tensor, count: int) -> None:
-        """Of one unit's first pass."""
-        self.loss = self.loss + loss
-        self.losses += count
+    def add_first(self, sums: Sums) -> None:
+        """Of a unit's pass at w, or its only one."""
+        self.loss = self.loss + sums.loss
+        self.outputs += sums.outputs
 
-    def numbers(self) -> list[Tensor]:
-        return [self.loss, self.perturbed_loss, self.ascent_norm, *self.measured]
+    def add_second(self, sums: Sums) -> None:
+        """Of a unit's pass at w + e."""
+        self.perturbed_loss = self.perturbed_loss + sums.loss
+        self.losses = self.losses + sums.losses
+
+    def add_measured(self, measured: Measured) -> None:
+        self.measured = [a + b for a, b in zip(self.measured, measured, strict=True)]
+
+    def figures(self) -> dict[str, Tensor]:
+        named = {"loss": self.loss, "perturbed_loss": self.perturbed_loss}
+        named |= {"ascent_norm": self.ascent_norm}
+        return named | dict(zip(Measured._fields, self.measured, strict=True))
 
 
-class Totals(NamedTuple):
-    """Sums over the ranks: of what they saw, of those that must skip or wish to stop, of votes."""
+def _on_a_share(forward: Pass, share: float) -> Pass:
+    """The pass on the first samples of a micro-batch, weighed as if they were all of it."""
 
-    loss: float
-    perturbed_loss: float
-    ascent_norm: float
-    measured: list[float]
-    norm: float
-    skip: float
-    stop: float
-    losses: float
-    votes: list[float]
+    def evaluated(model: nn.Module, batch: Any) -> Evaluated:
+        part = head(batch, share)
+        found = forward(model, part)
+        weight = len(batch[0]) / max(len(part[0]), 1)
+        return found._replace(total=found.total * weight, reported=found.reported * weight)
 
-    @classmethod
-    def of(cls, sums: list[float]) -> "Totals":
-        """In the order in which `_agree` gives them."""
-        count = len(Measured._fields)
-        first, measured, rest = sums[:3], sums[3 : 3 + count], sums[3 + count :]
-        return cls(*first, measured, *rest[:4], rest[4:])
+    return evaluated
 
 
 @contextmanager
@@ -418,31 +507,5 @@ def _no_weights_in_autocast() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-def _size(inputs: Any, target: Any) -> int | None:
-    """How many samples a micro-batch has; None where neither is a tensor that tells."""
-    for tensor in (target, inputs):
-        if isinstance(tensor, Tensor) and tensor.dim() > 0:
-            return len(tensor)
-    return None
-
-
 def _same(a: Sequence[object], b: Sequence[object]) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-
-
-def _per_sample(losses: Tensor, logits: Tensor, engine: Engine) -> Tensor:
-    if losses.shape != logits.shape[:1]:
-        raise StepError(
-            f"the loss gave {list(losses.shape)} for {len(logits)} samples: the step weighs "
-            "samples itself and wants one value each, such as reduction='none' gives"
-        )
-    if logits.dtype == torch.float16 and not engine.scales_losses:
-        raise StepError(
-            "the network computes in float16, where small gradients vanish: give the engine "
-            "compute_dtype=torch.float16, so that it scales losses"
-        )
-    return losses
-
-
-def _plain_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    return cross_entropy(logits, target, reduction="none")

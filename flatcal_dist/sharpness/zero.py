@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
 from flatcal_dist.sharpness.engines import Arrangement, refuse_part, stack, with_groups
 from flatcal_dist.sharpness.errors import StepError
-from flatcal_dist.sharpness.move import Backup, Displacement, measure
+from flatcal_dist.sharpness.move import Backup, Displacement, Measured, measure
 from flatcal_dist.sharpness.networks import sparse_refused
-from flatcal_dist.sharpness.rules import SAM, Shards, squared_norm
+from flatcal_dist.sharpness.rules import Rule, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 from flatcal_dist.sharpness.zero_parts import Layout, deepspeed, layout_of
 from flatcal_dist.sharpness.zero_start import InPrecision, start_zero
@@ -68,7 +68,7 @@ class ZeroEngine:
     def loss_scale(self) -> float:
         return float(self.scaler.loss_scale) if self.scaler else 1.0
 
-    def check(self, rule: SAM, scope: Scope, per_micro_batch: bool) -> None:
+    def check(self, rule: Rule, scope: Scope, per_micro_batch: bool) -> None:
         if scope.everyone and not per_micro_batch:
             return
         asked = "per_micro_batch" if per_micro_batch else f"scope {scope.name!r}"
@@ -126,7 +126,7 @@ class ZeroEngine:
         self.whole, self.touched = False, True
         parts = self.layout.parts
         names, masters = [p.name for p in parts], [p.master for p in parts]
-        return Shards(names, masters, self.layout.gradients())
+        return Shards(names, masters, self.layout.gradients(), loss_scale=self.loss_scale)
 
     def whole_weights(self) -> Shards:
         """Memory, of stages 1 and 2: one whole copy, the gradient and then the weights before."""
@@ -148,14 +148,17 @@ class ZeroEngine:
             with self._moved_whole(shards) as displacement:
                 yield displacement
             return
-        parts = self.layout.parts
+        of = {part.name: place for place, part in enumerate(self.layout.parts)}
+        places = [of[name] for name in shards.names]
+        parts = [self.layout.parts[place] for place in places]
         targets = list(shards.gradients)
         shards.gradients.clear()
 
-        def displacement() -> tuple[Tensor, Tensor, Tensor]:
+        def displacement() -> Measured:
             now = targets if self.precision != torch.float32 else [p.used for p in parts]
             masters = [p.master for p in parts]
             gradients = self.layout.gradients()
+            gradients = [gradients[place] for place in places]
             dtypes = [self.precision] * len(parts)
             return measure(now, masters, gradients, dtypes, self._over_ranks)
 
@@ -182,7 +185,7 @@ class ZeroEngine:
         weights = list(shards.weights)
         with self.backup.moved(shards) as before:
 
-            def displacement() -> tuple[Tensor, Tensor, Tensor]:
+            def displacement() -> Measured:
                 gradients = [
                     deepspeed.utils.safe_get_full_grad(w) if self.reduced else w.grad
                     for w in weights

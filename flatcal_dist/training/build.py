@@ -1,7 +1,6 @@
 """From a configuration to network, engine, rule and step: where an engine is chosen."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -10,9 +9,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.config import Config, SharpnessConfig
 from flatcal_dist.distributed import on_all_ranks
-from flatcal_dist.losses import cross_entropy
 from flatcal_dist.models import build, in_evaluation_mode
-from flatcal_dist.sharpness import ASAM, CSAM, SAM, Engine, LookSAM, SharpnessAwareStep
+from flatcal_dist.objectives import CrossEntropy
+from flatcal_dist.sharpness import (
+    ASAM,
+    CSAM,
+    GSAM,
+    SAM,
+    Engine,
+    LookSAM,
+    MomentumSAM,
+    Rule,
+    SharpnessAwareStep,
+)
 from flatcal_dist.sharpness.engines import ReplicatedEngine
 from flatcal_dist.sharpness.outputs import logits_of
 from flatcal_dist.sharpness.scope import ranks_of
@@ -40,8 +49,7 @@ def build_step(
     network = wrap(network).train()
     engine = build_engine(config, network, accelerator)
     rule = build_rule(sharpness)
-    smoothing = config.train.label_smoothing
-    loss = partial(cross_entropy, reduction="none", label_smoothing=smoothing)
+    loss = CrossEntropy(config.train.label_smoothing)
     return on_all_ranks(
         lambda: SharpnessAwareStep(
             engine,
@@ -95,8 +103,9 @@ def arrange_buckets(
     model.zero_grad(set_to_none=True)
 
 
-def build_rule(config: SharpnessConfig) -> SAM | None:
+def build_rule(config: SharpnessConfig) -> Rule | None:
     every = {} if config.every is None else {"every": config.every}
+    alpha = {} if config.alpha is None else {"alpha": config.alpha}
     match config.rule:
         case "none":
             return None
@@ -107,7 +116,11 @@ def build_rule(config: SharpnessConfig) -> SAM | None:
         case "asam":
             return ASAM(config.rho, **every, eta=config.eta)
         case "looksam":
-            return LookSAM(config.rho, **every, alpha=config.alpha)
+            return LookSAM(config.rho, **every, **alpha)
+        case "gsam":
+            return GSAM(config.rho, **every, **alpha)
+        case "momentum_sam":
+            return MomentumSAM(config.rho, **every, momentum=config.momentum)
 
 
 def rho_at(config: SharpnessConfig, relative_rate: float) -> float:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flatcal_dist.config import Config, OptimizerConfig
-from flatcal_dist.sharpness import CSAM, SAM, LookSAM, StepResult
+from flatcal_dist.sharpness import CSAM, GSAM, SAM, LookSAM, MomentumSAM, Rule, StepResult
 from flatcal_dist.sharpness.rules import Loss
 from flatcal_dist.sharpness.step import MicroBatches
 from flatcal_dist.training.build import DTYPES, build_step
@@ -120,7 +120,7 @@ class Laboratory:
 
     def take(
         self,
-        rule: SAM | None = None,
+        rule: Rule | None = None,
         *,
         rate: float = RATE,
         plain: bool = False,
@@ -157,24 +157,35 @@ class Laboratory:
 def reference_steps(lab: Laboratory, count: int) -> Weights:
     """The weights after one step of SGD with the configured rule, by the papers' formulas.
 
-    count 2: and after one more that does not perturb, as periodic SAM's and LookSAM's second.
+    count 2: and after one more, which does not perturb, as periodic SAM's and LookSAM's second, or
+    perturbs by the first one's gradient, as Momentum-SAM's.
     """
     network = copy.deepcopy(lab.plain_network).to(lab.engine.device).train()
     weights = [w for w in network.parameters() if w.requires_grad]
     buffers = {rank: _buffers(network) for rank in range(lab.world_size)}  # each rank has its own
     gradient, ascent = _descent_gradient(lab, network, buffers)
+    rule = lab.step.rule
+    if isinstance(rule, GSAM):
+        ascent = [a / lab.samples for a in ascent]
+        along = _dot(gradient, ascent) / _dot(gradient, gradient)
+        across = [a - along * g for g, a in zip(gradient, ascent, strict=True)]
+        gradient = [g - rule.alpha * a for g, a in zip(gradient, across, strict=True)]
     momentum = _clipped(gradient, lab.step.clip_norm)
     _move(weights, momentum)
     if count == 2:
         everyone = range(lab.world_size)
         states = _random_states(lab, network, everyone, buffers)
         pieces = [(r, p) for r in everyone for p in range(len(MICRO_BATCHES))]
-        plain, _ = _gradient(lab, network, pieces, states, buffers, _cross_entropy(lab))
+        at = _copied(network)
+        if isinstance(rule, MomentumSAM):
+            length = lab.step.rho / _dot(gradient, gradient) ** 0.5
+            _move([w for w in at.parameters() if w.requires_grad], gradient, length)
+        plain, _ = _gradient(lab, at, pieces, states, buffers, _cross_entropy(lab))
         plain = [g / lab.samples for g in plain]
-        if isinstance(lab.step.rule, LookSAM):
+        if isinstance(rule, LookSAM):
             along = _dot(gradient, ascent) / _dot(ascent, ascent)
             kept = [g - along * a for g, a in zip(gradient, ascent, strict=True)]
-            factor = lab.step.rule.alpha * (_dot(plain, plain) / _dot(kept, kept)) ** 0.5
+            factor = rule.alpha * (_dot(plain, plain) / _dot(kept, kept)) ** 0.5
             plain = [g + factor * v for g, v in zip(plain, kept, strict=True)]
         plain = _clipped(plain, lab.step.clip_norm)
         momentum = [MOMENTUM * m + g for m, g in zip(momentum, plain, strict=True)]
@@ -201,7 +212,7 @@ def _descent_gradient(
             pieces = [(r, p) for r in group for p in unit]
             moved = _copied(network)
             gradient, after = _gradient(lab, network, pieces, states, buffers, _cross_entropy(lab))
-            if rule is not None:
+            if rule is not None and rule.ascent_share:  # else there is nothing to perturb by yet
                 ascent = gradient
                 _perturb(moved, ascent, rule, step.rho)
                 loss = _csam(rule.gamma) if isinstance(rule, CSAM) else _cross_entropy(lab)
@@ -223,9 +234,9 @@ def _clipped(gradient: list[Tensor], clip_norm: float | None) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _move(weights: list[nn.Parameter], by: list[Tensor]) -> None:
+def _move(weights: list[nn.Parameter], by: list[Tensor], rate: float = RATE) -> None:
     for w, b in zip(weights, by, strict=True):
-        w -= RATE * b
+        w -= rate * b
 
 
 def _copied(network: nn.Module) -> nn.Module:
@@ -293,7 +304,7 @@ def _gradient(
 
 
 @torch.no_grad()
-def _perturb(network: nn.Module, gradient: list[Tensor], rule: SAM, rho: float) -> None:
+def _perturb(network: nn.Module, gradient: list[Tensor], rule: Rule, rho: float) -> None:
     named = [(n, w) for n, w in network.named_parameters() if w.requires_grad]
     eta = getattr(rule, "eta", None)
     stretch = [w.abs() + eta if eta is not None and "weight" in n else 1.0 for n, w in named]

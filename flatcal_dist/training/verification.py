@@ -42,20 +42,23 @@ def _reference(lab: Laboratory) -> Iterator[Row]:
     expected = reference_steps(lab, 1) if lab.rank == 0 else {}
     yield _compared(lab, "equals one process (weights after a step)", before, after, expected)
     held = {n: after[n] for n in lab.trained if n in after}
-    yield Row("all ranks report and hold the same", _spread(asdict(result), held), 0.0)
+    reported = asdict(result) | {"outputs": None}  # those are of the rank's own samples
+    yield Row("all ranks report and hold the same", _spread(reported, held), 0.0)
     if isinstance(lab.step.rule, CSAM):
         share = lab.sure / lab.samples
         yield Row("share of samples above p = 1/2, where CSAM is not SAM", share, 0.1, above=True)
 
 
 def _next_step(lab: Laboratory) -> Iterator[Row]:
-    """Of rules that perturb in some steps only: the plain one, with what the rule remembers."""
+    """Of rules that perturb in some steps only, or by what they remember: the second step."""
     rule = lab.step.rule
-    if rule is None or rule.perturbs_at(1):
+    if rule is None or (rule.perturbs_at(1) and rule.ascent_share):
         return
     _, before, after = lab.take(steps=2)
     expected = reference_steps(lab, 2) if lab.rank == 0 else {}
-    yield _compared(lab, "the step after it, without a perturbation, too", before, after, expected)
+    yield _compared(
+        lab, "the step after it, with what the rule remembers, too", before, after, expected
+    )
 
 
 def _compared(

@@ -5,7 +5,7 @@ from scipy import stats
 from timm.data.mixup import mixup_target
 
 from flatcal_dist.data import Mixing
-from flatcal_dist.losses import cross_entropy
+from flatcal_dist.objectives import cross_entropy
 
 KINDS = {
     "mixup": Mixing(5, mixup=0.4),

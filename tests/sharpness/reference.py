@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from flatcal_dist.sharpness import ASAM, CSAM, SAM, LookSAM
+from flatcal_dist.sharpness import ASAM, CSAM, GSAM, SAM, LookSAM, MomentumSAM, Rule
 
 SAMPLES, STEPS, CLASSES = 24, 5, 5
 RULES = {
@@ -23,6 +23,8 @@ RULES = {
     "csam": CSAM(0.1, gamma=1.0),
     "asam": ASAM(0.5),
     "looksam": LookSAM(0.1, every=2),
+    "gsam": GSAM(0.1, alpha=0.4),
+    "momentum_sam": MomentumSAM(0.3, momentum=0.8),
 }
 
 # Rounding of float32 sums in another order, relative to the largest weight: measured up to 3e-7
@@ -76,7 +78,7 @@ def train(
 
 
 def reference(
-    rule: SAM | None,
+    rule: Rule | None,
     ranks: int = 1,
     scope: int | None = None,
     micro_batches: int = 1,
@@ -110,9 +112,12 @@ def reference(
                 g, streams = _gradient(copies, batches, F.cross_entropy, streams, samples)
             else:
                 g, kept, streams = _sharp(
-                    rule, copies, batches, streams, samples, scope or ranks, seen
+                    rule, copies, batches, streams, samples, scope or ranks, seen, kept
                 )
             total = g if total is None else add(total, g)
+        if isinstance(rule, MomentumSAM):
+            old = kept or [None] * len(total)
+            kept = add(total, [None if v is None else rule.momentum * v for v in old])
         if isinstance(rule, LookSAM) and not perturbs:
             ratio = rule.alpha * norm(total) / norm(kept)
             total = [None if g is None else g + ratio * v for g, v in zip(total, kept, strict=True)]
@@ -125,8 +130,21 @@ def reference(
     return [own.state_dict() for own in copies]
 
 
-def _sharp(rule, copies, batches, streams, samples, scope, seen):
-    """The gradient at w + e; LookSAM's part of it across the first; streams after one pass."""
+def _sharp(rule, copies, batches, streams, samples, scope, seen, kept):
+    """The gradient to follow; what the rule keeps, LookSAM's part of it; streams after one pass."""
+    if isinstance(rule, MomentumSAM):
+        moved = [duplicate(network) for network in copies]
+        length = norm(kept)
+        for other in moved:
+            for w, v in zip(trained(other), kept or [None] * len(trained(other)), strict=True):
+                if v is not None:
+                    w.data -= rule.rho * v / length
+        g, streams = _gradient(moved, batches, F.cross_entropy, streams, samples)
+        for network, other in zip(copies, moved, strict=True):
+            count_on(other, network)
+            for own, its in zip(network.buffers(), other.buffers(), strict=True):
+                own.copy_(its)
+        return g, kept, streams
     moves = []
     moved = [duplicate(network) for network in copies]  # with the buffers of before the pass
     for first in range(0, len(copies), scope):
@@ -153,6 +171,17 @@ def _sharp(rule, copies, batches, streams, samples, scope, seen):
     if seen is not None:
         seen.append(torch.cat(confidences))
     across = []
+    if isinstance(rule, GSAM):
+        product = sum(
+            float((a.double() * b).sum())
+            for a, b in zip(g_s, g, strict=True)
+            if a is not None and b is not None
+        )
+        factor = product / norm(g_s) ** 2
+        g_s = [
+            b if b is None or a is None else b - rule.alpha * (a - factor * b)
+            for a, b in zip(g, g_s, strict=True)
+        ]
     if isinstance(rule, LookSAM):
         weights = trained(copies[0])
         g = [torch.zeros_like(w) if x is None else x for w, x in zip(weights, g, strict=True)]
@@ -177,7 +206,7 @@ def _gradient(copies, batches, loss, streams, samples):
     return total, after
 
 
-def perturbation(rule: SAM, names, weights, gradient) -> list[Tensor]:
+def perturbation(rule: Rule, names, weights, gradient) -> list[Tensor]:
     """e of one group of ranks: SAM's rho g / ||g||, ASAM's rho T^2 g / ||T g||."""
     g = [torch.zeros_like(w) if x is None else x for w, x in zip(weights, gradient, strict=True)]
     t = [

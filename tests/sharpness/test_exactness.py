@@ -20,7 +20,7 @@ from tests.sharpness.reference import (
 # rule, micro-batches (24 samples do not divide by 5), scope, perturb per micro-batch
 GLOBAL = [("none", 4, "global", False), ("sam", 5, "global", False), ("csam", 1, "global", False)]
 GLOBAL += [("csam", 4, "global", False), ("asam", 4, "global", False)]
-GLOBAL += [("looksam", 2, "global", False)]
+GLOBAL += [(rule, 2, "global", False) for rule in ("looksam", "gsam", "momentum_sam")]
 OWN = [("sam", 3, "rank", False), ("csam", 1, "rank", False), ("asam", 2, "rank", False)]
 EACH = [("csam", 3, "global", True), ("sam", 2, "rank", True)]
 ALL = [(rule, parts, "global", False) for rule in RULES for parts in (1, 4, 5)]

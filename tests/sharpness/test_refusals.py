@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from flatcal_dist.losses import csam_loss
+from flatcal_dist.objectives import csam_loss
 from flatcal_dist.sharpness import (
     ASAM,
     CSAM,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from flatcal_dist.sharpness import CSAM, SAM, LookSAM, SharpnessAwareStep
+from flatcal_dist.sharpness import CSAM, GSAM, SAM, LookSAM, MomentumSAM, SharpnessAwareStep
 from flatcal_dist.sharpness.fsdp2 import ShardedEngine
 from flatcal_dist.sharpness.zero import ZeroEngine
 from flatcal_dist.training.preemption import StopRequest
@@ -36,7 +36,8 @@ def zero_perturbations(rank, world_size, kind):
     precisions = [torch.float32, torch.bfloat16] if kind in ("zero1", "fsdp2") else [torch.float32]
     for precision in precisions:
         ends = []
-        for rule in (None, SAM(0.0), LookSAM(0.0, every=2), SAM(0.1), CSAM(0.1, 1, 0.0)):
+        nothing = (SAM(0.0), LookSAM(0.0, every=2), GSAM(0.0), MomentumSAM(0.0))
+        for rule in (None, *nothing, SAM(0.1), CSAM(0.1, 1, 0.0)):
             engine = make_engine(kind, make_network(0.3, norm=True), precision)
             torch.manual_seed(1 + rank)
             results = train(SharpnessAwareStep(engine, rule), rank, world_size, 2, range(3))
@@ -50,8 +51,8 @@ def zero_perturbations(rank, world_size, kind):
 def test_rho_zero_is_the_plain_step_and_gamma_zero_is_sam_bit_for_bit(kind):
     """Weights, batch-norm statistics, optimizer state, and the random stream afterwards."""
     for outcome in everywhere(kind, zero_perturbations):
-        for plain, zero, look, sam, gamma_zero in outcome:
-            assert plain == zero == look
+        for plain, *zeros, sam, gamma_zero in outcome:
+            assert all(zero == plain for zero in zeros)
             assert sam == gamma_zero
             assert sam[2] == plain[2], "the random stream does not depend on the rule"
             assert sam[:2] != plain[:2]

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from flatcal_dist.sharpness import ASAM, CSAM, SAM, LookSAM, ReplicatedEngine, SharpnessAwareStep
+from flatcal_dist.sharpness import (
+    ASAM,
+    CSAM,
+    GSAM,
+    SAM,
+    LookSAM,
+    MomentumSAM,
+    ReplicatedEngine,
+    SharpnessAwareStep,
+)
 from tests.sharpness.engines import EVERYWHERE, everywhere, make_engine, used
 from tests.sharpness.reference import (
     RULES,
@@ -64,7 +73,7 @@ def in_turn(rank, world_size, kind):
             [result] = train(step, rank, world_size, numbers=[number])
             assert (result.perturbed_loss is not None) == (number % 3 == 0)
             counts[type(rule).__name__].append(len(passes) - before)
-        if isinstance(rule, SAM) and not rule.remembers:
+        if isinstance(rule, SAM) and not rule.combines:
             ours = bits(used(engine))
     engine = make_engine(kind)
     sharp, plain = SharpnessAwareStep(engine, SAM(0.1)), SharpnessAwareStep(engine, None)
@@ -131,7 +140,7 @@ def test_what_is_measured_is_of_the_two_gradients_of_all_ranks(kind):
 def without_gradient(rank, world_size, kind):
     """A loss that does not depend on the weights; CSAM has one of its own."""
     outcome = []
-    for rule in (None, SAM(0.1), ASAM(0.5), LookSAM(0.1, every=2)):
+    for rule in (None, SAM(0.1), ASAM(0.5), LookSAM(0.1, every=2), GSAM(0.1), MomentumSAM(1.0)):
         engine = make_engine(kind, optimizer=lambda n: torch.optim.SGD(n.parameters(), lr=0.1))
         before = bits(used(engine))
         step = SharpnessAwareStep(engine, rule, loss=lambda logits, target: 0 * logits.sum(1))
@@ -144,4 +153,4 @@ def without_gradient(rank, world_size, kind):
 @pytest.mark.parametrize("kind", EVERYWHERE)
 def test_zero_gradients_do_not_divide_by_zero(kind):
     for outcome in everywhere(kind, without_gradient):
-        assert outcome == [(True, True)] * 4
+        assert outcome == [(True, True)] * 6

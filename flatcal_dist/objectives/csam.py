@@ -1,21 +1,12 @@
-"""Per-sample objectives, computed from logits in float32 (or the input's wider type)."""
+"""The loss that calibrated SAM follows at the perturbed weights."""
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def cross_entropy(
-    logits: Tensor, target: Tensor, reduction: str = "mean", label_smoothing: float = 0.0
-) -> Tensor:
-    """Cross-entropy of logits [N, K] and class indices [N], or probabilities [N, K] of mixed ones.
-
-    A scalar, or [N] for reduction "none". Label smoothing applies to either.
-    """
-    logits = _at_least_float32(logits)
-    return F.cross_entropy(logits, target, reduction=reduction, label_smoothing=label_smoothing)
+from flatcal_dist.objectives.base import reduce
+from flatcal_dist.objectives.cross_entropy import cross_entropy
 
 
 def csam_loss(logits: Tensor, target: Tensor, gamma: float, reduction: str = "mean") -> Tensor:
@@ -49,16 +40,3 @@ def csam_loss(logits: Tensor, target: Tensor, gamma: float, reduction: str = "me
         confident = negative_log_p < math.log(2)
         losses = torch.where(confident, weight * negative_log_p, negative_log_p)
     return reduce(losses, reduction)
-
-
-def reduce(losses: Tensor, reduction: str) -> Tensor:
-    """Per-sample losses [N] to "mean", "sum", or "none"."""
-    if reduction == "none":
-        return losses
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not '{reduction}'")
-    return losses.mean() if reduction == "mean" else losses.sum()
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

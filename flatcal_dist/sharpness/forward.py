@@ -1,0 +1,161 @@
+"""One forward pass of one micro-batch: from a network and a batch of any form to losses.
+
+The simple batch is a pair (inputs, target): the network gives logits, and the objective a loss for
+each sample. For everything else the user gives a function `forward(model, batch)`, which returns
+
+    losses                      a tensor with one loss for each sample, token or pixel
+    (loss, weight)              a mean over `weight` samples, tokens or pixels
+    an object with `losses`     an attribute or a key; and `weight`, if losses is a mean
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flatcal_dist.sharpness.errors import StepError
+from flatcal_dist.sharpness.outputs import logits_of
+from flatcal_dist.sharpness.rules import Loss
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+class Evaluated(NamedTuple):
+    """Of one micro-batch. total: the sum of the losses that are followed, with a graph."""
+
+    total: Tensor
+    reported: Tensor  # the sum of the losses that are reported, without one
+    count: float | Tensor  # of losses
+    output: Any  # logits of a pair, or what the user's function returned; without a graph
+
+
+def pair(loss: Loss, reported: Loss, scales_losses: bool) -> Callable[[nn.Module, Any], Evaluated]:
+    """The forward pass of (inputs, target), which follows `loss` and reports another one, or it.
+
+    scales_losses: Whether the engine does, which logits in float16 need.
+    """
+
+    def forward(model: nn.Module, batch: Any) -> Evaluated:
+        inputs, target = batch
+        logits = logits_of(model(inputs))
+        losses = loss(logits, target)
+        if losses.shape != logits.shape[:1]:
+            raise StepError(
+                f"the loss gave {list(losses.shape)} for {len(logits)} samples: the step weighs "
+                "samples itself and wants one value each, such as reduction='none' gives"
+            )
+        if logits.dtype == torch.float16 and not scales_losses:
+            raise StepError(
+                "the network computes in float16, where small gradients vanish: give the engine "
+                "compute_dtype=torch.float16, so that it scales losses"
+            )
+        total, logits = losses.sum(), logits.detach()
+        seen = losses if reported is loss else reported(logits, target)
+        return Evaluated(total, seen.detach().sum(), len(losses), logits)
+
+    return forward
+
+
+def of_user(forward: Forward) -> Callable[[nn.Module, Any], Evaluated]:
+    """The forward pass of any batch, by a function of the user's.
+
+    Raises StepError unless it returns losses in one of the forms above.
+    """
+
+    def evaluated(model: nn.Module, batch: Any) -> Evaluated:
+        output = forward(model, batch)
+        losses, weight = _losses_in(output)
+        if not isinstance(losses, Tensor) or not losses.is_floating_point():
+            raise StepError(
+                f"forward(model, batch) gave a {type(output).__name__} without losses: return a "
+                "tensor of losses, a pair (loss, weight), or an object with `losses`"
+            )
+        if weight is None and losses.dim() == 0:
+            raise StepError(
+                "forward(model, batch) gave one number, and the step cannot know the mean of how "
+                "many it is: return one loss for each sample (reduction='none'), or a pair "
+                "(loss, number of samples)"
+            )
+        if weight is not None and losses.dim() != 0:
+            raise StepError(
+                f"forward(model, batch) gave a weight beside losses of shape {list(losses.shape)}: "
+                "a weight belongs to one mean"
+            )
+        if weight is None:
+            weight = losses.numel()
+        else:
+            losses = losses * weight
+        total = losses.sum()
+        return Evaluated(total, total.detach(), weight, without_graph(output))
+
+    return evaluated
+
+
+def _losses_in(output: Any) -> tuple[Any, Any]:
+    if isinstance(output, Tensor):
+        return output, None
+    if isinstance(output, Mapping):
+        return output.get("losses"), output.get("weight")
+    if hasattr(output, "losses"):
+        return output.losses, getattr(output, "weight", None)
+    if isinstance(output, tuple | list) and len(output) == 2:
+        return output[0], output[1]
+    return None, None
+
+
+def without_graph(output: Any) -> Any:
+    """The same containers, with tensors that keep no graph alive."""
+    if isinstance(output, Tensor):
+        return output.detach()
+    if isinstance(output, dict):
+        return {key: without_graph(value) for key, value in output.items()}
+    if hasattr(output, "_fields"):  # a named tuple
+        return type(output)(*map(without_graph, output))
+    if isinstance(output, tuple | list):
+        return type(output)(map(without_graph, output))
+    if is_dataclass(output) and not isinstance(output, type):
+        held = {field.name: getattr(output, field.name) for field in fields(output) if field.init}
+        return replace(output, **{name: without_graph(value) for name, value in held.items()})
+    return output
+
+
+def size_of(batch: Any, is_pair: bool) -> int | None:
+    """How many samples a batch has, by the first tensor in it that tells; None if none does.
+
+    The target of a pair comes before its inputs. The losses are counted later, so that a wrong
+    guess is found.
+    """
+    parts = batch[::-1] if is_pair else [batch]
+    for tensor in (tensor for part in parts for tensor in _tensors(part)):
+        if tensor.dim() > 0:
+            return len(tensor)
+    return None
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, field.name) for field in fields(value)]
+    if isinstance(value, tuple | list):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return [value.samples] if isinstance(getattr(value, "samples", None), Tensor) else []
+
+
+def head(batch: Any, share: float) -> Any:
+    """The first samples of a pair of tensors, `share` of them and at least one.
+
+    Raises StepError for what is not a pair of things with one row a sample.
+    """
+    inputs, target = batch
+    if not (isinstance(inputs, Tensor) and hasattr(target, "__getitem__")):
+        raise StepError(
+            "the rule takes the ascent gradient on a share of each micro-batch, for which inputs "
+            "and target must be tensors with one row a sample"
+        )
+    count = -(-len(inputs) * share // 1)
+    return inputs[: int(count)], target[: int(count)]

@@ -1,0 +1,49 @@
+"""Adaptive SAM."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flatcal_dist.sharpness.errors import StepError
+from flatcal_dist.sharpness.rules.base import Memory, Rule, Shards, Total, ratio, squared_norm
+
+
+@dataclass(frozen=True)
+class ASAM(Rule):
+    """Adaptive SAM (Kwon et al., ICML 2021): e = rho * T^2 g / ||T g||_2, scale-invariant.
+
+    T = |w| + eta, element by element, for parameters whose whole name contains `weight` (norm
+    layers and parametrizations.weight.original0 included). T = 1 for all others, as in the authors'
+    code. rho is about ten times SAM's.
+    """
+
+    eta: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.eta) and self.eta >= 0):
+            raise StepError(f"eta must be finite and not negative, got {self.eta}")
+
+    def perturb_(self, shards: Shards, rho: float, memory: Memory | None, total: Total) -> Tensor:
+        # One tensor at a time: T g as a whole would be another copy of the weights.
+        squares = [
+            squared_norm([gradient * (weight.abs() + self.eta) if self._adapts(name) else gradient])
+            for name, weight, gradient in self._each(shards)
+        ]
+        norm = total(torch.stack(squares).sum() if squares else torch.zeros(())).sqrt()
+        scale = ratio(rho, norm)
+        for name, weight, gradient in self._each(shards):
+            gradient.mul_(scale)
+            if self._adapts(name):
+                gradient.mul_((weight.abs() + self.eta).square_())
+        return norm
+
+    @staticmethod
+    def _each(shards: Shards) -> zip:
+        return zip(shards.names, shards.weights, shards.gradients, strict=True)
+
+    @staticmethod
+    def _adapts(name: str) -> bool:
+        return "weight" in name

@@ -1,0 +1,51 @@
+"""Surrogate-gap guided SAM."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from flatcal_dist.sharpness.errors import StepError
+from flatcal_dist.sharpness.rules.base import Memory, Shards, Total, dot, ratio, squared_norm
+from flatcal_dist.sharpness.rules.sam import SAM
+
+
+@dataclass(frozen=True)
+class GSAM(SAM):
+    """GSAM (Zhuang et al., ICLR 2022, algorithm 1): descend on the surrogate gap as well.
+
+    With the ascent gradient g and the descent gradient g_p of SAM it follows
+    g_p - alpha * g_across, where g_across = g - (g . g_p / ||g_p||^2) g_p is the part of g across
+    g_p. The paper lets rho fall with the learning rate: see `sharpness.rho_schedule`. With alpha 0
+    it is SAM. Until the second gradient is there, g takes the memory of one more copy of the
+    weights. Raises StepError for an alpha that is negative or not finite.
+    """
+
+    alpha: float = 0.4
+    keeps_ascent: ClassVar[bool] = True
+    combines: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise StepError(f"alpha must be finite and not negative, got {self.alpha}")
+
+    def combine_(
+        self,
+        shards: Shards,
+        rho: float,
+        ascent: Memory | None,
+        memory: Memory | None,
+        total: Total,
+    ) -> None:
+        if ascent is None or rho == 0:  # one gradient, or twice the same
+            return
+        pairs = [(g_p, ascent[n]) for n, g_p in shards.by_name() if n in ascent]
+        product = dot([g_p for g_p, _ in pairs], [g for _, g in pairs])
+        along = total(torch.stack([product, squared_norm(shards.gradients)]))
+        factor = 1 + self.alpha * ratio(along[0], along[1])
+        for name, g_p in shards.by_name():
+            g_p.mul_(factor)
+            if name in ascent:
+                g_p.sub_(ascent[name], alpha=self.alpha)

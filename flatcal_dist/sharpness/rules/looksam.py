@@ -1,0 +1,72 @@
+"""LookSAM."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from flatcal_dist.sharpness.errors import StepError
+from flatcal_dist.sharpness.rules.base import Memory, Shards, Total, dot, ratio, squared_norm
+from flatcal_dist.sharpness.rules.sam import SAM
+
+
+@dataclass(frozen=True)
+class LookSAM(SAM):
+    """LookSAM (Liu et al., CVPR 2022): the costly part of SAM's gradient, kept for some steps.
+
+    Every `every`-th step is SAM's, with ascent gradient g and descent gradient g_s. It remembers
+    the part of g_s across g: g_v = g_s - (g_s . g / ||g||^2) g. The other steps follow
+    g + alpha * (||g|| / ||g_v||) * g_v, with a plain gradient g of their own. Norms and products
+    are over all parameters. g_v takes the memory of one more copy of the weights, in checkpoints
+    too.
+    """
+
+    every: int = 5
+    alpha: float = 0.7
+    keeps_ascent: ClassVar[bool] = True
+    combines: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise StepError(f"alpha must be finite and not negative, got {self.alpha}")
+
+    def combine_(
+        self,
+        shards: Shards,
+        rho: float,
+        ascent: Memory | None,
+        memory: Memory | None,
+        total: Total,
+    ) -> Memory | None:
+        if ascent is not None:
+            # At rho 0 both gradients are the same, and what is across is rounding.
+            return self._across(shards, ascent if rho > 0 else {}, total)
+        if memory:
+            self._add_across_(shards, memory, total)
+        return None
+
+    def _across(self, shards: Shards, ascent: Memory, total: Total) -> Memory:
+        """g_v by name. What only one pass used counts as zero in the other.
+
+        Where the ascent gradient is zero there is nothing across it to remember: zero.
+        """
+        pairs = [(g_s, ascent[n]) for n, g_s in shards.by_name() if n in ascent]
+        product = dot([g_s for g_s, _ in pairs], [g for _, g in pairs])
+        along = total(torch.stack([product, squared_norm(list(ascent.values()))]))
+        factor, known = ratio(along[0], along[1]), (along[1] > 0).float()
+        across = {name: -factor * g for name, g in ascent.items()}
+        for name, g_s in shards.by_name():
+            across[name] = known * (g_s + across[name] if name in ascent else g_s)
+        return across
+
+    def _add_across_(self, shards: Shards, memory: Memory, total: Total) -> None:
+        """g <- g + alpha * (||g|| / ||g_v||) * g_v."""
+        squares = total(
+            torch.stack([squared_norm(shards.gradients), squared_norm(list(memory.values()))])
+        )
+        factor = self.alpha * ratio(squares[0], squares[1]).sqrt()
+        for name, gradient in shards.by_name():
+            if name in memory:
+                gradient.add_(factor * memory[name])

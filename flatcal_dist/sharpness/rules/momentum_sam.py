@@ -1,0 +1,56 @@
+"""Momentum-SAM."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flatcal_dist.sharpness.errors import StepError
+from flatcal_dist.sharpness.rules.base import Memory, Rule, Shards, Total, ratio, squared_norm
+
+
+@dataclass(frozen=True)
+class MomentumSAM(Rule):
+    """Momentum-SAM (Becker et al., 2024, arXiv 2401.12033): e = -rho * v / ||v||_2.
+
+    v is the momentum, v <- momentum * v + g, of the gradients g at w + e. So a step has one pass
+    and costs what a plain step costs. The first step does not perturb: there is no v. The rule
+    keeps v itself, one more copy of the weights, so that it works with every optimizer. It is
+    SGD's own buffer if `momentum` is the optimizer's, up to weight decay, which v does not hold.
+    rho is about ten times SAM's. Raises StepError for a momentum outside [0, 1).
+    """
+
+    momentum: float = 0.9
+    combines: ClassVar[bool] = True
+    ascent_share: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise StepError(f"momentum must lie in [0, 1), got {self.momentum}")
+
+    def perturb_(self, shards: Shards, rho: float, memory: Memory | None, total: Total) -> Tensor:
+        memory = memory or {}
+        held = [memory.get(name) for name in shards.names]
+        norm = total(squared_norm([v for v in held if v is not None])).sqrt()
+        scale = ratio(rho, norm)
+        for e, v in zip(shards.gradients, held, strict=True):
+            if v is not None:
+                torch.mul(v, -scale, out=e)
+        return norm
+
+    def combine_(
+        self,
+        shards: Shards,
+        rho: float,
+        ascent: Memory | None,
+        memory: Memory | None,
+        total: Total,
+    ) -> Memory:
+        before = memory or {}
+        after = {name: self.momentum * v for name, v in before.items()}
+        for name, gradient in shards.by_name():
+            g = gradient / shards.loss_scale
+            after[name] = after[name] + g if name in after else g
+        return after
