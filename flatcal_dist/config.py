@@ -217,11 +217,11 @@ class SharpnessConfig(Section):
         None,
         ge=0,
         le=1000,
-        description="the weight of the part of one gradient across the other: LookSAM adds it, "
-        "by default 0.7 of it; GSAM takes it away, by default 0.4 of it",
+        description="weight of LookSAM's remembered gradient, by default 0.7, or of the part of "
+        "the gradient that GSAM takes away, by default 0.4",
     )
     momentum: float = Field(
-        0.9, ge=0, lt=1, description="Momentum-SAM's; the optimizer's is optimizer.momentum"
+        0.9, ge=0, lt=1, description="of Momentum-SAM; best that of optimizer.momentum"
     )
     every: int | None = Field(
         None,

@@ -9,7 +9,7 @@ The same on this machine's CPUs, with handwritten digits that need no preparatio
         --config configs/digits/csam.yaml
 
 Any recipe runs any configuration. The way of one step: flatcal_dist/training/loop.py calls
-flatcal_dist/sharpness/step.py, which asks rules.py (what) and engines.py (where).
+flatcal_dist/sharpness/step.py, which asks rules/ (what) and engine.py (where).
 """
 
 from pathlib import Path

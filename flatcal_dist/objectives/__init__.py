@@ -1,8 +1,8 @@
 """Objectives: what is minimized, a loss for each sample."""
 
-from flatcal_dist.objectives.base import Objective, Targets
+from flatcal_dist.objectives.base import Objective
 from flatcal_dist.objectives.cross_entropy import CrossEntropy, cross_entropy
 from flatcal_dist.objectives.csam import csam_loss
 from flatcal_dist.objectives.focal import Focal
 
-__all__ = ["CrossEntropy", "Focal", "Objective", "Targets", "cross_entropy", "csam_loss"]
+__all__ = ["CrossEntropy", "Focal", "Objective", "cross_entropy", "csam_loss"]

@@ -1,59 +1,32 @@
-"""What an objective is: a loss for each sample, from logits and targets."""
+"""What an objective is: a loss for each sample, from logits and labels."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What is known of the N samples of a micro-batch.
+class Objective(ABC):
+    """A loss for each sample: called with logits [N, K] and labels, it gives losses [N].
 
-    labels: class indices [N], or probabilities [N, K] of mixed samples. samples: the number of each
-    sample in its data set, [N], or None where there are no such numbers. epoch: from 0 on.
+    Labels are class indices [N], or probabilities [N, K] of mixed samples. Raises ValueError for
+    probabilities if the objective is defined for class indices only.
     """
 
-    labels: Tensor
-    samples: Tensor | None = None
-    epoch: int = 0
+    hard_labels: ClassVar[bool] = False  # class indices only
 
-    @classmethod
-    def of(cls, target: "Tensor | Targets") -> "Targets":
-        """Labels alone are targets, too."""
-        return target if isinstance(target, Targets) else cls(target)
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.hard_labels and (labels.is_floating_point() or labels.ndim != 1):
+            raise ValueError(
+                f"{type(self).__name__} is defined for hard labels only: they must be class "
+                f"indices of shape [N], not {labels.dtype} of shape {list(labels.shape)}"
+            )
+        return self.losses(logits, labels)
 
-    @property
-    def hard(self) -> bool:
-        """Whether the labels are class indices."""
-        return not self.labels.is_floating_point()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, part: slice) -> "Targets":
-        samples = None if self.samples is None else self.samples[part]
-        return replace(self, labels=self.labels[part], samples=samples)
-
-
-class Objective:
-    """A loss for each sample, the same on any number of ranks.
-
-    An objective is called with logits [N, K] and targets, and gives losses [N].
-    """
-
-    # Samples 2i and 2i + 1 of a micro-batch belong together, and are never cut apart.
-    pairs: ClassVar[Literal["none", "any"]] = "none"
-    # It is defined for class indices only, not for probabilities.
-    hard_labels: ClassVar[bool] = False
-
-    def __call__(self, logits: Tensor, target: Tensor | Targets) -> Tensor:
-        return self.losses(logits, Targets.of(target))
-
-    def losses(self, logits: Tensor, targets: Targets) -> Tensor:
+    @abstractmethod
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """[N], in float32 or the logits' wider type."""
-        raise NotImplementedError
 
 
 def reduce(losses: Tensor, reduction: str) -> Tensor:

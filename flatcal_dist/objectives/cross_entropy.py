@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from flatcal_dist.objectives.base import Objective, Targets, at_least_float32
+from flatcal_dist.objectives.base import Objective, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class CrossEntropy(Objective):
 
     smoothing: float = 0.0
 
-    def losses(self, logits: Tensor, targets: Targets) -> Tensor:
-        return cross_entropy(logits, targets.labels, "none", self.smoothing)
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(logits, labels, "none", self.smoothing)
 
 
 def cross_entropy(

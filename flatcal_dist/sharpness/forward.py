@@ -8,7 +8,9 @@ each sample. For everything else the user gives a function `forward(model, batch
     an object with `losses`     an attribute or a key; and `weight`, if losses is a mean
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
@@ -31,7 +33,10 @@ class Evaluated(NamedTuple):
     output: Any  # logits of a pair, or what the user's function returned; without a graph
 
 
-def pair(loss: Loss, reported: Loss, scales_losses: bool) -> Callable[[nn.Module, Any], Evaluated]:
+Pass = Callable[[nn.Module, Any], Evaluated]
+
+
+def pair(loss: Loss, reported: Loss, scales_losses: bool) -> Pass:
     """The forward pass of (inputs, target), which follows `loss` and reports another one, or it.
 
     scales_losses: Whether the engine does, which logits in float16 need.
@@ -58,14 +63,16 @@ def pair(loss: Loss, reported: Loss, scales_losses: bool) -> Callable[[nn.Module
     return forward
 
 
-def of_user(forward: Forward) -> Callable[[nn.Module, Any], Evaluated]:
+def of_user(forward: Forward, wrapped: bool) -> Pass:
     """The forward pass of any batch, by a function of the user's.
 
-    Raises StepError unless it returns losses in one of the forms above.
+    wrapped: Whether an engine is around the network, which has to see the call. Raises StepError
+    unless the function calls the model that it gets and returns losses in one of the forms above.
     """
 
     def evaluated(model: nn.Module, batch: Any) -> Evaluated:
-        output = forward(model, batch)
+        with _called(model, wrapped):
+            output = forward(model, batch)
         losses, weight = _losses_in(output)
         if not isinstance(losses, Tensor) or not losses.is_floating_point():
             raise StepError(
@@ -77,6 +84,14 @@ def of_user(forward: Forward) -> Callable[[nn.Module, Any], Evaluated]:
                 "forward(model, batch) gave one number, and the step cannot know the mean of how "
                 "many it is: return one loss for each sample (reduction='none'), or a pair "
                 "(loss, number of samples)"
+            )
+        if isinstance(weight, Tensor) and weight.dim() == 0:
+            weight = weight.detach()
+        elif weight is not None and not isinstance(weight, int | float):
+            raise StepError(
+                f"forward(model, batch) gave a {type(weight).__name__} beside the loss, where a "
+                "number is expected: how many samples the loss is the mean of. To get anything "
+                "else back, return an object with `losses`"
             )
         if weight is not None and losses.dim() != 0:
             raise StepError(
@@ -91,6 +106,23 @@ def of_user(forward: Forward) -> Callable[[nn.Module, Any], Evaluated]:
         return Evaluated(total, total.detach(), weight, without_graph(output))
 
     return evaluated
+
+
+@contextmanager
+def _called(model: nn.Module, wrapped: bool) -> Iterator[None]:
+    """Raises StepError if the wrapped model is not called within: gradients stay unreduced then."""
+    calls: list[None] = []
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(None)) if wrapped else None
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
+    if wrapped and not calls:
+        raise StepError(
+            "forward(model, batch) did not call the model that it was given, but another one: on "
+            "several ranks gradients would not be reduced. Call `model`, once for each batch"
+        )
 
 
 def _losses_in(output: Any) -> tuple[Any, Any]:
@@ -143,19 +175,31 @@ def _tensors(value: Any) -> list[Tensor]:
         value = [getattr(value, field.name) for field in fields(value)]
     if isinstance(value, tuple | list):
         return [tensor for part in value for tensor in _tensors(part)]
-    return [value.samples] if isinstance(getattr(value, "samples", None), Tensor) else []
+    return []
 
 
-def head(batch: Any, share: float) -> Any:
+def _head(batch: Any, share: float) -> Any:
     """The first samples of a pair of tensors, `share` of them and at least one.
 
     Raises StepError for what is not a pair of things with one row a sample.
     """
-    inputs, target = batch
-    if not (isinstance(inputs, Tensor) and hasattr(target, "__getitem__")):
+    if not all(isinstance(part, Tensor) for part in batch):
         raise StepError(
             "the rule takes the ascent gradient on a share of each micro-batch, for which inputs "
             "and target must be tensors with one row a sample"
         )
-    count = -(-len(inputs) * share // 1)
-    return inputs[: int(count)], target[: int(count)]
+    inputs, target = batch
+    count = math.ceil(round(len(inputs) * share, 6))  # 0.1 of 30 is 3, whatever floats say
+    return inputs[:count], target[:count]
+
+
+def on_a_share(forward: Pass, share: float) -> Pass:
+    """The pass on the first samples of a micro-batch, weighed as if they were all of it."""
+
+    def evaluated(model: nn.Module, batch: Any) -> Evaluated:
+        part = _head(batch, share)
+        found = forward(model, part)
+        weight = len(batch[0]) / max(len(part[0]), 1)
+        return found._replace(total=found.total * weight, reported=found.reported * weight)
+
+    return evaluated

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
-from flatcal_dist.sharpness.engines import (
+from flatcal_dist.sharpness.engine import (
     Arrangement,
     refuse_part,
     refuse_unusable,

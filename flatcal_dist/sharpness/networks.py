@@ -1,13 +1,17 @@
 """Networks that an engine cannot hold, refused by the name of what is in the way."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from flatcal_dist.sharpness.errors import StepError
+
+if TYPE_CHECKING:
+    from flatcal_dist.sharpness.engine import Engine
 
 SPARSE = (
     "the gradient {}is sparse, which has no perturbation: call the function that reads this weight "
@@ -59,17 +63,51 @@ def refuse_unheld(network: nn.Module, by: str | None = None) -> None:
             )
 
 
+class Parameters:
+    """Those of a network and of its optimizer, as they were when a step was built."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self.engine = engine
+        self.parameters, self.trained, self.held = self._now()
+
+    def _now(self) -> tuple[list[nn.Parameter], list[bool], list[Tensor]]:
+        """The network's parameters, whether each is trained, and what the optimizer holds."""
+        parameters = self.engine.all_parameters()
+        groups = self.engine.optimizer.param_groups
+        held = [weight for group in groups for weight in group["params"]]
+        return parameters, [w.requires_grad for w in parameters], held
+
+    def refuse_changed(self) -> None:
+        """Raises StepError if network or optimizer have others now."""
+        parameters, trained, held = self._now()
+        what = None
+        if not _same(self.parameters, parameters):
+            what = "parameters of the network were added, removed or replaced"
+        elif self.trained != trained:
+            what = "parameters were frozen or thawed"
+        elif not _same(self.held, held):
+            what = "parameters of the optimizer were added, removed or replaced"
+        if what:
+            raise StepError(
+                f"{what} after the step was built: build engine, optimizer and step again"
+            )
+
+
+def _same(a: Sequence[object], b: Sequence[object]) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
 class FrozenWeights:
     """Finds networks whose forward pass changes weights that are not trained.
 
     Momentum encoders do (MoCo's, BYOL's). Both passes of a step would change them, each by other
-    weights, and the second would see another function than the first. Looked for in the first steps
-    only, since every look reads all frozen weights; and the very first may change nothing, when the
-    two encoders are still equal. Where ranks hold parts of weights (ZeRO-3, FSDP2), changes to the
-    whole ones that a pass gathers are not seen.
+    weights, and the second would see another function than the first. They are looked for in a few
+    passes only, since every look reads all frozen weights; the very first may change nothing, when
+    the two encoders are still equal. Where ranks hold parts of weights (ZeRO-3, FSDP2), changes to
+    the whole ones that a pass gathers are not seen.
     """
 
-    LOOKS = 3  # steps
+    LOOKS = 3  # first passes
 
     def __init__(self, network: nn.Module) -> None:
         # ZeRO-3's are empty but while they are gathered, and small ones stay so from a pass on.

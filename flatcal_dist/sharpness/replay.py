@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -120,3 +121,15 @@ def _state_of(generator: Generator) -> tuple[Callable[[Any], Any], Any]:
     if isinstance(generator, random.Random):
         return generator.setstate, generator.getstate()
     return generator.set_state, generator.get_state()
+
+
+@contextmanager
+def no_weights_in_autocast() -> Iterator[None]:
+    """Inside somebody's outer autocast block the low-precision copies of weights are kept.
+
+    Whatever comes after the step would see those of w + e, or of w before the optimizer's step.
+    """
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()

@@ -11,60 +11,24 @@ cannot reduce by itself is the one exception (`_own_gradient`).
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flatcal_dist.objectives.cross_entropy import CrossEntropy
-from flatcal_dist.sharpness.engines import Engine
+from flatcal_dist.sharpness.engine import Engine
 from flatcal_dist.sharpness.errors import StepError
-from flatcal_dist.sharpness.forward import Evaluated, Forward, head, of_user, pair, size_of
+from flatcal_dist.sharpness.forward import Forward, Pass, of_user, on_a_share, pair, size_of
 from flatcal_dist.sharpness.move import Measured
-from flatcal_dist.sharpness.networks import FrozenWeights
-from flatcal_dist.sharpness.replay import SameFunctionTwice
-from flatcal_dist.sharpness.rules import Loss, Memory, Rule, Shards
+from flatcal_dist.sharpness.networks import FrozenWeights, Parameters
+from flatcal_dist.sharpness.replay import SameFunctionTwice, no_weights_in_autocast
+from flatcal_dist.sharpness.result import Seen, StepResult, Sums
+from flatcal_dist.sharpness.rules import Context, Loss, Memory, Rule, Shards
 from flatcal_dist.sharpness.scope import Scope
 
 MicroBatches = Sequence[Any]  # pairs (inputs, target), or what the user's `forward` takes
-Pass = Callable[[nn.Module, Any], Evaluated]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What happened in one step. Losses are means over the global batch, norms of its gradients.
-
-    loss and perturbed_loss are of the same objective, that of the ascent, at w and at w + e: their
-    difference is the sharpness. A rule without an ascent pass sees one loss only, that at w + e.
-    skipped: a value was not finite on some rank in either pass, so no rank moved. stop: some rank
-    passed stop=True. votes: sums of the ranks' own. outputs: of this rank's micro-batches, in the
-    first pass: the logits of a pair, or what the user's `forward` returned; without a graph.
-    None in a step without a perturbation: perturbed_loss and ascent_gradient_norm (of a scope
-    smaller than all ranks, the mean of the ranks' own norms). Only with measure=True, means over
-    the ranks: cosine, between the perturbation e (SAM's: the ascent gradient) and the descent
-    gradient; perturbation_norm, the length of e; and of what the forward pass saw of e, after
-    rounding to its precision: effective_rho, its length, to which the noise of rounding adds;
-    seen_along, its component along e; seen_cosine, between it and e, which tells whether the
-    direction survived.
-    """
-
-    loss: float
-    perturbed_loss: float | None
-    ascent_gradient_norm: float | None
-    gradient_norm: float
-    skipped: bool
-    stop: bool
-    loss_scale: float
-    cosine: float | None = None
-    perturbation_norm: float | None = None
-    effective_rho: float | None = None
-    seen_along: float | None = None
-    seen_cosine: float | None = None
-    votes: tuple[float, ...] = ()
-    outputs: Sequence[Any] = field(default=(), compare=False, repr=False)
 
 
 class SharpnessAwareStep:
@@ -114,7 +78,7 @@ class SharpnessAwareStep:
         self.loss: Loss = loss or CrossEntropy()
         self.taken = 0
         self.memory: Memory | None = None
-        self.built_with = self._parts()
+        self.built_with = Parameters(engine)
         self.frozen = FrozenWeights(engine.module)
         self.descent_loss = self.loss
         if rule:
@@ -157,6 +121,7 @@ class SharpnessAwareStep:
         samples = self._checked(micro_batches, samples, forward)
         share = engine.world_size / samples  # engines average over ranks: summed losses times this
         perturbs = rule is not None and rule.perturbs_at(self.taken)
+        ascends = perturbs and rule.ascent_share > 0
         passes = self._passes(forward)
         seen = Seen(engine.device)
         units: Sequence[MicroBatches] = [micro_batches]
@@ -164,7 +129,7 @@ class SharpnessAwareStep:
             units = [[batch] for batch in micro_batches]
 
         with (
-            _no_weights_in_autocast(),
+            no_weights_in_autocast(),
             SameFunctionTwice(engine.module, engine.device) as replay,
             engine.broadcasting() as changed,
         ):
@@ -176,14 +141,10 @@ class SharpnessAwareStep:
                     last = unit is units[-1]
                     self._perturbed_gradient(unit, share, passes, replay, seen, measure, last)
                 else:
-                    sums = self._pass(unit, passes[0], share)
-                    seen.add_first(sums)
-                    seen.losses = sums.losses
+                    seen.add_only(self._pass(unit, passes[0], share))
             if rule and rule.combines:
                 with torch.no_grad():
-                    seen.memory = rule.combine_(
-                        engine.shards(), self.rho, seen.ascent, self.memory, engine.total
-                    )
+                    seen.memory = rule.combine_(engine.shards(), self._context(seen.ascent))
                 seen.ascent = None
             norm = engine.gradient_norm()
             total = self._agree(seen, norm, stop, votes)
@@ -205,8 +166,8 @@ class SharpnessAwareStep:
         measured = {name: total[name] / over for name in Measured._fields if perturbs and measure}
         return StepResult(
             loss=total["loss"] / samples,
-            perturbed_loss=total["perturbed_loss"] / samples if perturbs else None,
-            ascent_gradient_norm=total["ascent_norm"] / over if perturbs else None,
+            perturbed_loss=total["perturbed_loss"] / samples if ascends else None,
+            ascent_gradient_norm=total["ascent_norm"] / over if ascends else None,
             gradient_norm=total["norm"] / engine.world_size,
             skipped=skipped,
             stop=total["stop"] > 0,
@@ -259,7 +220,7 @@ class SharpnessAwareStep:
             raise StepError(f"nothing to learn from: {count} micro-batches, {samples} samples")
         if not 0 <= self.rho < math.inf:
             raise StepError(f"rho must be finite and not negative, and was set to {self.rho}")
-        self._refuse_changed()
+        self.built_with.refuse_changed()
         return samples
 
     def _passes(self, forward: Forward | None) -> tuple[Pass, Pass]:
@@ -278,29 +239,7 @@ class SharpnessAwareStep:
                 f"{type(rule).__name__} cuts each micro-batch for the ascent gradient, and cannot "
                 "cut what forward= takes: give the step pairs (inputs, target)"
             )
-        return (of_user(forward),) * 2
-
-    def _parts(self) -> tuple[list[nn.Parameter], list[bool], list[Tensor]]:
-        """The network's parameters, whether each is trained, and what the optimizer holds."""
-        parameters = self.engine.all_parameters()
-        groups = self.engine.optimizer.param_groups
-        held = [weight for group in groups for weight in group["params"]]
-        return parameters, [w.requires_grad for w in parameters], held
-
-    def _refuse_changed(self) -> None:
-        """Raises StepError if network or optimizer have other parameters than when it was built."""
-        (parameters, trained, held), now = self.built_with, self._parts()
-        what = None
-        if not _same(parameters, now[0]):
-            what = "parameters of the network were added, removed or replaced"
-        elif trained != now[1]:
-            what = "parameters were frozen or thawed"
-        elif not _same(held, now[2]):
-            what = "parameters of the optimizer were added, removed or replaced"
-        if what:
-            raise StepError(
-                f"{what} after the step was built: build engine, optimizer and step again"
-            )
+        return (of_user(forward, self.engine.world_size > 1),) * 2
 
     def _perturbed_gradient(
         self,
@@ -308,7 +247,7 @@ class SharpnessAwareStep:
         share: float,
         passes: tuple[Pass, Pass],
         replay: SameFunctionTwice,
-        seen: "Seen",
+        seen: Seen,
         measure: bool,
         last: bool,
     ) -> None:
@@ -325,24 +264,28 @@ class SharpnessAwareStep:
             if in_place:
                 engine.zero_gradients()
             sums = self._pass(unit, passes[1], share, last)
-            seen.add_second(sums)
-            if not rule.ascent_share:
-                seen.add_first(sums)
+            if rule.ascent_share:
+                seen.add_second(sums)
+            else:
+                seen.add_only(sums)
             if measure:
                 seen.add_measured(displacement())
         if rule.ascent_share:
             replay.forward()
         seen.ascent_norm = seen.ascent_norm + norm / shards.loss_scale
 
+    def _context(self, ascent: Memory | None = None) -> Context:
+        return Context(self.rho, self.memory, self.engine.total, ascent)
+
     @torch.no_grad()
-    def _gradient_to_perturbation_(self, shards: Shards, moving: Shards, seen: "Seen") -> Tensor:
+    def _gradient_to_perturbation_(self, shards: Shards, moving: Shards, seen: Seen) -> Tensor:
         """e in place of the gradients of what moves; the norm that they had.
 
         A function of its own: no name of the step holds a gradient during the second pass.
         """
         if self.rule.keeps_ascent:
             seen.ascent = {name: g.clone() for name, g in shards.by_name()}
-        norm = self.rule.perturb_(moving, self.rho, self.memory, self.engine.total)
+        norm = self.rule.perturb_(moving, self._context())
         # After an overflow the step will be skipped. Until all ranks agree on that no network is to
         # run on weights of NaN: it may check its values, or use them as indices.
         overflow = ~norm.isfinite()
@@ -351,7 +294,7 @@ class SharpnessAwareStep:
         return norm
 
     def _ascent(
-        self, unit: MicroBatches, share: float, forward: Pass, seen: "Seen"
+        self, unit: MicroBatches, share: float, forward: Pass, seen: Seen
     ) -> tuple[Shards, bool]:
         """The ascent gradient of this unit; and whether it lies where the descent's is to lie.
 
@@ -369,7 +312,7 @@ class SharpnessAwareStep:
             zeros = [torch.zeros_like(w) for w in weights.values()]
             return Shards(list(weights), list(weights.values()), zeros), False
         if rule.ascent_share < 1:
-            forward = _on_a_share(forward, rule.ascent_share)
+            forward = on_a_share(forward, rule.ascent_share)
         # The engine's own reduction overlaps with the backward pass; it can do it for some scopes
         # only, and only while no descent gradient is being accumulated.
         overlapped = engine.reduces(self.scope) and not self.per_micro_batch
@@ -384,7 +327,7 @@ class SharpnessAwareStep:
                 seen.add_first(sums)
         return shards, overlapped or alone
 
-    def _pass(self, unit: MicroBatches, forward: Pass, share: float, reduce: bool = True) -> "Sums":
+    def _pass(self, unit: MicroBatches, forward: Pass, share: float, reduce: bool = True) -> Sums:
         """Accumulate the gradient of share * (sum of losses); the last micro-batch reduces it."""
         # Inside somebody's outer autocast block the low-precision copies of the weights would
         # outlive the perturbation: pass two would silently see the weights of pass one.
@@ -397,9 +340,7 @@ class SharpnessAwareStep:
             sums.add(evaluated)
         return sums
 
-    def _own_gradient(
-        self, unit: MicroBatches, forward: Pass, share: float
-    ) -> tuple[Shards, "Sums"]:
+    def _own_gradient(self, unit: MicroBatches, forward: Pass, share: float) -> tuple[Shards, Sums]:
         """As `_pass`, with the gradient left on this rank, then summed over the ranks in scope.
 
         It comes from autograd itself: no engine sees it, and what an engine accumulates stays.
@@ -428,7 +369,7 @@ class SharpnessAwareStep:
         return shards, sums
 
     def _agree(
-        self, seen: "Seen", norm: Tensor, stop: bool, votes: Sequence[float]
+        self, seen: Seen, norm: Tensor, stop: bool, votes: Sequence[float]
     ) -> dict[str, float]:
         """Sums over ranks, by name, in one reduction. skip: of ranks with a value not finite."""
         mine = seen.figures() | {"norm": norm.double()}
@@ -436,76 +377,3 @@ class SharpnessAwareStep:
         mine |= {"skip": skip, "stop": float(stop), "losses": seen.losses}
         mine |= {f"vote {number}": vote for number, vote in enumerate(votes)}
         return dict(zip(mine, self.engine.sum(list(mine.values())), strict=True))
-
-
-class Sums:
-    """Over the micro-batches of one pass, on this rank. loss: a float64 scalar on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.losses: float | Tensor = 0
-        self.outputs: list[Any] = []
-
-    def add(self, evaluated: Evaluated) -> None:
-        self.loss += evaluated.reported
-        self.losses = self.losses + evaluated.count
-        self.outputs.append(evaluated.output)
-
-
-class Seen:
-    """What this rank saw in a step, summed over its units; float64 scalars on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        self.loss = self.perturbed_loss = self.ascent_norm = zero
-        self.measured = [zero] * len(Measured._fields)
-        self.losses: float | Tensor = 0  # their number, in one pass over the whole batch
-        self.outputs: list[Any] = []
-        self.ascent: Memory | None = None
-        self.memory: Memory | None = None
-
-    def add_first(self, sums: Sums) -> None:
-        """Of a unit's pass at w, or its only one."""
-        self.loss = self.loss + sums.loss
-        self.outputs += sums.outputs
-
-    def add_second(self, sums: Sums) -> None:
-        """Of a unit's pass at w + e."""
-        self.perturbed_loss = self.perturbed_loss + sums.loss
-        self.losses = self.losses + sums.losses
-
-    def add_measured(self, measured: Measured) -> None:
-        self.measured = [a + b for a, b in zip(self.measured, measured, strict=True)]
-
-    def figures(self) -> dict[str, Tensor]:
-        named = {"loss": self.loss, "perturbed_loss": self.perturbed_loss}
-        named |= {"ascent_norm": self.ascent_norm}
-        return named | dict(zip(Measured._fields, self.measured, strict=True))
-
-
-def _on_a_share(forward: Pass, share: float) -> Pass:
-    """The pass on the first samples of a micro-batch, weighed as if they were all of it."""
-
-    def evaluated(model: nn.Module, batch: Any) -> Evaluated:
-        part = head(batch, share)
-        found = forward(model, part)
-        weight = len(batch[0]) / max(len(part[0]), 1)
-        return found._replace(total=found.total * weight, reported=found.reported * weight)
-
-    return evaluated
-
-
-@contextmanager
-def _no_weights_in_autocast() -> Iterator[None]:
-    """Inside somebody's outer autocast block the low-precision copies of weights are kept.
-
-    Whatever comes after the step would see those of w + e, or of w before the optimizer's step.
-    """
-    try:
-        yield
-    finally:
-        torch.clear_autocast_cache()
-
-
-def _same(a: Sequence[object], b: Sequence[object]) -> bool:
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
-from flatcal_dist.sharpness.engines import Arrangement, refuse_part, stack, with_groups
+from flatcal_dist.sharpness.engine import Arrangement, refuse_part, stack, with_groups
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.move import Backup, Displacement, Measured, measure
 from flatcal_dist.sharpness.networks import sparse_refused
@@ -148,9 +148,10 @@ class ZeroEngine:
             with self._moved_whole(shards) as displacement:
                 yield displacement
             return
-        of = {part.name: place for place, part in enumerate(self.layout.parts)}
-        places = [of[name] for name in shards.names]
-        parts = [self.layout.parts[place] for place in places]
+        moving = set(shards.names)
+        held = list(self.layout.parts)  # of stage 3 they are looked up by each call
+        places = [place for place, part in enumerate(held) if part.name in moving]
+        parts = [held[place] for place in places]
         targets = list(shards.gradients)
         shards.gradients.clear()
 

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from flatcal_dist.sharpness.alone import join_alone
-from flatcal_dist.sharpness.engines import refuse_part
+from flatcal_dist.sharpness.engine import refuse_part
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.networks import refuse_unheld
 from flatcal_dist.sharpness.optimizer_probe import refuse_flat_parts
@@ -111,18 +112,25 @@ def configuration(stage: int, precision: torch.dtype, clip_norm: float | None) -
 
 
 class InPrecision(nn.Module):
-    """Casts what goes into the network to its precision, and what comes out to fp32."""
+    """Casts what goes into the network to its precision, and what comes out to fp32.
+
+    Tensors of floating-point numbers, also those in lists, tuples and mappings.
+    """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, precision: torch.dtype) -> None:
         super().__init__()
         self.engine = engine
         self.precision = precision
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        if inputs.is_floating_point():
-            inputs = inputs.to(self.precision)
-        output = self.engine(inputs)
-        return output.float() if isinstance(output, Tensor) else output
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        inputs, named = recursively_apply(
+            lambda tensor: tensor.to(self.precision), (inputs, named), test_type=_is_real
+        )
+        return recursively_apply(Tensor.float, self.engine(*inputs, **named), test_type=_is_real)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 class RunningStatisticsInFp32:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flatcal_dist.sharpness.buffers import broadcast
-from flatcal_dist.sharpness.engines import Engine
+from flatcal_dist.sharpness.engine import Engine
 from flatcal_dist.training.norm_statistics import (
     Statistics,
     norm_layers,

@@ -22,8 +22,8 @@ from flatcal_dist.sharpness import (
     Rule,
     SharpnessAwareStep,
 )
-from flatcal_dist.sharpness.engines import ReplicatedEngine
 from flatcal_dist.sharpness.outputs import logits_of
+from flatcal_dist.sharpness.replicated import ReplicatedEngine
 from flatcal_dist.sharpness.scope import ranks_of
 from flatcal_dist.training.optimizers import build_optimizer
 

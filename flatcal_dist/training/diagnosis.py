@@ -65,6 +65,8 @@ def _watched(step: SharpnessAwareStep, micro_batches: int, findings: list[str]) 
     def current() -> str:
         if step.rule is None or not step.rule.perturbs_at(step.taken):
             return "the pass"
+        if not step.rule.ascent_share:
+            return "the pass, at the perturbed weights"
         first = passes % 2 == 1 if step.per_micro_batch else passes <= micro_batches
         return "the first pass" if first else "the second pass, at the perturbed weights"
 

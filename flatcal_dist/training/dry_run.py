@@ -42,7 +42,8 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
             module, args=[images], print_profile=False, as_string=False, warm_up=0
         )
     flops, macs = flops / 2, macs / 2
-    share = 0.0 if step.rule is None else 1 / step.rule.every  # of steps that perturb
+    second = step.rule is not None and step.rule.ascent_share > 0
+    share = 1 / step.rule.every if second else 0.0  # of steps with two passes
     passes = "a forward and a backward pass"
     if share:
         often = (

@@ -8,7 +8,7 @@ from flatcal_dist.data import Index
 from flatcal_dist.data.variants import of_index
 from flatcal_dist.provenance import Provenance
 from flatcal_dist.run_directory import RunDirectory
-from flatcal_dist.sharpness.engines import Engine
+from flatcal_dist.sharpness.engine import Engine
 from flatcal_dist.training.tracking import Tracker, read_metrics
 from flatcal_dist.urls import public
 from flatcal_dist.weights import save_weights

@@ -6,13 +6,20 @@ from flatcal_dist.sharpness import StepResult
 
 
 def sharpness_figures(result: StepResult, rho: float) -> dict[str, float | None]:
-    """What only a step with a perturbation has; empty for one without."""
-    if result.perturbed_loss is None:
+    """What only a step with a perturbation has; empty for one without.
+
+    A rule without an ascent pass has no loss at w, and so no sharpness.
+    """
+    figures: dict[str, float | None] = {}
+    if result.perturbed_loss is not None:
+        figures = {
+            "train/perturbed_loss": result.perturbed_loss,
+            "train/sharpness": result.perturbed_loss - result.loss,
+            "optim/ascent_gradient_norm": result.ascent_gradient_norm,
+        }
+    elif result.cosine is None:
         return {}
-    return {
-        "train/perturbed_loss": result.perturbed_loss,
-        "train/sharpness": result.perturbed_loss - result.loss,
-        "optim/ascent_gradient_norm": result.ascent_gradient_norm,
+    return figures | {
         "optim/gradient_cosine": result.cosine,
         "optim/rho": rho,
         "optim/effective_rho": result.effective_rho,

@@ -80,6 +80,55 @@ def test_what_forward_returned_in_the_first_pass_comes_back_without_a_graph():
     assert torch.equal(output, logits)
 
 
+class Named(nn.Module):
+    """Takes two inputs, one by name, and gives a mapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = make_network()
+
+    def forward(self, x, *, factor):
+        return {"logits": self.network(x * factor)}
+
+
+def several_inputs(rank, world_size, kind):
+    outcome = {}
+    precisions = [torch.float32] + [torch.bfloat16] * (kind in ("zero2", "zero3", "fsdp2"))
+    for precision in precisions:
+        engine = make_engine(kind, Named(), precision)
+
+        def forward(model, batch):
+            logits = model(batch[0], factor=torch.ones(1))["logits"]
+            return F.cross_entropy(logits.float(), batch[1], reduction="none")
+
+        step = SharpnessAwareStep(engine, SAM(0.1))
+        results = [step(my_part(rank, world_size, n, 2), forward=forward) for n in range(3)]
+        outcome[precision] = engine.full_weights(), results[0].loss, results[0].outputs
+    elsewhere = make_network()
+
+    def around(model, batch):
+        return F.cross_entropy(elsewhere(batch[0]), batch[1], reduction="none")
+
+    try:
+        step(my_part(rank, world_size, 0), forward=around)
+    except StepError as error:
+        outcome["around"] = str(error)
+    return outcome
+
+
+@pytest.mark.parametrize("kind", EVERYWHERE)
+def test_networks_of_several_inputs_and_a_mapping_as_output(kind):
+    expected = {f"network.{n}": w for n, w in reference(SAM(0.1), numbers=range(3))[0].items()}
+    for rank, outcome in enumerate(everywhere(kind, several_inputs)):
+        weights, loss, outputs = outcome[torch.float32]
+        assert weights or rank, "whole on rank 0 at least"
+        assert not weights or far(weights, expected) < CLOSE
+        assert len(outputs) == 2
+        if torch.bfloat16 in outcome:
+            assert outcome[torch.bfloat16][1] == pytest.approx(loss, rel=0.02)
+        assert kind == "one" or "did not call the model that it was given" in outcome["around"]
+
+
 class Tagger(nn.Module):
     """A class for each of 3 places; and a second head."""
 
@@ -134,6 +183,8 @@ def test_losses_of_places_an_auxiliary_head_several_inputs_and_a_gradient_penalt
         (lambda m, b: "loss", {}, "gave a str without losses"),
         (lambda m, b: m(b["x"]).argmax(1), {}, "without losses"),
         (lambda m, b: (m(b["x"])[:, 0], 3), {}, "a weight belongs to one mean"),
+        (lambda m, b: (F.cross_entropy(m(b["x"]), b["y"]), m(b["x"])), {}, "gave a Tensor beside"),
+        (lambda m, b: {"logits": m(b["x"])}, {}, "gave a dict without losses"),
         (of_dict, {"samples": 7}, "the passes gave 24 losses for 7 samples"),
         (None, {}, "give it forward="),
     ],

@@ -2,11 +2,11 @@
 
 from flatcal_dist.sharpness.rules.asam import ASAM
 from flatcal_dist.sharpness.rules.base import (
+    Context,
     Loss,
     Memory,
     Rule,
     Shards,
-    Total,
     dot,
     squared_norm,
 )
@@ -21,13 +21,13 @@ __all__ = [
     "CSAM",
     "GSAM",
     "SAM",
+    "Context",
     "LookSAM",
     "Loss",
     "Memory",
     "MomentumSAM",
     "Rule",
     "Shards",
-    "Total",
     "dot",
     "squared_norm",
 ]  # fmt: skip

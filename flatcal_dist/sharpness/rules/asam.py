@@ -1,13 +1,18 @@
 """Adaptive SAM."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flatcal_dist.sharpness.errors import StepError
-from flatcal_dist.sharpness.rules.base import Memory, Rule, Shards, Total, ratio, squared_norm
+from flatcal_dist.sharpness.rules.base import (
+    Context,
+    Rule,
+    Shards,
+    ratio,
+    refuse_negative,
+    squared_norm,
+)
 
 
 @dataclass(frozen=True)
@@ -23,17 +28,16 @@ class ASAM(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (math.isfinite(self.eta) and self.eta >= 0):
-            raise StepError(f"eta must be finite and not negative, got {self.eta}")
+        refuse_negative("eta", self.eta)
 
-    def perturb_(self, shards: Shards, rho: float, memory: Memory | None, total: Total) -> Tensor:
+    def perturb_(self, shards: Shards, context: Context) -> Tensor:
         # One tensor at a time: T g as a whole would be another copy of the weights.
         squares = [
             squared_norm([gradient * (weight.abs() + self.eta) if self._adapts(name) else gradient])
             for name, weight, gradient in self._each(shards)
         ]
-        norm = total(torch.stack(squares).sum() if squares else torch.zeros(())).sqrt()
-        scale = ratio(rho, norm)
+        norm = context.total(torch.stack(squares).sum() if squares else torch.zeros(())).sqrt()
+        scale = ratio(context.rho, norm)
         for name, weight, gradient in self._each(shards):
             gradient.mul_(scale)
             if self._adapts(name):

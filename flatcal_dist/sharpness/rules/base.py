@@ -1,20 +1,21 @@
 """The contract of a rule: where the descent gradient is taken, of which loss, and its use.
 
-A rule is pure tensor mathematics. It sees matching lists of tensors, which are whole parameters or
-the shards of one rank, and a function `total` that sums a small tensor over the ranks that hold the
-other parts. The step asks a rule, in this order:
+A rule is pure tensor mathematics. It sees matching lists of tensors (`Shards`), which are whole
+parameters or the parts of them that one rank holds, and what else it needs (`Context`). The step
+asks a rule, in this order:
 
     perturbs_at(step)    Does this step perturb? If not, it is a plain one.
     ascent_share         On which share of the batch is the ascent gradient taken? 0: there is none.
     selects(name)        Is the parameter of this name perturbed?
-    perturb_(...)        Turn the ascent gradient into the perturbation e, in place.
+    perturb_             Turn the ascent gradient into the perturbation e, in place.
     descent_loss(loss)   Which loss is followed at w + e, given that of the ascent?
-    combine_(...)        Change the descent gradient, in place, and say what to remember.
+    combine_             Change the descent gradient, in place, and say what to remember.
 
 Only `perturb_` has to be written. A new rule is one file with one class.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,7 +27,6 @@ from flatcal_dist.sharpness.errors import StepError
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits [N, K], target of N samples) -> losses [N]
 Memory = dict[str, Tensor]  # a tensor for each parameter, by name
-Total = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -58,8 +58,24 @@ class Shards:
         return Shards(names, weights, gradients, self.own, self.loss_scale)
 
 
+@dataclass
+class Context:
+    """What a rule knows of the step, beside weights and gradients.
+
+    rho: the length of e in this step, which a schedule may have changed. memory: what the rule
+    remembers, or None. total: sums a tensor over the ranks that hold other parts; its shape is
+    kept. ascent: the ascent gradient by name, for `combine_` only; None in a plain step, or unless
+    the rule `keeps_ascent`.
+    """
+
+    rho: float
+    memory: Memory | None
+    total: Callable[[Tensor], Tensor]
+    ascent: Memory | None = None
+
+
 @dataclass(frozen=True)
-class Rule:
+class Rule(ABC):
     """The base of all rules.
 
     Args:
@@ -82,8 +98,7 @@ class Rule:
     ascent_share: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.rho) and self.rho >= 0):
-            raise StepError(f"rho must be finite and not negative, got {self.rho}")
+        refuse_negative("rho", self.rho)
         if not isinstance(self.every, int) or self.every < 1:
             raise StepError(f"every must be at least 1 and whole, got {self.every}")
 
@@ -94,47 +109,31 @@ class Rule:
         """Whether the parameter of this name is perturbed."""
         return True
 
-    def perturb_(self, shards: Shards, rho: float, memory: Memory | None, total: Total) -> Tensor:
-        """Turn the gradients into the perturbation e of length rho, in place.
+    @abstractmethod
+    def perturb_(self, shards: Shards, context: Context) -> Tensor:
+        """Turn the gradients of the selected parameters into e, of length rho, in place.
 
-        Without an ascent pass the gradients are zeros, to be filled.
-
-        Args:
-            shards: Of the selected parameters.
-            rho: The length of e in this step, which a schedule may have changed.
-            memory: What the rule remembers, or None.
-            total: Sums a tensor over the ranks that hold other parts.
-
-        Returns:
-            The norm that rho was divided by, a scalar. If it is not finite, the step is skipped.
+        Without an ascent pass the gradients are zeros, to be filled. Returns the norm that rho was
+        divided by, a scalar. If it is not finite, the step is skipped.
         """
-        raise NotImplementedError
 
     def descent_loss(self, loss: Loss) -> Loss:
         """The loss of the second gradient, given that of the first: the same."""
         return loss
 
-    def combine_(
-        self,
-        shards: Shards,
-        rho: float,
-        ascent: Memory | None,
-        memory: Memory | None,
-        total: Total,
-    ) -> Memory | None:
+    def combine_(self, shards: Shards, context: Context) -> Memory | None:
         """Change the gradient that the optimizer gets, in place. Called only if `combines`.
 
-        Args:
-            shards: All parameters with a gradient: that of the descent, or of a plain step.
-            rho: The length of e in this step; at 0 both gradients are the same.
-            ascent: The ascent gradient, by name; None in a plain step, or unless `keeps_ascent`.
-            memory: What the rule remembers, or None.
-            total: Sums a tensor over the ranks that hold other parts.
-
-        Returns:
-            What to remember from now on, or None if nothing new is. A skipped step changes nothing.
+        shards are all parameters with a gradient, that of the descent or of a plain step. Returns
+        what to remember from now on, or None if nothing new is. A skipped step changes nothing.
         """
         return None
+
+
+def refuse_negative(name: str, value: float) -> None:
+    """Raises StepError unless the value is finite and at least 0."""
+    if not (math.isfinite(value) and value >= 0):
+        raise StepError(f"{name} must be finite and not negative, got {value}")
 
 
 def ratio(a: float | Tensor, b: Tensor) -> Tensor:

@@ -1,13 +1,18 @@
 """Surrogate-gap guided SAM."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from flatcal_dist.sharpness.errors import StepError
-from flatcal_dist.sharpness.rules.base import Memory, Shards, Total, dot, ratio, squared_norm
+from flatcal_dist.sharpness.rules.base import (
+    Context,
+    Shards,
+    dot,
+    ratio,
+    refuse_negative,
+    squared_norm,
+)
 from flatcal_dist.sharpness.rules.sam import SAM
 
 
@@ -28,22 +33,15 @@ class GSAM(SAM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise StepError(f"alpha must be finite and not negative, got {self.alpha}")
+        refuse_negative("alpha", self.alpha)
 
-    def combine_(
-        self,
-        shards: Shards,
-        rho: float,
-        ascent: Memory | None,
-        memory: Memory | None,
-        total: Total,
-    ) -> None:
-        if ascent is None or rho == 0:  # one gradient, or twice the same
+    def combine_(self, shards: Shards, context: Context) -> None:
+        ascent = context.ascent
+        if ascent is None or context.rho == 0:  # one gradient, or twice the same
             return
         pairs = [(g_p, ascent[n]) for n, g_p in shards.by_name() if n in ascent]
         product = dot([g_p for g_p, _ in pairs], [g for _, g in pairs])
-        along = total(torch.stack([product, squared_norm(shards.gradients)]))
+        along = context.total(torch.stack([product, squared_norm(shards.gradients)]))
         factor = 1 + self.alpha * ratio(along[0], along[1])
         for name, g_p in shards.by_name():
             g_p.mul_(factor)

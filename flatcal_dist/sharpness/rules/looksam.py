@@ -1,13 +1,19 @@
 """LookSAM."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from flatcal_dist.sharpness.errors import StepError
-from flatcal_dist.sharpness.rules.base import Memory, Shards, Total, dot, ratio, squared_norm
+from flatcal_dist.sharpness.rules.base import (
+    Context,
+    Memory,
+    Shards,
+    dot,
+    ratio,
+    refuse_negative,
+    squared_norm,
+)
 from flatcal_dist.sharpness.rules.sam import SAM
 
 
@@ -29,41 +35,33 @@ class LookSAM(SAM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise StepError(f"alpha must be finite and not negative, got {self.alpha}")
+        refuse_negative("alpha", self.alpha)
 
-    def combine_(
-        self,
-        shards: Shards,
-        rho: float,
-        ascent: Memory | None,
-        memory: Memory | None,
-        total: Total,
-    ) -> Memory | None:
-        if ascent is not None:
+    def combine_(self, shards: Shards, context: Context) -> Memory | None:
+        if context.ascent is not None:
             # At rho 0 both gradients are the same, and what is across is rounding.
-            return self._across(shards, ascent if rho > 0 else {}, total)
-        if memory:
-            self._add_across_(shards, memory, total)
+            return self._across(shards, context.ascent if context.rho > 0 else {}, context)
+        if context.memory:
+            self._add_across_(shards, context.memory, context)
         return None
 
-    def _across(self, shards: Shards, ascent: Memory, total: Total) -> Memory:
+    def _across(self, shards: Shards, ascent: Memory, context: Context) -> Memory:
         """g_v by name. What only one pass used counts as zero in the other.
 
         Where the ascent gradient is zero there is nothing across it to remember: zero.
         """
         pairs = [(g_s, ascent[n]) for n, g_s in shards.by_name() if n in ascent]
         product = dot([g_s for g_s, _ in pairs], [g for _, g in pairs])
-        along = total(torch.stack([product, squared_norm(list(ascent.values()))]))
+        along = context.total(torch.stack([product, squared_norm(list(ascent.values()))]))
         factor, known = ratio(along[0], along[1]), (along[1] > 0).float()
         across = {name: -factor * g for name, g in ascent.items()}
         for name, g_s in shards.by_name():
             across[name] = known * (g_s + across[name] if name in ascent else g_s)
         return across
 
-    def _add_across_(self, shards: Shards, memory: Memory, total: Total) -> None:
+    def _add_across_(self, shards: Shards, memory: Memory, context: Context) -> None:
         """g <- g + alpha * (||g|| / ||g_v||) * g_v."""
-        squares = total(
+        squares = context.total(
             torch.stack([squared_norm(shards.gradients), squared_norm(list(memory.values()))])
         )
         factor = self.alpha * ratio(squares[0], squares[1]).sqrt()

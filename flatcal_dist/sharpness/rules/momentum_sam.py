@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flatcal_dist.sharpness.errors import StepError
-from flatcal_dist.sharpness.rules.base import Memory, Rule, Shards, Total, ratio, squared_norm
+from flatcal_dist.sharpness.rules.base import Context, Memory, Rule, Shards, ratio, squared_norm
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,18 @@ class MomentumSAM(Rule):
         if not 0 <= self.momentum < 1:
             raise StepError(f"momentum must lie in [0, 1), got {self.momentum}")
 
-    def perturb_(self, shards: Shards, rho: float, memory: Memory | None, total: Total) -> Tensor:
-        memory = memory or {}
+    def perturb_(self, shards: Shards, context: Context) -> Tensor:
+        memory = context.memory or {}
         held = [memory.get(name) for name in shards.names]
-        norm = total(squared_norm([v for v in held if v is not None])).sqrt()
-        scale = ratio(rho, norm)
+        norm = context.total(squared_norm([v for v in held if v is not None])).sqrt()
+        scale = ratio(context.rho, norm)
         for e, v in zip(shards.gradients, held, strict=True):
             if v is not None:
                 torch.mul(v, -scale, out=e)
         return norm
 
-    def combine_(
-        self,
-        shards: Shards,
-        rho: float,
-        ascent: Memory | None,
-        memory: Memory | None,
-        total: Total,
-    ) -> Memory:
-        before = memory or {}
-        after = {name: self.momentum * v for name, v in before.items()}
+    def combine_(self, shards: Shards, context: Context) -> Memory:
+        after = {name: self.momentum * v for name, v in (context.memory or {}).items()}
         for name, gradient in shards.by_name():
             g = gradient / shards.loss_scale
             after[name] = after[name] + g if name in after else g

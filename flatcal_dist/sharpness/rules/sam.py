@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatcal_dist.sharpness.rules.base import Memory, Rule, Shards, Total, ratio, squared_norm
+from flatcal_dist.sharpness.rules.base import Context, Rule, Shards, ratio, squared_norm
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class SAM(Rule):
     There is one norm over all parameters. With `every` above 1 it is periodic SAM.
     """
 
-    def perturb_(self, shards: Shards, rho: float, memory: Memory | None, total: Total) -> Tensor:
-        norm = total(squared_norm(shards.gradients)).sqrt()
-        torch._foreach_mul_(shards.gradients, ratio(rho, norm))
+    def perturb_(self, shards: Shards, context: Context) -> Tensor:
+        norm = context.total(squared_norm(shards.gradients)).sqrt()
+        if shards.gradients:  # a rank may hold none of what is perturbed
+            torch._foreach_mul_(shards.gradients, ratio(context.rho, norm))
         return norm
