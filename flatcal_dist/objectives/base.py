@@ -6,15 +6,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from flatcal_dist.choices import check
+
 
 class Objective(ABC):
     """A loss for each sample: called with logits [N, K] and labels, it gives losses [N].
 
     Labels are class indices [N], or probabilities [N, K] of mixed samples. Raises ValueError for
-    probabilities if the objective is defined for class indices only.
+    probabilities if the objective is defined for class indices only. The fields of an objective are
+    keys of the configuration's section `objective`, and its `name` is what the section calls it.
     """
 
+    name: ClassVar[str]
     hard_labels: ClassVar[bool] = False  # class indices only
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.hard_labels and (labels.is_floating_point() or labels.ndim != 1):

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from flatcal_dist import evaluation, inputs
+from flatcal_dist.averaging.average import Average
 from flatcal_dist.config import Config
 from flatcal_dist.data import Batch, Index, Position, optimizer_steps, steps_per_epoch
 from flatcal_dist.data.order import sample_seed
@@ -22,9 +23,8 @@ from flatcal_dist.distributed import FailedTogether, on_all_ranks
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.sharpness import SharpnessAwareStep, StepResult
 from flatcal_dist.training import checkpoint, finishing, preemption, resuming
-from flatcal_dist.training.averaging import Average
 from flatcal_dist.training.bad_samples import BadSamples
-from flatcal_dist.training.build import build_step, rho_at, samples_per_perturbation
+from flatcal_dist.training.build import build_step, samples_per_perturbation
 from flatcal_dist.training.checkpoint import Progress
 from flatcal_dist.training.diagnosis import explain_divergence
 from flatcal_dist.training.optimizers import build_schedule
@@ -98,18 +98,16 @@ class Trainer:
         self.epoch_steps = steps_per_epoch(len(train), self.batch_size)
         self.total_steps = config.train.max_steps or config.train.epochs * self.epoch_steps
         self.schedule = build_schedule(
-            config.optimizer, self.engine.optimizer, self.total_steps, self.epoch_steps
+            config, self.engine.optimizer, self.total_steps, self.epoch_steps
         )
         self.normalize = inputs.normalization(config.data).to(accelerator.device)
-        self.mixing = inputs.mixing(config.data, config.model.num_classes)
+        self.mixing = config.mixing.mixing(config.model.num_classes)
         self.main = accelerator.is_main_process
         self.samples_per_perturbation = samples_per_perturbation(config, accelerator.num_processes)
-        train = config.train
         self.average: Average | None = None
-        if train.average == "ema":
-            anew = train.average_norm_statistics == "reestimate"
-            batches = self._statistics_batches if anew else None
-            self.average = Average(step.engine, train.average_decay, batches)
+        if (rule := config.average.build()) is not None:
+            anew = rule.norm_statistics == "reestimate"
+            self.average = Average(step.engine, rule, self._statistics_batches if anew else None)
         self.skipped = self.skipped_in_a_row = 0  # steps without a finite gradient, all and last
         self.stopped_by: str | None = None
         self.saved = 0  # the step of the last checkpoint
@@ -260,7 +258,7 @@ class Trainer:
         """Learning rate and rho of this step, both functions of its number."""
         self.schedule.step_update(self.done)
         rate = self.engine.optimizer.param_groups[0]["lr"]
-        self.step.rho = rho_at(self.config.sharpness, rate / self.config.optimizer.learning_rate)
+        self.step.rho = self.config.sharpness.rho_at(rate / self.config.optimizer.learning_rate)
         self.step.taken = self.done
 
     def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -278,8 +276,8 @@ class Trainer:
         train = self.config.train
         self.skipped += result.skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
-        if self.average and not result.skipped:
-            self.average.update()
+        if self.average:
+            self.average.update(self.done, result.skipped, self.epoch_steps, self.total_steps)
         self.speed.steps += 1
         if self.done % train.log_every_steps == 0 or self.done == self.total_steps:
             self._log(result)
