@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from flatcal_dist.calibration.summary import About
-from flatcal_dist.config import Config
+from flatcal_dist.config import Config, method_of
 from flatcal_dist.data.variants import DataSet
 from flatcal_dist.environment import describe_environment
 from flatcal_dist.models import parameter_count
@@ -32,8 +32,9 @@ EVALUATED_DATA = {
 class Provenance:
     """How a network was trained, as far as that is known; by default nothing is.
 
-    method: rule or optimizer. seconds: of training. configuration: the run's own. Nothing of an
-    evaluation's configuration tells how the weights came about, so it stands for none of these.
+    method: as `config.method_of` names it. seconds: of training. configuration: the run's own.
+    Nothing of an evaluation's configuration tells how the weights came about, so it stands for none
+    of these.
     """
 
     method: str | None = None
@@ -49,7 +50,7 @@ class Provenance:
         sharpness = config.sharpness
         plain = sharpness.rule == "none"
         return cls(
-            method=config.optimizer.name if plain else sharpness.rule,
+            method=method_of(config),
             rho=None if plain else sharpness.rho,
             gamma=getattr(sharpness, "gamma", None),
             seed=config.run.seed,

@@ -1,18 +1,23 @@
-"""A sweep: one base configuration and a grid of values; each combination is a run of its own.
+"""A sweep: one base configuration, axes and a grid of values; each combination is a run.
 
     name: digits_sweep                     # by default the file's
     base: ../digits/csam.yaml              # relative to the sweep's file
     directory: runs/digits_sweep           # by default runs/NAME; each run is a directory in it
     set: {train.epochs: 20}                # the same for all runs
-    grid:
-      sharpness.rule: [sam, csam]
-      sharpness.gamma: [0.5, 1.0]
+    axes:                                  # a place on an axis is a bundle of overrides
+      method:
+        sam: {sharpness.rule: sam, sharpness.rho: 0.1}
+        csam: {sharpness.rule: csam, sharpness.rho: 0.05}
+        focal: {sharpness.rule: none, objective.name: focal}
+    grid:                                  # one key each
+      model.options.width: [64, 128]
       run.seed: [0, 1, 2]
     exclude:                               # what matches all of an entry is left out
-      - {sharpness.rule: sam, sharpness.gamma: [0.5]}
+      - {method: focal, model.options.width: [64]}
 
-The last key of the grid turns fastest. A run is named by its values, not by its number, so that a
-grid that grows finds the runs it has.
+The last key of the grid turns fastest, the first axis slowest. A run is named by its places and
+values, not by its number, so that a study that grows finds the runs it has. Its places are recorded
+in its configuration, as `run.axes`.
 """
 
 import hashlib
@@ -20,10 +25,11 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
@@ -34,10 +40,12 @@ from flatcal_dist.config.kinds import PathText
 from flatcal_dist.files import expanded, read_bytes
 from flatcal_dist.urls import identified, public
 
-FROM_SWEEP = ("run.dir", "wandb.name")  # each run has its own
+FROM_SWEEP = ("run.dir", "run.axes", "wandb.name")  # each run has its own
 TAKEN = ("code", "comparison", "logs", "slurm", "summary.csv")  # beside the runs
 MOST_RUNS = 10_000  # before `exclude`; each is read as a configuration
 LONGEST = 200  # bytes of a run's name; file systems take 255, with what is put around it
+
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w+-]*$", max_length=64)]
 
 
 class Sweep(Section):
@@ -47,16 +55,47 @@ class Sweep(Section):
     base: PathText = Field(description="configuration that all runs start from")
     directory: PathText = Field(description="holds the run directories")
     set: dict[str, Any] = Field({}, description="overrides of all runs, by dotted key")
-    grid: dict[str, list[Any]] = Field(min_length=1, description="values by dotted key")
+    axes: dict[Word, dict[Word, dict[str, Any]]] = Field(
+        {}, description="bundles of overrides, by the name of the axis and of the place on it"
+    )
+    grid: dict[str, list[Any]] = Field({}, description="values by dotted key")
     exclude: list[dict[str, Any]] = Field([], description="combinations to leave out")
+
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Every combination that is not excluded: places by axis, then values by key."""
+        turned = {name: list(places) for name, places in self.axes.items()} | self.grid
+        for values in itertools.product(*turned.values()):
+            point = dict(zip(turned, values, strict=True))
+            if not any(_matches(point, entry) for entry in self.exclude):
+                yield point
+
+    def overrides(self, point: dict[str, Any]) -> dict[str, Any]:
+        """What a combination sets, by dotted key, the places that it has among it."""
+        found: dict[str, Any] = {}
+        for name, value in point.items():
+            found |= self.axes[name][value] if name in self.axes else {name: value}
+        places = {name: place for name, place in point.items() if name in self.axes}
+        return found | ({"run.axes": places} if places else {})
+
+    def turned(self) -> Iterator[str]:
+        """Every key that differs between runs."""
+        yield from self.grid
+        for places in self.axes.values():
+            for bundle in places.values():
+                yield from bundle
 
 
 @dataclass(frozen=True)
 class Element:
-    """One run of a sweep: `overrides` of the base configuration are all but its run.dir."""
+    """One run of a sweep.
+
+    point: its place on each axis, and its values of the grid. overrides: of the base configuration,
+    all but its run.dir.
+    """
 
     index: int
     name: str
+    point: dict[str, Any]
     run: Path
     overrides: tuple[str, ...]
     config: Config
@@ -107,17 +146,17 @@ def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[
         key = override.partition("=")[0].strip()
         if key in FROM_SWEEP:
             raise ConfigError(f"{override}: {key} follows from the sweep (`directory`, `grid`)")
-        if key in sweep.grid:
-            raise ConfigError(f"{override}: {key} is turned by the grid; change it in the file")
+        if key in set(sweep.turned()):
+            raise ConfigError(
+                f"{override}: {key} is turned by the axes or the grid; change it in the file"
+            )
     common = [as_override(key, value) for key, value in sweep.set.items()] + list(overrides)
     found: list[Element] = []
-    for values in itertools.product(*sweep.grid.values()):
-        point = dict(zip(sweep.grid, values, strict=True))
-        if any(_matches(point, entry) for entry in sweep.exclude):
-            continue
+    for point in sweep.points():
         name = _name(point)
         run = Path(sweep.directory) / name
-        explicit = [*common, *(as_override(key, value) for key, value in point.items())]
+        own = sweep.overrides(point).items()
+        explicit = [*common, *(as_override(key, value) for key, value in own)]
         explicit = _read_ones(sweep, explicit)
         if not any(text.startswith("wandb.group=") for text in explicit):
             explicit.insert(0, as_override("wandb.group", sweep.name))
@@ -125,10 +164,10 @@ def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[
             config = configuration.load(sweep.base, [*explicit, as_override("run.dir", str(run))])
         except ConfigError as error:
             raise ConfigError(f"run {len(found)} of the sweep, {name}: {error}") from None
-        found.append(Element(len(found), name, run, tuple(explicit), config))
+        found.append(Element(len(found), name, point, run, tuple(explicit), config))
     _refuse_twins(found)
     if not found:
-        raise ConfigError(f"sweep {sweep.name}: exclude leaves out every run of the grid")
+        raise ConfigError(f"sweep {sweep.name}: exclude leaves out every run")
     return found
 
 
@@ -138,26 +177,38 @@ def _read_ones(sweep: Sweep, overrides: list[str]) -> list[str]:
         config = configuration.load(sweep.base, overrides, recorded=True)
     except ConfigError:
         return overrides  # the run itself is refused, by its name
-    aside = {key for key, choice in choosing.unread(config).items() if choice.key in sweep.grid}
+    turned = set(sweep.turned())
+    aside = {key for key, choice in choosing.unread(config).items() if choice.key in turned}
     aside |= {
         key
         for key, condition in conditions.unread(config).items()
-        if any(by in sweep.grid for by in condition.by)
+        if any(by in turned for by in condition.by)
     }
     return [text for text in overrides if text.partition("=")[0].strip() not in aside]
 
 
 def _check(sweep: Sweep, path: Path) -> None:
-    for key, values in sweep.grid.items():
+    turned: dict[str, list[Any]] = {axis: list(places) for axis, places in sweep.axes.items()}
+    turned |= sweep.grid
+    if not turned:
+        raise ConfigError(f"{path}: neither axes nor grid says in what the runs differ")
+    for key, values in turned.items():
         if not values:
-            raise ConfigError(f"{path}: grid.{key} lists no value")
-    if (count := math.prod(map(len, sweep.grid.values()))) > MOST_RUNS:
+            where = "axes" if key in sweep.axes else "grid"
+            raise ConfigError(f"{path}: {where}.{key} lists no value")
+    if (count := math.prod(map(len, turned.values()))) > MOST_RUNS:
         raise ConfigError(
-            f"{path}: the grid has {count:,} combinations, and at most {MOST_RUNS:,} are read: "
-            "check its values, or make several sweeps of it"
+            f"{path}: there are {count:,} combinations, and at most {MOST_RUNS:,} are read: check "
+            "axes and grid, or make several sweeps of it"
         )
     each = [("set", key, value) for key, value in sweep.set.items()]
     each += [("grid", key, value) for key, values in sweep.grid.items() for value in values]
+    each += [
+        (f"axes.{axis}.{place}", key, value)
+        for axis, places in sweep.axes.items()
+        for place, bundle in places.items()
+        for key, value in bundle.items()
+    ]
     for where, key, value in each:
         try:
             json.dumps(value, allow_nan=False)
@@ -167,21 +218,39 @@ def _check(sweep: Sweep, path: Path) -> None:
                 "expected a number, a text, true, false, null, or a list or section of these. Put "
                 "a text that looks like something else into quotes"
             ) from None
+    keys = _refuse_two_writers(sweep, path)
     for key in FROM_SWEEP:
-        if key in sweep.grid or key in sweep.set:
-            raise ConfigError(f"{path}: {key} follows from the sweep (`directory`, `grid`)")
-    if both := sorted(sweep.grid.keys() & sweep.set.keys()):
-        raise ConfigError(f"{path}: {', '.join(both)} stands in grid and in set; keep one")
+        if key in keys or key in sweep.set:
+            raise ConfigError(f"{path}: {key} follows from the sweep (`directory`, `axes`, `grid`)")
     for number, entry in enumerate(sweep.exclude):
         for key, values in entry.items():
             for value in values if isinstance(values, list) else [values]:
-                if key not in sweep.grid:
-                    raise ConfigError(f"{path}: exclude[{number}].{key} is not a key of the grid")
-                if value not in sweep.grid[key]:
+                if key not in turned:
                     raise ConfigError(
-                        f"{path}: exclude[{number}].{key} = {value!r} is not in the grid, which "
-                        f"has {sweep.grid[key]}"
+                        f"{path}: exclude[{number}].{key} is not an axis or a key of the grid"
                     )
+                if value not in turned[key]:
+                    raise ConfigError(
+                        f"{path}: exclude[{number}].{key} = {value!r} is not one of its values, "
+                        f"which are {turned[key]}"
+                    )
+
+
+def _refuse_two_writers(sweep: Sweep, path: Path) -> set[str]:
+    """The keys that axes and grid set. Raises ConfigError if two of them set the same."""
+    writers = {f"grid.{key}": {key} for key in sweep.grid}
+    writers |= {
+        f"axes.{axis}": {key for bundle in places.values() for key in bundle}
+        for axis, places in sweep.axes.items()
+    }
+    writers["set"] = set(sweep.set)
+    seen: dict[str, str] = {}
+    for writer, keys in writers.items():
+        for key in sorted(keys):
+            if key in seen:
+                raise ConfigError(f"{path}: {key} stands in {seen[key]} and in {writer}; keep one")
+            seen[key] = writer
+    return seen.keys() - sweep.set.keys()
 
 
 def _matches(point: dict[str, Any], entry: dict[str, Any]) -> bool:

@@ -77,13 +77,13 @@ def metrics_shown() -> set[str]:
 
 def sections(kind: str, grid: list[str]) -> dict[str, list[Any]]:
     """Title -> panels. `grid`: keys of the configuration that a sweep turns."""
-    grouping = {} if kind == "run" else _by_rule()
+    grouping = {} if kind == "run" else _by_method()
     found: dict[str, list[Any]] = {
         name: [wr.LinePlot(title=title, x="step", y=list(metrics), **grouping)
                for title, metrics in panels.items()]
         for name, panels in LINES.items()
     }  # fmt: skip
-    bars = {} if kind == "run" else {"groupby": wr.Config("sharpness.rule")}
+    bars = {} if kind == "run" else {"groupby": wr.Config("method")}
     found = {
         "Report": [wr.BarPlot(title=title, metrics=[name], **bars) for title, name in BARS.items()]
     } | found
@@ -115,7 +115,7 @@ def workspace(
     runs = ws.RunsetSettings(
         query=name if kind == "run" and name else "",
         filters=_of_group(name) if kind == "sweep" else "",
-        groupby=[] if kind == "run" else [expr.Config("sharpness.rule")],
+        groupby=[] if kind == "run" else [expr.Config("method")],
     )
     return ws.Workspace(
         entity=entity,
@@ -140,7 +140,7 @@ def report(
         name=name or "all runs",
         query=name if kind == "run" and name else "",
         filters=_of_group(name) if kind == "sweep" else "",
-        groupby=[] if kind == "run" else ["config.sharpness.rule"],
+        groupby=[] if kind == "run" else ["config.method"],
     )
     blocks: list[Any] = []
     for section, panels in sections(kind, grid).items():
@@ -206,12 +206,13 @@ def _subject(kind: str, subject: str | None) -> tuple[str | None, list[str], str
     if kind == "run":
         return Path(subject).name, [], project
     sweep: Sweep = load_sweep(subject)
-    return sweep.name, list(sweep.grid), sweep.set.get("wandb.project", project)
+    axes = [f"run.axes.{axis}" for axis in sweep.axes]
+    return sweep.name, [*axes, *sweep.grid], sweep.set.get("wandb.project", project)
 
 
-def _by_rule() -> dict[str, Any]:
+def _by_method() -> dict[str, Any]:
     return {
-        "groupby": wr.Config("sharpness.rule"),
+        "groupby": wr.Config("method"),
         "groupby_aggfunc": "mean",
         "groupby_rangefunc": "stddev",
     }

@@ -3,17 +3,21 @@
     python launch/sweep.py configs/studies/digits_sweep.yaml --processes 2 --parallel 1
     python launch/sweep.py FILE --list          # the runs, their state, their overrides
     python launch/sweep.py FILE train.epochs=5  # overrides of all runs
+    python launch/sweep.py FILE --seeds 5       # seeds 0 to 4 in place of the file's
 
 The same command again does what is missing: finished runs are passed over, interrupted ones go on
 from their checkpoints. Ctrl-C asks the runs that are under way to stop at a whole step, and starts
-no other. The output of each run is in DIRECTORY/logs. Exits with 1 if a run failed.
+no other. The output of each run is in DIRECTORY/logs; --show prints it here instead. Exits with 1
+if a run failed.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -35,7 +39,8 @@ from flatcal_dist.run_directory import RunDirectory, RunError  # noqa: E402
 from flatcal_dist.sweep import Element, Sweep, elements, load_sweep  # noqa: E402
 from flatcal_dist.urls import hide  # noqa: E402
 
-METRICS = ("accuracy", "nll", "ece", "signed_gap", "aurc", "temperature")
+METRICS = ("accuracy", "nll", "ece", "signed_gap", "aurc", "temperature", "seconds")
+SEED = "run.seed"
 PATIENCE = 300.0  # seconds that a run may take to stop, a checkpoint among them
 
 
@@ -71,8 +76,9 @@ class Jobs:
         print(f"[{element.index}] {element.name}", flush=True)
         log = logs(element)
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as output:
-            print(f"$ {shlex.join(words)}", file=output, flush=True)
+        with contextlib.ExitStack() as stack:
+            output = None if self.arguments.show else stack.enter_context(log.open("a"))
+            print(f"$ {hide(shlex.join(words))}", file=output, flush=True)
             process = subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
@@ -95,7 +101,8 @@ class Jobs:
             text = f"[{element.index}] {element.name}: {phase}"
             if phase != "finished" and not self.stopping:
                 self.failed.append(element)
-                text += f" (exit code {process.returncode}), see {logs(element)}"
+                text += f" (exit code {process.returncode})"
+                text += ", see above" if self.arguments.show else f", see {logs(element)}"
             print(text, flush=True)
 
     def _stop(self, *_: object) -> None:
@@ -116,7 +123,7 @@ def main() -> None:
     never_fail()
     arguments = _parser().parse_intermixed_args()
     try:
-        sweep = load_sweep(arguments.file)
+        sweep = _as_told(load_sweep(arguments.file), arguments)
         found = elements(sweep, arguments.overrides)
         phases = {element.index: phase_of(element) for element in found}
     except (ConfigError, RunError, OSError) as error:
@@ -143,6 +150,16 @@ def main() -> None:
         words = ["-m", "flatcal_dist.cli", "compare", *runs, "--output", str(output)]
         environment = os.environ | {"PYTHONPATH": _path()}
         sys.exit(subprocess.run([sys.executable, *words], env=environment).returncode)
+
+
+def _as_told(sweep: Sweep, arguments: argparse.Namespace) -> Sweep:
+    """The sweep with the directory and the seeds of the command line."""
+    changes: dict = {}
+    if arguments.directory is not None:
+        changes["directory"] = str(arguments.directory)
+    if arguments.seeds is not None:
+        changes["grid"] = {**sweep.grid, SEED: list(range(arguments.seeds))}
+    return sweep.model_copy(update=changes)
 
 
 def command(sweep: Sweep, element: Element, arguments: argparse.Namespace) -> list[str]:
@@ -175,23 +192,55 @@ def logs(element: Element) -> Path:
 
 
 def summarize(sweep: Sweep, found: list[Element]) -> None:
-    """A table of what the grid turns and what came of it; also as DIRECTORY/summary.csv."""
-    keys = list(sweep.grid)
+    """A table of what differs and what came of it; also as DIRECTORY/summary.csv."""
+    keys = list(found[0].point)
     rows = []
     for element in found:
-        values = dict(text.split("=", 1) for text in element.overrides)
-        metrics = _metrics(element) or {}
-        figures = ["" if metrics.get(m) is None else f"{metrics[m]:.4f}" for m in METRICS]
-        turned = (hide(values[key]) for key in keys)
+        figures = _figures([_metrics(element) or {}])
+        turned = (hide(str(value)) for value in element.point.values())
         rows.append([str(element.index), *turned, phase_of(element), *figures])
     header = ["run", *keys, "phase", *METRICS]
+    _print(header, rows)
+    if len({element.point.get(SEED) for element in found}) > 1:
+        print("mean ± standard deviation over seeds:")
+        _print(*_over_seeds(found))
+    file = Path(sweep.directory) / "summary.csv"
+    write_text(file, csv_text([header, *rows]))
+    print(f"table: {file}")
+
+
+def _over_seeds(found: list[Element]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table with one row for each group of runs that differ by seed alone."""
+    groups: dict[str, list[Element]] = {}
+    for element in found:
+        values = {key: value for key, value in element.point.items() if key != SEED}
+        groups.setdefault(json.dumps(values), []).append(element)
+    rows = [
+        [*(hide(str(value)) for value in json.loads(values).values()), str(len(members)),
+         *_figures([_metrics(element) or {} for element in members])]
+        for values, members in groups.items()
+    ]  # fmt: skip
+    return [*(key for key in found[0].point if key != SEED), "seeds", *METRICS], rows
+
+
+def _figures(metrics: list[dict[str, float | None]]) -> list[str]:
+    """Each metric as it is, or its mean and standard deviation; empty where a run has none."""
+    texts = []
+    for name in METRICS:
+        values = [one[name] for one in metrics if one.get(name) is not None]
+        if len(values) < len(metrics):
+            texts.append("")
+            continue
+        text = f"{statistics.mean(values):.4f}"
+        texts.append(text if len(values) == 1 else f"{text}±{statistics.stdev(values):.4f}")
+    return texts
+
+
+def _print(header: list[str], rows: list[list[str]]) -> None:
     table = Table(*header)
     for row in rows:
         table.add_row(*map(Text, row))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
-    file = Path(sweep.directory) / "summary.csv"
-    write_text(file, csv_text([header, *rows]))
-    print(f"table: {file}")
 
 
 def _metrics(element: Element) -> dict | None:
@@ -201,8 +250,9 @@ def _metrics(element: Element) -> dict | None:
             return None
         written = read_json(file)
         known = {name: written.get(name) for name in METRICS}
+        known["seconds"] = written["about"]["training_seconds"]
         return {name: None if value is None else float(value) for name, value in known.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
         print(f"{file} cannot be read ({error}); `flatcal evaluate` writes it again")
         return None
 
@@ -222,6 +272,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--launcher", type=Path, metavar="FILE",
         help="Accelerate's configuration, such as configs/accelerate/node_ddp.yaml; by default CPU "
         "processes, or plain Python for one")  # fmt: skip
+    add("--directory", type=Path, metavar="DIR", help="where the runs go, in place of the file's")
+    add("--seeds", type=whole_number(), metavar="N", help="seeds 0 to N-1, in place of the file's")
+    add("--show", action="store_true", help="leave the runs' output on the terminal")
     add("--list", action="store_true", help="print the runs, start none")
     add("overrides", nargs="*", metavar="key.sub=value")
     return parser

@@ -79,7 +79,7 @@ def test_the_names_that_others_rely_on_exist():
         ("train.epochs=yes", "train.epochs = 'yes'"),
         ("train.epochs.x=1", "train.epochs = {'x': 1}"),
         ("data=3", "data = 3 (on the command line): this is a section"),
-        ("data.channels=1", "mean has 3 values for 1 channels"),
+        ("data.channels=1", "data.mean has 3 values for data.channels=1"),
         ("data.crop_scale=[0.9,0.1]", "0 < smallest <= largest <= 1"),
         ("train.epochs", "'train.epochs' is not an override: write key.sub=value"),
         ("train.epochs=[", "is not valid YAML"),

@@ -142,7 +142,7 @@ def test_bounds_of_a_field_hold_for_the_class_as_well():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/studies").glob("*.yaml")), ids=str)
 def test_shipped_sweeps_load(path):
     found = elements(load_sweep(path))
-    assert len(found) == 30
+    assert len(found) == (30 if path.stem == "digits_sweep" else 3)
     for element in found:
         assert load(load_sweep(path).base, element.arguments) == element.config
 

@@ -14,13 +14,13 @@ def test_a_sweep_is_interrupted_goes_on_and_is_compared(tmp_path):
     file = tmp_path / "study.yaml"
     file.write_text(
         f"base: {ROOT}/configs/digits/csam.yaml\n"
-        f"directory: {tmp_path}/runs\n"
         f"set: {{data.train: {data}, data.validation: {data}, wandb.mode: disabled,"
         " train.validate_every_epochs: null, train.log_every_steps: 1, train.max_steps: 60}\n"
-        "grid: {sharpness.rule: [none, csam], run.seed: [0]}\n"
+        "axes: {method: {sgd: {sharpness.rule: none}, csam: {sharpness.rule: csam}}}\n"
     )
     words = [sys.executable, str(ROOT / "launch/sweep.py"), str(file), "--parallel", "2"]
-    runs = [tmp_path / "runs" / name for name in ("none-seed0", "csam-seed0")]
+    words += ["--seeds", "1", "--directory", str(tmp_path / "runs")]
+    runs = [tmp_path / "runs" / name for name in ("sgd-seed0", "csam-seed0")]
 
     code, output = interrupt(words, lambda: all(steps(run_) > 2 for run_ in runs))
     assert code == 130, output
@@ -39,7 +39,7 @@ def test_a_sweep_is_interrupted_goes_on_and_is_compared(tmp_path):
         metrics = json.loads((run_ / "report/metrics.json").read_text())
         assert float(row["nll"]) == round(metrics["nll"], 4)
         assert row["phase"] == "finished"
-    assert [row["sharpness.rule"] for row in rows] == ["none", "csam"]
+    assert [(row["method"], row["run.seed"]) for row in rows] == [("sgd", "0"), ("csam", "0")]
 
 
 def steps(run_: Path) -> int:

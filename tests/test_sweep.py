@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flatcal_dist.config import ConfigError, load
+from flatcal_dist.config import ConfigError, load, method_of
 from flatcal_dist.sweep import elements, load_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +47,41 @@ def test_the_grid_in_its_order_without_what_is_excluded(sweep_file):
     )  # fmt: skip
 
 
+AXES = """
+set: {train.epochs: 3}
+axes:
+  method:
+    sgd: {sharpness.rule: none}
+    csam: {sharpness.rule: csam, sharpness.rho: 0.1}
+    focal-swa: {sharpness.rule: none, objective.name: focal, average: {name: swa, start: 0.5}}
+  network: {small: {model.options.width: 8}, large: {}}
+grid: {run.seed: [0, 1]}
+exclude: [{method: focal-swa, network: large}]
+"""
+
+
+def test_axes_are_bundles_of_overrides(sweep_file):
+    sweep = load_sweep(sweep_file(AXES))
+    found = elements(sweep)
+    assert [element.name for element in found] == [
+        "sgd-small-seed0", "sgd-small-seed1", "sgd-large-seed0", "sgd-large-seed1",
+        "csam-small-seed0", "csam-small-seed1", "csam-large-seed0", "csam-large-seed1",
+        "focal-swa-small-seed0", "focal-swa-small-seed1",
+    ]  # fmt: skip
+    last = found[-1].config
+    assert last.run.axes == {"method": "focal-swa", "network": "small"}
+    assert (last.average.start, last.run.seed, last.model.options["width"]) == (0.5, 1, 8)
+    assert [method_of(e.config) for e in found[::4]] == ["sgd", "csam", "sgd+focal+swa"]
+    assert found[4].config.sharpness.rho == 0.1
+    for element in found:
+        assert load(sweep.base, element.arguments) == element.config
+    with pytest.raises(ConfigError, match=r"sharpness\.rho is turned by the axes or the grid"):
+        elements(sweep, ["sharpness.rho=0.3"])
+    twins = AXES.replace("large: {}", "large: {}, again: {}")
+    with pytest.raises(ConfigError, match=r"compute the same"):
+        elements(load_sweep(sweep_file(twins)))
+
+
 def test_the_overrides_alone_make_the_configuration(sweep_file):
     sweep = load_sweep(sweep_file(GRID))
     for element in elements(sweep, ["train.epochs=7", "wandb.group=mine"]):
@@ -72,14 +107,34 @@ def test_values_are_read_back_as_they_were_written(sweep_file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("grid: {}", "grid: dictionary should have at least 1 item"),
+        ("grid: {}", "neither axes nor grid says in what the runs differ"),
+        ("axes: {method: {}}", "axes.method lists no value"),
+        ("axes: {a b: {x: {}}}", "axes.a b"),
+        ("axes: {m: {../x: {}}}", "axes.m.../x"),
+        ("axes: {m: {x: 3}}", "axes.m.x: input should be a valid dictionary"),
+        ("axes: {m: {x: {run.dir: a}}}", "run.dir follows from the sweep"),
+        ("axes: {m: {x: {run.axes: {}}}}", "run.axes follows from the sweep"),
+        (
+            "axes: {m: {x: {run.seed: 1}}}\ngrid: {run.seed: [1]}",
+            "run.seed stands in grid.run.seed and in axes.m",
+        ),
+        ("axes: {m: {x: {}}}\nexclude: [{m: y}]", "exclude[0].m = 'y' is not one of its values"),
         ("grid: {run.seed: 3}", "grid.run.seed: input should be a valid list"),
         ("grid: {run.seed: []}", "grid.run.seed lists no value"),
         ("gird: {run.seed: [1]}", "gird: extra inputs are not permitted"),
         ("grid: {run.dir: [a]}", "run.dir follows from the sweep"),
-        ("grid: {run.seed: [1]}\nset: {run.seed: 2}", "run.seed stands in grid and in set"),
-        ("grid: {run.seed: [1]}\nexclude: [{run.sed: 1}]", "exclude[0].run.sed is not a key of"),
-        ("grid: {run.seed: [1]}\nexclude: [{run.seed: 2}]", "exclude[0].run.seed = 2 is not in"),
+        (
+            "grid: {run.seed: [1]}\nset: {run.seed: 2}",
+            "run.seed stands in grid.run.seed and in set",
+        ),
+        (
+            "grid: {run.seed: [1]}\nexclude: [{run.sed: 1}]",
+            "exclude[0].run.sed is not an axis or a key",
+        ),
+        (
+            "grid: {run.seed: [1]}\nexclude: [{run.seed: 2}]",
+            "exclude[0].run.seed = 2 is not one of its values",
+        ),
         ("grid: {run.seed: [1]}\nexclude: [{run.seed: 1}]", "leaves out every run"),
         ("grid: {run.seed: [1, 1]}", "runs 0 and 1 of the sweep are called the same"),
         ("grid: {sharpness.rho: [1, 1.0]}", "runs 0 and 1 of the sweep compute the same"),
@@ -89,7 +144,7 @@ def test_values_are_read_back_as_they_were_written(sweep_file):
         ("- 1", "study.yaml"),
         ("directory: ''\ngrid: {run.seed: [1]}", "directory: is empty; is a variable of the shell"),
         ("directory: $HOME/X\ngrid: {run.seed: [1]}", "$HOME is not replaced by its value"),
-        (f"grid: {{a: {list(range(200))}, b: {list(range(200))}}}", "the grid has 40,000 combin"),
+        (f"grid: {{a: {list(range(200))}, b: {list(range(200))}}}", "there are 40,000 combin"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_with_its_key(sweep_file, text, message):
@@ -103,7 +158,7 @@ def test_what_cannot_be_swept_is_refused_with_its_key(sweep_file, text, message)
     [
         ("run.dir=/elsewhere", "run.dir follows from the sweep"),  # of all runs at once
         ("wandb.name=one", "wandb.name follows from the sweep"),
-        ("run.seed=5", "run.seed is turned by the grid"),
+        ("run.seed=5", "run.seed is turned by the axes or the grid"),
     ],
 )
 def test_an_override_of_what_is_each_runs_own_is_refused(sweep_file, override, message):

@@ -17,6 +17,7 @@ from flatcal_dist.config.files import as_override, parse_yaml
 from flatcal_dist.config.identity import differences, fingerprint, flatten, to_yaml, write
 from flatcal_dist.config.kinds import Section
 from flatcal_dist.config.loading import load
+from flatcal_dist.config.method import method_of
 from flatcal_dist.config.sections import (
     Config,
     EvaluateConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "fingerprint",
     "flatten",
     "load",
+    "method_of",
     "parse_yaml",
     "to_yaml",
     "write",

@@ -175,20 +175,23 @@ class DataConfig(Section):
     def _fits(self) -> "DataConfig":
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
-                raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
+                raise ValueError(
+                    f"data.{name} has {len(values)} values for data.channels={self.channels}: give "
+                    "one value for each channel"
+                )
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError("crop_scale must satisfy 0 < smallest <= largest <= 1")
+            raise ValueError("data.crop_scale must satisfy 0 < smallest <= largest <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise ValueError("crop_ratio must satisfy 0 < smallest <= largest")
+            raise ValueError("data.crop_ratio must satisfy 0 < smallest <= largest")
         random = self.auto_augment != "none" or self.color_jitter or self.random_erasing
         if self.augmentation == "none" and random:
             raise ValueError(
-                "augmentation=none varies nothing: leave out auto_augment, color_jitter and "
-                "random_erasing, or set augmentation=resized_crop"
+                "data.augmentation=none varies nothing: leave out data.auto_augment, "
+                "data.color_jitter and data.random_erasing, or set data.augmentation=resized_crop"
             )
         if self.auto_augment == "augmix" and not 1 <= self.auto_augment_magnitude <= 10:
             raise ValueError(
-                "auto_augment=augmix needs auto_augment_magnitude between 1 and 10, not "
+                "data.auto_augment=augmix needs data.auto_augment_magnitude between 1 and 10, not "
                 f"{self.auto_augment_magnitude}"
             )
         return self

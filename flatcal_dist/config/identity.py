@@ -16,7 +16,8 @@ from flatcal_dist.urls import identified, public
 # who watches, not what it is meant to compute (batch norm and dropout do see the micro-batches).
 # Everything else belongs to the identity of the run.
 MAY_CHANGE = (
-    "run.dir", "run.world_size", "run.start_again", "data.workers", "data.micro_batch_size",
+    "run.dir", "run.axes", "run.world_size", "run.start_again", "data.workers",
+    "data.micro_batch_size",
     "data.max_bad_samples", "data.cache", "data.cache_limit", "data.stall_timeout", "data.retries",
     "data.allow_pipe",
     "train.log_every_steps", "train.validate_every_epochs", "train.checkpoint_every_epochs",

@@ -46,6 +46,9 @@ class RunConfig(Section):
         lt=2**64,
         description="The seed of weights, order, augmentation and dropout.",
     )
+    axes: dict[Label, Label] = Field(
+        {}, description="The place of the run on each axis of its study, which sets it."
+    )
     world_size: int | None = Field(
         None, ge=1, le=2**20, description="Refuse to run on another number of ranks than this."
     )

@@ -162,7 +162,11 @@ def start(directory: Path, config: Config, mode: str) -> Any:
         resume="allow",
         mode=mode,
         dir=str(directory),
-        config=public(config.model_dump()) | {"environment": _json(directory / "environment.json")},
+        config={
+            **public(config.model_dump()),
+            "method": configuration.method_of(config),
+            "environment": _json(directory / "environment.json"),
+        },
         settings=wandb.Settings(
             silent=True,
             console="off",
