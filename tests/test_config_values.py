@@ -47,7 +47,7 @@ def test_every_key_with_odd_values(tmp_path):
     file = tmp_path / "base.yaml"
     file.write_text(BASE)
     draw = random.Random(20)
-    cases = [(key, draw.choice(ODD)) for key in KEYS for _ in range(4)]
+    cases = [(key, draw.choice(ODD)) for key in KEYS for _ in range(6)]
     cases += [(draw.choice(KEYS) + draw.choice(["", ".x", ".0", "."]), t) for t in ODD]
     wrong = []
     accepted = 0
