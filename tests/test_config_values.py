@@ -85,7 +85,8 @@ def _holds(config, key, text, folder):
     """What was accepted means what YAML 1.2 says, survives, and can be worked with."""
     value = dict(configuration.flatten(config)).get(key)
     if text in NUMBERS and not isinstance(value, str | dict | list):
-        assert value == NUMBERS[text]
+        right = NUMBERS[text]
+        assert value == (float(right) if isinstance(value, float) else right)
     if text in TEXTS and key in dict(configuration.flatten(config)):
         assert value == text
     again = folder / "again.yaml"
