@@ -2,9 +2,9 @@
 
     python recipes/loops/fabric_loop.py --devices 2 --precision bf16
 
-What changes in a loop of yours: Fabric sets up the network only, since the step drives the
-optimizer; and the micro-batches of one step are handed over together, so that there is no
-`no_sync` and no division of losses.
+What changes in a loop of yours: the micro-batches of one step are handed over together, so that
+there is no `no_backward_sync` and no division of losses; and mixed precision is torch's autocast
+around the step, where Fabric's own would want to run the backward pass itself.
 """
 
 import argparse
@@ -39,15 +39,15 @@ def main() -> None:
     parser.add_argument("--save", help="where the weights go")
     arguments = parser.parse_args()
 
-    # Before: Fabric(..., precision="bf16-mixed"). Fabric would want to run `backward` by itself.
+    # Before: Fabric(..., precision="bf16-mixed").
     fabric = Fabric(accelerator="cpu", devices=arguments.devices, strategy="auto")
     fabric.launch()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
-    # Before: model, optimizer = fabric.setup(model, optimizer)
-    model = fabric.setup_module(model)
+    model, optimizer = fabric.setup(model, optimizer)  # as before
+    # New: the step. compute_dtype is what autocast below rounds weights to.
     precision = PRECISIONS[arguments.precision]
     engine = ReplicatedEngine(model, optimizer, compute_dtype=precision)
     step = SharpnessAwareStep(engine, CSAM(rho=0.05, gamma=1.0))
