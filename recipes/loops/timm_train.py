@@ -101,6 +101,8 @@ def refuse(args: Namespace, options: dict[str, Any]) -> None:
     """Ends the program for options of train.py that this loop would pass over in silence."""
     if options.get("naflex_mode") or options.get("scheduled_batch_mode"):
         sys.exit("error: this loop does not weigh the losses of batches of different sizes")
+    if options.get("model_ema") is not None:
+        sys.exit("error: train.py is older than timm 1.0.28, and would want the EMA updated here")
     if args.clip_grad is not None and args.clip_mode != "norm":
         sys.exit(f"error: the step clips by norm: --clip-mode {args.clip_mode} is another way")
     if args.recovery_interval:
@@ -112,7 +114,7 @@ def load(path: str) -> ModuleType:
     train = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(train)
     if not all(hasattr(train, name) for name in ("parser", "train_one_epoch", "main")):
-        sys.exit(f"error: {path} is not train.py of timm 1.0.26 or newer")
+        sys.exit(f"error: {path} is not train.py of timm 1.0.28 or newer")
     return train
 
 
