@@ -26,7 +26,7 @@ EPOCHS, STEPS, BATCH, RHO = 2, 22, 64, 0.05
 JUMP = 1e-5  # nearer to p = 1/2 than this, rounding decides which of CSAM's losses it is
 
 # Rounding of float32 sums in another order, relative to the largest weight: measured up to 1e-6
-# over the first 22 steps (AdamW; SGD 4e-7), for twice as many. A rule that is left out or another order of batches are
+# over the first 22 steps (AdamW; SGD 4e-7), for twice as many. SAM in place of CSAM, or no rule, is
 # off by 1e-2 or more.
 CLOSE = 1e-5
 

@@ -5,6 +5,8 @@ is run as well where TIMM_TRAIN_PY names it (in one process, as it wants GPUs fo
 """
 
 import os
+import runpy
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +116,12 @@ def test_options_that_the_loop_would_pass_over_are_refused(images, tmp_path, mor
     )
     assert done.returncode != 0
     assert message in done.stdout
+
+
+def test_a_train_py_that_wants_its_average_updated_is_refused():
+    refuse = runpy.run_path(str(ROOT / "recipes/loops/timm_train.py"))["refuse"]
+    with pytest.raises(SystemExit, match=r"older than timm 1\.0\.28"):
+        refuse(Namespace(clip_grad=None, recovery_interval=0), {"model_ema": object()})
 
 
 def test_another_script_is_refused(tmp_path):
