@@ -20,6 +20,7 @@ from flatcal_dist.sharpness.engine import (
     with_groups,
 )
 from flatcal_dist.sharpness.errors import StepError
+from flatcal_dist.sharpness.fabric import within_fabric
 from flatcal_dist.sharpness.loss_scale import LossScale
 from flatcal_dist.sharpness.move import Backup, Displacement, measure
 from flatcal_dist.sharpness.networks import refuse_sparse, refuse_unheld, sparse_refused
@@ -54,7 +55,8 @@ class ReplicatedEngine:
         inner = getattr(model, "_orig_mod", model)  # torch.compile may be around either
         # A wrapper of the user's around DDP is a part of the network.
         self.module: nn.Module = inner.module if inner is self.wrapper else model
-        within = self.wrapper.module if self.distributed else model
+        original = within_fabric(inner)
+        within = self.wrapper.module if self.distributed else original
         self.named: nn.Module = getattr(within, "_orig_mod", within)
         refuse_unheld(self.named)
         self.optimizer = optimizer
