@@ -12,9 +12,17 @@ import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, TextIO
+from typing import Annotated, ClassVar, Literal, TextIO
 
-from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
 
 from flatcal_dist import config as configuration
 from flatcal_dist.config import Config
@@ -27,6 +35,12 @@ BEFORE = ("code", "slurm", "STOP", ".lock", "checkpoints", "config.private.yaml"
 LEFTOVER = re.compile(
     r"\.(config|config\.private|state|environment|wandb_id|bad_samples|model)\.[0-9a-f]{8}(\.\w+)?"
 )
+# What a run writes there, of which nothing else may stand in the way.
+FILES = (
+    "config.yaml", "environment.json", "state.json", "metrics.jsonl", "bad_samples.jsonl",
+    "model.safetensors", ".lock",
+)  # fmt: skip
+DIRECTORIES = ("checkpoints", "report")
 LOCK_PATIENCE = 5.0  # seconds; a job that was just killed may take as long to be gone
 
 
@@ -54,6 +68,17 @@ class State:
 
 
 STATE = TypeAdapter(State)
+Text = Annotated[str, StringConstraints(strict=True, min_length=1)]
+
+
+class Recorded(BaseModel):
+    """What a start compares of environment.json; there is more in it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    train_data: Text = "-"
+    validation_data: Text = "-"
+    decoder: Annotated[Text, StringConstraints(strip_whitespace=True)] = "-"
 
 
 def in_words(error: Exception) -> str:
@@ -93,6 +118,7 @@ class RunDirectory:
             return
         if not self.path.is_dir():
             raise RunError(f"run.dir={self.path} is a file; name a directory")
+        self._refuse_in_the_way()
         if not self.config_file.exists():
             begun = any(self.checkpoints.glob("*"))
             if begun or any(not _before(entry.name) for entry in self.path.iterdir()):
@@ -109,6 +135,21 @@ class RunDirectory:
                 + "\nName another run.dir, or go on with the run's own configuration: "
                 f"--config {self.config_file}"
             )
+
+    def _refuse_in_the_way(self) -> None:
+        """Now, and not when the file is written, which may be after days of training."""
+        for name in (*FILES, *DIRECTORIES):
+            path, expected = self.path / name, "directory" if name in DIRECTORIES else "file"
+            if path.is_symlink() and not path.exists():
+                raise RunError(
+                    f"{path} is a symbolic link to {path.readlink()}, which is not there: bring it "
+                    f"back (is a file system not mounted?), or remove the link"
+                )
+            if path.exists() and not (path.is_dir() if expected == "directory" else path.is_file()):
+                raise RunError(
+                    f"{path} is no {expected}, and a run keeps a {expected} of that name: move "
+                    "what lies there, and give the same command again"
+                )
 
     def check_data(self, identities: dict[str, str], decoder: str) -> None:
         """Whether the run was begun with this data and this decoder. Raises RunError.
@@ -136,9 +177,11 @@ class RunDirectory:
             found = read_json(file) if file.exists() else {}
             if not isinstance(found, dict):
                 raise ValueError("it holds no keys and values")
+            Recorded.model_validate(found)
             return found
         except (OSError, ValueError) as error:
-            raise RunError(f"{file} cannot be read ({error}); delete it to go on") from None
+            why = in_words(error)
+            raise RunError(f"{file} cannot be read ({why}); delete it to go on") from None
 
     def claim(self) -> None:
         """Have the directory to oneself from here on. Raises RunError while another job is in it.

@@ -108,6 +108,34 @@ def test_an_unreadable_environment_is_named(config):
         directory.check_data({}, "pil 1")
 
 
+@pytest.mark.parametrize(
+    "content", ['{"decoder": 5}', '{"decoder": " "}', '{"train_data": 7}', '{"train_data": null}']
+)
+def test_an_environment_of_other_kinds_is_named(config, content):
+    directory = RunDirectory(config.run.dir)
+    directory.open(config, {})
+    (directory.path / "environment.json").write_text(content)
+    with pytest.raises(RunError, match=r"environment\.json cannot be read \((deco|train_)"):
+        directory.check_data({"train_data": "a" * 64}, "pil 1")
+
+
+@pytest.mark.parametrize("name", [*run_directory.FILES, *run_directory.DIRECTORIES])
+def test_what_stands_in_the_way_is_named_before_any_work(config, name):
+    """At the end of a training it would be too late."""
+    directory = RunDirectory(config.run.dir)
+    directory.open(config, {})
+    directory.lock.close()
+    path = directory.path / name
+    path.rename(directory.path / "was") if path.exists() else None
+    path.touch() if name in run_directory.DIRECTORIES else path.mkdir()
+    with pytest.raises(RunError, match=rf"{name} is no (file|directory), .*: move what lies there"):
+        directory.check(config)
+    path.rmdir() if path.is_dir() else path.unlink()
+    path.symlink_to("/nowhere")
+    with pytest.raises(RunError, match=rf"{name} is a symbolic link to /nowhere, which is not"):
+        directory.check(config)
+
+
 def test_other_data_is_refused(config):
     directory = RunDirectory(config.run.dir)
     directory.check_data({"train_data": "a" * 64}, "pil 1")
