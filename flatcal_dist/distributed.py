@@ -189,7 +189,8 @@ def meant_for_people(error: BaseException) -> bool:
 def describe(error: BaseException) -> str:
     """The message of an error meant for people as it is; any other with the name of its type."""
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted by {error}; the same command goes on"
+        by = str(error) or "SIGINT"  # Python's own handler does not say
+        return f"interrupted by {by}; the same command goes on"
     text = hide(str(error) if meant_for_people(error) else f"{type(error).__name__}: {error}")
     if any(sign in text for sign in LOST):
         text += (
