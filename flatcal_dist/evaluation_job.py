@@ -94,7 +94,10 @@ def _of_run(run: Path) -> Network:
         trained = Provenance.of_run(config, None)
         return Network(f"{title} {step}", config, run, output, trained, directory.metrics_file)
     if not directory.weights_file.exists():
-        raise RunError(f"{run} has no model.safetensors yet: training writes it at its end")
+        raise RunError(
+            f"{run} has no model.safetensors: training writes it at its end. Name a checkpoint, "
+            f"such as {run}/checkpoints/step_00000100, or write it with `flatcal export`"
+        )
     seconds = state.seconds if (state := directory.state()) else None
     trained, weights = Provenance.of_run(config, seconds), directory.weights_file
     return Network(title, config, weights, directory.report, trained, directory.metrics_file)

@@ -8,6 +8,7 @@ code/  slurm/ (of a submitted run, there before its first start)
 import fcntl
 import os
 import re
+import shlex
 import socket
 import time
 from dataclasses import asdict, dataclass
@@ -125,8 +126,12 @@ class RunDirectory:
                 raise RunError(
                     f"run.dir={self.path} holds files but no config.yaml, so it is not a run "
                     "directory; name a new or an empty one"
+                    + f". If it is a run's, {self._put_back()}"
+                    * self._is_a_runs()
                 )
             return
+        if not read_bytes(self.config_file).strip():
+            raise RunError(f"{self.config_file} is empty, which no run's is: {self._put_back()}")
         old = configuration.load(self.config_file, recorded=True)
         if different := configuration.differences(old, config):
             raise RunError(
@@ -135,6 +140,15 @@ class RunDirectory:
                 + "\nName another run.dir, or go on with the run's own configuration: "
                 f"--config {self.config_file}"
             )
+
+    def _is_a_runs(self) -> bool:
+        return any(self.checkpoints.glob("step_*")) or (self.path / "state.json").exists()
+
+    def _put_back(self) -> str:
+        return (
+            "put its config.yaml back, or write it anew: the command that began the run, with "
+            f"--print-config > {shlex.quote(str(self.config_file))}"
+        )
 
     def _refuse_in_the_way(self) -> None:
         """Now, and not when the file is written, which may be after days of training."""

@@ -3,12 +3,14 @@
 import json
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from flatcal_dist import run_directory
 from flatcal_dist.config import Config, RunConfig, SharpnessConfig
 from flatcal_dist.run_directory import RunDirectory, RunError
+from flatcal_dist.training import finishing
 from flatcal_dist.training.tracking import Tracker, read_metrics
 
 
@@ -39,6 +41,15 @@ def test_a_directory_of_something_else_is_refused(config, tmp_path):
     (tmp_path / "run/thesis.tex").write_text("")
     with pytest.raises(RunError, match=r"holds files but no config\.yaml"):
         RunDirectory(tmp_path / "run").check(config)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b" \n")])
+def test_a_run_whose_configuration_is_lost_is_told_how_to_get_it_back(config, damage):
+    directory = RunDirectory(config.run.dir)
+    directory.open(config, {})
+    damage(directory.config_file)
+    with pytest.raises(RunError, match=r"config\.yaml.*: the command .*, with --print-config > "):
+        directory.check(config)
 
 
 def test_restarts_are_counted_and_the_first_cause_is_kept(config):
@@ -198,3 +209,17 @@ def test_a_sink_that_cannot_start_does_not_stop_the_run(tmp_path, capsys, monkey
     tracker.close()
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     assert capsys.readouterr().out.count("W&B did not start") == 1
+
+
+def test_a_finished_run_says_how_to_make_what_it_lacks(config):
+    directory = RunDirectory(config.run.dir)
+    made = finishing.missing(config, directory)
+    assert made.endswith(
+        f"flatcal export {directory.path} {directory.weights_file} && "
+        f"flatcal evaluate {directory.path}"
+    )
+    directory.report.mkdir(parents=True)
+    (directory.report / "metrics.json").touch()
+    assert "evaluate" not in finishing.missing(config, directory)
+    directory.weights_file.touch()
+    assert finishing.missing(config, directory) == ""
