@@ -18,8 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
 
+from flatcal_dist.arguments import whole_number  # noqa: E402
 from flatcal_dist.config_files import as_override  # noqa: E402
+from flatcal_dist.files import read_json  # noqa: E402
 from flatcal_dist.printing import never_fail  # noqa: E402
+from flatcal_dist.run_directory import RunDirectory, RunError  # noqa: E402
 
 METHODS = {"sgd": "SGD", "sam": "SAM", "csam": "CSAM"}
 COLUMNS = ("accuracy", "nll", "ece", "signed_gap", "aurc", "seconds")
@@ -29,12 +32,25 @@ def main() -> None:
     never_fail()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", nargs="?", type=Path, default=ROOT / "quickstart")
-    parser.add_argument("--seeds", type=int, default=1, help="networks per method")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seeds", type=whole_number(), default=1, help="networks per method")
+    parser.add_argument("--processes", type=whole_number(), default=2)
     parser.add_argument("--installation-seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    directory = arguments.directory.resolve()
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        study(arguments)
+    except (RunError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def study(arguments: argparse.Namespace) -> None:
+    """Do what is missing, and show what there is. Raises RunError, OSError."""
+    directory = arguments.directory.expanduser().resolve()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"no directory can be made as {directory} ({error.strerror}); name another one"
+        ) from None
     seconds = Seconds(directory / "seconds.json")
     if arguments.installation_seconds > 1:
         seconds.record("installation", arguments.installation_seconds)
@@ -63,7 +79,10 @@ class Seconds:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.parts = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            self.parts = read_json(path) if path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} cannot be read ({error}); delete it") from None
 
     def run(self, part: str, command: Sequence[str]) -> None:
         print(f"\n$ {shlex.join(command)}", flush=True)
@@ -91,8 +110,8 @@ def training_command(method: str, seed: int, run: Path, data: Path, processes: i
 
 
 def is_finished(run: Path) -> bool:
-    state = run / "state.json"
-    return state.exists() and json.loads(state.read_text())["phase"] == "finished"
+    state = RunDirectory(run).state()
+    return state is not None and state.phase == "finished"
 
 
 def is_newer(page: Path, runs: Sequence[Path]) -> bool:
