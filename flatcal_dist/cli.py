@@ -17,6 +17,7 @@ flatcal environment
 import argparse
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -180,9 +181,13 @@ def _number_or_all(text: str) -> int | None:
 
 
 def _minutes(text: str) -> float:
-    if not 0 < float(text) < 1e6:
-        raise ValueError(text)
-    return float(text)
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0, below 1e6")
+    return minutes
 
 
 def report(arguments: argparse.Namespace) -> None:
