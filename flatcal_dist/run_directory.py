@@ -39,9 +39,9 @@ LEFTOVER = re.compile(
 # What a run writes there, of which nothing else may stand in the way.
 FILES = (
     "config.yaml", "environment.json", "state.json", "metrics.jsonl", "bad_samples.jsonl",
-    "model.safetensors", ".lock",
+    "model.safetensors", "wandb_id", ".lock",
 )  # fmt: skip
-DIRECTORIES = ("checkpoints", "report")
+DIRECTORIES = ("checkpoints", "report", "wandb")
 LOCK_PATIENCE = 5.0  # seconds; a job that was just killed may take as long to be gone
 
 
