@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from flatcal_dist import config as configuration
-from flatcal_dist.config import Config
+from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.files import open_to_append, read_bytes, read_json, write_json
 
 # What may lie in a run directory before the first start: launch/submit.py's, a request to stop, and
@@ -132,7 +132,14 @@ class RunDirectory:
             return
         if not read_bytes(self.config_file).strip():
             raise RunError(f"{self.config_file} is empty, which no run's is: {self._put_back()}")
-        old = configuration.load(self.config_file, recorded=True)
+        try:
+            old = configuration.load(self.config_file, recorded=True)
+        except ConfigError as error:
+            raise RunError(
+                f"{error}\nThat is the configuration which the run was begun with. If another "
+                "version wrote it, go on with the version that environment.json names; if it was "
+                f"damaged, {self._put_back()}"
+            ) from None
         if different := configuration.differences(old, config):
             raise RunError(
                 f"run.dir={self.path} belongs to a run of another configuration:\n  "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -49,6 +50,17 @@ def test_a_run_whose_configuration_is_lost_is_told_how_to_get_it_back(config, da
     directory.open(config, {})
     damage(directory.config_file)
     with pytest.raises(RunError, match=r"config\.yaml.*: the command .*, with --print-config > "):
+        directory.check(config)
+
+
+@pytest.mark.parametrize("text", ["of_another_version: 3\n", "run: [\n"])
+def test_a_recorded_configuration_that_cannot_be_read_says_how_to_go_on(config, text):
+    directory = RunDirectory(config.run.dir)
+    directory.open(config, {})
+    directory.config_file.write_text(text)
+    with pytest.raises(
+        RunError, match=r"(?s)config\.yaml.*the version that environment\.json names"
+    ):
         directory.check(config)
 
 
@@ -196,6 +208,25 @@ def test_a_torn_last_line_does_not_spoil_the_next_one(config, tmp_path):
     ]
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1:]:
         json.loads(line)
+
+
+def test_a_log_that_is_removed_while_the_run_goes_on_is_begun_anew(config, tmp_path, capsys):
+    tracker = Tracker(config, tmp_path, total_steps=3, start=0, active=True)
+    tracker.log(1, {"train/loss": 0.5})
+    tracker.path.unlink()
+    tracker.log(2, {"train/loss": 0.4})
+    tracker.log(3, {"train/loss": 0.3})
+    tracker.close()
+    assert [record["step"] for record in read_metrics(tracker.path)] == [2, 3]
+    assert capsys.readouterr().out.count("was removed: a new one begins with step 2") == 1
+
+
+def test_a_log_whose_directory_is_gone_leaves_the_word_to_the_directory(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    tracker = Tracker(config, tmp_path / "run", total_steps=3, start=0, active=True)
+    shutil.rmtree(tmp_path / "run")
+    tracker.log(1, {"train/loss": 0.5})
+    tracker.close()
 
 
 def test_a_sink_that_cannot_start_does_not_stop_the_run(tmp_path, capsys, monkeypatch):
