@@ -200,9 +200,11 @@ class RunDirectory:
                 raise ValueError("it holds no keys and values")
             Recorded.model_validate(found)
             return found
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             why = in_words(error)
             raise RunError(f"{file} cannot be read ({why}); delete it to go on") from None
+        except OSError as error:
+            raise RunError(_refused(file, error)) from None
 
     def claim(self) -> None:
         """Have the directory to oneself from here on. Raises RunError while another job is in it.
@@ -288,11 +290,13 @@ class RunDirectory:
             if not file.exists():
                 return None
             return STATE.validate_json(read_bytes(file))
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise RunError(
                 f"{file} cannot be read ({in_words(error)}); delete it, and the run goes on from "
                 "its newest checkpoint"
             ) from None
+        except OSError as error:
+            raise RunError(_refused(file, error)) from None
 
     def write(self, state: State) -> None:
         """Raises RunError where the directory is gone, instead of beginning an empty one."""
@@ -345,6 +349,12 @@ class RunDirectory:
 
 def _before(name: str) -> bool:
     return name in BEFORE or LEFTOVER.fullmatch(name) is not None
+
+
+def _refused(file: Path, error: OSError) -> str:
+    """It may hold what it should: to delete it would be the wrong advice."""
+    why = error.strerror or error
+    return f"{file} cannot be read ({why}); mend its permissions or the file system"
 
 
 def _words(file: Path) -> str:

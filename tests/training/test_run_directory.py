@@ -1,5 +1,6 @@
 """The run directory and the log in it."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flatcal_dist import run_directory
+from flatcal_dist import files, run_directory
 from flatcal_dist.config import Config, RunConfig, SharpnessConfig
 from flatcal_dist.run_directory import RunDirectory, RunError
 from flatcal_dist.training import finishing
@@ -195,6 +196,21 @@ def test_an_unreadable_state_is_named(config):
     (directory.path / "state.json").write_text("{")
     with pytest.raises(RunError, match=r"state.json cannot be read"):
         directory.state()
+
+
+def test_a_file_that_may_not_be_read_is_not_to_be_deleted(config, monkeypatch):
+    """It may hold what it should."""
+    directory = RunDirectory(config.run.dir)
+    directory.open(config, {})
+
+    def refuse(path: Path, *_: object) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "read_bytes", refuse)
+    monkeypatch.setattr(run_directory, "read_bytes", refuse)
+    for read in (directory.state, directory.environment):
+        with pytest.raises(RunError, match=r"json cannot be read \(Permission denied\); mend its"):
+            read()
 
 
 def test_a_torn_last_line_does_not_spoil_the_next_one(config, tmp_path):
