@@ -17,6 +17,7 @@ flatcal environment
 import argparse
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flatcal_dist.arguments import usable_cores, whole_number
-from flatcal_dist.files import expanded, write_json
+from flatcal_dist.files import expanded, refuse_no_directory, write_json
 from flatcal_dist.launcher import give_up
 from flatcal_dist.printing import never_fail, problem_of_output
 from flatcal_dist.warning_lines import print_warnings_plainly
@@ -180,9 +181,13 @@ def _number_or_all(text: str) -> int | None:
 
 
 def _minutes(text: str) -> float:
-    if not 0 < float(text) < 1e6:
-        raise ValueError(text)
-    return float(text)
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0, below 1e6")
+    return minutes
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -241,6 +246,7 @@ def _report_on_file(arguments: argparse.Namespace) -> None:
 def compare(arguments: argparse.Namespace) -> None:
     from flatcal_dist.calibration.compare import write_comparison
 
+    refuse_no_directory(arguments.output)
     write_comparison(arguments.directories, arguments.output)
     print(arguments.output / "index.html")
 

@@ -85,6 +85,11 @@ def start(
             ],
         )
     except (RuntimeError, ValueError, OSError) as error:  # torch's DistErrors are RuntimeErrors
+        if misread := _misread(error):
+            raise LaunchError(
+                f"Accelerate does not start: {error}. It stands in the environment as "
+                f"{', '.join(misread)}: mend it, or `unset {' '.join(misread)}`"
+            ) from error
         if launch.world_size > 1:
             raise LaunchError(_not_joined(launch, error)) from error
         variables = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
@@ -106,6 +111,13 @@ def start(
             "as many as the configuration wants, or set run.world_size=null"
         )
     return accelerator
+
+
+def _misread(error: Exception) -> list[str]:
+    """The variables whose value an error says is of a wrong kind, such as OMP_NUM_THREADS=4,2."""
+    if not isinstance(error, ValueError):
+        return []
+    return sorted(name for name, value in os.environ.items() if value and repr(value) in str(error))
 
 
 def _not_joined(launch: Launch, error: Exception) -> str:
@@ -189,7 +201,8 @@ def meant_for_people(error: BaseException) -> bool:
 def describe(error: BaseException) -> str:
     """The message of an error meant for people as it is; any other with the name of its type."""
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted by {error}; the same command goes on"
+        by = str(error) or "SIGINT"  # Python's own handler does not say
+        return f"interrupted by {by}; the same command goes on"
     text = hide(str(error) if meant_for_people(error) else f"{type(error).__name__}: {error}")
     if any(sign in text for sign in LOST):
         text += (

@@ -26,6 +26,7 @@ from flatcal_dist.data.variants import (
     path_of,
 )
 from flatcal_dist.distributed import ending_together, on_all_ranks
+from flatcal_dist.files import refuse_no_directory
 from flatcal_dist.models import build
 from flatcal_dist.provenance import UNKNOWN, Provenance
 from flatcal_dist.run_directory import RunDirectory, RunError
@@ -94,7 +95,10 @@ def _of_run(run: Path) -> Network:
         trained = Provenance.of_run(config, None)
         return Network(f"{title} {step}", config, run, output, trained, directory.metrics_file)
     if not directory.weights_file.exists():
-        raise RunError(f"{run} has no model.safetensors yet: training writes it at its end")
+        raise RunError(
+            f"{run} has no model.safetensors: training writes it at its end. Name a checkpoint, "
+            f"such as {run}/checkpoints/step_00000100, or write it with `flatcal export`"
+        )
     seconds = state.seconds if (state := directory.state()) else None
     trained, weights = Provenance.of_run(config, seconds), directory.weights_file
     return Network(title, config, weights, directory.report, trained, directory.metrics_file)
@@ -159,6 +163,8 @@ def _into(output: Path, network: Network, several: bool) -> Network:
 
 def _evaluate(networks: Sequence[Network], wanted: Wanted, needs_output: bool = False) -> None:
     _refuse_clashes(networks)
+    for network in networks:
+        refuse_no_directory(network.output)
     for classes in {network.config.model.num_classes for network in networks}:
         if wanted.class_names is not None and len(wanted.class_names) != classes:
             raise ConfigError(

@@ -39,6 +39,21 @@ def expanded(path: str | Path) -> Path:
         ) from None
 
 
+def refuse_no_directory(path: Path) -> None:
+    """Raise WriteError unless `path` is a directory to write into, or can be made one.
+
+    Makes nothing. For before work that takes long.
+    """
+    try:
+        there = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
+        if not there.is_dir():
+            raise WriteError(path, f"{there} is there, and no directory", "Name another one")
+    except OSError as error:
+        raise error if isinstance(error, WriteError) else WriteError(path, error) from None
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise WriteError(path, f"{there} is read-only here", "Name another one")
+
+
 @contextmanager
 def write_atomically(path: Path, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`, flushed and renamed over it if the block ends well.

@@ -167,8 +167,12 @@ def end_with_the_launcher() -> None:
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    print(hide("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
-    if not isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt):  # ranks that are set up end in other ways
+        if rank_to_speak() == 0:
+            print("interrupted before the work began: the same command begins it", file=sys.stderr)
+    else:
+        text = "".join(traceback.format_exception(kind, error, trace))
+        print(hide(text), end="", file=sys.stderr)
         tell_launcher(f"{kind.__name__}: {error}")
 
 

@@ -1,4 +1,7 @@
-"""Printing that may fail: a reader that has gone, a full disk or a closed terminal ends no run."""
+"""Printing that may fail: a reader that has gone, a full disk or a closed terminal ends no run.
+
+And what Ctrl-C leaves on the terminal: a line.
+"""
 
 import contextlib
 import errno
@@ -6,6 +9,7 @@ import io
 import os
 import select
 import sys
+from types import TracebackType
 from typing import TextIO
 
 PATIENCE = 5.0  # seconds that a terminal which takes nothing is waited for
@@ -48,8 +52,11 @@ class Forgiving(io.RawIOBase):
 def never_fail() -> None:
     """From here on `print`, rich, warnings and tracebacks drop what cannot be written.
 
-    For programs, at their start. Streams that somebody has put in place of Python's stay.
+    For programs, at their start. Streams that somebody has put in place of Python's stay. A program
+    that Ctrl-C ends says so in a line, without a traceback.
     """
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _uncaught
     for descriptor in (0, 1, 2):  # a closed one would be given to the next file that is opened
         try:
             os.fstat(descriptor)
@@ -60,6 +67,13 @@ def never_fail() -> None:
         sys.stdout = sys.__stdout__ = _forgiving(sys.stdout, 1)
     if sys.stderr is sys.__stderr__:
         sys.stderr = sys.__stderr__ = _forgiving(sys.stderr, 2)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):  # Python then ends the process by SIGINT, as shells ask
+        print("interrupted: the same command does what is missing", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _forgiving(stream: TextIO | None, descriptor: int) -> TextIO:

@@ -8,16 +8,25 @@ code/  slurm/ (of a submitted run, there before its first start)
 import fcntl
 import os
 import re
+import shlex
 import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, TextIO
+from typing import Annotated, ClassVar, Literal, TextIO
 
-from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
 
 from flatcal_dist import config as configuration
-from flatcal_dist.config import Config
+from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.files import open_to_append, read_bytes, read_json, write_json
 
 # What may lie in a run directory before the first start: launch/submit.py's, a request to stop, and
@@ -27,6 +36,12 @@ BEFORE = ("code", "slurm", "STOP", ".lock", "checkpoints", "config.private.yaml"
 LEFTOVER = re.compile(
     r"\.(config|config\.private|state|environment|wandb_id|bad_samples|model)\.[0-9a-f]{8}(\.\w+)?"
 )
+# What a run writes there, of which nothing else may stand in the way.
+FILES = (
+    "config.yaml", "environment.json", "state.json", "metrics.jsonl", "bad_samples.jsonl",
+    "model.safetensors", "wandb_id", ".lock",
+)  # fmt: skip
+DIRECTORIES = ("checkpoints", "report", "wandb")
 LOCK_PATIENCE = 5.0  # seconds; a job that was just killed may take as long to be gone
 
 
@@ -54,6 +69,17 @@ class State:
 
 
 STATE = TypeAdapter(State)
+Text = Annotated[str, StringConstraints(strict=True, min_length=1)]
+
+
+class Recorded(BaseModel):
+    """What a start compares of environment.json; there is more in it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    train_data: Text = "-"
+    validation_data: Text = "-"
+    decoder: Annotated[Text, StringConstraints(strip_whitespace=True)] = "-"
 
 
 def in_words(error: Exception) -> str:
@@ -93,15 +119,27 @@ class RunDirectory:
             return
         if not self.path.is_dir():
             raise RunError(f"run.dir={self.path} is a file; name a directory")
+        self._refuse_in_the_way()
         if not self.config_file.exists():
             begun = any(self.checkpoints.glob("*"))
             if begun or any(not _before(entry.name) for entry in self.path.iterdir()):
                 raise RunError(
                     f"run.dir={self.path} holds files but no config.yaml, so it is not a run "
                     "directory; name a new or an empty one"
+                    + f". If it is a run's, {self._put_back()}"
+                    * self._is_a_runs()
                 )
             return
-        old = configuration.load(self.config_file, recorded=True)
+        if not read_bytes(self.config_file).strip():
+            raise RunError(f"{self.config_file} is empty, which no run's is: {self._put_back()}")
+        try:
+            old = configuration.load(self.config_file, recorded=True)
+        except ConfigError as error:
+            raise RunError(
+                f"{error}\nThat is the configuration which the run was begun with. If another "
+                "version wrote it, go on with the version that environment.json names; if it was "
+                f"damaged, {self._put_back()}"
+            ) from None
         if different := configuration.differences(old, config):
             raise RunError(
                 f"run.dir={self.path} belongs to a run of another configuration:\n  "
@@ -109,6 +147,30 @@ class RunDirectory:
                 + "\nName another run.dir, or go on with the run's own configuration: "
                 f"--config {self.config_file}"
             )
+
+    def _is_a_runs(self) -> bool:
+        return any(self.checkpoints.glob("step_*")) or (self.path / "state.json").exists()
+
+    def _put_back(self) -> str:
+        return (
+            "put its config.yaml back, or write it anew: the command that began the run, with "
+            f"--print-config > {shlex.quote(str(self.config_file))}"
+        )
+
+    def _refuse_in_the_way(self) -> None:
+        """Now, and not when the file is written, which may be after days of training."""
+        for name in (*FILES, *DIRECTORIES):
+            path, expected = self.path / name, "directory" if name in DIRECTORIES else "file"
+            if path.is_symlink() and not path.exists():
+                raise RunError(
+                    f"{path} is a symbolic link to {path.readlink()}, which is not there: bring it "
+                    f"back (is a file system not mounted?), or remove the link"
+                )
+            if path.exists() and not (path.is_dir() if expected == "directory" else path.is_file()):
+                raise RunError(
+                    f"{path} is no {expected}, and a run keeps a {expected} of that name: move "
+                    "what lies there, and give the same command again"
+                )
 
     def check_data(self, identities: dict[str, str], decoder: str) -> None:
         """Whether the run was begun with this data and this decoder. Raises RunError.
@@ -136,9 +198,13 @@ class RunDirectory:
             found = read_json(file) if file.exists() else {}
             if not isinstance(found, dict):
                 raise ValueError("it holds no keys and values")
+            Recorded.model_validate(found)
             return found
-        except (OSError, ValueError) as error:
-            raise RunError(f"{file} cannot be read ({error}); delete it to go on") from None
+        except ValueError as error:
+            why = in_words(error)
+            raise RunError(f"{file} cannot be read ({why}); delete it to go on") from None
+        except OSError as error:
+            raise RunError(_refused(file, error)) from None
 
     def claim(self) -> None:
         """Have the directory to oneself from here on. Raises RunError while another job is in it.
@@ -224,11 +290,13 @@ class RunDirectory:
             if not file.exists():
                 return None
             return STATE.validate_json(read_bytes(file))
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise RunError(
                 f"{file} cannot be read ({in_words(error)}); delete it, and the run goes on from "
                 "its newest checkpoint"
             ) from None
+        except OSError as error:
+            raise RunError(_refused(file, error)) from None
 
     def write(self, state: State) -> None:
         """Raises RunError where the directory is gone, instead of beginning an empty one."""
@@ -281,6 +349,12 @@ class RunDirectory:
 
 def _before(name: str) -> bool:
     return name in BEFORE or LEFTOVER.fullmatch(name) is not None
+
+
+def _refused(file: Path, error: OSError) -> str:
+    """It may hold what it should: to delete it would be the wrong advice."""
+    why = error.strerror or error
+    return f"{file} cannot be read ({why}); mend its permissions or the file system"
 
 
 def _words(file: Path) -> str:

@@ -10,6 +10,7 @@ rule where there are several, lines are means with a band of one standard deviat
 
 import argparse
 import json
+import os
 import sys
 import unicodedata
 from pathlib import Path
@@ -26,6 +27,7 @@ from flatcal_dist.config import Config, ConfigError  # noqa: E402
 from flatcal_dist.files import write_text  # noqa: E402
 from flatcal_dist.printing import never_fail  # noqa: E402
 from flatcal_dist.sweep import Sweep, load_sweep  # noqa: E402
+from flatcal_dist.urls import hide  # noqa: E402
 
 # Lines over the steps: section -> panels, each its title and metrics.
 LINES = {
@@ -186,12 +188,23 @@ def main() -> None:
     if not arguments.push:
         text = json.dumps({key: specification(view) for key, view in views.items()}, indent=1)
         if arguments.output:
-            write_text(arguments.output, text + "\n")
+            try:
+                write_text(arguments.output, text + "\n")
+            except OSError as error:
+                sys.exit(f"error: --output {arguments.output}: {error}")
         else:
             print(text)
         return
     for key, view in views.items():
-        view.save()
+        try:
+            view.save()
+        except Exception as error:  # of W&B, requests, urllib, gql: each has its own
+            server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+            sys.exit(
+                f"error: the {key} was not made: {hide(str(error))} ({type(error).__name__}). It "
+                f"needs {server}, a login there (`wandb login`) and the right to write into "
+                f"{entity}/{project}; --dry-run shows what would be sent"
+            )
         print(f"{key}: {view.url}")
 
 

@@ -30,9 +30,9 @@ from flatcal_dist import config as configuration  # noqa: E402
 from flatcal_dist.arguments import whole_number  # noqa: E402
 from flatcal_dist.config import Config, ConfigError  # noqa: E402
 from flatcal_dist.environment import code_version  # noqa: E402
-from flatcal_dist.files import write_json, write_text  # noqa: E402
+from flatcal_dist.files import read_bytes, write_json, write_text  # noqa: E402
 from flatcal_dist.printing import never_fail  # noqa: E402
-from flatcal_dist.run_directory import RunDirectory  # noqa: E402
+from flatcal_dist.run_directory import RunDirectory, RunError  # noqa: E402
 from flatcal_dist.sweep import Element, elements, load_sweep  # noqa: E402
 from flatcal_dist.urls import hide  # noqa: E402
 
@@ -64,7 +64,11 @@ class Job:
 
 def main() -> None:
     never_fail()
-    arguments = _parser().parse_intermixed_args()
+    try:
+        arguments = _parser().parse_intermixed_args()
+    except UnicodeDecodeError as error:
+        files = ", ".join(word for word in sys.argv[1:] if word.startswith("@"))
+        sys.exit(f"error: {files}: expected a text file in UTF-8 with an option a line ({error})")
     try:
         _refuse_short(arguments)
         _refuse_absent(arguments)
@@ -77,7 +81,7 @@ def main() -> None:
         _refuse_queued(job)
         write(job, scripts)
         submit(job, list(scripts))
-    except (SubmitError, ValueError, OSError) as error:
+    except (SubmitError, RunError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -89,6 +93,8 @@ def _run(arguments: argparse.Namespace) -> Job:
             f"run.world_size={config.run.world_size}, but {arguments.nodes} nodes with "
             f"{arguments.ranks_per_node} ranks are {ranks}"
         )
+    if config.run.dir is None:
+        raise SubmitError("what is to run? Name --config FILE, --sweep FILE or run.dir=DIRECTORY")
     directory = _directory(config.run.dir)
     run = config.run.model_copy(update={"dir": str(directory), "world_size": ranks})
     if _finished(directory):
@@ -200,7 +206,7 @@ def render(job: Job, arguments: argparse.Namespace) -> dict[str, str]:
         "chdir": _directory(Path.cwd()),
         "log": job.slurm / ("%A_%a.out" if array else "%j.out"),
         "gpus_per_node": 0 if arguments.cpu else arguments.ranks_per_node,
-        "setup": arguments.setup.read_text().strip() if arguments.setup else "",
+        "setup": _setup(arguments.setup) if arguments.setup else "",
         "bin": arguments.python.parent,
         "code": code,
         "run": job.directory,
@@ -220,7 +226,7 @@ def render(job: Job, arguments: argparse.Namespace) -> dict[str, str]:
     after = {"launcher": "srun", "nodes": 1, "time": arguments.time_after}
     if arguments.evaluate is not None:
         recipe = code / "recipes/evaluate.py"
-        words = shlex.split(arguments.evaluate)
+        words = _split(arguments.evaluate)
         scripts["evaluate.sh"] = script("evaluate", words, script=recipe, **after)
     if arguments.compare is not None:
         runs = [*job.runs, *map(_directory, arguments.compare)]
@@ -231,11 +237,35 @@ def render(job: Job, arguments: argparse.Namespace) -> dict[str, str]:
     return scripts
 
 
+def _setup(file: Path) -> str:
+    try:
+        return read_bytes(file).decode().strip()
+    except (OSError, ValueError) as error:
+        raise SubmitError(
+            f"--setup {file} cannot be read ({error}): expected a text file of shell lines"
+        ) from None
+
+
+def _split(evaluate: str) -> list[str]:
+    try:
+        return shlex.split(evaluate)
+    except ValueError as error:
+        raise SubmitError(
+            f"--evaluate {evaluate!r}: {str(error).lower()}; expected options as a shell reads them"
+        ) from None
+
+
 def write(job: Job, scripts: dict[str, str]) -> None:
     """What the job needs, into its directory: code, configuration, scripts, arguments."""
     if not job.elements:
         RunDirectory(job.directory).check(job.config)
-    job.slurm.mkdir(parents=True, exist_ok=True)
+    try:
+        job.slurm.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SubmitError(
+            f"no directory can be made as {job.slurm} ({error.strerror}): name another run.dir, or "
+            "mend the permissions"
+        ) from None
     if (job.directory / "code").exists():
         print(f"{job.directory / 'code'} is kept as it is; delete it to run the present code")
     else:

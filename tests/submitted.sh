@@ -77,7 +77,7 @@ elif [[ $phase == preempted && ($asked == 1 || $state != "$before") ]] || [[ $as
     exit 75
 fi
 echo "error: the run ended as '${phase:-not begun}' and is not requeued; sbatch this script again" \
-    "once the cause is mended: $cause" >&2
+    "once the cause is mended: ${cause:-it stands above}" >&2
 exit 1
 
 # /runs/csam/slurm/evaluate.sh

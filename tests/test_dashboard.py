@@ -70,3 +70,25 @@ def test_any_name_is_looked_for_as_it_is(name, kind):
     for make in (dashboard.workspace, dashboard.report):
         built = json.dumps(dashboard.specification(make(kind, title, name, [], "", "project")))
         assert f'"value": {json.dumps(name)}' in built or f'"query": {json.dumps(name)}' in built
+
+
+@pytest.mark.parametrize("error", [ConnectionError("refused"), RuntimeError("no such entity")])
+def test_what_keeps_a_dashboard_from_the_server_is_said(error, monkeypatch):
+    """W&B, requests and gql each raise errors of their own."""
+
+    def save(_view: object) -> None:
+        raise error
+
+    monkeypatch.setattr(dashboard.ws.Workspace, "save", save)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("sys.argv", ["dashboard.py", "run", "x", "--push", "--entity", "team"])
+    with pytest.raises(
+        SystemExit, match=rf"(?s)workspace was not made: {error}.*127.0.0.1:9.*team/"
+    ):
+        dashboard.main()
+
+
+def test_specifications_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["dashboard.py", "rules", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"error: --output .*no regular file"):
+        dashboard.main()

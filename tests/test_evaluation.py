@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms._presets import ImageClassification
 
-from flatcal_dist import cli, config, distributed, evaluation
+from flatcal_dist import cli, config, distributed, evaluation, evaluation_job
 from flatcal_dist.calibration.imported import read_file
 from flatcal_dist.calibration.records import Records
 from flatcal_dist.calibration.summary import summarize
@@ -33,6 +33,7 @@ from flatcal_dist.data.imagenet import class_names, subset
 from flatcal_dist.data.variants import find, open_variant
 from flatcal_dist.distributed import FailedTogether
 from flatcal_dist.evaluation_job import Network, Wanted, _into, _on_device, _sets, evaluate_model
+from flatcal_dist.files import WriteError
 from flatcal_dist.inputs import augmentation, evaluation_transform
 from flatcal_dist.models import build
 from tests.calibration.test_records import assert_same
@@ -472,3 +473,11 @@ def test_nothing_is_made_up_of_how_weights_from_elsewhere_were_trained(job):
     (row,) = csv.DictReader((job / "metrics.csv").read_text().splitlines())
     assert (row["method"], row["seed"]) == ("sam", "4")
     assert "SGD" not in (job / "index.html").read_text()
+
+
+def test_a_report_that_could_not_be_written_is_not_begun(tmp_path):
+    """Else it would be noticed after all images were evaluated."""
+    (tmp_path / "letter").write_text("dear all")
+    network = evaluation_job.Network("n", Config(), None, tmp_path / "letter/report")
+    with pytest.raises(WriteError, match="letter is there, and no directory"):
+        evaluation_job._evaluate([network], evaluation_job.Wanted())

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flatcal_dist import files
+from flatcal_dist import cli, files
+from flatcal_dist.calibration.shift import read_shift
 from flatcal_dist.config import Config
 from flatcal_dist.files import (
     WriteError,
@@ -18,6 +19,7 @@ from flatcal_dist.files import (
     open_to_append,
     read_bytes,
     read_json,
+    refuse_no_directory,
     write_json,
 )
 from flatcal_dist.run_directory import RunDirectory
@@ -112,3 +114,31 @@ def test_devices_directories_and_links_are_neither_replaced_nor_followed(tmp_pat
 def test_a_name_that_is_no_text_can_be_written_about(tmp_path):
     write_json(tmp_path / "state.json", {"cause": "caf\udce9 is gone"})
     assert b"udce9" in (tmp_path / "state.json").read_bytes()
+
+
+def test_a_place_for_results_is_looked_at_before_they_are_made(tmp_path):
+    (tmp_path / "letter").write_text("dear all")
+    (tmp_path / "gone").symlink_to("/nowhere")
+    for path in (tmp_path, tmp_path / "a/b", Path("relative/x")):
+        refuse_no_directory(path)
+    assert not (tmp_path / "a").exists()
+    for name, place in (("letter", "letter"), ("letter/a/b", "letter"), ("gone", "gone")):
+        with pytest.raises(
+            WriteError, match=rf"{name} cannot be written \(.*{place} is there, and"
+        ):
+            refuse_no_directory(tmp_path / name)
+    with pytest.raises(SystemExit, match="letter is there, and no directory"):
+        cli.main(["compare", "run", "run2", "--output", str(tmp_path / "letter")])
+
+
+@pytest.mark.parametrize("content", ["[1]", "5", "null", "{"])
+def test_reports_that_hold_something_else_are_named(tmp_path, content):
+    report = tmp_path / "report"
+    report.mkdir()
+    for name in ("metrics.json", "shift.json"):
+        (report / name).write_text(content)
+    (report / "records.parquet").touch()
+    with pytest.raises(ValueError, match=r"shift\.json is damaged"):
+        read_shift(report)
+    with pytest.raises(SystemExit, match=r"metrics\.json is damaged"):
+        cli.main(["report", str(tmp_path)])

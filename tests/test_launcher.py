@@ -10,6 +10,7 @@ import pytest
 from flatcal_dist.distributed import start
 from flatcal_dist.launcher import Launch, LaunchError, launch_of, preempted_code, settle
 from tests.launching import ROOT
+from tests.ranks import free_port
 
 RANK = {
     "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500",
@@ -105,3 +106,18 @@ def test_a_left_over_rank_does_not_tie_a_run_to_the_shell():
     assert told(RANK="3") == "0 0"
     assert told(RANK="3", WORLD_SIZE="abc") == "0 0"
     assert told(**RANK) == f"{int(signal.SIGTERM)} 1"
+
+
+def test_a_variable_that_accelerate_cannot_read_is_named():
+    """And not the other ranks, which are not to blame."""
+    code = "from flatcal_dist.distributed import start, LaunchError as E\n"
+    code += "try: start('ddp', 'fp32')\nexcept E as error: print(error)"
+    variables = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "4,2"}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | variables | rendezvous,
+    )  # fmt: skip
+    assert done.stdout.startswith("Accelerate does not start: ")
+    assert done.stdout.endswith("OMP_NUM_THREADS: mend it, or `unset OMP_NUM_THREADS`\n")
+    assert "RANK" not in done.stdout

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flatcal_dist.data import prepare_digits
+from flatcal_dist.distributed import describe
 from tests.launching import ROOT, command, digits
 
 PRINT = """
@@ -102,3 +104,31 @@ def test_what_a_command_printed_has_to_have_arrived(tmp_path):
     done = shell(f"{sys.executable} -m flatcal_dist.cli environment > /dev/full", tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: standard output cannot be written: ")
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        ("from flatcal_dist.printing import never_fail as start", "interrupted: the same command"),
+        (
+            "from flatcal_dist.launcher import end_with_the_launcher as start",  # of a recipe
+            "interrupted before the work began: the same command",
+        ),
+    ],
+)
+@pytest.mark.parametrize("moment", ["raise KeyboardInterrupt", "os.kill(os.getpid(), 2)"])
+def test_ctrl_c_leaves_a_line_and_no_traceback(start, said, moment):
+    code = f"import os\n{start}\nstart()\n{moment}\nimport time; time.sleep(60)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        restore_signals=True, preexec_fn=lambda: signal.signal(2, signal.default_int_handler),
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGINT  # by which a shell ends its script too
+    assert done.stderr.startswith(said)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_interruption_of_pythons_own_is_named():
+    assert describe(KeyboardInterrupt()).startswith("interrupted by SIGINT;")
+    assert describe(KeyboardInterrupt("SIGUSR1")).startswith("interrupted by SIGUSR1;")

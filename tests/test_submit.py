@@ -6,6 +6,7 @@ A real cluster is in tests/slurm.
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -231,6 +232,33 @@ def test_what_cannot_be_submitted(submit, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists(), "noticed before anything is written"
     monkeypatch.setenv("PATH", "/nowhere")
     refused("submit from a login node", run)
+
+
+def test_wrong_options_and_directories_are_named_without_a_traceback(submit, tmp_path, monkeypatch):
+    def refused(text: str, *words: str) -> None:
+        with pytest.raises(SystemExit, match=rf"error: .*{text}"):
+            submit(*words)
+
+    monkeypatch.chdir(tmp_path)
+    refused("Name --config FILE", "--dry-run")
+    run = ("--config", DIGITS, "run.dir=run")
+    (tmp_path / "binary").write_bytes(b"\xb1\x00")
+    for file in ("nowhere", ".", "binary"):
+        refused(f"--setup {re.escape(file)} cannot be read", *run, "--setup", file)
+    refused("@binary: expected a text file", *run, "@binary")
+    refused("--evaluate .*: no closing quotation", *run, "--evaluate", "--data 'x")
+    # What lies in the run directory.
+    (tmp_path / "letter").write_text("dear all")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").write_text("")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/state.json").write_text("{")
+    refused("letter is a file", *run, f"run.dir={tmp_path}/letter")
+    refused(
+        "no directory can be made as .*letter/run/slurm", *run, f"run.dir={tmp_path}/letter/run"
+    )
+    refused("other holds files but no config.yaml", *run, f"run.dir={tmp_path}/other")
+    refused("state.json cannot be read", *run, f"run.dir={tmp_path}/damaged")
 
 
 @pytest.mark.parametrize("said", ["", "\n", "Submitted batch job 7", "error: slow", ";cluster"])

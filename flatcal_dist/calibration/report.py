@@ -71,11 +71,13 @@ def read_report(folder: Path) -> tuple[dict[str, Any], Records]:
             raise ValueError(f"no report in {folder}: {name} is missing; run `flatcal evaluate`")
     try:
         m = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        if not isinstance(m, dict):
+            raise ValueError("it holds no keys and values")
     except ValueError as error:
         raise ValueError(
             f"{folder / 'metrics.json'} is damaged ({error}); evaluate the run again"
         ) from None
-    if not isinstance(m, dict) or m.get("schema_version") != SCHEMA_VERSION:
+    if m.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
             f"{folder / 'metrics.json'} has schema version {m.get('schema_version')}, expected "
             f"{SCHEMA_VERSION}; evaluate the run again"

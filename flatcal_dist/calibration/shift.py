@@ -110,6 +110,8 @@ def read_shift(output: Path) -> dict[str, Any] | None:
         return None
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(table, dict):
+            raise ValueError("it holds no keys and values")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); evaluate again") from None
     if table.get("schema_version") != SCHEMA_VERSION:

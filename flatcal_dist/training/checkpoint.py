@@ -8,6 +8,7 @@ Nothing is unpickled but tensors and plain containers. (torch.distributed.checkp
 .metadata, DeepSpeed its states: neither is used.)
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -29,6 +30,11 @@ from flatcal_dist.sharpness import SharpnessAwareStep
 from flatcal_dist.weights import sha256
 
 NAME = re.compile(r"step_([0-9]{8,18})")
+# Errors that say nothing about what lies on the disk, and may be gone at the next try.
+PASSING = (
+    errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN,
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN,
+)  # fmt: skip
 BEST = {"accuracy": 1, "nll": -1}  # and the sign that makes more of it better
 
 
@@ -183,8 +189,8 @@ def verify(path: Path) -> None:
     """Compare every file with the manifest. Raises CheckpointError naming the first difference.
 
     And whether what they hold can be loaded, has no weight that is NaN, and nothing but what a
-    save writes: then SHA-256 is no help. RunError for one that is whole and of another version: it
-    must not be passed over as damaged.
+    save writes: then SHA-256 is no help. RunError for one that is whole and of another version, or
+    that cannot be read now: it must not be passed over as damaged.
     """
     try:
         manifest = read_json(path / "manifest.json")
@@ -208,6 +214,12 @@ def verify(path: Path) -> None:
                 raise CheckpointError(f"{path / 'manifest.json'} lists no {name}")
             _refuse_nan(load_part(path, rank, mmap=True), path / name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno in PASSING:
+            raise RunError(
+                f"{path} cannot be read ({error}): it may be whole, so no older one is used. Mend "
+                "its permissions or the file system, and give the same command again; or move it "
+                "away, to go on from the one before"
+            ) from None
         raise CheckpointError(f"{path} is not whole: {error}") from None
 
 

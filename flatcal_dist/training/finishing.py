@@ -1,5 +1,7 @@
 """The end of a run: weights that others can load, and the report on them."""
 
+import shlex
+
 from accelerate import Accelerator
 
 from flatcal_dist import evaluation
@@ -46,3 +48,13 @@ def export_and_report(
     figures = {k: value for k, value in metrics.items() if isinstance(value, float | int)}
     tracker.log(step, {f"calibration/{key}": value for key, value in figures.items()})
     tracker.say(f"report: {directory.report / 'index.html'}")
+
+
+def missing(config: Config, directory: RunDirectory) -> str:
+    """What a finished run no longer has, and how to make it anew."""
+    commands, path = [], shlex.quote(str(directory.path))
+    if not directory.weights_file.exists():
+        commands.append(f"flatcal export {path} {shlex.quote(str(directory.weights_file))}")
+    if config.evaluate.at_end and not (directory.report / "metrics.json").exists():
+        commands.append(f"flatcal evaluate {path}")
+    return f"; what is missing of it is made by: {' && '.join(commands)}" if commands else ""

@@ -52,7 +52,9 @@ def run(
     on_all_ranks(partial(directory.check, config))
     state = on_all_ranks(directory.state)
     if state is not None and state.phase == "finished":
-        accelerator.print(f"{directory.path} is finished already")
+        accelerator.print(
+            f"{directory.path} is finished already{finishing.missing(config, directory)}"
+        )
         return "finished"
     on_all_ranks(lambda: accelerator.is_main_process and inputs.prepare(config.data))
     inputs.download(config.data, accelerator, "train", "validation", alive=watchdog.beat)

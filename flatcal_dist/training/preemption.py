@@ -62,7 +62,9 @@ class StopRequest:
         """
         if self.stop_file is not None and self.reason == self._by_file():
             with contextlib.suppress(OSError):
-                self.stop_file.unlink(missing_ok=True)
+                is_link = self.stop_file.is_symlink()
+                is_directory = self.stop_file.is_dir() and not is_link  # by mkdir STOP
+                self.stop_file.rmdir() if is_directory else self.stop_file.unlink(missing_ok=True)
 
     def __exit__(
         self,

@@ -35,7 +35,8 @@ def find(
             _refuse_other_samples(directory, config, accelerator.num_processes, path)
         else:
             _refuse_lost(directory, config, problems)
-        return path, [f"passed over a checkpoint: {problem}" for problem in problems]
+        remarks = [f"passed over a checkpoint: {problem}" for problem in problems]
+        return path, remarks + _not_again(directory, config, path)
 
     none: tuple[Path | None, list[str]] = (None, [])
     return said_by_rank_0(on_all_ranks(lambda: look() if accelerator.is_main_process else none))
@@ -66,6 +67,18 @@ def _refuse_lost(directory: RunDirectory, config: Config, problems: list[str]) -
         + was
         * (config.run.start_again is not None)
     )
+
+
+def _not_again(directory: RunDirectory, config: Config, path: Path | None) -> list[str]:
+    """A word for this very start that has no effect is not passed over in silence."""
+    state = directory.state()
+    starts = state.restarts + 1 if state else 1
+    if path is None or config.run.start_again != starts:
+        return []
+    return [
+        f"run.start_again={starts} has no effect: {path} is whole, so the run goes on from it. To "
+        "begin at step 0, name another run.dir"
+    ]
 
 
 def _refuse_other_samples(directory: RunDirectory, config: Config, ranks: int, path: Path) -> None:

@@ -43,11 +43,20 @@ class Tracker:
             return
         record = {"step": step} | {key: _finite_or_none(value) for key, value in values.items()}
         try:
+            self._reopen_if_removed(step)
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
         except OSError as error:
-            raise WriteError(self.path, error) from None
+            raise error if isinstance(error, WriteError) else WriteError(self.path, error) from None
         self._watch_wandb()
+
+    def _reopen_if_removed(self, step: int) -> None:
+        """A file that was removed takes all that is written into it along."""
+        removed = os.fstat(self.file.fileno()).st_nlink == 0
+        if removed and self.path.parent.is_dir():  # else the run directory says that it is gone
+            self.file.close()
+            self.file = open_to_append(self.path)
+            self.say(f"{self.path} was removed: a new one begins with step {step}")
 
     def sync(self) -> None:
         """Make what was logged durable: it outlives the machine."""

@@ -1,11 +1,13 @@
 """Checkpoints: whole or absent, verified, and without a way for code to come in."""
 
+import errno
 import hashlib
 import json
 import os
 import pickle
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import timm
@@ -99,6 +101,26 @@ def _unlist(manifest, name) -> None:
     listed = json.loads(manifest.read_text())
     del listed[name]
     manifest.write_text(json.dumps(listed))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.ENFILE, errno.EIO])
+def test_one_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch, number):
+    """Else a run would go on from an older one, and call the newest damaged for good."""
+    save(tmp_path, 3)
+    save(tmp_path, 7)
+    hash_of = checkpoint.sha256
+
+    def refuse(file: Path) -> str:
+        if file.parent.name == "step_00000007":
+            raise OSError(number, os.strerror(number), str(file))
+        return hash_of(file)
+
+    monkeypatch.setattr(checkpoint, "sha256", refuse)
+    if number == errno.EIO:  # the disk has lost it
+        assert checkpoint.newest(tmp_path)[0] == tmp_path / "step_00000003"
+    else:
+        with pytest.raises(RunError, match=r"step_00000007 cannot be read .* Mend its permissions"):
+            checkpoint.newest(tmp_path)
 
 
 def test_a_copy_beside_the_checkpoints_is_left_alone(tmp_path):

@@ -42,6 +42,16 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_loses_nothing(tmp_pat
     resuming._refuse_lost(directory, config(directory.path), [])
 
 
+def test_a_start_again_that_has_no_effect_says_so(tmp_path):
+    directory = begun(tmp_path / "run", saved=8)
+    whole = directory.checkpoints / "step_00000008"
+    said = resuming._not_again(directory, config(directory.path, 1), whole)
+    assert said[0].startswith(f"run.start_again=1 has no effect: {whole} is whole")
+    assert resuming._not_again(directory, config(directory.path, 1), None) == []
+    for other in (None, 2):  # a job that is requeued says it at each start
+        assert resuming._not_again(directory, config(directory.path, other), whole) == []
+
+
 @pytest.mark.parametrize("loss", ["damaged", "removed"])
 def test_a_requeued_job_does_not_begin_again_unattended(tmp_path, loss):
     data = prepare_digits(tmp_path / "digits")

@@ -42,6 +42,15 @@ def test_a_stop_file_has_its_way_once(tmp_path):
     assert not (tmp_path / "STOP").exists()
 
 
+def test_a_directory_that_asks_to_stop_goes_as_well(tmp_path):
+    """Else each start would stop again after a step."""
+    request = StopRequest(tmp_path / "STOP")
+    (tmp_path / "STOP").mkdir()
+    assert request.asked
+    request.heeded()
+    assert not (tmp_path / "STOP").exists()
+
+
 def test_a_stop_file_that_a_signal_preceded_is_for_the_next_start(tmp_path):
     """The job may requeue itself for the signal; the file is to end it for good."""
     with StopRequest(tmp_path / "STOP") as request:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from flatcal_dist import cli, sync
 from flatcal_dist import config as configuration
-from flatcal_dist import sync
 from flatcal_dist.config import Config
 from flatcal_dist.training.tracking import Tracker, read_metrics
 from flatcal_dist.training.wandb_files import history, read_records, segments
@@ -289,3 +289,10 @@ def wait_for(found):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return value
+
+
+@pytest.mark.parametrize("minutes", ["nan", "0", "-1", "x", "1e9"])
+def test_minutes_that_are_none_are_refused_with_what_was_expected(minutes, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["sync", str(tmp_path), f"--minutes={minutes}"])
+    assert f"{minutes!r} is not a number of minutes" in capsys.readouterr().err
