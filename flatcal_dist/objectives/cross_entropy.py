@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatcal_dist.objectives.base import Objective, at_least_float32
+from flatcal_dist.objectives.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class CrossEntropy(Objective):
 
     smoothing: float = 0.0
 
-    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(logits, labels, "none", self.smoothing)
+    def losses(self, logits: Tensor, targets: Targets) -> Tensor:
+        return cross_entropy(logits, targets.labels, "none", self.smoothing)
 
 
 def cross_entropy(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flatcal_dist.objectives.base import Objective
 from flatcal_dist.objectives.cross_entropy import cross_entropy
+from flatcal_dist.objectives.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Focal(Objective):
         if not self.gamma >= 0:
             raise ValueError(f"gamma must not be negative, got {self.gamma}")
 
-    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        nll = cross_entropy(logits, labels, reduction="none")
+    def losses(self, logits: Tensor, targets: Targets) -> Tensor:
+        nll = cross_entropy(logits, targets.labels, reduction="none")
         # 1 - p without cancellation, and above 0: a power below 1 has no slope there.
         rest = -torch.expm1(-nll)
         return rest.clamp(min=torch.finfo(nll.dtype).tiny) ** self.gamma * nll

@@ -18,14 +18,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from flatcal_dist.sharpness.errors import StepError
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # (logits [N, K], target of N samples) -> losses [N]
+# (logits [N, K], targets of N samples) -> losses [N]: an Objective, or a function made of one.
+Loss = Callable[[Tensor, Any], Tensor]
 Memory = dict[str, Tensor]  # a tensor for each parameter, by name
 
 
