@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flatcal_dist.config import Config, SharpnessConfig
 from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.models import build, in_evaluation_mode
-from flatcal_dist.objectives import CrossEntropy
+from flatcal_dist.objectives import CrossEntropy, Objective
 from flatcal_dist.sharpness import (
     ASAM,
     CSAM,
@@ -34,10 +34,15 @@ def build_step(
     config: Config,
     accelerator: Accelerator,
     wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
+    objective: Objective | None = None,
 ) -> SharpnessAwareStep:
     """Network, engine and step of a configuration, the same initial weights on every rank.
 
-    wrap: what to put around the network before an engine gets it.
+    Args:
+        config: The configuration.
+        accelerator: The ranks and their devices.
+        wrap: What to put around the network before an engine gets it.
+        objective: What is minimized; by default what the configuration says.
     """
     torch.manual_seed(config.run.seed)
     data, model, sharpness = config.data, config.model, config.sharpness
@@ -49,12 +54,13 @@ def build_step(
     network = wrap(network).train()
     engine = build_engine(config, network, accelerator)
     rule = build_rule(sharpness)
-    loss = CrossEntropy(config.train.label_smoothing)
+    if objective is None and not (rule and rule.own_loss):
+        objective = build_objective(config)
     return on_all_ranks(
         lambda: SharpnessAwareStep(
             engine,
             rule,
-            loss=None if rule and rule.own_loss else loss,
+            loss=objective,
             scope=sharpness.scope,
             per_micro_batch=sharpness.per_micro_batch,
             clip_norm=config.optimizer.clip_norm,
@@ -101,6 +107,11 @@ def arrange_buckets(
         # Two images: a norm that never keeps statistics takes no single one.
         logits_of(model(torch.zeros(2, *shape, device=device))).sum().backward()
     model.zero_grad(set_to_none=True)
+
+
+def build_objective(config: Config) -> Objective:
+    """What is minimized, unless the rule has a loss of its own."""
+    return CrossEntropy(config.train.label_smoothing)
 
 
 def build_rule(config: SharpnessConfig) -> Rule | None:

@@ -25,6 +25,7 @@ from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, Valid
 from flatcal_dist.files import read_bytes, read_json, sync_directory
 from flatcal_dist.run_directory import RunError, in_words
 from flatcal_dist.sharpness import SharpnessAwareStep
+from flatcal_dist.sharpness.learning import load_state
 from flatcal_dist.training.averaging import Average
 from flatcal_dist.weights import sha256
 
@@ -68,15 +69,16 @@ PROGRESS = TypeAdapter(Progress)
 def state_of(step: SharpnessAwareStep, average: Average | None = None) -> dict[str, Any]:
     """All that this rank needs to go on, as the step left it: to be copied before the next one.
 
-    An average has to be settled.
+    An average has to be settled. Called by all ranks, which sum up what an objective keeps.
     """
+    objective = step.objective_state()  # whole, by names of its own, the same on every rank
     return {
         "engine": step.engine.local_state(),
         "arrangement": step.engine.arrangement(),
         "memory": step.memory,
         "average": average.weights if average else None,
         "average_statistics": average.statistics if average else None,  # the same on every rank
-    }
+    } | ({} if objective is None else {"objective": objective})
 
 
 def write_part(beside: Path, rank: int, state: dict[str, Any]) -> None:
@@ -262,7 +264,8 @@ def load_part(path: Path, rank: int, mmap: bool = False) -> dict[str, Any]:
 def fill(step: SharpnessAwareStep, state: dict[str, Any], average: Average | None = None) -> None:
     """Let engine, the step's memory and the average be as `load_part` found them.
 
-    For the engine and the number of ranks that wrote it; resharding.load is for others.
+    `fill_objective` does it for the objective. For the engine and the number of ranks that wrote
+    it; resharding.load is for others.
     """
     step.engine.load_local_state(state["engine"])
     memory = state["memory"]
@@ -270,6 +273,22 @@ def fill(step: SharpnessAwareStep, state: dict[str, Any], average: Average | Non
     step.memory = memory and {name: tensor.to(device) for name, tensor in memory.items()}
     if average:
         average.load(state["average"], state.get("average_statistics"))
+
+
+def fill_objective(
+    step: SharpnessAwareStep, state: dict[str, torch.Tensor] | None, path: Path
+) -> None:
+    """Let the step's objective go on from what the checkpoint `path` holds for it, or None.
+
+    Raises CheckpointError if the objective keeps a history and this is not its own.
+    """
+    try:
+        load_state(step.loss, state)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} cannot be gone on from: {error}. Go on with the objective and the data that "
+            "it was trained with, or begin another run"
+        ) from None
 
 
 class HashedFile:

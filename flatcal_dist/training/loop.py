@@ -5,7 +5,7 @@ claim the directory -> data -> network, engine, step -> resume -> steps -> weigh
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 
@@ -15,21 +15,29 @@ from accelerate.utils import gather_object
 
 from flatcal_dist import evaluation, inputs
 from flatcal_dist.config import Config
-from flatcal_dist.data import Batch, Index, Position, optimizer_steps, steps_per_epoch
+from flatcal_dist.data import Index, Position, optimizer_steps, steps_per_epoch
 from flatcal_dist.data.order import sample_seed
 from flatcal_dist.data.stream import Stream
 from flatcal_dist.distributed import FailedTogether, on_all_ranks
+from flatcal_dist.objectives import Objective
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.sharpness import SharpnessAwareStep, StepResult
 from flatcal_dist.training import checkpoint, finishing, preemption, resuming
 from flatcal_dist.training.averaging import Average
 from flatcal_dist.training.bad_samples import BadSamples
-from flatcal_dist.training.build import build_step, rho_at, samples_per_perturbation
+from flatcal_dist.training.build import (
+    build_objective,
+    build_step,
+    rho_at,
+    samples_per_perturbation,
+)
 from flatcal_dist.training.checkpoint import Progress
 from flatcal_dist.training.diagnosis import explain_divergence
+from flatcal_dist.training.objectives import refuse_unfit
+from flatcal_dist.training.on_device import OnDevice, statistics_inputs
 from flatcal_dist.training.optimizers import build_schedule
 from flatcal_dist.training.preemption import StopRequest
-from flatcal_dist.training.records import Speed, sharpness_figures
+from flatcal_dist.training.records import Speed, measured_at, sharpness_figures
 from flatcal_dist.training.saving import Saver
 from flatcal_dist.training.tracking import Tracker
 from flatcal_dist.training.traffic import counted
@@ -44,10 +52,12 @@ def run(
     accelerator: Accelerator,
     watchdog: Watchdog,
     started: float,
+    objective: Objective | None = None,
 ) -> str:
     """Train, or go on training; evaluate; report. Returns the run's phase at the end.
 
-    started: when this process began, in seconds since 1970.
+    started: when this process began, in seconds since 1970. objective: what is minimized, by
+    default what the configuration says.
     """
     on_all_ranks(partial(directory.check, config))
     state = on_all_ranks(directory.state)
@@ -65,9 +75,10 @@ def run(
     )
     on_all_ranks(partial(inputs.check_classes, config.data))
     inputs.agree_on_decoder(config.data)
-    on_all_ranks(lambda: inputs.batch_arithmetic(config, accelerator.num_processes, len(train)))
+    wanted = objective or build_objective(config)
+    on_all_ranks(partial(refuse_unfit, wanted, config, train, accelerator.num_processes))
     inputs.check_room(config)
-    step = build_step(config, accelerator)
+    step = build_step(config, accelerator, objective=objective)
     trainer = Trainer(config, directory, accelerator, train, validation, step)
     trainer.watchdog = watchdog
     trainer.deadline, remark = preemption.deadline(config.train, started)
@@ -100,16 +111,16 @@ class Trainer:
         self.schedule = build_schedule(
             config.optimizer, self.engine.optimizer, self.total_steps, self.epoch_steps
         )
-        self.normalize = inputs.normalization(config.data).to(accelerator.device)
-        self.mixing = inputs.mixing(config.data, config.model.num_classes)
+        self.on_device = OnDevice(config, accelerator.device)
+        step.loss.begin(len(train), accelerator.device)
         self.main = accelerator.is_main_process
         self.samples_per_perturbation = samples_per_perturbation(config, accelerator.num_processes)
         train = config.train
         self.average: Average | None = None
         if train.average == "ema":
             anew = train.average_norm_statistics == "reestimate"
-            batches = self._statistics_batches if anew else None
-            self.average = Average(step.engine, train.average_decay, batches)
+            batches = partial(statistics_inputs, config, self.train, accelerator, self.on_device)
+            self.average = Average(step.engine, train.average_decay, batches if anew else None)
         self.skipped = self.skipped_in_a_row = 0  # steps without a finite gradient, all and last
         self.stopped_by: str | None = None
         self.saved = 0  # the step of the last checkpoint
@@ -180,9 +191,11 @@ class Trainer:
         config, device = self.config, self.accelerator.device
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         position = Position(*divmod(self.done, self.epoch_steps))
+        same_class, pin_memory = self.step.loss.pairs == "same_class", device.type == "cuda"
         batches = inputs.training_batches(
-            config, self.train, position, rank, world_size, pin_memory=device.type == "cuda"
+            config, self.train, position, rank, world_size, pin_memory, same_class
         )
+        every = config.train.log_every_steps
         self.speed = Speed()
         first = self.done + 1
         stop_file = self.directory.stop_file if self.main else None
@@ -194,10 +207,10 @@ class Trainer:
                 replaced = [one for batch in micro_batches for one in batch.replaced]
                 take = partial(
                     self.step,
-                    [self._on_device(batch) for batch in micro_batches],
+                    [self.on_device(batch) for batch in micro_batches],
                     samples=self.batch_size,
                     stop=request.asked,
-                    measure=self._sharpness_is_due(),
+                    measure=measured_at(self.step.rule, self.done, every, self.total_steps),
                     votes=(len(replaced), *self.saver.votes),
                 )
                 self.done += 1
@@ -248,31 +261,12 @@ class Trainer:
         }
         return result
 
-    def _sharpness_is_due(self) -> bool:
-        """Whether this step is the last one with a perturbation before the next regular record."""
-        rule, every = self.step.rule, self.config.train.log_every_steps
-        if rule is None or not rule.perturbs_at(self.done):
-            return False
-        record = min((self.done // every + 1) * every, self.total_steps)
-        return not any(rule.perturbs_at(step) for step in range(self.done + 1, record))
-
     def _set_rates(self) -> None:
         """Learning rate and rho of this step, both functions of its number."""
         self.schedule.step_update(self.done)
         rate = self.engine.optimizer.param_groups[0]["lr"]
         self.step.rho = rho_at(self.config.sharpness, rate / self.config.optimizer.learning_rate)
         self.step.taken = self.done
-
-    def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self.accelerator.device
-        images = self.normalize(batch.images.to(device, non_blocking=True))
-        target = batch.labels.to(device, non_blocking=True)
-        if self.mixing is not None:
-            seed = self.config.run.seed
-            images, target = self.mixing(images, target, batch.samples, seed, batch.epoch)
-        if self.config.model.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images, target
 
     def _after_step(self, result: StepResult) -> None:
         train = self.config.train
@@ -288,6 +282,8 @@ class Trainer:
         epoch, left = divmod(self.done, self.epoch_steps)
         end = self.done == self.total_steps
         whole_epoch = left == 0
+        if whole_epoch:
+            self.step.end_epoch()
         paused = time.monotonic()
         every = train.validate_every_epochs
         validated = every and (end or (whole_epoch and epoch % every == 0))
@@ -337,17 +333,6 @@ class Trainer:
             f"epoch {epoch}: accuracy {values['val/accuracy']:.4f}  NLL {values['val/nll']:.4f}  "
             f"ECE {values['val/ece']:.4f}  signed gap {values['val/signed_gap']:+.4f}"
         )
-
-    def _statistics_batches(self) -> Iterator[tuple[torch.Tensor, bool]]:
-        """This rank's inputs to estimate the average's norm statistics on, and if they count."""
-        device, ranks = self.accelerator.device, self.accelerator.num_processes
-        loader, count = inputs.statistics_batches(
-            self.config, self.train, self.accelerator.process_index, ranks, device.type == "cuda"
-        )
-        batches = iter(loader)
-        # A rank whose data fails must not leave the others waiting in the network.
-        while (batch := on_all_ranks(lambda: next(batches, None))) is not None:
-            yield self._on_device(batch)[0], batch.step < count
 
     def _averaged(self) -> AbstractContextManager[None]:
         """Around what is evaluated or given away: with the average's weights, if there is one."""
