@@ -15,7 +15,6 @@ from flatcal_dist.data import (
     Augmentation,
     DataError,
     Index,
-    Mixing,
     Normalize,
     Position,
     describe_decoder,
@@ -235,9 +234,9 @@ def batch_arithmetic(
     data, train = config.data, config.train
     size = data.global_batch_size
     count = micro_batch_count(size, micro_batch_size(data, world_size), world_size)
-    paired = mixing(data, config.model.num_classes) and "data.mixup and data.cutmix mix"
+    paired = config.mixing.name != "none" and f"mixing.name={config.mixing.name} mixes"
     if objective is not None and objective.pairs != "none":
-        paired = f"{type(objective).__name__} compares"
+        paired = f"objective.name={objective.name} compares"
     if paired and size % (2 * world_size * count):
         raise DataError(
             f"{paired} pairs of images, but {size} images on {world_size} ranks in {count} micro-"
@@ -344,7 +343,7 @@ def statistics_batches(
         config = config.model_copy(update={"train": short})
         return training_batches(config, train, Position(), rank, world_size, pin_memory), steps
     size = min(size, max(config.evaluate.batch_size, 2))
-    if mixing(data, config.model.num_classes):
+    if config.mixing.name != "none":
         size -= size % 2
     batches = max(min(STATISTICS_SAMPLES, len(train)) // size, 1)
     loader = sample_loader(
@@ -390,9 +389,3 @@ def augmentation(data: DataConfig) -> Augmentation:
         random_erasing=data.random_erasing,
         fill=tuple(round(255 * mean) for mean in data.mean),
     )
-
-
-def mixing(data: DataConfig, classes: int) -> Mixing | None:
-    if not (data.mixup or data.cutmix):
-        return None
-    return Mixing(classes, data.mixup, data.cutmix, data.mix_probability)

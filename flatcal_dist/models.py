@@ -11,7 +11,7 @@ import timm
 import torchvision.models
 from torch import Tensor, nn
 
-from flatcal_dist.config import ConfigError
+from flatcal_dist.errors import ConfigError
 from flatcal_dist.sharpness.replay import SameFunctionTwice
 
 

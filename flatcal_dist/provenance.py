@@ -51,7 +51,7 @@ class Provenance:
         return cls(
             method=config.optimizer.name if plain else sharpness.rule,
             rho=None if plain else sharpness.rho,
-            gamma=sharpness.gamma if sharpness.rule == "csam" else None,
+            gamma=getattr(sharpness, "gamma", None),
             seed=config.run.seed,
             seconds=seconds,
             configuration=config,

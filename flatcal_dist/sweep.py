@@ -28,10 +28,9 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from flatcal_dist import config as configuration
-from flatcal_dist.config import Config, ConfigError, Section, fingerprint
-from flatcal_dist.config_choices import unread
-from flatcal_dist.config_files import as_override
-from flatcal_dist.config_types import PathText
+from flatcal_dist.config import Config, ConfigError, Section, choosing, conditions, fingerprint
+from flatcal_dist.config.files import as_override
+from flatcal_dist.config.kinds import PathText
 from flatcal_dist.files import expanded, read_bytes
 from flatcal_dist.urls import identified, public
 
@@ -139,8 +138,11 @@ def _read_ones(sweep: Sweep, overrides: list[str]) -> list[str]:
         config = configuration.load(sweep.base, overrides, recorded=True)
     except ConfigError:
         return overrides  # the run itself is refused, by its name
-    aside = {
-        key for key, choice in unread(config).items() if any(b in sweep.grid for b in choice.by)
+    aside = {key for key, choice in choosing.unread(config).items() if choice.key in sweep.grid}
+    aside |= {
+        key
+        for key, condition in conditions.unread(config).items()
+        if any(by in sweep.grid for by in condition.by)
     }
     return [text for text in overrides if text.partition("=")[0].strip() not in aside]
 

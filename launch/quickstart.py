@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
 
-from flatcal_dist.config_files import as_override  # noqa: E402
+from flatcal_dist.config.files import as_override  # noqa: E402
 from flatcal_dist.printing import never_fail  # noqa: E402
 
 METHODS = {"sgd": "SGD", "sam": "SAM", "csam": "CSAM"}

@@ -7,6 +7,7 @@ import pytest
 from flatcal_dist import config as configuration
 from flatcal_dist.config import ConfigError, load
 
+SAM = ("sharpness.rule=sam", "sharpness.allow_other_samples=true")
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(
     path
@@ -29,7 +30,7 @@ def file(tmp_path):
 
 def test_later_wins_file_by_file_then_the_command_line(file):
     path = file(
-        a="sharpness: {rho: 0.1, gamma: 0.5}\ntrain: {epochs: 7}",
+        a="sharpness: {rule: csam, rho: 0.1, gamma: 0.5}\ntrain: {epochs: 7}",
         b="inherits: a.yaml\nsharpness: {rho: 0.2}",
         c="inherits: [a.yaml, b.yaml]\nsharpness: {rule: csam}",
     )
@@ -61,13 +62,19 @@ def test_the_names_that_others_rely_on_exist():
     [
         ("sharpness.roh=1", "sharpness.roh: no such key (on the command line); did you mean"),
         ("rho=1", "rho: no such key (on the command line); did you mean sharpness.rho?"),
-        ("sharpness.rho=-1", "sharpness.rho = -1 (on the command line): input should be greater"),
-        ("sharpness.rho=.nan", "sharpness.rho = nan (on the command line): input should be a fin"),
+        (
+            "sharpness={rule: sam, rho: -1}",
+            "sharpness.rho = -1 (on the command line): input",
+        ),
+        ("sharpness={rule: asam, rho: .nan}", "sharpness.rho = nan (on the command line): input"),
+        ("sharpness=sam", "this is a section; set one of its keys: sharpness.rule=sam"),
+        ("average=none", "this is a section; set one of its keys: average.name=none"),
+        ("objective=[focal]", "objective = ['focal'] (on the command line): this is a section"),
         (
             "sharpness.rule=same",
-            "'asam', 'csam', 'looksam', 'gsam' or 'momentum_sam'",
+            "expected one of none, asam, csam, gsam, looksam, momentum_sam, sam",
         ),
-        ("sharpness.gamma=2.1", "input should be less than or equal to 2"),
+        ("sharpness={rule: csam, gamma: 2.1}", "input should be less than or equal to 2"),
         ("train.epochs=2.5", "train.epochs = 2.5 (on the command line): input should be a valid"),
         ("train.epochs=yes", "train.epochs = 'yes'"),
         ("train.epochs.x=1", "train.epochs = {'x': 1}"),
@@ -89,13 +96,15 @@ def test_bad_overrides_are_refused(file, override, message):
 
 
 def test_csam_refuses_soft_labels(file):
-    with pytest.raises(ConfigError, match=r"hard labels only: set train\.label_smoothing=0"):
-        load(file(a="sharpness: {rule: csam}\ntrain: {label_smoothing: 0.1}"))
-    for key in ("mixup", "cutmix"):
-        with pytest.raises(ConfigError, match=r"mixing makes soft ones: set data\.mixup=0"):
-            load(file(a=f"sharpness: {{rule: csam}}\ndata: {{{key}: 0.2}}"))
+    with pytest.raises(ConfigError, match=r"from hard labels: set objective\.name=cross_entropy"):
+        load(file(a="sharpness: {rule: csam}\nobjective: {name: label_smoothing}"))
+    for name in ("mixup", "cutmix", "mixup_cutmix"):
+        with pytest.raises(ConfigError, match=r"mixing makes soft ones: set mixing\.name=none"):
+            load(file(a=f"sharpness: {{rule: csam}}\nmixing: {{name: {name}}}"))
+        with pytest.raises(ConfigError, match=r"objective\.name=focal is defined for hard labels"):
+            load(file(a=f"objective: {{name: focal}}\nmixing: {{name: {name}}}"))
         for rule in ("none", "sam", "asam", "looksam"):
-            load(file(a=f"sharpness: {{rule: {rule}}}\ndata: {{{key}: 0.2}}"))
+            load(file(a=f"sharpness: {{rule: {rule}}}\nmixing: {{name: {name}}}"))
 
 
 @pytest.mark.parametrize(
@@ -166,8 +175,10 @@ def test_the_run_directory_is_a_function_of_what_is_computed(file):
 
 def test_differences_name_the_keys_that_matter(file):
     path = file(a="{}")
-    old = load(path, ["model.options.a=1"])
-    new = load(path, ["sharpness.rule=sam", "sharpness.rho=0.3", "data.workers=9", "run.dir=x"])
-    lines = configuration.differences(old, new)
+    old = load(path, ["model.options.a=1", "sharpness.rule=sam"])
+    words = ["sharpness.rule=csam", "sharpness.rho=0.3", "data.workers=9", "run.dir=x"]
+    lines = configuration.differences(old, load(path, words))
     assert len(lines) == 4  # options: {a: 1} against {} counts as the key gone and the empty value
     assert "sharpness.rho: the run has 0.05, now 0.3" in lines
+    assert "sharpness.rule: the run has 'sam', now 'csam'" in lines
+    assert not configuration.differences(old, load(path, ["model.options.a=1", *SAM]))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flatcal_dist.config import ConfigError, load
-from flatcal_dist.config_files import as_override
+from flatcal_dist.config.files import as_override
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,7 +63,7 @@ def test_files_of_other_systems_are_read(content, tmp_path):
         (b"!!python/name:os.system", "No tag is needed"),
         (b"train: !!timestamp 2024-05-01", "No tag is needed"),
         (b"train: {epochs: !!int word}", "is not a whole number that can be read"),
-        (b"train: {label_smoothing: !!float word}", "is not a number"),
+        (b"optimizer: {momentum: !!float word}", "is not a number"),
         (b"train: {epochs: !!bool 7}", "is not valid YAML"),
         (b"train: &a {epochs: *a}", "cannot be read: at most"),
         (b"train: *nowhere", "is not valid YAML"),
@@ -156,7 +156,7 @@ def test_a_configuration_from_a_pipe(tmp_path):
         (" train.epochs =7", "epochs", 7),
         ("train.max_steps=null", "max_steps", None),
         ("train.max_steps=~", "max_steps", None),
-        ("train.average='none'", "average", "none"),
+        ("train.keep_best='nll'", "keep_best", "nll"),
         ("train={epochs: 7, engine: fsdp2}", "engine", "fsdp2"),
     ],
 )

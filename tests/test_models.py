@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from flatcal_dist.config import ConfigError, OptimizerConfig
+from flatcal_dist.config import ConfigError, OptimizerConfig, load
 from flatcal_dist.models import build, in_evaluation_mode
 from flatcal_dist.training.optimizers import build_optimizer, build_schedule
 from flatcal_dist.weights import load_weights
@@ -45,8 +45,8 @@ def test_sgd_is_the_papers_and_spares_biases_from_decay():
 
 
 def test_schedule_is_linear_warm_up_then_cosine_to_zero():
-    config = OptimizerConfig(learning_rate=0.8, warmup_epochs=2.0)
-    optimizer = build_optimizer(config, nn.Linear(2, 2))
+    config = load(None, ["optimizer.learning_rate=0.8", "optimizer.warmup_epochs=2"])
+    optimizer = build_optimizer(config.optimizer, nn.Linear(2, 2))
     schedule = build_schedule(config, optimizer, total_steps=100, epoch_steps=10)
     seen = []
     for step in (99, 0, 5, 19, 20, 60, 100):  # in no order: a function of the step alone
@@ -55,6 +55,40 @@ def test_schedule_is_linear_warm_up_then_cosine_to_zero():
     cosine = [0.4 * (1 + math.cos(math.pi * (s - 20) / 80)) for s in (99, 20, 60)]
     expected = [cosine[0], 0.04, 0.04 + 0.76 * 5 / 20, 0.04 + 0.76 * 19 / 20, *cosine[1:], 0.0]
     assert seen == pytest.approx(expected, abs=1e-12)
+
+
+def rates(words, total, epoch):
+    config = load(None, ["optimizer.learning_rate=0.8", *words])
+    optimizer = build_optimizer(config.optimizer, nn.Linear(2, 2))
+    schedule = build_schedule(config, optimizer, total, epoch)
+    found = []
+    for step in range(total):
+        schedule.step_update(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_milestones_are_epochs_from_the_start_as_torch_counts_them():
+    words = ["schedule={name: multi_step, milestones: [4.0, 2.5], factor: 0.5}"]
+    network = nn.Linear(2, 2)
+    plain = torch.optim.SGD(network.parameters(), 0.8)
+    peer = torch.optim.lr_scheduler.MultiStepLR(plain, [25, 40], 0.5)
+    expected = []
+    for _ in range(60):
+        expected.append(plain.param_groups[0]["lr"])
+        plain.step()
+        peer.step()
+    assert rates(words, 60, 10) == pytest.approx(expected, abs=1e-12)
+    warm = rates([*words, "optimizer.warmup_epochs=1"], 60, 10)
+    assert warm[10:] == pytest.approx(expected[10:], abs=1e-12)
+    assert warm[:10] == pytest.approx([0.08 + 0.072 * step for step in range(10)], abs=1e-12)
+
+
+def test_a_constant_rate_and_a_cosine_that_ends_above_zero():
+    assert rates(["schedule.name=constant"], 30, 10) == [0.8] * 30
+    cosine = rates(["schedule={name: cosine, final: 0.25}"], 100, 10)
+    expected = [0.2 + 0.3 * (1 + math.cos(math.pi * step / 100)) for step in range(100)]
+    assert cosine == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(("name", "size"), [("googlenet", 64), ("inception_v3", 96)])

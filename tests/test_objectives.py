@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flatcal_dist.objectives import CRL, CrossEntropy, Focal, Objective, Targets, csam_loss
+from flatcal_dist.objectives import (
+    CRL,
+    CrossEntropy,
+    Focal,
+    LabelSmoothing,
+    Objective,
+    Targets,
+    csam_loss,
+)
 from flatcal_dist.sharpness import CSAM, SAM, ReplicatedEngine, SharpnessAwareStep
 from flatcal_dist.sharpness.forward import on_a_share, pair
 from tests.ranks import on_ranks
@@ -41,7 +49,7 @@ def test_numbers_of_other_samples_are_refused(samples):
 
 @pytest.mark.parametrize("rule", [None, SAM(0.1), CSAM(0.1)], ids=["none", "sam", "csam"])
 def test_targets_are_the_same_as_labels(rule):
-    losses = [None] if rule and rule.own_loss else [None, Focal(2.0), CrossEntropy(0.1), plain]
+    losses = [None] if rule and rule.own_loss else [None, Focal(2.0), LabelSmoothing(0.1), plain]
     for loss in losses:
         weights = []
         for wrap in (lambda labels: labels, lambda labels: Targets(labels, torch.arange(24), 3)):

@@ -70,7 +70,7 @@ def test_rules_that_do_not_perturb_in_each_step_and_smoothed_labels():
     overrides = (
         ["sharpness.rule=looksam", "sharpness.rho=0.1", "sharpness.every=2"],
         [sam, "sharpness.every=3", "optimizer.clip_norm=0.5"],
-        [sam, "train.label_smoothing=0.1"],
+        [sam, "objective.name=label_smoothing"],
         ["sharpness.rule=gsam", "sharpness.rho=0.1", "sharpness.alpha=0.7"],
         ["sharpness.rule=momentum_sam", "sharpness.rho=0.5", "sharpness.momentum=0.8"],
     )

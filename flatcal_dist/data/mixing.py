@@ -12,15 +12,87 @@ for a whole batch does. Targets become probabilities [N, K]; label smoothing is 
 accuracy on mixed images says little: train/loss is reported, accuracy on clean images only.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from flatcal_dist.choices import check
 from flatcal_dist.data.order import sample_seed
+
+Alpha = Annotated[
+    float,
+    Field(
+        gt=0,
+        le=1000,
+        description="The parameter of Beta(alpha, alpha), from which the share of the first image "
+        "of a pair is drawn.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class MixingRule(ABC):
+    """How pairs of images are mixed: the keys of the configuration's section `mixing`.
+
+    Raises ValueError for a field outside its bounds.
+    """
+
+    name: ClassVar[str]
+
+    probability: Annotated[
+        float, Field(ge=0, le=1, description="The probability that a pair of images is mixed.")
+    ] = 1.0
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @abstractmethod
+    def mixing(self, classes: int) -> "Mixing":
+        """For targets of this many classes."""
+
+
+@dataclass(frozen=True)
+class Mixup(MixingRule):
+    """mixup (Zhang et al., ICLR 2018): the sum of two images, weighted, and of their targets."""
+
+    name: ClassVar[str] = "mixup"
+
+    alpha: Alpha = 0.2
+
+    def mixing(self, classes: int) -> "Mixing":
+        return Mixing(classes, mixup=self.alpha, probability=self.probability)
+
+
+@dataclass(frozen=True)
+class CutMix(MixingRule):
+    """CutMix (Yun et al., ICCV 2019): a rectangle of one image in the other."""
+
+    name: ClassVar[str] = "cutmix"
+
+    alpha: Alpha = 1.0
+
+    def mixing(self, classes: int) -> "Mixing":
+        return Mixing(classes, cutmix=self.alpha, probability=self.probability)
+
+
+@dataclass(frozen=True)
+class MixupCutMix(MixingRule):
+    """Each pair is mixed by mixup or by CutMix, with equal probability, as in DeiT."""
+
+    name: ClassVar[str] = "mixup_cutmix"
+
+    mixup_alpha: Alpha = 0.8
+    cutmix_alpha: Alpha = 1.0
+
+    def mixing(self, classes: int) -> "Mixing":
+        return Mixing(classes, self.mixup_alpha, self.cutmix_alpha, self.probability)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from flatcal_dist.objectives.cross_entropy import CrossEntropy, cross_entropy
 from flatcal_dist.objectives.cs_kd import CSKD
 from flatcal_dist.objectives.csam import csam_loss
 from flatcal_dist.objectives.focal import Focal
+from flatcal_dist.objectives.label_smoothing import LabelSmoothing
 from flatcal_dist.objectives.targets import Targets
 
 __all__ = [
-    "CRL", "CSKD", "CrossEntropy", "Focal", "Objective", "Pairs", "Targets", "cross_entropy",
-    "csam_loss",
+    "CRL", "CSKD", "CrossEntropy", "Focal", "LabelSmoothing", "Objective", "Pairs", "Targets",
+    "cross_entropy", "csam_loss",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from flatcal_dist.choices import check
 from flatcal_dist.objectives.targets import Targets, as_targets
 
 Pairs = Literal["none", "any", "same_class"]
@@ -30,9 +31,11 @@ class Objective(ABC):
     """A loss for each sample: called with the network's output and targets, it gives losses [N].
 
     The output is logits [N, K]. Targets are `Targets`, or a tensor of labels alone. Raises
-    ValueError for targets that the objective is not defined for.
+    ValueError for targets that the objective is not defined for. The fields of an objective are
+    keys of the configuration's section `objective`, and its `name` is what the section calls it.
     """
 
+    name: ClassVar[str]
     # Class indices only, no probabilities of mixed samples.
     hard_labels: ClassVar[bool] = False
     # Which samples are partners. The samples at places 2i and 2i + 1 of the global batch are, so
@@ -44,6 +47,9 @@ class Objective(ABC):
     keeps_history: ClassVar[bool] = False
     # `losses` gets all that the network returns, whatever it is, and not its logits.
     whole_output: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def __call__(self, output: Any, targets: Tensor | Targets) -> Tensor:
         targets = as_targets(targets)

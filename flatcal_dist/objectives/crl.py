@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from flatcal_dist.objectives.base import Objective, Pairs, State, Total, at_least_float32
-from flatcal_dist.objectives.checks import refuse_outside
 from flatcal_dist.objectives.cross_entropy import cross_entropy
 from flatcal_dist.objectives.targets import Targets
 
@@ -38,26 +38,23 @@ class CRL(Objective):
     A sample that a batch left out of an epoch was not right in it. One that comes twice (it stands
     in for a damaged image) was right in the epoch if it was right once.
 
-    Args:
-        weight: What the ranking term is multiplied by, at least 0. With 0 it is cross-entropy.
-
-    Raises:
-        ValueError: weight is outside its range.
+    With weight 0 it is cross-entropy.
     """
 
-    weight: float = 1.0
+    name: ClassVar[str] = "crl"
     hard_labels: ClassVar[bool] = True
     pairs: ClassVar[Pairs] = "any"
     keeps_history: ClassVar[bool] = True
+
+    weight: Annotated[
+        float, Field(ge=0, le=1000, description="The weight of the ranking loss.")
+    ] = 1.0
     epochs: int = field(default=0, init=False)  # that ended
     correct: Tensor | None = field(default=None, init=False, repr=False)  # n, [samples] int32
     # Of the epoch that goes on: how often each sample was right, [samples] int32. Summed over ranks
     # so far, and what this rank saw since.
     agreed: Tensor | None = field(default=None, init=False, repr=False)
     own: Tensor | None = field(default=None, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        refuse_outside("weight", self.weight, least=0)
 
     def begin(self, samples: int, device: torch.device | str) -> None:
         self.epochs = 0

@@ -1,6 +1,7 @@
-"""Cross-entropy, with or without label smoothing."""
+"""Cross-entropy."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,16 +12,12 @@ from flatcal_dist.objectives.targets import Targets
 
 @dataclass(frozen=True)
 class CrossEntropy(Objective):
-    """-sum_k q_k log p_k, where q is (1 - smoothing) * target + smoothing / K.
+    """-sum_k q_k log p_k, with q the target: one class, or the probabilities of a mixed sample."""
 
-    With a smoothing above 0 it is label smoothing (Szegedy et al., CVPR 2016) in torch's form: the
-    true class keeps 1 - smoothing + smoothing / K.
-    """
-
-    smoothing: float = 0.0
+    name: ClassVar[str] = "cross_entropy"
 
     def losses(self, logits: Tensor, targets: Targets) -> Tensor:
-        return cross_entropy(logits, targets.labels, "none", self.smoothing)
+        return cross_entropy(logits, targets.labels, "none")
 
 
 def cross_entropy(

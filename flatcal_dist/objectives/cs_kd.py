@@ -1,14 +1,14 @@
 """Class-wise self-knowledge distillation."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from flatcal_dist.objectives.base import Objective, Pairs, at_least_float32
-from flatcal_dist.objectives.checks import refuse_outside
 from flatcal_dist.objectives.cross_entropy import cross_entropy
 from flatcal_dist.objectives.targets import Targets
 
@@ -30,22 +30,20 @@ class CSKD(Objective):
     image that has no partner of its class (see `Objective.pairs`) has cross-entropy alone. Each
     pass of a sharpness-aware step computes its teachers anew, at the weights of the pass.
 
-    Args:
-        temperature: T, above 0.
-        weight: What the divergence is multiplied by, at least 0. With 0 it is cross-entropy.
-
-    Raises:
-        ValueError: A value is outside its range.
+    With weight 0 it is cross-entropy.
     """
 
-    temperature: float = 4.0
-    weight: float = 1.0
+    name: ClassVar[str] = "cs_kd"
     hard_labels: ClassVar[bool] = True
     pairs: ClassVar[Pairs] = "same_class"
 
-    def __post_init__(self) -> None:
-        refuse_outside("temperature", self.temperature, above=0)
-        refuse_outside("weight", self.weight, least=0)
+    temperature: Annotated[
+        float,
+        Field(gt=0, le=1000, description="What logits are divided by where images are compared."),
+    ] = 4.0
+    weight: Annotated[
+        float, Field(ge=0, le=1000, description="The weight of the divergence between two images.")
+    ] = 1.0
 
     def losses(self, output: Tensor, targets: Targets) -> Tensor:
         labels = targets.labels

@@ -1,9 +1,10 @@
 """Focal loss."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from flatcal_dist.objectives.base import Objective
@@ -16,15 +17,16 @@ class Focal(Objective):
     """-(1 - p)^gamma * log p, with p the probability of the true class (Lin et al., ICCV 2017).
 
     Mukhoti et al. (NeurIPS 2020) use it for calibration, with gamma 3. With gamma 0 it is
-    cross-entropy. The factor is differentiated. Raises ValueError for a negative gamma.
+    cross-entropy. The factor is differentiated.
     """
 
-    gamma: float = 3.0
+    name: ClassVar[str] = "focal"
     hard_labels: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        if not self.gamma >= 0:
-            raise ValueError(f"gamma must not be negative, got {self.gamma}")
+    gamma: Annotated[
+        float,
+        Field(ge=0, le=100, description="How fast a sample's weight falls with its probability."),
+    ] = 3.0
 
     def losses(self, logits: Tensor, targets: Targets) -> Tensor:
         nll = cross_entropy(logits, targets.labels, reduction="none")

@@ -7,21 +7,10 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flatcal_dist.config import Config, SharpnessConfig
+from flatcal_dist.config import Config
 from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.models import build, in_evaluation_mode
-from flatcal_dist.objectives import CrossEntropy, Objective
-from flatcal_dist.sharpness import (
-    ASAM,
-    CSAM,
-    GSAM,
-    SAM,
-    Engine,
-    LookSAM,
-    MomentumSAM,
-    Rule,
-    SharpnessAwareStep,
-)
+from flatcal_dist.sharpness import Engine, SharpnessAwareStep
 from flatcal_dist.sharpness.outputs import logits_of
 from flatcal_dist.sharpness.replicated import ReplicatedEngine
 from flatcal_dist.sharpness.scope import ranks_of
@@ -34,15 +23,10 @@ def build_step(
     config: Config,
     accelerator: Accelerator,
     wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
-    objective: Objective | None = None,
 ) -> SharpnessAwareStep:
     """Network, engine and step of a configuration, the same initial weights on every rank.
 
-    Args:
-        config: The configuration.
-        accelerator: The ranks and their devices.
-        wrap: What to put around the network before an engine gets it.
-        objective: What is minimized; by default what the configuration says.
+    wrap: what to put around the network before an engine gets it.
     """
     torch.manual_seed(config.run.seed)
     data, model, sharpness = config.data, config.model, config.sharpness
@@ -53,14 +37,12 @@ def build_step(
         network = network.to(memory_format=torch.channels_last)
     network = wrap(network).train()
     engine = build_engine(config, network, accelerator)
-    rule = build_rule(sharpness)
-    if objective is None and not (rule and rule.own_loss):
-        objective = build_objective(config)
+    rule, objective = sharpness.build(), config.objective.build()
     return on_all_ranks(
         lambda: SharpnessAwareStep(
             engine,
             rule,
-            loss=objective,
+            loss=None if rule and rule.own_loss else objective,
             scope=sharpness.scope,
             per_micro_batch=sharpness.per_micro_batch,
             clip_norm=config.optimizer.clip_norm,
@@ -107,41 +89,6 @@ def arrange_buckets(
         # Two images: a norm that never keeps statistics takes no single one.
         logits_of(model(torch.zeros(2, *shape, device=device))).sum().backward()
     model.zero_grad(set_to_none=True)
-
-
-def build_objective(config: Config) -> Objective:
-    """What is minimized, unless the rule has a loss of its own."""
-    return CrossEntropy(config.train.label_smoothing)
-
-
-def build_rule(config: SharpnessConfig) -> Rule | None:
-    every = {} if config.every is None else {"every": config.every}
-    alpha = {} if config.alpha is None else {"alpha": config.alpha}
-    match config.rule:
-        case "none":
-            return None
-        case "sam":
-            return SAM(config.rho, **every)
-        case "csam":
-            return CSAM(config.rho, **every, gamma=config.gamma)
-        case "asam":
-            return ASAM(config.rho, **every, eta=config.eta)
-        case "looksam":
-            return LookSAM(config.rho, **every, **alpha)
-        case "gsam":
-            return GSAM(config.rho, **every, **alpha)
-        case "momentum_sam":
-            return MomentumSAM(config.rho, **every, momentum=config.momentum)
-
-
-def rho_at(config: SharpnessConfig, relative_rate: float) -> float:
-    """The length of the perturbation at a learning rate relative to its peak.
-
-    rho_schedule=learning_rate: rho_min + (rho - rho_min) * rate / peak (Zhuang et al., ICLR 2022).
-    """
-    if config.rho_schedule == "constant":
-        return config.rho
-    return config.rho_min + (config.rho - config.rho_min) * relative_rate
 
 
 def samples_per_perturbation(config: Config, world_size: int) -> int | None:

@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 import torch
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
+from flatcal_dist.averaging.average import Average
 from flatcal_dist.files import read_bytes, read_json, sync_directory
 from flatcal_dist.run_directory import RunError, in_words
 from flatcal_dist.sharpness import SharpnessAwareStep
 from flatcal_dist.sharpness.learning import load_state
-from flatcal_dist.training.averaging import Average
 from flatcal_dist.weights import sha256
 
 NAME = re.compile(r"step_([0-9]{8,18})")
@@ -78,6 +78,7 @@ def state_of(step: SharpnessAwareStep, average: Average | None = None) -> dict[s
         "memory": step.memory,
         "average": average.weights if average else None,
         "average_statistics": average.statistics if average else None,  # the same on every rank
+        "average_count": average.count if average else 0,
     } | ({} if objective is None else {"objective": objective})
 
 
@@ -272,7 +273,9 @@ def fill(step: SharpnessAwareStep, state: dict[str, Any], average: Average | Non
     device = step.engine.device
     step.memory = memory and {name: tensor.to(device) for name, tensor in memory.items()}
     if average:
-        average.load(state["average"], state.get("average_statistics"))
+        average.load(
+            state["average"], state.get("average_statistics"), state.get("average_count", 1)
+        )
 
 
 def fill_objective(

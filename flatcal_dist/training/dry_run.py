@@ -17,7 +17,7 @@ from flatcal_dist.data.order import micro_batch_count, micro_batches, rank_share
 from flatcal_dist.models import in_evaluation_mode
 from flatcal_dist.objectives import Targets
 from flatcal_dist.sharpness import SharpnessAwareStep
-from flatcal_dist.training.build import build_objective, build_step
+from flatcal_dist.training.build import build_step
 
 STEPS = 2
 CPU_IMAGES = 2  # per micro-batch on a CPU: enough to try everything, batch norm included
@@ -30,7 +30,7 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
     from deepspeed.profiling.flops_profiler import get_model_profile
 
     say = accelerator.print
-    objective = build_objective(config)
+    objective = config.objective.build()
     say(inputs.batch_arithmetic(config, accelerator.num_processes, _images(config), objective))
     say(inputs.check_room(config))
     step = build_step(config, accelerator)

@@ -93,8 +93,8 @@ FAULTS = {f.__name__: f for f in (restore, norm, sync, rng, batch_norm, autocast
 
 def refuse_fault(name: str | None, config: Config) -> None:
     """Raises ConfigError for a fault that this configuration cannot have."""
-    sharpness = config.sharpness
-    if name == "objective" and (sharpness.rule != "csam" or sharpness.gamma == 0):
+    rule = config.sharpness.build()
+    if name == "objective" and (not isinstance(rule, CSAM) or rule.gamma == 0):
         raise ConfigError(
             "--fault objective breaks CSAM's loss: use it with sharpness.rule=csam and a "
             "sharpness.gamma above 0"

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flatcal_dist.config import Config, OptimizerConfig
+from flatcal_dist.objectives import CrossEntropy, LabelSmoothing
 from flatcal_dist.sharpness import CSAM, GSAM, SAM, LookSAM, MomentumSAM, Rule, StepResult
 from flatcal_dist.sharpness.rules import Loss
 from flatcal_dist.sharpness.step import MicroBatches
@@ -180,7 +181,7 @@ def reference_steps(lab: Laboratory, count: int) -> Weights:
         if isinstance(rule, MomentumSAM):
             length = lab.step.rho / _dot(gradient, gradient) ** 0.5
             _move([w for w in at.parameters() if w.requires_grad], gradient, length)
-        plain, _ = _gradient(lab, at, pieces, states, buffers, _cross_entropy(lab))
+        plain, _ = _gradient(lab, at, pieces, states, buffers, _objective(lab))
         plain = [g / lab.samples for g in plain]
         if isinstance(rule, LookSAM):
             along = _dot(gradient, ascent) / _dot(ascent, ascent)
@@ -211,11 +212,11 @@ def _descent_gradient(
         for unit in units:
             pieces = [(r, p) for r in group for p in unit]
             moved = _copied(network)
-            gradient, after = _gradient(lab, network, pieces, states, buffers, _cross_entropy(lab))
+            gradient, after = _gradient(lab, network, pieces, states, buffers, _objective(lab))
             if rule is not None and rule.ascent_share:  # else there is nothing to perturb by yet
                 ascent = gradient
                 _perturb(moved, ascent, rule, step.rho)
-                loss = _csam(rule.gamma) if isinstance(rule, CSAM) else _cross_entropy(lab)
+                loss = _csam(rule.gamma) if isinstance(rule, CSAM) else _objective(lab)
                 gradient, _ = _gradient(lab, moved, pieces, states, buffers, loss)
             buffers |= after
             for t, g in zip(total, gradient, strict=True):
@@ -314,8 +315,12 @@ def _perturb(network: nn.Module, gradient: list[Tensor], rule: Rule, rho: float)
         w += (rho / norm * (t * s)).to(w.dtype)
 
 
-def _cross_entropy(lab: Laboratory) -> Loss:
-    smoothing = lab.config.train.label_smoothing
+def _objective(lab: Laboratory) -> Loss:
+    """Cross-entropy is written out here; another objective is taken as it is."""
+    objective = lab.config.objective.build()
+    if not isinstance(objective, CrossEntropy | LabelSmoothing):
+        return lambda logits, labels: objective(logits.float(), labels).sum()
+    smoothing = getattr(objective, "smoothing", 0.0)
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         log_p = logits.float().log_softmax(1)

@@ -14,23 +14,17 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from flatcal_dist import evaluation, inputs
+from flatcal_dist.averaging.average import Average
 from flatcal_dist.config import Config
 from flatcal_dist.data import Index, Position, optimizer_steps, steps_per_epoch
 from flatcal_dist.data.order import sample_seed
 from flatcal_dist.data.stream import Stream
 from flatcal_dist.distributed import FailedTogether, on_all_ranks
-from flatcal_dist.objectives import Objective
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.sharpness import SharpnessAwareStep, StepResult
 from flatcal_dist.training import checkpoint, finishing, preemption, resuming
-from flatcal_dist.training.averaging import Average
 from flatcal_dist.training.bad_samples import BadSamples
-from flatcal_dist.training.build import (
-    build_objective,
-    build_step,
-    rho_at,
-    samples_per_perturbation,
-)
+from flatcal_dist.training.build import build_step, samples_per_perturbation
 from flatcal_dist.training.checkpoint import Progress
 from flatcal_dist.training.diagnosis import explain_divergence
 from flatcal_dist.training.objectives import refuse_unfit
@@ -52,12 +46,10 @@ def run(
     accelerator: Accelerator,
     watchdog: Watchdog,
     started: float,
-    objective: Objective | None = None,
 ) -> str:
     """Train, or go on training; evaluate; report. Returns the run's phase at the end.
 
-    started: when this process began, in seconds since 1970. objective: what is minimized, by
-    default what the configuration says.
+    started: when this process began, in seconds since 1970.
     """
     on_all_ranks(partial(directory.check, config))
     state = on_all_ranks(directory.state)
@@ -75,10 +67,10 @@ def run(
     )
     on_all_ranks(partial(inputs.check_classes, config.data))
     inputs.agree_on_decoder(config.data)
-    wanted = objective or build_objective(config)
-    on_all_ranks(partial(refuse_unfit, wanted, config, train, accelerator.num_processes))
+    objective = on_all_ranks(config.objective.build)
+    on_all_ranks(partial(refuse_unfit, objective, config, train, accelerator.num_processes))
     inputs.check_room(config)
-    step = build_step(config, accelerator, objective=objective)
+    step = build_step(config, accelerator)
     trainer = Trainer(config, directory, accelerator, train, validation, step)
     trainer.watchdog = watchdog
     trainer.deadline, remark = preemption.deadline(config.train, started)
@@ -109,18 +101,17 @@ class Trainer:
         self.epoch_steps = steps_per_epoch(len(train), self.batch_size)
         self.total_steps = config.train.max_steps or config.train.epochs * self.epoch_steps
         self.schedule = build_schedule(
-            config.optimizer, self.engine.optimizer, self.total_steps, self.epoch_steps
+            config, self.engine.optimizer, self.total_steps, self.epoch_steps
         )
         self.on_device = OnDevice(config, accelerator.device)
         step.loss.begin(len(train), accelerator.device)
         self.main = accelerator.is_main_process
         self.samples_per_perturbation = samples_per_perturbation(config, accelerator.num_processes)
-        train = config.train
         self.average: Average | None = None
-        if train.average == "ema":
-            anew = train.average_norm_statistics == "reestimate"
-            batches = partial(statistics_inputs, config, self.train, accelerator, self.on_device)
-            self.average = Average(step.engine, train.average_decay, batches if anew else None)
+        if (rule := config.average.build()) is not None:
+            anew = rule.norm_statistics == "reestimate"
+            batches = partial(statistics_inputs, config, train, accelerator, self.on_device)
+            self.average = Average(step.engine, rule, batches if anew else None)
         self.skipped = self.skipped_in_a_row = 0  # steps without a finite gradient, all and last
         self.stopped_by: str | None = None
         self.saved = 0  # the step of the last checkpoint
@@ -265,15 +256,15 @@ class Trainer:
         """Learning rate and rho of this step, both functions of its number."""
         self.schedule.step_update(self.done)
         rate = self.engine.optimizer.param_groups[0]["lr"]
-        self.step.rho = rho_at(self.config.sharpness, rate / self.config.optimizer.learning_rate)
+        self.step.rho = self.config.sharpness.rho_at(rate / self.config.optimizer.learning_rate)
         self.step.taken = self.done
 
     def _after_step(self, result: StepResult) -> None:
         train = self.config.train
         self.skipped += result.skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
-        if self.average and not result.skipped:
-            self.average.update()
+        if self.average:
+            self.average.update(self.done, result.skipped, self.epoch_steps, self.total_steps)
         self.speed.steps += 1
         if self.done % train.log_every_steps == 0 or self.done == self.total_steps:
             self._log(result)

@@ -23,7 +23,7 @@ def refuse_unfit(
     Raises:
         DataError: They have not; the remedy is named.
     """
-    name = type(objective).__name__
+    name = f"objective.name={objective.name}"
     if isinstance(train, Stream) and objective.pairs == "same_class":
         raise DataError(
             f"{name} compares images of one class, and streamed shards are read in an order that "
@@ -33,10 +33,5 @@ def refuse_unfit(
         raise DataError(
             f"{name} keeps a history of each image, and images of streamed shards have no numbers "
             f"to keep it by. {READ_BY_INDEX}"
-        )
-    if objective.hard_labels and inputs.mixing(config.data, config.model.num_classes):
-        raise DataError(
-            f"{name} is defined for hard labels only, and mixing makes soft ones: set "
-            "data.mixup=0 and data.cutmix=0"
         )
     inputs.batch_arithmetic(config, world_size, len(train), objective)

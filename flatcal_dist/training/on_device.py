@@ -21,7 +21,7 @@ class OnDevice:
         self.device, self.seed = device, config.run.seed
         self.channels_last = config.model.channels_last
         self.normalize = inputs.normalization(config.data).to(device)
-        self.mixing = inputs.mixing(config.data, config.model.num_classes)
+        self.mixing = config.mixing.mixing(config.model.num_classes)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Targets]:
         images = self.normalize(batch.images.to(self.device, non_blocking=True))

@@ -1,13 +1,14 @@
-"""Base optimizer and learning-rate schedule, both timm's."""
+"""The base optimizer, timm's, and the schedule of its learning rate."""
 
 import inspect
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from flatcal_dist.config import ConfigError, OptimizerConfig
+from flatcal_dist.config import Config, ConfigError, OptimizerConfig
+from flatcal_dist.schedules import Length
 
 MOMENTUM = OptimizerConfig().momentum
 OWN_KEYS = ("lr", "weight_decay", "momentum")
@@ -61,18 +62,17 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
 
 
 def build_schedule(
-    config: OptimizerConfig, optimizer: torch.optim.Optimizer, total_steps: int, epoch_steps: int
-) -> CosineLRScheduler:
-    """Linear warm-up, then cosine to zero at `total_steps`.
+    config: Config, optimizer: torch.optim.Optimizer, total_steps: int, epoch_steps: int
+) -> Scheduler:
+    """Return the schedule of a configuration for a run of this length.
 
-    `schedule.step_update(step)` sets the rate of that step: no state, nothing to resume.
+    Args:
+        config: Its sections `schedule` and `optimizer` are read.
+        optimizer: Its learning rates are set by `step_update(step)`.
+        total_steps: Of the run.
+        epoch_steps: Of an epoch.
     """
-    warmup_steps = min(round(config.warmup_epochs * epoch_steps), total_steps - 1)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=total_steps - warmup_steps,
-        warmup_t=warmup_steps,
-        warmup_prefix=True,
-        warmup_lr_init=config.learning_rate / max(warmup_steps, 1),
-        t_in_epochs=False,
-    )
+    peak = config.optimizer.learning_rate
+    warmup = min(round(config.optimizer.warmup_epochs * epoch_steps), total_steps - 1)
+    length = Length(warmup, epoch_steps, total_steps)
+    return config.schedule.build().scheduler(optimizer, peak, length)

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from flatcal_dist import config as configuration
+from flatcal_dist.averaging.average import Average
+from flatcal_dist.averaging.norm_statistics import has_statistics
 from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.models import build
 from flatcal_dist.run_directory import RunDirectory
 from flatcal_dist.sharpness import SharpnessAwareStep
 from flatcal_dist.sharpness.buffers import set_buffers
 from flatcal_dist.training import checkpoint
-from flatcal_dist.training.averaging import Average
 from flatcal_dist.training.checkpoint import CheckpointError, Progress
-from flatcal_dist.training.norm_statistics import has_statistics
 from flatcal_dist.weights import save_weights
 
 Pieces = dict[str, list]
@@ -41,6 +41,7 @@ class Whole:
     memory: dict[str, Tensor] | None = None
     average: dict[str, Tensor] | None = None
     average_statistics: dict[str, Tensor] | None = None
+    average_count: int = 0
     objective: dict[str, Tensor] | None = None  # by names of its own, whole on every rank
 
     def put(self, into: dict[str, Any], key: str, name: str, part: Tensor, start: int) -> None:
@@ -74,6 +75,7 @@ def assemble(path: Path, optimizer: bool = True) -> Whole:
         if rank == 0:
             whole.rest = _rest(part["engine"], pieces)
             whole.average_statistics = part.get("average_statistics")
+            whole.average_count = part.get("average_count", 1)  # older ones: EMA alone
             whole.objective = part.get("objective")
             whole.loss_scale = part["arrangement"]["loss_scale"]
             whole.groups = part["engine"]["optimizer"]["param_groups"]
@@ -113,7 +115,7 @@ def load(
     }
     if average:
         cut = {n: _cut(whole.average[n], piece) for n, piece in pieces.items()}
-        average.load(cut, whole.average_statistics)
+        average.load(cut, whole.average_statistics, whole.average_count)
 
 
 def _refuse_other_network(whole: Whole, pieces: Pieces) -> None:
@@ -160,6 +162,8 @@ def fill_network(network: nn.Module, path: Path) -> None:
     the checkpoint is of another network, or holds an average without these.
     """
     whole = assemble(path, optimizer=False)
+    if whole.average_count == 0:  # nothing was averaged yet
+        whole.average = whole.average_statistics = None
     if whole.average is not None and whole.average_statistics is None and has_statistics(network):
         raise CheckpointError(
             f"{path} holds an average of the weights without the running statistics of batch norm "

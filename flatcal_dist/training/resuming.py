@@ -7,6 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from flatcal_dist import inputs
+from flatcal_dist.averaging.average import Average
 from flatcal_dist.config import Config
 from flatcal_dist.data import Index, steps_per_epoch
 from flatcal_dist.data.stream import Stream
@@ -16,7 +17,6 @@ from flatcal_dist.files import write_text
 from flatcal_dist.run_directory import RunDirectory, RunError, State
 from flatcal_dist.sharpness import SharpnessAwareStep
 from flatcal_dist.training import checkpoint, resharding
-from flatcal_dist.training.averaging import Average
 from flatcal_dist.training.build import samples_per_perturbation
 from flatcal_dist.training.tracking import read_metrics
 

@@ -39,14 +39,14 @@ from tests.sharpness.reference import (
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SAM(-0.1), "rho must be finite and not negative"),
-        (lambda: CSAM(math.nan), "rho must be finite"),
-        (lambda: CSAM(0.1, gamma=2.5), r"gamma must lie in \[0, 2\]"),
-        (lambda: CSAM(0.1, gamma=math.nan), r"gamma must lie in \[0, 2\]"),
-        (lambda: SAM(0.1, every=0), "every must be at least 1"),
-        (lambda: SAM(0.1, every=2.5), "every must be at least 1 and whole"),
-        (lambda: ASAM(0.1, eta=-1), "eta must be finite"),
-        (lambda: LookSAM(0.1, alpha=math.inf), "alpha must be finite"),
+        (lambda: SAM(-0.1), "SAM: rho = -0.1: input should be greater than or equal to 0"),
+        (lambda: CSAM(math.nan), "rho = nan: input should be a finite number"),
+        (lambda: CSAM(0.1, gamma=2.5), "gamma = 2.5: input should be less than or equal to 2"),
+        (lambda: CSAM(0.1, gamma=math.nan), "gamma = nan: input should be a finite number"),
+        (lambda: SAM(0.1, every=0), "every = 0: input should be greater than or equal to 1"),
+        (lambda: SAM(0.1, every=2.5), "every = 2.5: input should be a valid integer"),
+        (lambda: ASAM(0.1, eta=-1), "eta = -1: input should be greater"),
+        (lambda: LookSAM(0.1, alpha=math.inf), "alpha = inf: input should be a finite"),
         (lambda: csam_loss(torch.zeros(1, 2), torch.zeros(1, 2), 1.0), "hard labels only"),
     ],
 )

@@ -13,8 +13,11 @@ from flatcal_dist.training.checkpoint import CheckpointError, load_progress
 from flatcal_dist.training.resharding import fill_network
 from tests.training.jobs import Run, same, stop_after_six
 
+EMA = ("average.name=ema", "average.decay=0.9")
+# Three steps an epoch: two epochs are averaged when the run stops after six steps.
+SWA = ("average.name=swa", "average.start=0.05", "data.global_batch_size=256")
 CONVOLUTIONAL = (
-    "model.name=test_byobnet", "model.options={}", "train.average=ema", "train.average_decay=0.9",
+    "model.name=test_byobnet", "model.options={}",
     "optimizer.learning_rate=0.5", "train.keep_best=nll", "train.max_steps=36",
 )  # fmt: skip
 
@@ -40,13 +43,14 @@ def nll(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float
         return float(nn.functional.cross_entropy(network.eval()(images), labels))
 
 
+@pytest.mark.parametrize("average", [EMA, SWA], ids=["ema", "swa"])
 def test_a_run_validates_keeps_exports_and_resumes_the_average_with_its_own_statistics(
-    data, tmp_path
+    data, tmp_path, average
 ):
-    run = Run(tmp_path / "run", data, "ddp", *CONVOLUTIONAL)
+    run = Run(tmp_path / "run", data, "ddp", *CONVOLUTIONAL, *average)
     assert run.start(fault=stop_after_six).wait() == [75, 75]
     run.finish()
-    stayed = Run(tmp_path / "stayed", data, "ddp", *CONVOLUTIONAL).finish()
+    stayed = Run(tmp_path / "stayed", data, "ddp", *CONVOLUTIONAL, *average).finish()
     assert same(run, stayed), "resumed bit for bit"
 
     config = load(run.path / "config.yaml")

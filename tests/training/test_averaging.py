@@ -7,6 +7,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from flatcal_dist.averaging import EMA, SWA, Moment
+from flatcal_dist.averaging.average import Average
+from flatcal_dist.averaging.norm_statistics import norm_layers, reestimate
 from flatcal_dist.config import load
 from flatcal_dist.data import prepare_digits
 from flatcal_dist.inputs import (
@@ -14,8 +17,6 @@ from flatcal_dist.inputs import (
     statistics_batches,
 )
 from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
-from flatcal_dist.training.averaging import Average
-from flatcal_dist.training.norm_statistics import norm_layers, reestimate
 from tests.ranks import on_ranks
 from tests.sharpness.engines import ENGINES, everywhere, make_engine
 
@@ -125,14 +126,14 @@ def averaged(rank, world_size, kind):
         rounds = -(-5 // world_size) * world_size
         return ((five[min(b, 4)], b < 5) for b in range(rank, rounds, world_size))
 
-    average = Average(engine, 0.7, batches)
+    average = Average(engine, EMA(decay=0.7), batches)
     average.settle()
     first = dict(average.statistics)
     step = SharpnessAwareStep(engine, SAM(0.05))
     for number in range(3):
         mine = pictures(number, 12).tensor_split(world_size)[rank]
         step([(mine, torch.arange(len(mine)) % 5)])
-        average.update()
+        average.update(1, False, 1, 9)
     engine.synchronize_buffers()
     before = copy.deepcopy(engine.full_weights())
     with average.applied():
@@ -162,13 +163,13 @@ def test_without_batches_the_statistics_are_averaged_as_torch_does():
     torch.manual_seed(1)
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     engine = ReplicatedEngine(network, torch.optim.SGD(network.parameters(), lr=0.5))
-    step, average = SharpnessAwareStep(engine, SAM(0.1)), Average(engine, decay=0.9)
+    step, average = SharpnessAwareStep(engine, SAM(0.1)), Average(engine, EMA(decay=0.9))
     reference = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     reference.update_parameters(network)  # the first only copies
     for number in range(4):
         inputs = torch.randn(6, 3, generator=torch.Generator().manual_seed(number))
         step([(inputs, torch.arange(6) % 4)])
-        average.update()
+        average.update(1, False, 1, 9)
         reference.update_parameters(network)
     own = {name: buffer.clone() for name, buffer in network.named_buffers()}
     with average.applied():
@@ -180,14 +181,38 @@ def test_without_batches_the_statistics_are_averaged_as_torch_does():
     assert all(torch.equal(buffer, own[name]) for name, buffer in network.named_buffers())
 
 
+def test_swa_is_the_plain_average_at_the_ends_of_the_last_epochs():
+    """Skipped steps move nothing and an epoch may end with one; nothing is averaged before."""
+    torch.manual_seed(1)
+    network = nn.Linear(3, 4)
+    engine = ReplicatedEngine(network, torch.optim.SGD(network.parameters(), lr=0.5))
+    average = Average(engine, SWA(start=0.5, every_epochs=2))
+    reference = AveragedModel(network)
+    for number in range(1, 31):  # ten epochs of three steps
+        with torch.no_grad():
+            network.weight += torch.randn(4, 3)
+        average.update(number, number == 24, 3, 30)
+        if number in (18, 24, 30):
+            reference.update_parameters(network)
+        own = network.weight.clone()
+        with average.applied():
+            right = reference.module.weight if number >= 18 else own
+            torch.testing.assert_close(network.weight, right, rtol=0, atol=1e-6)
+        assert torch.equal(network.weight, own)
+    assert average.count == 3
+    short = SWA(start=0.5, every_epochs=5)
+    shares = [short.share(Moment(step, False, 4, 10, 0)) for step in range(1, 11)]
+    assert shares == [None] * 9 + [1.0], "the last step counts where no epoch did"
+
+
 def ranks_average(rank, world_size):
     """Each rank's own running statistics are averaged; what counts is rank 0's, on every rank."""
     engine = make_engine("ddp", Norms())
-    average = Average(engine, 0.7)
+    average = Average(engine, EMA(decay=0.7))
     step = SharpnessAwareStep(engine, SAM(0.05))
     for number in range(3):
         step([(pictures(number + 5 * rank), torch.arange(8) % 5)])
-        average.update()
+        average.update(1, False, 1, 9)
     own = {name: t.clone() for name, t in average.statistics.items()}
     average.settle()
     return own, average.statistics
@@ -207,20 +232,20 @@ def test_a_network_without_such_layers_has_no_cost():
 
     network = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     engine = ReplicatedEngine(network, torch.optim.SGD(network.parameters(), lr=0.5))
-    average = Average(engine, 0.9, never)
-    average.update()
+    average = Average(engine, EMA(decay=0.9), never)
+    average.update(1, False, 1, 9)
     average.settle()
     with average.applied():
         assert average.statistics == {}
 
 
-@pytest.mark.parametrize("mixup", [0.0, 0.2])
-def test_training_images_are_dealt_the_same_to_any_number_of_ranks(tmp_path, mixup):
+@pytest.mark.parametrize("mixing", ["none", "mixup"])
+def test_training_images_are_dealt_the_same_to_any_number_of_ranks(tmp_path, mixing):
     """The first of the epoch's order, in batches that no rank changes; nobody gets more."""
     prepare_digits(tmp_path)
-    words = [f"data.train={tmp_path}/digits-train-*.tar", f"data.mixup={mixup}"]
+    words = [f"data.train={tmp_path}/digits-train-*.tar", f"mixing.name={mixing}"]
     words += ["data.global_batch_size=96", "evaluate.batch_size=61"]
-    if mixup:
+    if mixing == "mixup":
         words += ["sharpness.rule=sam"]
     config = load("configs/digits/csam.yaml", words)
     train = open_training(config.data, 10)
@@ -234,7 +259,7 @@ def test_training_images_are_dealt_the_same_to_any_number_of_ranks(tmp_path, mix
         return found
 
     one = dealt(1)
-    size = 60 if mixup else 61
+    size = 60 if mixing == "mixup" else 61
     assert [len(images) for images in one.values()] == [size] * (800 // size)
     for ranks in (2, 3, 5):
         other = dealt(ranks)

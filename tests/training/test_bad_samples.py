@@ -17,8 +17,8 @@ from tests.launching import digits, launch
 
 WINDOW = 65536
 STEPS = 12  # per epoch of 800 images in batches of 64
-OPTIONS = ("data.mixup=0.4", "data.cutmix=1.0", "train.max_steps=30", "train.log_every_steps=1",
-           "train.checkpoint_every_epochs=1")  # fmt: skip
+OPTIONS = ("mixing.name=mixup_cutmix", "mixing.mixup_alpha=0.4", "train.max_steps=30",
+           "train.log_every_steps=1", "train.checkpoint_every_epochs=1")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +125,13 @@ def test_zero_stops_at_the_first(shards, bad, tmp_path):
 
 
 def test_odd_micro_batches_are_refused_with_mixing():
-    config = load(None, ["data.mixup=1.0", "data.global_batch_size=66"])
+    config = load(None, ["mixing.name=mixup", "data.global_batch_size=66"])
     with pytest.raises(
         DataError, match=r"66 images on 2 ranks in 1 micro-batches .* multiple of 4"
     ):
         batch_arithmetic(config, 2, None)
     assert "2 ranks" in batch_arithmetic(load(None, ["data.global_batch_size=66"]), 2, None)
-    assert "2 ranks" in batch_arithmetic(load(None, ["data.mixup=1.0"]), 2, None)
+    assert "2 ranks" in batch_arithmetic(load(None, ["mixing.name=mixup"]), 2, None)
 
 
 def test_evaluation_replaces_nothing(shards, tmp_path):

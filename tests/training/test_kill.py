@@ -166,7 +166,7 @@ def test_a_run_that_diverged_says_where(data, tmp_path):
 # LookSAM remembers a gradient, AdamW keeps two moments and a count: all of it changes hands.
 CHANGING = (
     "sharpness.rule=looksam", "optimizer.name=adamw", "optimizer.learning_rate=0.001",
-    "train.average=ema", "train.average_decay=0.8", "optimizer.momentum=0.9",
+    "average.name=ema", "average.decay=0.8", "optimizer.momentum=0.9",
 )  # fmt: skip
 
 

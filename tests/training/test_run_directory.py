@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from flatcal_dist import run_directory
-from flatcal_dist.config import Config, RunConfig, SharpnessConfig
+from flatcal_dist.config import Config, RunConfig, load
 from flatcal_dist.run_directory import RunDirectory, RunError
 from flatcal_dist.training.tracking import Tracker, read_metrics
 
@@ -28,8 +28,9 @@ def test_another_configuration_is_refused_and_nothing_is_written(config):
     assert not directory.path.exists()
     directory.open(config, {})
     directory.check(config)
-    other = config.model_copy(update={"sharpness": SharpnessConfig(rho=0.5)})
-    with pytest.raises(RunError, match=r"sharpness.rho: the run has 0.05, now 0.5"):
+    sharpness = load(None, ["sharpness.rule=sam", "sharpness.rho=0.5"]).sharpness
+    other = config.model_copy(update={"sharpness": sharpness})
+    with pytest.raises(RunError, match=r"sharpness.rule: the run has 'none', now 'sam'"):
         directory.check(other)
 
 

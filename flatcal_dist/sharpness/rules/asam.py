@@ -1,8 +1,10 @@
 """Adaptive SAM."""
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from flatcal_dist.sharpness.rules.base import (
@@ -10,7 +12,6 @@ from flatcal_dist.sharpness.rules.base import (
     Rule,
     Shards,
     ratio,
-    refuse_negative,
     squared_norm,
 )
 
@@ -24,11 +25,11 @@ class ASAM(Rule):
     code. rho is about ten times SAM's.
     """
 
-    eta: float = 0.01
+    name: ClassVar[str] = "asam"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_negative("eta", self.eta)
+    eta: Annotated[
+        float, Field(ge=0, le=1000, description="What is added to the absolute value of a weight.")
+    ] = 0.01
 
     def perturb_(self, shards: Shards, context: Context) -> Tensor:
         # One tensor at a time: T g as a whole would be another copy of the weights.

@@ -11,23 +11,32 @@ asks a rule, in this order:
     descent_loss(loss)   Which loss is followed at w + e, given that of the ascent?
     combine_             Change the descent gradient, in place, and say what to remember.
 
-Only `perturb_` has to be written. A new rule is one file with one class.
+Only `perturb_` has to be written. A new rule is one file with one class: its `name` is what a
+configuration calls it, and its fields are keys of the configuration's section `sharpness`.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from flatcal_dist.choices import check
 from flatcal_dist.sharpness.errors import StepError
 
 # (logits [N, K], targets of N samples) -> losses [N]: an Objective, or a function made of one.
 Loss = Callable[[Tensor, Any], Tensor]
 Memory = dict[str, Tensor]  # a tensor for each parameter, by name
+
+
+Length = Annotated[float, Field(ge=0, le=1000, description="The length of the perturbation.")]
+Every = Annotated[
+    int,
+    Field(ge=1, le=10**12, description="Perturb only in every N-th step, from the first step on."),
+]
 
 
 @dataclass
@@ -84,24 +93,24 @@ class Rule(ABC):
         every: Perturb only in every N-th step, from the first step on (periodic SAM).
 
     Raises:
-        StepError: rho is negative or not finite, or `every` is not a whole number above 0.
+        StepError: A field has another type than it declares, or lies outside its bounds.
     """
 
-    rho: float
-    every: int = 1
+    name: ClassVar[str]  # in the configuration
+
+    rho: Length = 0.05
+    every: Every = 1
     # combine_ gets a copy of the ascent gradient: one more copy of the weights until then.
     keeps_ascent: ClassVar[bool] = False
     # combine_ is to be called; both gradients must then be of all ranks.
     combines: ClassVar[bool] = False
-    # The rule defines the losses of both passes itself.
+    # The rule defines the losses of both passes itself, from class indices.
     own_loss: ClassVar[bool] = False
     # Of each micro-batch, from its first sample on. At 0 the rule perturbs by what it remembers.
     ascent_share: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        refuse_negative("rho", self.rho)
-        if not isinstance(self.every, int) or self.every < 1:
-            raise StepError(f"every must be at least 1 and whole, got {self.every}")
+        check(self, StepError)
 
     def perturbs_at(self, step: int) -> bool:
         return step % self.every == 0
@@ -129,12 +138,6 @@ class Rule(ABC):
         what to remember from now on, or None if nothing new is. A skipped step changes nothing.
         """
         return None
-
-
-def refuse_negative(name: str, value: float) -> None:
-    """Raises StepError unless the value is finite and at least 0."""
-    if not (math.isfinite(value) and value >= 0):
-        raise StepError(f"{name} must be finite and not negative, got {value}")
 
 
 def ratio(a: float | Tensor, b: Tensor) -> Tensor:

@@ -1,16 +1,16 @@
 """Surrogate-gap guided SAM."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 
 from flatcal_dist.sharpness.rules.base import (
     Context,
     Shards,
     dot,
     ratio,
-    refuse_negative,
     squared_norm,
 )
 from flatcal_dist.sharpness.rules.sam import SAM
@@ -24,16 +24,21 @@ class GSAM(SAM):
     g_p - alpha * g_across, where g_across = g - (g . g_p / ||g_p||^2) g_p is the part of g across
     g_p. The paper lets rho fall with the learning rate: see `sharpness.rho_schedule`. With alpha 0
     it is SAM. Until the second gradient is there, g takes the memory of one more copy of the
-    weights. Raises StepError for an alpha that is negative or not finite.
+    weights.
     """
 
-    alpha: float = 0.4
+    name: ClassVar[str] = "gsam"
     keeps_ascent: ClassVar[bool] = True
     combines: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_negative("alpha", self.alpha)
+    alpha: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1000,
+            description="The weight of the part of the ascent gradient that is taken away.",
+        ),
+    ] = 0.4
 
     def combine_(self, shards: Shards, context: Context) -> None:
         ascent = context.ascent

@@ -1,17 +1,18 @@
 """LookSAM."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 
 from flatcal_dist.sharpness.rules.base import (
     Context,
+    Every,
     Memory,
     Shards,
     dot,
     ratio,
-    refuse_negative,
     squared_norm,
 )
 from flatcal_dist.sharpness.rules.sam import SAM
@@ -28,14 +29,14 @@ class LookSAM(SAM):
     too.
     """
 
-    every: int = 5
-    alpha: float = 0.7
+    name: ClassVar[str] = "looksam"
     keeps_ascent: ClassVar[bool] = True
     combines: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_negative("alpha", self.alpha)
+    every: Every = 5
+    alpha: Annotated[
+        float, Field(ge=0, le=1000, description="The weight of the remembered part of a gradient.")
+    ] = 0.7
 
     def combine_(self, shards: Shards, context: Context) -> Memory | None:
         if context.ascent is not None:

@@ -1,12 +1,12 @@
 """Momentum-SAM."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.rules.base import Context, Memory, Rule, Shards, ratio, squared_norm
 
 
@@ -18,17 +18,21 @@ class MomentumSAM(Rule):
     and costs what a plain step costs. The first step does not perturb: there is no v. The rule
     keeps v itself, one more copy of the weights, so that it works with every optimizer. It is
     SGD's own buffer if `momentum` is the optimizer's, up to weight decay, which v does not hold.
-    rho is about ten times SAM's. Raises StepError for a momentum outside [0, 1).
+    rho is about ten times SAM's.
     """
 
-    momentum: float = 0.9
+    name: ClassVar[str] = "momentum_sam"
     combines: ClassVar[bool] = True
     ascent_share: ClassVar[float] = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.momentum < 1:
-            raise StepError(f"momentum must lie in [0, 1), got {self.momentum}")
+    momentum: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="The decay of the gradients that are added up. Best: optimizer.momentum.",
+        ),
+    ] = 0.9
 
     def perturb_(self, shards: Shards, context: Context) -> Tensor:
         memory = context.memory or {}

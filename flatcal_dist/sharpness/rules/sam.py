@@ -1,6 +1,7 @@
 """Sharpness-aware minimization."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ class SAM(Rule):
 
     There is one norm over all parameters. With `every` above 1 it is periodic SAM.
     """
+
+    name: ClassVar[str] = "sam"
 
     def perturb_(self, shards: Shards, context: Context) -> Tensor:
         norm = context.total(squared_norm(shards.gradients)).sqrt()

@@ -3,12 +3,13 @@
 import difflib
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from flatcal_dist.config_files import Layers
+from flatcal_dist.config.choosing import Chooser
+from flatcal_dist.config.files import Layers
 
 SHOWN = reprlib.Repr()
 SHOWN.maxstring = SHOWN.maxother = SHOWN.maxlong = 80
@@ -17,11 +18,31 @@ ONE_OF_TWO = ("bool_type", "bool_parsing")
 NUMBERS = ("int_type", "int_parsing", "int_from_float", "float_type", "float_parsing")
 
 
-def explain(error: ValidationError, layers: Layers, known: Sequence[str]) -> str:
-    """One line for each problem. known: all keys that there are, dotted."""
+def explain(
+    error: ValidationError,
+    layers: Layers,
+    known: Sequence[str],
+    choosers: Mapping[str, Chooser],
+) -> str:
+    """One line for each problem.
+
+    Args:
+        error: Of the validation of `layers.values`.
+        layers: Where the values were written.
+        known: All keys that there are, dotted.
+        choosers: The sections with a choice, by their names.
+    """
     lines = []
     for problem in error.errors():
         kind, names = problem["type"], [str(part) for part in problem["loc"]]
+        if names and names[0] in choosers:
+            if kind == "union_tag_invalid":
+                names.append(choosers[names[0]].by)
+                problem["input"] = problem["ctx"]["tag"]
+                expected = problem["ctx"]["expected_tags"]
+                problem["msg"] = f"expected one of {expected.replace(chr(39), '')}"
+            else:
+                del names[1:2]  # the name of the choice
         # A union (str or list) adds the tried type to the path: keep what is a key or an index.
         key = ".".join(
             part
@@ -36,8 +57,11 @@ def explain(error: ValidationError, layers: Layers, known: Sequence[str]) -> str
             line = f"{_as_written(key)}: no such key{place}{_advice(key, names[-1], known)}"
         elif kind == "value_error":
             line = f"{key + ': ' if key else ''}{problem['ctx']['error']}{place}"
-        elif kind == "model_type":
+        elif kind in ("model_type", "model_attributes_type"):
             line = f"{key} = {shown}{place}: this is a section; set one of its keys"
+            word = problem["input"]
+            if key in choosers and isinstance(word, str) and word in choosers[key].sections:
+                line += f": {choosers[key].key}={word}"
         else:
             line = f"{key} = {shown}{place}: {problem['msg'].lower()}"
             line += _spelling(kind, problem["input"])

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, kept by each engine on its own parts, in fp32."""
+"""The average of the weights, kept by each engine on its own parts, in fp32."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -6,22 +6,23 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from flatcal_dist.sharpness.buffers import broadcast
-from flatcal_dist.sharpness.engine import Engine
-from flatcal_dist.training.norm_statistics import (
+from flatcal_dist.averaging.base import AverageRule, Moment
+from flatcal_dist.averaging.norm_statistics import (
     Statistics,
     norm_layers,
     reestimate,
     statistics_of,
 )
+from flatcal_dist.sharpness.buffers import broadcast
+from flatcal_dist.sharpness.engine import Engine
 
 Batches = Callable[[], Iterable[tuple[Tensor, bool]]]
 
 
 class Average:
-    """average <- decay * average + (1 - decay) * weights, from the initial weights on.
+    """What a rule averages: the trained weights, one copy of this rank's fp32 part.
 
-    Of the trained weights: one copy of this rank's fp32 part. The running statistics of norm layers
+    The running statistics of norm layers
     belong to the weights, so the average has its own. With `batches` they are estimated anew for
     each average that is looked at (see `norm_statistics.reestimate`). Without, they are averaged as
     the weights are, which costs nothing and is right only once the average has forgotten its
@@ -30,14 +31,15 @@ class Average:
     Args:
         engine: Its network is in training mode; norm layers that are not are frozen, and keep their
             statistics.
-        decay: In [0, 1), per step.
+        rule: When weights are averaged, and how much they count.
         batches: This rank's training inputs, in the same order each time, and whether they count;
             as `norm_statistics.reestimate` takes them.
     """
 
     @torch.no_grad()
-    def __init__(self, engine: Engine, decay: float, batches: Batches | None = None) -> None:
-        self.engine, self.decay, self.batches = engine, decay, batches
+    def __init__(self, engine: Engine, rule: AverageRule, batches: Batches | None = None) -> None:
+        self.engine, self.rule, self.batches = engine, rule, batches
+        self.count = 0  # how often weights were averaged
         self.weights = {name: w.detach().clone() for name, w in engine.masters().items()}
         network = getattr(engine, "named", engine.module)  # without torch.compile's prefix
         self.layers = norm_layers(network)
@@ -48,22 +50,32 @@ class Average:
         self.current = not self.layers or batches is None  # whether they belong to the weights
 
     @torch.no_grad()
-    def update(self) -> None:
-        """After a step that moved the weights; between steps they are never perturbed."""
+    def update(self, step: int, skipped: bool, epoch_steps: int, total_steps: int) -> None:
+        """Average after a step if the rule says so: see `Moment` for the arguments."""
+        share = self.rule.share(Moment(step, skipped, epoch_steps, total_steps, self.count))
+        if share is None:
+            return
+        self.count += 1
         now = self.engine.masters()
         if self.weights:  # a rank of ZeRO may hold none
             torch._foreach_lerp_(
-                list(self.weights.values()), [now[name] for name in self.weights], 1 - self.decay
+                list(self.weights.values()), [now[name] for name in self.weights], share
             )
         if self.batches is not None:
             self.current = not self.layers
             return
         for name, buffer in statistics_of(self.layers).items():
-            self.statistics[name].lerp_(buffer.float(), 1 - self.decay)
+            self.statistics[name].lerp_(buffer.float(), share)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The network is the average inside; itself, bit for bit, after. All ranks."""
+        """The network is the average inside; itself, bit for bit, after. All ranks.
+
+        Before weights were averaged for the first time it is itself inside, too.
+        """
+        if self.count == 0:
+            yield
+            return
         if self.batches is None:
             self.settle()
         own = {name: buffer.clone() for name, buffer in statistics_of(self.layers).items()}
@@ -79,6 +91,8 @@ class Average:
 
     def settle(self) -> None:
         """Let every rank hold the same statistics, those of the average as it is now. All ranks."""
+        if self.count == 0:
+            return
         if self.batches is None:  # ranks have seen different batches: rank 0's, as of all buffers
             if self.engine.world_size > 1:
                 broadcast(self.statistics.values())
@@ -106,8 +120,15 @@ class Average:
         self.engine.rewritten()
 
     @torch.no_grad()
-    def load(self, weights: dict[str, Tensor], statistics: Statistics | None) -> None:
-        """This rank's part of a saved average, by name, and its statistics, where they are kept."""
+    def load(self, weights: dict[str, Tensor], statistics: Statistics | None, count: int) -> None:
+        """Be as a saved average was.
+
+        Args:
+            weights: This rank's part of it, by name.
+            statistics: Those of norm layers, where they are kept.
+            count: How often weights had been averaged.
+        """
+        self.count = count
         for name, average in self.weights.items():
             average.copy_(weights[name].view(average.shape))
         if self.batches is None:

@@ -11,6 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from flatcal_dist.patterns import too_many_names
 
+MANY = 10**12  # beyond any number of images or steps
+
 
 class Section(BaseModel):
     """Strict: no unknown keys, no silent conversion of types, no infinities; and immutable."""

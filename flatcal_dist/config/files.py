@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from flatcal_dist.errors import ConfigError
 from flatcal_dist.files import read_bytes
 from flatcal_dist.urls import hide, public
 
@@ -24,16 +25,6 @@ MAX_VALUES = 1_000_000  # in one file; aliases are counted each time that they a
 MAX_FILES = 100  # that one file inherits, directly or not
 MAX_BYTES = 16 << 20
 COMMAND_LINE = "the command line"
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key, its origin and the remedy.
-
-    It never holds the credentials of a URL.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(hide(text))
 
 
 CORE = (  # tag, pattern, first characters; the order decides

@@ -1,0 +1,26 @@
+"""The exponential moving average."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from flatcal_dist.averaging.base import AverageRule, Moment
+
+
+@dataclass(frozen=True)
+class EMA(AverageRule):
+    """average <- decay * average + (1 - decay) * weights, from the initial weights on.
+
+    Polyak and Juditsky (1992) average iterates; this form is that of timm and of Tarvainen and
+    Valpola (NeurIPS 2017).
+    """
+
+    name: ClassVar[str] = "ema"
+
+    decay: Annotated[
+        float, Field(ge=0, lt=1, description="How much the old average counts in each step.")
+    ] = 0.9999
+
+    def share(self, moment: Moment) -> float | None:
+        return None if moment.skipped else 1 - self.decay

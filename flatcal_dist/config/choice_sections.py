@@ -1,0 +1,157 @@
+"""Sections of which one key chooses what the others are: `sharpness: {rule: csam, gamma: 2}`.
+
+The other keys are the fields of the chosen class (`flatcal_dist.choices`), so that adding a class
+adds its keys. Keys that every choice of a section shares stand here.
+"""
+
+from dataclasses import fields
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, create_model, model_validator
+
+from flatcal_dist.averaging import AverageRule
+from flatcal_dist.choices import found_in, keys_of
+from flatcal_dist.config.kinds import Section
+from flatcal_dist.data.mixing import Mixing, MixingRule
+from flatcal_dist.objectives import Objective
+from flatcal_dist.schedules import Schedule
+from flatcal_dist.sharpness.rules import Rule
+
+RULES = found_in("flatcal_dist.sharpness.rules", Rule)
+OBJECTIVES = found_in("flatcal_dist.objectives", Objective)
+AVERAGES = found_in("flatcal_dist.averaging", AverageRule)
+MIXING = found_in("flatcal_dist.data.mixing", MixingRule)
+SCHEDULES = found_in("flatcal_dist.schedules", Schedule)
+
+Scope = Literal["global", "rank", "node"] | Annotated[int, Field(ge=1, le=2**20)]
+
+
+class ChoiceSection(Section):
+    """A section that holds one choice, and the keys of this choice alone."""
+
+    choice: ClassVar[type]
+
+    def build(self) -> Any:
+        """Return the chosen object. Raises ValueError for values that do not fit together."""
+        names = [field.name for field in fields(self.choice) if field.init]
+        return self.choice(**{name: getattr(self, name) for name in names})
+
+
+class NoRule(Section):
+    """Plain training: there is no perturbation, and nothing to say of one."""
+
+    rule: Literal["none"] = "none"
+    rho: ClassVar[float] = 0.0
+    scope: ClassVar[str] = "global"
+    per_micro_batch: ClassVar[bool] = False
+    allow_other_samples: ClassVar[bool] = False
+
+    def build(self) -> None:
+        return None
+
+    def rho_at(self, relative_rate: float) -> float:
+        return 0.0
+
+
+class Perturbation(ChoiceSection):
+    """A rule, and how its perturbation is made of the batch and changes in training."""
+
+    rule: str
+    rho: float
+    rho_schedule: Literal["constant", "learning_rate"] = Field(
+        "constant",
+        description="How rho changes in training. learning_rate: rho falls to rho_min as the "
+        "learning rate falls.",
+    )
+    rho_min: float = Field(
+        0.0, ge=0, le=1000, description="The rho that belongs to a learning rate of 0."
+    )
+    scope: Scope = Field(
+        "global",
+        description="Which ranks share one perturbation: all of them (global), each alone (rank), "
+        "each node (node), or groups of N consecutive ranks (N).",
+    )
+    per_micro_batch: bool = Field(
+        False, description="Whether each micro-batch has a perturbation of its own."
+    )
+    allow_other_samples: bool = Field(
+        False,
+        description="Whether a run may go on although the number of samples per perturbation "
+        "differs from that of its beginning. This changes the algorithm.",
+    )
+
+    @model_validator(mode="after")
+    def _rho_falls(self) -> "Perturbation":
+        if self.rho_schedule == "learning_rate" and self.rho_min > self.rho:
+            raise ValueError(
+                f"sharpness.rho_min={self.rho_min} is above sharpness.rho={self.rho}: rho falls "
+                "from the second to the first"
+            )
+        return self
+
+    def rho_at(self, relative_rate: float) -> float:
+        """Return the length of the perturbation at a learning rate relative to its peak.
+
+        rho_schedule=learning_rate: rho_min + (rho - rho_min) * rate / peak (Zhuang et al., ICLR
+        2022, section 3).
+        """
+        if self.rho_schedule == "constant":
+            return self.rho
+        return self.rho_min + (self.rho - self.rho_min) * relative_rate
+
+
+class Nothing(Section):
+    """No average, or no mixing."""
+
+    name: Literal["none"] = "none"
+
+    def build(self) -> None:
+        return None
+
+
+class NoMixing(Nothing):
+    def mixing(self, classes: int) -> None:
+        return None
+
+
+class MixingSection(ChoiceSection):
+    name: str
+
+    def mixing(self, classes: int) -> Mixing:
+        """Return what mixes images, for targets of this many classes."""
+        return self.build().mixing(classes)
+
+
+class NamedChoice(ChoiceSection):
+    name: str
+
+
+def _section(choice: type, by: str, base: type[ChoiceSection]) -> type[ChoiceSection]:
+    """The section in which `by` names this choice, with its fields as keys."""
+    chosen = {by: (Literal[choice.name], choice.name)}
+    section = create_model(
+        choice.__name__, __base__=base, __doc__=choice.__doc__, **chosen, **keys_of(choice)
+    )
+    section.choice = choice
+    return section
+
+
+def _one_of(
+    by: str, found: dict[str, type], base: type[ChoiceSection], *others: type[Section]
+) -> Any:
+    sections = [*others, *(_section(choice, by, base) for choice in found.values())]
+    return Annotated[reduce(or_, sections), Field(discriminator=by)]
+
+
+if TYPE_CHECKING:  # what all of them have
+    SharpnessConfig = NoRule | Perturbation
+    ObjectiveConfig = AverageConfig = ScheduleConfig = NamedChoice
+    MixingConfig = NoMixing | MixingSection
+else:
+    SharpnessConfig = _one_of("rule", RULES, Perturbation, NoRule)
+    ObjectiveConfig = _one_of("name", OBJECTIVES, NamedChoice)
+    AverageConfig = _one_of("name", AVERAGES, NamedChoice, Nothing)
+    MixingConfig = _one_of("name", MIXING, MixingSection, NoMixing)
+    ScheduleConfig = _one_of("name", SCHEDULES, NamedChoice)

@@ -1,0 +1,119 @@
+"""Keys that belong to another choice of a section: refused, or left to those that choose it.
+
+    inherits: csam.yaml            # sharpness: {rule: csam, rho: 0.1, gamma: 2}
+    sharpness: {rule: sam}         # rho stays, gamma is CSAM's and is set aside
+
+A file that others inherit may hold the keys of its own choice. A key that is given together with
+the choice, or after it, was meant to be read: where it is not, it is refused.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from flatcal_dist.config.files import Layers
+from flatcal_dist.config.sections import Config
+from flatcal_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """A section with a choice: the key that makes it, its default, and the keys of each choice."""
+
+    section: str
+    by: str
+    default: str
+    sections: dict[str, type[BaseModel]]
+
+    @property
+    def key(self) -> str:
+        return f"{self.section}.{self.by}"
+
+    def owners(self, key: str) -> list[str]:
+        """The choices that have this key."""
+        return [name for name, section in self.sections.items() if key in section.model_fields]
+
+    def where(self, key: str) -> str:
+        """In words: where a key belongs that the present choice does not have."""
+        owners = self.owners(key)
+        shared = len(owners) == len([name for name in self.sections if name != "none"])
+        if shared and len(owners) > 1:
+            return f"a {self.key} other than none"
+        return f"{self.key}={' or '.join(owners)}"
+
+
+def _choosers() -> dict[str, Chooser]:
+    found, default = {}, Config()
+    for name, field in Config.model_fields.items():
+        if isinstance(field.discriminator, str):
+            by = field.discriminator
+            sections = {one.model_fields[by].default: one for one in get_args(field.annotation)}
+            found[name] = Chooser(name, by, getattr(getattr(default, name), by), sections)
+    return found
+
+
+CHOOSERS = _choosers()
+
+
+def keys() -> Iterator[str]:
+    """Yield every key that there is, with its section: those of all choices, each once."""
+    for name, field in Config.model_fields.items():
+        sections = CHOOSERS[name].sections.values() if name in CHOOSERS else [field.annotation]
+        for key in dict.fromkeys(key for section in sections for key in section.model_fields):
+            yield f"{name}.{key}"
+
+
+def unread(config: Config) -> dict[str, Chooser]:
+    """Return the keys of choices that were not made, each with its section's chooser."""
+    found = {}
+    for chooser in CHOOSERS.values():
+        own = type(getattr(config, chooser.section)).model_fields
+        for section in chooser.sections.values():
+            found |= {f"{chooser.section}.{key}": chooser for key in section.model_fields
+                      if key not in own}  # fmt: skip
+    return found
+
+
+def set_aside(layers: Layers, recorded: bool) -> None:
+    """Take keys of other choices out of `layers.values`, and fill in the default choice.
+
+    Args:
+        layers: Values and where they were written.
+        recorded: Whether they are those of a run that has begun: nothing is refused then.
+
+    Raises:
+        ConfigError: Such a key was given together with the choice or after it.
+    """
+    refused = []
+    for chooser in CHOOSERS.values():
+        values = layers.values.get(chooser.section)
+        if values == {} or (values is None and chooser.section not in layers.values):
+            layers.values[chooser.section] = {chooser.by: chooser.default}
+        elif isinstance(values, dict):
+            chosen = values.setdefault(chooser.by, chooser.default)
+            if isinstance(chosen, str) and chosen in chooser.sections:
+                refused += _other_keys(chooser, chosen, values, layers, recorded)
+    if refused:
+        raise ConfigError("\n".join(refused))
+
+
+def _other_keys(
+    chooser: Chooser, chosen: str, values: dict[str, Any], layers: Layers, recorded: bool
+) -> list[str]:
+    """Remove the keys of other choices from `values`; what is wrong with those given on purpose."""
+    refused = []
+    made = layers.origin.get(chooser.key)
+    for key in [k for k in values if k not in chooser.sections[chosen].model_fields]:
+        origin = layers.origin_of(f"{chooser.section}.{key}")
+        if not chooser.owners(key):
+            continue  # there is no such key: validation says so
+        value = values.pop(key)
+        if recorded or (origin and made and origin.layer < made.layer):
+            continue
+        refused.append(
+            f"{chooser.section}.{key} = {value!r} ({origin}) belongs to {chooser.where(key)}, and "
+            f"{chooser.key} is {chosen}: leave it out, or choose what reads it"
+        )
+    return refused

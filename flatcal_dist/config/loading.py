@@ -1,0 +1,56 @@
+"""From files and overrides to a valid configuration."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from flatcal_dist.config.choosing import CHOOSERS, keys, set_aside
+from flatcal_dist.config.conditions import with_defaults_for_unread
+from flatcal_dist.config.files import read_layers
+from flatcal_dist.config.identity import fingerprint
+from flatcal_dist.config.messages import explain
+from flatcal_dist.config.older import refuse_older, translate_older
+from flatcal_dist.config.sections import Config
+from flatcal_dist.errors import ConfigError
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = (), recorded: bool = False) -> Config:
+    """Read a configuration file, and apply overrides of the form `key.sub=value`.
+
+    Args:
+        path: The file; None for the defaults.
+        overrides: Values that win over those of the file.
+        recorded: Whether it is the file of a run that has begun. Keys of earlier versions are then
+            translated, and values that it does not read are passed over.
+
+    Raises:
+        ConfigError: The file cannot be read, a key is unknown or belongs to another choice, or a
+            value does not fit.
+    """
+    if recorded and path and Path(path).is_fifo():  # it may never end
+        raise ConfigError(f"{path} is a named pipe: expected the file that the run wrote")
+    layers = read_layers(Path(path) if path is not None else None, overrides)
+    if recorded:
+        translate_older(layers.values)
+    else:
+        refuse_older(layers)
+    set_aside(layers, recorded)
+    try:
+        config = Config.model_validate(layers.values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, layers, list(keys()), CHOOSERS)) from None
+    config = with_defaults_for_unread(config, layers, recorded)
+    if config.run.dir is None and path:
+        folder, stem = (_word(name) for name in (Path(path).resolve().parent.name, Path(path).stem))
+        name = f"{folder}_{stem}-{fingerprint(config)}"
+        config = config.model_copy(
+            update={"run": config.run.model_copy(update={"dir": f"runs/{name}"})}
+        )
+    return config
+
+
+def _word(text: str) -> str:
+    """A part of a directory's name; a configuration read from a pipe has an odd one."""
+    return re.sub(r"[^\w.+-]+", "_", text)

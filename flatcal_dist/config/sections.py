@@ -1,0 +1,238 @@
+"""Every key of a configuration, with its type, bounds, default and meaning."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from flatcal_dist.config.choice_sections import (
+    OBJECTIVES,
+    RULES,
+    AverageConfig,
+    MixingConfig,
+    NoMixing,
+    NoRule,
+    Nothing,
+    ObjectiveConfig,
+    ScheduleConfig,
+    SharpnessConfig,
+)
+from flatcal_dist.config.data_section import DataConfig
+from flatcal_dist.config.kinds import (
+    MANY,
+    Label,
+    Options,
+    PathText,
+    Section,
+    Text,
+)
+
+WEEK = 7 * 24 * 60.0  # minutes
+
+
+class RunConfig(Section):
+    dir: PathText | None = Field(
+        None, description="The run directory. Default: runs/NAME-HASH, which follows from the rest."
+    )
+    start_again: int | None = Field(
+        None,
+        ge=1,
+        le=MANY,
+        description="Begin at step 0 although all checkpoints are lost. The value is how often the "
+        "run was started so far, so that it holds for one start only.",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**64,
+        description="The seed of weights, order, augmentation and dropout.",
+    )
+    world_size: int | None = Field(
+        None, ge=1, le=2**20, description="Refuse to run on another number of ranks than this."
+    )
+
+
+class ModelConfig(Section):
+    name: Text = Field(
+        "resnet50",
+        description="The network: 'mlp', a network of timm, or torchvision:NAME.",
+    )
+    num_classes: int = Field(1000, ge=2, le=1_000_000, description="The number of classes.")
+    options: Options = Field({}, description="What is passed to the builder of the network.")
+    channels_last: bool = Field(
+        False,
+        description="Whether images lie in memory channel by channel within a pixel, which is "
+        "faster for convolutions on a GPU.",
+    )
+
+
+class OptimizerConfig(Section):
+    name: Text = Field(
+        "sgd", description="The optimizer: 'sgd' (without Nesterov), or any of timm's."
+    )
+    learning_rate: float = Field(
+        0.1, gt=0, le=1e6, description="The learning rate at the end of the warm-up."
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="The momentum of optimizers that have it.")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="The weight decay. It is not applied to biases and norm weights.",
+    )
+    clip_norm: float | None = Field(
+        None,
+        gt=0,
+        le=1e30,
+        description="The largest norm of the descent gradient of all ranks. Default: no limit.",
+    )
+    warmup_epochs: float = Field(
+        0.0, ge=0, le=1e6, description="In how many epochs the learning rate rises to its peak."
+    )
+    options: Options = Field(
+        {}, description="What is passed to the optimizer besides, such as betas."
+    )
+
+
+class TrainConfig(Section):
+    engine: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
+        "ddp",
+        description="Who holds the weights: every rank (ddp), or parts of them (ZeRO's stages, "
+        "FSDP2).",
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="The precision of forward and backward passes."
+    )
+    epochs: int = Field(90, ge=1, le=10**6, description="How often all images are seen.")
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        le=MANY,
+        description="The number of optimizer steps. It wins over `epochs`.",
+    )
+    log_every_steps: int = Field(
+        50, ge=1, le=MANY, description="After how many steps figures are logged."
+    )
+    validate_every_epochs: int | None = Field(
+        1,
+        ge=1,
+        le=MANY,
+        description="After how many epochs the network is validated. null: only at the end.",
+    )
+    checkpoint_every_epochs: int = Field(
+        1, ge=1, le=MANY, description="After how many epochs a checkpoint is written."
+    )
+    checkpoint_every_steps: int | None = Field(
+        None,
+        ge=1,
+        le=MANY,
+        description="After how many steps a checkpoint is written besides.",
+    )
+    keep_checkpoints: int = Field(
+        2, ge=1, le=MANY, description="How many of the newest checkpoints are kept."
+    )
+    keep_best: Literal["accuracy", "nll"] | None = Field(
+        None,
+        description="Keep the checkpoint with the best validation, too. Each validation then "
+        "writes a checkpoint.",
+    )
+    stop_after_minutes: float | None = Field(
+        None,
+        gt=0,
+        le=52 * WEEK,
+        description="After how many minutes of this start the run writes a checkpoint and ends as "
+        "preempted.",
+    )
+    stop_margin_minutes: float = Field(
+        5.0,
+        ge=0,
+        le=WEEK,
+        description="How many minutes before the end of a SLURM job the run does the same.",
+    )
+    hang_minutes: float | None = Field(
+        30.0,
+        ge=0.01,
+        le=WEEK,
+        description="Abort a rank that completes no step for this long, and print its stacks. It "
+        "must exceed the time of one validation and one checkpoint.",
+    )
+    collective_timeout_minutes: float = Field(
+        10.0, ge=0.01, le=WEEK, description="How long a rank waits for the others."
+    )
+
+
+class EvaluateConfig(Section):
+    at_end: bool = Field(
+        True, description="Whether to evaluate and write the report when training ends."
+    )
+    batch_size: int = Field(
+        256, ge=1, le=2**24, description="The number of images of one forward pass on one rank."
+    )
+    folds: int = Field(
+        5, ge=2, le=1000, description="The number of folds of the cross-fitted temperature."
+    )
+
+
+class WandbConfig(Section):
+    mode: Literal["offline", "online", "disabled"] = Field(
+        "offline",
+        description="Whether W&B is used. online: also offline, where W&B cannot be reached.",
+    )
+    project: Label = Field(
+        "flatcal_dist", pattern=r"^[^/\\#?%:]+$", description="The project in W&B."
+    )
+    name: Label | None = Field(None, description="The name of the run in W&B.")
+    group: Label | None = Field(
+        None, description="Runs of one group are shown together. A sweep sets its own name."
+    )
+    tags: list[Annotated[Text, Field(max_length=64)]] = Field(
+        [], max_length=1000, description="Words by which W&B finds the run."
+    )
+    log_checkpoints: bool = Field(
+        False, description="Whether checkpoints are sent to W&B as artifacts."
+    )
+    finish_seconds: float = Field(
+        30.0,
+        gt=0,
+        le=600,
+        description="How many seconds the end of a run waits for W&B at most.",
+    )
+
+
+class Config(Section):
+    """A whole configuration, section by section."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    mixing: MixingConfig = NoMixing()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = Field({"name": "cross_entropy"}, validate_default=True)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = Field({"name": "cosine"}, validate_default=True)
+    sharpness: SharpnessConfig = NoRule()
+    average: AverageConfig = Nothing()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def _combines(self) -> "Config":
+        rule, objective = RULES.get(self.sharpness.rule), OBJECTIVES[self.objective.name]
+        if rule is not None and rule.own_loss and self.objective.name != "cross_entropy":
+            raise ValueError(
+                f"sharpness.rule={rule.name} defines the loss itself, from hard labels: set "
+                f"objective.name=cross_entropy, or another rule than {rule.name}, such as sam"
+            )
+        if self.mixing.name != "none":
+            key = None
+            if rule is not None and rule.own_loss:
+                key = f"sharpness.rule={rule.name}"
+            elif objective.hard_labels:
+                key = f"objective.name={objective.name}"
+            if key:
+                raise ValueError(
+                    f"{key} is defined for hard labels only, and mixing makes soft ones: set "
+                    f"mixing.name=none, or choose another {key.partition('=')[0]}"
+                )
+        if self.train.keep_best and self.train.validate_every_epochs is None:
+            raise ValueError("train.keep_best needs validation: set train.validate_every_epochs")
+        return self
