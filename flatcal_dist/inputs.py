@@ -43,6 +43,7 @@ from flatcal_dist.data.remote import Access, is_remote
 from flatcal_dist.data.stream import Stream, checksums, class_names, list_shards, open_stream
 from flatcal_dist.data.streaming import streaming_loader
 from flatcal_dist.distributed import on_all_ranks
+from flatcal_dist.objectives import Objective
 from flatcal_dist.urls import public
 
 LABEL_BYTES = 8  # of a label, and of the number of a sample
@@ -221,30 +222,26 @@ def promise(train: Index | Stream) -> str:
     )
 
 
-def readers(config: Config, world_size: int) -> dict[str, int]:
-    """What the order of a stream depends on besides the seed."""
-    data = config.data
-    size = micro_batch_size(data, world_size)
-    return {"ranks": world_size, "workers": data.workers, "micro_batch_size": size}
-
-
 def micro_batch_size(data: DataConfig, world_size: int) -> int:
     """Images per forward pass on a rank: as configured, or a rank's whole share."""
     return data.micro_batch_size or -(-data.global_batch_size // world_size)
 
 
-def batch_arithmetic(config: Config, world_size: int, images: int | None) -> str:
+def batch_arithmetic(
+    config: Config, world_size: int, images: int | None, objective: Objective | None = None
+) -> str:
     """How the global batch is made up, in words; `images` of the training data, where known."""
     data, train = config.data, config.train
     size = data.global_batch_size
     count = micro_batch_count(size, micro_batch_size(data, world_size), world_size)
-    if config.mixing.name != "none" and size % (2 * world_size * count):
+    paired = config.mixing.name != "none" and f"mixing.name={config.mixing.name} mixes"
+    if objective is not None and objective.pairs != "none":
+        paired = f"objective.name={objective.name} compares"
+    if paired and size % (2 * world_size * count):
         raise DataError(
-            f"mixing.name={config.mixing.name} mixes pairs of images, but {size} images on "
-            f"{world_size} "
-            f"ranks in {count} micro-batches each are not an even number per micro-batch: make "
-            f"data.global_batch_size a multiple of {2 * world_size * count}, or choose another "
-            "data.micro_batch_size"
+            f"{paired} pairs of images, but {size} images on {world_size} ranks in {count} micro-"
+            "batches each are not an even number per micro-batch: make data.global_batch_size a "
+            f"multiple of {2 * world_size * count}, or choose another data.micro_batch_size"
         )
     share = f"{size / world_size:g}"
     text = (
@@ -309,12 +306,14 @@ def training_batches(
     rank: int,
     world_size: int,
     pin_memory: bool,
+    same_class: bool = False,  # pairs images of one class, which a stream cannot
 ) -> Batches:
     data = config.data
     if isinstance(train, Stream):
         loader = partial(streaming_loader, train, buffer=data.shuffle_buffer)
     else:
-        loader = partial(training_loader, train, window=data.shuffle_window)
+        window = data.shuffle_window
+        loader = partial(training_loader, train, window=window, same_class=same_class)
     return loader(
         seed=config.run.seed,
         global_batch_size=data.global_batch_size,

@@ -78,6 +78,15 @@ def test_rules_that_do_not_perturb_in_each_step_and_smoothed_labels():
     assert outcome == [(12, []), (12, []), (11, []), (11, []), (12, [])]
 
 
+def test_objectives_that_pair_images_or_keep_a_history():
+    sam = ["sharpness.rule=sam"]
+    cases = [(None, [*sam, f"objective.name={name}"]) for name in ("cs_kd", "crl", "focal")]
+    for outcome in on_ranks(2, failing, [*cases, ("norm", cases[0][1])]):
+        *right, (_, wrong) = outcome
+        assert [failed for _, failed in right] == [[]] * 3
+        assert NAMES["norm"] in wrong
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision(precision):
     half = [f"train.precision={precision}"]

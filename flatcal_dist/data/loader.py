@@ -81,6 +81,7 @@ def training_loader(
     rank: int = 0,
     world_size: int = 1,
     window: int | None = None,
+    same_class: bool = False,
     decoder: str = "auto",
     max_pixels: int = MAX_PIXELS,
     **delivery: Unpack[Delivery],
@@ -90,7 +91,8 @@ def training_loader(
     The end is `epochs` epochs, or `max_steps` optimizer steps where that is given, both counted
     from the beginning of the run. Micro-batches hold `micro_batch_size` samples at most; every
     rank gets the same number of them in every step, with at most one sample difference.
-    `window`: see `epoch_order`. `decoder`, `max_pixels`: see `decode`. The rest is `Delivery`'s.
+    `window`: see `epoch_order`. `same_class`: pair images of one class, as it says of `paired_by`.
+    `decoder`, `max_pixels`: see `decode`. The rest is `Delivery`'s.
 
     An image that cannot be used is replaced by one that (seed, epoch, sample) alone decide, with
     the label of that one; `Batch.replaced` lists these.
@@ -110,6 +112,7 @@ def training_loader(
         steps=steps_per_epoch(len(index), global_batch_size),
         epochs=epochs,
         max_steps=max_steps,
+        paired_by=index.label if same_class else None,
     )
     images = _TrainingImages(Images(index, channels, decoder, max_pixels), seed, transform)
     return Batches(images, Ahead(schedule, max(delivery.get("workers", 0), 1)), **delivery)

@@ -31,24 +31,71 @@ def shuffled(n: int, generator: np.random.Philox) -> np.ndarray:
 
 
 def epoch_order(
-    shard_lengths: Sequence[int] | np.ndarray, seed: int, epoch: int, window: int | None = None
+    shard_lengths: Sequence[int] | np.ndarray,
+    seed: int,
+    epoch: int,
+    window: int | None = None,
+    paired_by: np.ndarray | None = None,
 ) -> np.ndarray:
     """The permutation [n] int64 of all samples that one epoch visits.
 
     Shards are permuted, consecutive ones are joined into windows of at least `window` samples,
     and samples are permuted inside each window: reading touches few shards at a time, as slow
-    or remote disks want. `None` is one window over everything, a perfect shuffle.
+    or remote disks want.
+
+    Args:
+        shard_lengths: The number of samples in each shard.
+        seed: The seed of the run.
+        epoch: The number of the epoch, from 0.
+        window: None is one window over everything, a perfect shuffle.
+        paired_by: Labels of all samples [n], to pair samples of one class: the samples at places 2i
+            and 2i + 1 are then of one class, drawn at random within a window, as `class_pairs` does
+            it. A sample that is left over goes to the next window; the last one ends the epoch.
     """
     lengths = np.asarray(shard_lengths, np.int64)
     starts = np.cumsum(lengths) - lengths
     generator = np.random.Philox(key=np.array([seed, epoch], np.uint64))
-    if window is None:
-        return shuffled(int(lengths.sum()), generator)
-    order = []
-    for shards in _windows(shuffled(len(lengths), generator), lengths, window):
-        samples = np.concatenate([np.arange(starts[s], starts[s] + lengths[s]) for s in shards])
-        order.append(samples[shuffled(len(samples), generator)])
-    return np.concatenate(order)
+    windows = [np.arange(lengths.sum())]
+    if window is not None:
+        windows = [
+            np.concatenate([np.arange(starts[s], starts[s] + lengths[s]) for s in shards])
+            for shards in _windows(shuffled(len(lengths), generator), lengths, window)
+        ]
+    order, left = [], np.empty(0, np.int64)
+    for samples in windows:
+        samples = samples[shuffled(len(samples), generator)]
+        if paired_by is not None:
+            samples, left = class_pairs(np.append(left, samples), paired_by, generator)
+        order.append(samples)
+    return np.concatenate([*order, left])
+
+
+def class_pairs(
+    samples: np.ndarray, labels: np.ndarray, generator: np.random.Philox
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shuffled samples with those of one class in pairs, and the sample left over, [0] or [1].
+
+    The pairs are in random order. Of a class with an odd number of samples one has no partner in
+    it. These are paired with each other, so that nothing is left out or comes twice; an objective
+    tells them by their labels. One sample is left over if their number is odd.
+
+    Args:
+        samples: In random order, which decides who is whose partner.
+        labels: The class of every sample of the data, by its number.
+        generator: The source of the order of pairs.
+    """
+    by_class = samples[np.argsort(labels[samples], kind="stable")]
+    classes = labels[by_class]
+    first = np.append(True, classes[1:] != classes[:-1])[: len(classes)]
+    starts = np.flatnonzero(first)
+    place = np.arange(len(classes)) - np.repeat(starts, np.diff(np.append(starts, len(classes))))
+    last = np.append(first[1:], True)[: len(classes)]
+    single = last & (place % 2 == 0)
+    singles = by_class[single]
+    singles = singles[shuffled(len(singles), generator)]
+    even = len(singles) // 2 * 2
+    pairs = np.append(by_class[~single], singles[:even]).reshape(-1, 2)
+    return pairs[shuffled(len(pairs), generator)].reshape(-1), singles[even:]
 
 
 def _windows(shards: np.ndarray, lengths: np.ndarray, window: int) -> list[list[int]]:

@@ -36,6 +36,7 @@ class Schedule:
     steps: int  # per epoch
     epochs: int
     max_steps: int | None
+    paired_by: np.ndarray | None = None  # labels of all samples: see `epoch_order`
 
     def __post_init__(self) -> None:
         if not 0 <= self.start.step <= self.steps or self.start.epoch < 0:
@@ -57,7 +58,9 @@ class Schedule:
         for done in self._range():
             epoch, step = divmod(done, self.steps)
             if epoch != ordered:
-                order = epoch_order(self.shard_lengths, self.seed, epoch, self.window)
+                order = epoch_order(
+                    self.shard_lengths, self.seed, epoch, self.window, self.paired_by
+                )
                 ordered = epoch
             batch = global_batch(order, step, self.global_batch_size)
             parts = micro_batches(rank_share(batch, self.rank, self.world_size), self.count)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatcal_dist.objectives.base import Objective, at_least_float32
+from flatcal_dist.objectives.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,8 @@ class CrossEntropy(Objective):
 
     name: ClassVar[str] = "cross_entropy"
 
-    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(logits, labels, "none")
+    def losses(self, logits: Tensor, targets: Targets) -> Tensor:
+        return cross_entropy(logits, targets.labels, "none")
 
 
 def cross_entropy(

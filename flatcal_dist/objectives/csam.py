@@ -7,9 +7,12 @@ from torch import Tensor
 
 from flatcal_dist.objectives.base import reduce
 from flatcal_dist.objectives.cross_entropy import cross_entropy
+from flatcal_dist.objectives.targets import Targets, labels_of
 
 
-def csam_loss(logits: Tensor, target: Tensor, gamma: float, reduction: str = "mean") -> Tensor:
+def csam_loss(
+    logits: Tensor, target: Tensor | Targets, gamma: float, reduction: str = "mean"
+) -> Tensor:
     """The calibrated SAM objective (Tan et al., ICLR 2026, arXiv 2505.23866), literal form.
 
     With p the softmax probability of the true class,
@@ -21,11 +24,12 @@ def csam_loss(logits: Tensor, target: Tensor, gamma: float, reduction: str = "me
     samples that are already right with confidence push less. Defined for hard labels; gamma 0 is
     exactly `cross_entropy`.
 
-    logits: [N, K]; target: class indices [N]; returns a scalar, or [N] with reduction "none".
-    Raises ValueError for gamma outside [0, 2], soft labels, or an unknown reduction.
+    logits: [N, K]; target: class indices [N], or Targets; returns a scalar, or [N] with reduction
+    "none". Raises ValueError for gamma outside [0, 2], soft labels, or an unknown reduction.
     """
     if not 0 <= gamma <= 2:
         raise ValueError(f"csam_loss: gamma must lie in [0, 2], not {gamma}")
+    target = labels_of(target)
     if target.is_floating_point() or target.ndim != 1:
         raise ValueError(
             "csam_loss is defined for hard labels only: `target` must hold class indices of shape "

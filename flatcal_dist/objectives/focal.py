@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flatcal_dist.objectives.base import Objective
 from flatcal_dist.objectives.cross_entropy import cross_entropy
+from flatcal_dist.objectives.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Focal(Objective):
         Field(ge=0, le=100, description="How fast a sample's weight falls with its probability."),
     ] = 3.0
 
-    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        nll = cross_entropy(logits, labels, reduction="none")
+    def losses(self, logits: Tensor, targets: Targets) -> Tensor:
+        nll = cross_entropy(logits, targets.labels, reduction="none")
         # 1 - p without cancellation, and above 0: a power below 1 has no slope there.
         rest = -torch.expm1(-nll)
         return rest.clamp(min=torch.finfo(nll.dtype).tiny) ** self.gamma * nll

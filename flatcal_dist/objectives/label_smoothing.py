@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flatcal_dist.objectives.base import Objective
 from flatcal_dist.objectives.cross_entropy import cross_entropy
+from flatcal_dist.objectives.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -25,5 +26,5 @@ class LabelSmoothing(Objective):
         Field(ge=0, lt=1, description="The probability that is spread evenly over all classes."),
     ] = 0.1
 
-    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(logits, labels, "none", self.smoothing)
+    def losses(self, logits: Tensor, targets: Targets) -> Tensor:
+        return cross_entropy(logits, targets.labels, "none", self.smoothing)

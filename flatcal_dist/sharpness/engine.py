@@ -86,6 +86,9 @@ class Engine(Protocol):
     def sum(self, values: Sequence[Tensor | float]) -> list[float]:
         """Scalars summed over ranks, in float64: one small reduction, one wait for the device."""
 
+    def over_ranks(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, as a new tensor. Called by all of them."""
+
     def synchronize_buffers(self) -> None:
         """Give every rank the buffers of rank 0, before weights are evaluated or saved."""
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flatcal_dist.objectives import Objective, Targets
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.outputs import logits_of
 from flatcal_dist.sharpness.rules import Loss
@@ -36,7 +37,7 @@ class Evaluated(NamedTuple):
 Pass = Callable[[nn.Module, Any], Evaluated]
 
 
-def pair(loss: Loss, reported: Loss, scales_losses: bool) -> Pass:
+def pair(loss: Loss, reported: Objective, scales_losses: bool) -> Pass:
     """The forward pass of (inputs, target), which follows `loss` and reports another one, or it.
 
     scales_losses: Whether the engine does, which logits in float16 need.
@@ -44,21 +45,24 @@ def pair(loss: Loss, reported: Loss, scales_losses: bool) -> Pass:
 
     def forward(model: nn.Module, batch: Any) -> Evaluated:
         inputs, target = batch
-        logits = logits_of(model(inputs))
-        losses = loss(logits, target)
-        if losses.shape != logits.shape[:1]:
+        output = model(inputs)
+        if not reported.whole_output:
+            output = logits_of(output)
+        samples = len(target if reported.whole_output else output)
+        losses = loss(output, target)
+        if losses.shape != (samples,):
             raise StepError(
-                f"the loss gave {list(losses.shape)} for {len(logits)} samples: the step weighs "
+                f"the loss gave {list(losses.shape)} for {samples} samples: the step weighs "
                 "samples itself and wants one value each, such as reduction='none' gives"
             )
-        if logits.dtype == torch.float16 and not scales_losses:
+        if not scales_losses and any(t.dtype == torch.float16 for t in _tensors(output)):
             raise StepError(
                 "the network computes in float16, where small gradients vanish: give the engine "
                 "compute_dtype=torch.float16, so that it scales losses"
             )
-        total, logits = losses.sum(), logits.detach()
-        seen = losses if reported is loss else reported(logits, target)
-        return Evaluated(total, seen.detach().sum(), len(losses), logits)
+        total, output = losses.sum(), without_graph(output)
+        seen = losses if reported is loss else reported(output, target)
+        return Evaluated(total, seen.detach().sum(), len(losses), output)
 
     return forward
 
@@ -178,26 +182,30 @@ def _tensors(value: Any) -> list[Tensor]:
     return []
 
 
-def _head(batch: Any, share: float) -> Any:
-    """The first samples of a pair of tensors, `share` of them and at least one.
+def _head(batch: Any, share: float, even: bool) -> Any:
+    """The first samples of a pair of tensors, `share` of them and at least one; two if `even`.
 
     Raises StepError for what is not a pair of things with one row a sample.
     """
-    if not all(isinstance(part, Tensor) for part in batch):
+    if not all(isinstance(part, Tensor | Targets) for part in batch):
         raise StepError(
             "the rule takes the ascent gradient on a share of each micro-batch, for which inputs "
             "and target must be tensors with one row a sample"
         )
     inputs, target = batch
     count = math.ceil(round(len(inputs) * share, 6))  # 0.1 of 30 is 3, whatever floats say
+    count += count % 2 if even else 0
     return inputs[:count], target[:count]
 
 
-def on_a_share(forward: Pass, share: float) -> Pass:
-    """The pass on the first samples of a micro-batch, weighed as if they were all of it."""
+def on_a_share(forward: Pass, share: float, even: bool) -> Pass:
+    """The pass on the first samples of a micro-batch, weighed as if they were all of it.
+
+    even: Whether they are to be a whole number of pairs.
+    """
 
     def evaluated(model: nn.Module, batch: Any) -> Evaluated:
-        part = _head(batch, share)
+        part = _head(batch, share, even)
         found = forward(model, part)
         weight = len(batch[0]) / max(len(part[0]), 1)
         return found._replace(total=found.total * weight, reported=found.reported * weight)

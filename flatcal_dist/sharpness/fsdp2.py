@@ -244,9 +244,12 @@ class ShardedEngine:
         self.scale.update(skipped=True)
 
     def sum(self, values: Sequence[Tensor | float]) -> list[float]:
-        total = stack(values, self.device)
+        return self.over_ranks(stack(values, self.device)).tolist()
+
+    def over_ranks(self, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
         dist.all_reduce(total)
-        return total.tolist()
+        return total
 
     def synchronize_buffers(self) -> None:
         broadcast_buffers(self.module)

@@ -180,10 +180,13 @@ class ReplicatedEngine:
         self.scale.update(skipped=True)
 
     def sum(self, values: Sequence[Tensor | float]) -> list[float]:
-        total = stack(values, self.device)
+        return self.over_ranks(stack(values, self.device)).tolist()
+
+    def over_ranks(self, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
         if self.distributed:
             dist.all_reduce(total, group=self.group)
-        return total.tolist()
+        return total
 
     def synchronize_buffers(self) -> None:
         if self.distributed:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatcal_dist.objectives.cross_entropy import CrossEntropy
+from flatcal_dist.objectives.base import Objective, State
+from flatcal_dist.sharpness import learning
 from flatcal_dist.sharpness.engine import Engine
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.forward import Forward, Pass, of_user, on_a_share, pair, size_of
@@ -40,9 +41,10 @@ class SharpnessAwareStep:
     Args:
         engine: The network and its optimizer, on one of the engines.
         rule: One of `flatcal_dist.sharpness.rules`, or None for plain training.
-        loss: The per-sample objective (logits [N, K], target of N samples) -> [N] of the ascent
-            gradient; by default cross-entropy. The rule derives that of the descent from it. CSAM
-            has its own and takes none.
+        loss: The objective of the ascent gradient, or a function (logits [N, K], labels) -> losses
+            [N]; by default cross-entropy. The rule derives that of the descent from it. CSAM has
+            its own and takes none. An objective with a history wants `Objective.begin` before the
+            first step, and `end_epoch` of the step after each epoch.
         scope: Whose gradient perturbs. "global": that of all ranks, so that N ranks with batch B
             are one rank with batch N * B; "rank": each rank's own (m-sharpness, Foret et al. 2021,
             section 4.1); "node"; or a number of ranks.
@@ -65,22 +67,18 @@ class SharpnessAwareStep:
     ) -> None:
         if clip_norm is not None and not clip_norm > 0:
             raise StepError(f"clip_norm must be positive, or None for no clipping; got {clip_norm}")
-        if rule and rule.own_loss and loss is not None:
-            raise StepError(
-                f"{type(rule).__name__} defines the losses of both passes: leave `loss` out"
-            )
         self.engine = engine
         self.rule = rule
         self.rho = rule.rho if rule else 0.0
         self.scope = Scope.of(scope, engine.world_size)
         self.per_micro_batch = per_micro_batch
         self.clip_norm = clip_norm
-        self.loss: Loss = loss or CrossEntropy()
+        self.loss: Objective = learning.objective_of(loss, rule)
         self.taken = 0
         self.memory: Memory | None = None
         self.built_with = Parameters(engine)
         self.frozen = FrozenWeights(engine.module)
-        self.descent_loss = self.loss
+        self.descent_loss: Loss = self.loss
         if rule:
             if rule.combines and (per_micro_batch or not self.scope.everyone):
                 raise StepError(
@@ -103,7 +101,8 @@ class SharpnessAwareStep:
         """Take the step on this rank's micro-batches, as many on every rank.
 
         Args:
-            micro_batches: Pairs (inputs, target), or what `forward` takes.
+            micro_batches: Pairs (inputs, target), or what `forward` takes. A target is labels, or
+                `Targets`.
             forward: A function of (model, batch) that returns losses and whatever else is wanted
                 back, in a form of `flatcal_dist.sharpness.forward`. It has to call the model that
                 it is given. By default the step calls the network and its own objective.
@@ -162,6 +161,8 @@ class SharpnessAwareStep:
                 self.memory = seen.memory or self.memory
                 engine.update(norm, self.clip_norm)
             self.taken += 1
+        if not skipped:
+            learning.learn(self.loss, micro_batches, seen.outputs)
         over = engine.world_size * len(units)
         measured = {name: total[name] / over for name in Measured._fields if perturbs and measure}
         return StepResult(
@@ -177,11 +178,21 @@ class SharpnessAwareStep:
             **measured,
         )
 
+    def end_epoch(self) -> None:
+        """Tell the objective that an epoch is over. Called by all ranks."""
+        self.loss.epoch_end(self.engine.over_ranks)
+
+    def objective_state(self) -> State | None:
+        """What the objective keeps, the same on every rank. Called by all ranks."""
+        return self.loss.state(self.engine.over_ranks)
+
     def state_dict(self) -> dict[str, Any]:
-        """What the step itself keeps; tensors and plain containers."""
-        return {"taken": self.taken, "memory": self.memory}
+        """What the step itself keeps; tensors and plain containers. Called by all ranks."""
+        objective = self.objective_state()
+        return {"taken": self.taken, "memory": self.memory, "objective": objective}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        learning.load_state(self.loss, state.get("objective"))
         self.taken, memory = state["taken"], state["memory"]
         self.memory = memory and {n: t.to(self.engine.device) for n, t in memory.items()}
 
@@ -194,12 +205,13 @@ class SharpnessAwareStep:
         fit = pairs or forward is not None
         sizes = [size_of(m, forward is None) for m in micro_batches] if fit else []
         counted = samples is not None or None not in sizes
+        odd = self.loss.pairs != "none" and any(size and size % 2 for size in sizes)
         if samples is None:
             mine = sum(size or 0 for size in sizes)
-            found = [mine, count, count**2, not fit, not counted]
+            found = [mine, count, count**2, not fit, not counted, odd]
             total = self.engine.sum([float(number) for number in found])
             samples, even = round(total[0]), self.engine.world_size * total[2] == total[1] ** 2
-            fit, counted = not total[3], not total[4]
+            fit, counted, odd = not total[3], not total[4], total[5] > 0
         if not fit:
             raise StepError(
                 "a step takes a list of (inputs, target) pairs, one per micro-batch; for batches "
@@ -215,6 +227,11 @@ class SharpnessAwareStep:
                 "ranks have different numbers of micro-batches, here "
                 f"{count}: their collectives would wait for one another. Give each as many; their "
                 "sizes may differ, down to none"
+            )
+        if odd:
+            raise StepError(
+                f"{type(self.loss).__name__} compares the samples at places 2i and 2i + 1: give "
+                "every micro-batch an even number of samples"
             )
         if samples <= 0 or not micro_batches:
             raise StepError(f"nothing to learn from: {count} micro-batches, {samples} samples")
@@ -239,6 +256,7 @@ class SharpnessAwareStep:
                 f"{type(rule).__name__} cuts each micro-batch for the ascent gradient, and cannot "
                 "cut what forward= takes: give the step pairs (inputs, target)"
             )
+        learning.refuse_without_targets(self.loss)
         return (of_user(forward, self.engine.world_size > 1),) * 2
 
     def _perturbed_gradient(
@@ -312,7 +330,7 @@ class SharpnessAwareStep:
             zeros = [torch.zeros_like(w) for w in weights.values()]
             return Shards(list(weights), list(weights.values()), zeros), False
         if rule.ascent_share < 1:
-            forward = on_a_share(forward, rule.ascent_share)
+            forward = on_a_share(forward, rule.ascent_share, self.loss.pairs != "none")
         # The engine's own reduction overlaps with the backward pass; it can do it for some scopes
         # only, and only while no descent gradient is being accumulated.
         overlapped = engine.reduces(self.scope) and not self.per_micro_batch

@@ -135,9 +135,9 @@ class ZeroEngine:
         return Shards(list(weights), list(weights.values()), [], own=True)
 
     def total(self, part: Tensor) -> Tensor:
-        return part if self.whole else self._over_ranks(part)
+        return part if self.whole else self.over_ranks(part)
 
-    def _over_ranks(self, part: Tensor) -> Tensor:
+    def over_ranks(self, part: Tensor) -> Tensor:
         total = part.to(self.device, copy=True)  # of a rank without any part it is on the CPU
         dist.all_reduce(total)
         return total
@@ -161,7 +161,7 @@ class ZeroEngine:
             gradients = self.layout.gradients()
             gradients = [gradients[place] for place in places]
             dtypes = [self.precision] * len(parts)
-            return measure(now, masters, gradients, dtypes, self._over_ranks)
+            return measure(now, masters, gradients, dtypes, self.over_ranks)
 
         try:
             with torch.no_grad():
@@ -204,7 +204,7 @@ class ZeroEngine:
             self.stale = False
 
     def gradient_norm(self) -> Tensor:
-        square = self._over_ranks(squared_norm(self.layout.gradients()))
+        square = self.over_ranks(squared_norm(self.layout.gradients()))
         return square.sqrt() / self.loss_scale
 
     def update(self, norm: Tensor, clip_norm: float | None) -> None:
@@ -231,7 +231,7 @@ class ZeroEngine:
             self.scaler.update_scale(True)
 
     def sum(self, values: Sequence[Tensor | float]) -> list[float]:
-        return self._over_ranks(stack(values, self.device)).tolist()
+        return self.over_ranks(stack(values, self.device)).tolist()
 
     def synchronize_buffers(self) -> None:
         broadcast_buffers(self.module)

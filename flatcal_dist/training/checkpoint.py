@@ -27,6 +27,7 @@ from flatcal_dist.averaging.average import Average
 from flatcal_dist.files import read_bytes, read_json, sync_directory
 from flatcal_dist.run_directory import RunError, in_words
 from flatcal_dist.sharpness import SharpnessAwareStep
+from flatcal_dist.sharpness.learning import load_state
 from flatcal_dist.weights import sha256
 
 NAME = re.compile(r"step_([0-9]{8,18})")
@@ -74,8 +75,9 @@ PROGRESS = TypeAdapter(Progress)
 def state_of(step: SharpnessAwareStep, average: Average | None = None) -> dict[str, Any]:
     """All that this rank needs to go on, as the step left it: to be copied before the next one.
 
-    An average has to be settled.
+    An average has to be settled. Called by all ranks, which sum up what an objective keeps.
     """
+    objective = step.objective_state()  # whole, by names of its own, the same on every rank
     return {
         "engine": step.engine.local_state(),
         "arrangement": step.engine.arrangement(),
@@ -83,7 +85,7 @@ def state_of(step: SharpnessAwareStep, average: Average | None = None) -> dict[s
         "average": average.weights if average else None,
         "average_statistics": average.statistics if average else None,  # the same on every rank
         "average_count": average.count if average else 0,
-    }
+    } | ({} if objective is None else {"objective": objective})
 
 
 def write_part(beside: Path, rank: int, state: dict[str, Any]) -> None:
@@ -275,7 +277,8 @@ def load_part(path: Path, rank: int, mmap: bool = False) -> dict[str, Any]:
 def fill(step: SharpnessAwareStep, state: dict[str, Any], average: Average | None = None) -> None:
     """Let engine, the step's memory and the average be as `load_part` found them.
 
-    For the engine and the number of ranks that wrote it; resharding.load is for others.
+    `fill_objective` does it for the objective. For the engine and the number of ranks that wrote
+    it; resharding.load is for others.
     """
     step.engine.load_local_state(state["engine"])
     memory = state["memory"]
@@ -285,6 +288,22 @@ def fill(step: SharpnessAwareStep, state: dict[str, Any], average: Average | Non
         average.load(
             state["average"], state.get("average_statistics"), state.get("average_count", 1)
         )
+
+
+def fill_objective(
+    step: SharpnessAwareStep, state: dict[str, torch.Tensor] | None, path: Path
+) -> None:
+    """Let the step's objective go on from what the checkpoint `path` holds for it, or None.
+
+    Raises CheckpointError if the objective keeps a history and this is not its own.
+    """
+    try:
+        load_state(step.loss, state)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} cannot be gone on from: {error}. Go on with the objective and the data that "
+            "it was trained with, or begin another run"
+        ) from None
 
 
 class HashedFile:

@@ -15,6 +15,7 @@ from flatcal_dist.config import Config
 from flatcal_dist.data import DataError
 from flatcal_dist.data.order import micro_batch_count, micro_batches, rank_share
 from flatcal_dist.models import in_evaluation_mode
+from flatcal_dist.objectives import Targets
 from flatcal_dist.sharpness import SharpnessAwareStep
 from flatcal_dist.training.build import build_step
 
@@ -29,11 +30,13 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
     from deepspeed.profiling.flops_profiler import get_model_profile
 
     say = accelerator.print
-    say(inputs.batch_arithmetic(config, accelerator.num_processes, _images(config)))
+    objective = config.objective.build()
+    say(inputs.batch_arithmetic(config, accelerator.num_processes, _images(config), objective))
     say(inputs.check_room(config))
     step = build_step(config, accelerator)
     module = step.engine.module
     sizes = _micro_batch_sizes(config, accelerator)
+    step.loss.begin(max(sizes), accelerator.device)
     # ZeRO's module holds low-precision weights, which nothing casts the image to here.
     # Two images: a norm that never keeps statistics takes no single one.
     images = _made_up(config, 2, accelerator.device)[0].to(next(module.parameters()).dtype)
@@ -95,12 +98,13 @@ def _micro_batch_sizes(config: Config, accelerator: Accelerator) -> list[int]:
     return sizes
 
 
-def _made_up(config: Config, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _made_up(config: Config, images: int, device: torch.device) -> tuple[Tensor, Targets]:
     data = config.data
     shape = (images, data.channels, data.image_size, data.image_size)
     labels = torch.randint(config.model.num_classes, (images,), device=device)
     layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
-    return torch.randn(shape, device=device).contiguous(memory_format=layout), labels
+    targets = Targets(labels, torch.arange(images, device=device))
+    return torch.randn(shape, device=device).contiguous(memory_format=layout), targets
 
 
 def _timed_step(

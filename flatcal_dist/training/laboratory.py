@@ -16,13 +16,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flatcal_dist.config import Config, OptimizerConfig
-from flatcal_dist.objectives import CrossEntropy, LabelSmoothing
+from flatcal_dist.objectives import CrossEntropy, LabelSmoothing, Targets
 from flatcal_dist.sharpness import CSAM, GSAM, SAM, LookSAM, MomentumSAM, Rule, StepResult
 from flatcal_dist.sharpness.rules import Loss
 from flatcal_dist.sharpness.step import MicroBatches
 from flatcal_dist.training.build import DTYPES, build_step
 
 MICRO_BATCHES = (7, 5)  # images: two, uneven, and enough for batch statistics
+IN_PAIRS = (8, 4)  # as many, for an objective that compares pairs of images
 STREAM = 1000  # seed of rank r's random stream: STREAM + r
 RATE, MOMENTUM = 0.05, 0.9
 Weights = dict[str, Tensor]
@@ -68,11 +69,13 @@ class Laboratory:
         self.engine = self.step.engine
         self.start = copy.deepcopy(self.engine.local_state())
         self.low = config.train.precision != "fp32"
+        self.sizes = MICRO_BATCHES if self.step.loss.pairs == "none" else IN_PAIRS
+        self.samples = sum(self.sizes) * self.world_size
+        self.step.loss.begin(self.samples, self.engine.device)
         self.sure = 0  # samples above p = 1/2, of all ranks
         # The reference, on rank 0, wants those of all ranks.
         wanted = range(self.world_size) if self.rank == 0 else [self.rank]
         self.batches = {rank: self._labelled(rank) for rank in wanted}
-        self.samples = sum(MICRO_BATCHES) * self.world_size
         self.sam = SAM(max(config.sharpness.rho, 1e-3))
         self.trained = [n for n, w in self.plain_network.named_parameters() if w.requires_grad]
         self.buffers = [n for n, _ in self.plain_network.named_buffers()]
@@ -105,14 +108,16 @@ class Laboratory:
         scratch = copy.deepcopy(self.plain_network).to(self.engine.device).train()
         torch.manual_seed(STREAM + rank)
         micro_batches = []
-        for size in MICRO_BATCHES:
+        numbers = torch.arange(self.samples, device=self.engine.device).chunk(self.world_size)
+        for size, samples in zip(self.sizes, numbers[rank].split(self.sizes), strict=True):
             images = torch.randn(size, *shape, generator=generator).to(self.engine.device)
             with torch.no_grad(), _precision(self):
                 p = scratch(images).float().softmax(1)
             sure = p.amax(1) > 0.65
             self.sure += int(sure.sum())
             likely = p.topk(min(3, p.shape[1])).indices  # the third is at most 1/3
-            micro_batches.append((images, torch.where(sure, likely[:, 0], likely[:, -1])))
+            labels = torch.where(sure, likely[:, 0], likely[:, -1])
+            micro_batches.append((images, Targets(labels, samples)))
         return micro_batches
 
     def weights(self) -> Weights:
@@ -176,7 +181,7 @@ def reference_steps(lab: Laboratory, count: int) -> Weights:
     if count == 2:
         everyone = range(lab.world_size)
         states = _random_states(lab, network, everyone, buffers)
-        pieces = [(r, p) for r in everyone for p in range(len(MICRO_BATCHES))]
+        pieces = [(r, p) for r in everyone for p in range(len(lab.sizes))]
         at = _copied(network)
         if isinstance(rule, MomentumSAM):
             length = lab.step.rho / _dot(gradient, gradient) ** 0.5
@@ -207,7 +212,7 @@ def _descent_gradient(
     for first in range(0, lab.world_size, step.scope.ranks):
         group = range(first, first + step.scope.ranks)
         states = _random_states(lab, network, group, buffers)
-        parts = range(len(MICRO_BATCHES))
+        parts = range(len(lab.sizes))
         units = [[p] for p in parts] if step.per_micro_batch else [list(parts)]
         for unit in units:
             pieces = [(r, p) for r in group for p in unit]
@@ -292,11 +297,11 @@ def _gradient(
     after: dict[int, Buffers] = {}
     for rank, part in pieces:
         _put(network, after.get(rank, buffers[rank]))
-        images, labels = lab.batches[rank][part]
+        images, targets = lab.batches[rank][part]
         _set_state(lab, states[rank, part])
         with _precision(lab):
             logits = network(images)
-        gradients = torch.autograd.grad(loss(logits, labels), weights, allow_unused=True)
+        gradients = torch.autograd.grad(loss(logits, targets), weights, allow_unused=True)
         for t, g in zip(total, gradients, strict=True):
             if g is not None:
                 t += g
@@ -319,20 +324,21 @@ def _objective(lab: Laboratory) -> Loss:
     """Cross-entropy is written out here; another objective is taken as it is."""
     objective = lab.config.objective.build()
     if not isinstance(objective, CrossEntropy | LabelSmoothing):
-        return lambda logits, labels: objective(logits.float(), labels).sum()
+        objective.begin(lab.samples, lab.engine.device)
+        return lambda logits, targets: objective(logits.float(), targets).sum()
     smoothing = getattr(objective, "smoothing", 0.0)
 
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(logits: Tensor, targets: Targets) -> Tensor:
         log_p = logits.float().log_softmax(1)
-        own = log_p.gather(1, labels[:, None])[:, 0]
+        own = log_p.gather(1, targets.labels[:, None])[:, 0]
         return -((1 - smoothing) * own + smoothing * log_p.mean(1)).sum()
 
     return loss
 
 
 def _csam(gamma: float) -> Loss:
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        p = logits.float().softmax(1).gather(1, labels[:, None])[:, 0]
+    def loss(logits: Tensor, targets: Targets) -> Tensor:
+        p = logits.float().softmax(1).gather(1, targets.labels[:, None])[:, 0]
         return torch.where(p <= 0.5, -p.log(), -((1 + p) ** -gamma) * p.log()).sum()
 
     return loss

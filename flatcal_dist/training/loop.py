@@ -5,7 +5,7 @@ claim the directory -> data -> network, engine, step -> resume -> steps -> weigh
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 
@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from flatcal_dist import evaluation, inputs
 from flatcal_dist.averaging.average import Average
 from flatcal_dist.config import Config
-from flatcal_dist.data import Batch, Index, Position, optimizer_steps, steps_per_epoch
+from flatcal_dist.data import Index, Position, optimizer_steps, steps_per_epoch
 from flatcal_dist.data.order import sample_seed
 from flatcal_dist.data.stream import Stream
 from flatcal_dist.distributed import FailedTogether, on_all_ranks
@@ -27,9 +27,11 @@ from flatcal_dist.training.bad_samples import BadSamples
 from flatcal_dist.training.build import build_step, samples_per_perturbation
 from flatcal_dist.training.checkpoint import Progress
 from flatcal_dist.training.diagnosis import explain_divergence
+from flatcal_dist.training.objectives import refuse_unfit
+from flatcal_dist.training.on_device import OnDevice, statistics_inputs
 from flatcal_dist.training.optimizers import build_schedule
 from flatcal_dist.training.preemption import StopRequest
-from flatcal_dist.training.records import Speed, sharpness_figures
+from flatcal_dist.training.records import Speed, measured_at, sharpness_figures
 from flatcal_dist.training.saving import Saver
 from flatcal_dist.training.tracking import Tracker
 from flatcal_dist.training.traffic import counted
@@ -67,7 +69,8 @@ def run(
     )
     on_all_ranks(partial(inputs.check_classes, config.data))
     inputs.agree_on_decoder(config.data)
-    on_all_ranks(lambda: inputs.batch_arithmetic(config, accelerator.num_processes, len(train)))
+    objective = on_all_ranks(config.objective.build)
+    on_all_ranks(partial(refuse_unfit, objective, config, train, accelerator.num_processes))
     inputs.check_room(config)
     step = build_step(config, accelerator)
     trainer = Trainer(config, directory, accelerator, train, validation, step)
@@ -102,14 +105,15 @@ class Trainer:
         self.schedule = build_schedule(
             config, self.engine.optimizer, self.total_steps, self.epoch_steps
         )
-        self.normalize = inputs.normalization(config.data).to(accelerator.device)
-        self.mixing = config.mixing.mixing(config.model.num_classes)
+        self.on_device = OnDevice(config, accelerator.device)
+        step.loss.begin(len(train), accelerator.device)
         self.main = accelerator.is_main_process
         self.samples_per_perturbation = samples_per_perturbation(config, accelerator.num_processes)
         self.average: Average | None = None
         if (rule := config.average.build()) is not None:
             anew = rule.norm_statistics == "reestimate"
-            self.average = Average(step.engine, rule, self._statistics_batches if anew else None)
+            batches = partial(statistics_inputs, config, train, accelerator, self.on_device)
+            self.average = Average(step.engine, rule, batches if anew else None)
         self.skipped = self.skipped_in_a_row = 0  # steps without a finite gradient, all and last
         self.stopped_by: str | None = None
         self.saved = 0  # the step of the last checkpoint
@@ -180,9 +184,11 @@ class Trainer:
         config, device = self.config, self.accelerator.device
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         position = Position(*divmod(self.done, self.epoch_steps))
+        same_class, pin_memory = self.step.loss.pairs == "same_class", device.type == "cuda"
         batches = inputs.training_batches(
-            config, self.train, position, rank, world_size, pin_memory=device.type == "cuda"
+            config, self.train, position, rank, world_size, pin_memory, same_class
         )
+        every = config.train.log_every_steps
         self.speed = Speed()
         first = self.done + 1
         stop_file = self.directory.stop_file if self.main else None
@@ -194,10 +200,10 @@ class Trainer:
                 replaced = [one for batch in micro_batches for one in batch.replaced]
                 take = partial(
                     self.step,
-                    [self._on_device(batch) for batch in micro_batches],
+                    [self.on_device(batch) for batch in micro_batches],
                     samples=self.batch_size,
                     stop=request.asked,
-                    measure=self._sharpness_is_due(),
+                    measure=measured_at(self.step.rule, self.done, every, self.total_steps),
                     votes=(len(replaced), *self.saver.votes),
                 )
                 self.done += 1
@@ -248,31 +254,12 @@ class Trainer:
         }
         return result
 
-    def _sharpness_is_due(self) -> bool:
-        """Whether this step is the last one with a perturbation before the next regular record."""
-        rule, every = self.step.rule, self.config.train.log_every_steps
-        if rule is None or not rule.perturbs_at(self.done):
-            return False
-        record = min((self.done // every + 1) * every, self.total_steps)
-        return not any(rule.perturbs_at(step) for step in range(self.done + 1, record))
-
     def _set_rates(self) -> None:
         """Learning rate and rho of this step, both functions of its number."""
         self.schedule.step_update(self.done)
         rate = self.engine.optimizer.param_groups[0]["lr"]
         self.step.rho = self.config.sharpness.rho_at(rate / self.config.optimizer.learning_rate)
         self.step.taken = self.done
-
-    def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self.accelerator.device
-        images = self.normalize(batch.images.to(device, non_blocking=True))
-        target = batch.labels.to(device, non_blocking=True)
-        if self.mixing is not None:
-            seed = self.config.run.seed
-            images, target = self.mixing(images, target, batch.samples, seed, batch.epoch)
-        if self.config.model.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images, target
 
     def _after_step(self, result: StepResult) -> None:
         train = self.config.train
@@ -288,6 +275,8 @@ class Trainer:
         epoch, left = divmod(self.done, self.epoch_steps)
         end = self.done == self.total_steps
         whole_epoch = left == 0
+        if whole_epoch:
+            self.step.end_epoch()
         paused = time.monotonic()
         every = train.validate_every_epochs
         validated = every and (end or (whole_epoch and epoch % every == 0))
@@ -337,17 +326,6 @@ class Trainer:
             f"epoch {epoch}: accuracy {values['val/accuracy']:.4f}  NLL {values['val/nll']:.4f}  "
             f"ECE {values['val/ece']:.4f}  signed gap {values['val/signed_gap']:+.4f}"
         )
-
-    def _statistics_batches(self) -> Iterator[tuple[torch.Tensor, bool]]:
-        """This rank's inputs to estimate the average's norm statistics on, and if they count."""
-        device, ranks = self.accelerator.device, self.accelerator.num_processes
-        loader, count = inputs.statistics_batches(
-            self.config, self.train, self.accelerator.process_index, ranks, device.type == "cuda"
-        )
-        batches = iter(loader)
-        # A rank whose data fails must not leave the others waiting in the network.
-        while (batch := on_all_ranks(lambda: next(batches, None))) is not None:
-            yield self._on_device(batch)[0], batch.step < count
 
     def _averaged(self) -> AbstractContextManager[None]:
         """Around what is evaluated or given away: with the average's weights, if there is one."""

@@ -2,7 +2,7 @@
 
 import time
 
-from flatcal_dist.sharpness import StepResult
+from flatcal_dist.sharpness import Rule, StepResult
 
 
 def sharpness_figures(result: StepResult, rho: float) -> dict[str, float | None]:
@@ -52,3 +52,18 @@ class Speed:
         }
         self.since, self.steps, self.waited = now, 0, 0.0
         return values
+
+
+def measured_at(rule: Rule | None, step: int, every: int, total: int) -> bool:
+    """Whether a step is the last one with a perturbation before the next regular record.
+
+    Args:
+        rule: The run's rule, or None.
+        step: The number of the step, from 0.
+        every: The number of steps between regular records.
+        total: The number of steps of the run.
+    """
+    if rule is None or not rule.perturbs_at(step):
+        return False
+    record = min((step // every + 1) * every, total)
+    return not any(rule.perturbs_at(later) for later in range(step + 1, record))

@@ -42,6 +42,7 @@ class Whole:
     average: dict[str, Tensor] | None = None
     average_statistics: dict[str, Tensor] | None = None
     average_count: int = 0
+    objective: dict[str, Tensor] | None = None  # by names of its own, whole on every rank
 
     def put(self, into: dict[str, Any], key: str, name: str, part: Tensor, start: int) -> None:
         """Lay a rank's part of what has the shape of the parameter `name` into into[key]."""
@@ -75,6 +76,7 @@ def assemble(path: Path, optimizer: bool = True) -> Whole:
             whole.rest = _rest(part["engine"], pieces)
             whole.average_statistics = part.get("average_statistics")
             whole.average_count = part.get("average_count", 1)  # older ones: EMA alone
+            whole.objective = part.get("objective")
             whole.loss_scale = part["arrangement"]["loss_scale"]
             whole.groups = part["engine"]["optimizer"]["param_groups"]
     return whole
@@ -83,7 +85,7 @@ def assemble(path: Path, optimizer: bool = True) -> Whole:
 def load(
     path: Path, step: SharpnessAwareStep, progress: Progress, average: Average | None = None
 ) -> None:
-    """Fill engine, memory and average from a checkpoint of any engine and number of ranks.
+    """Fill step and average from a checkpoint of any engine and number of ranks.
 
     Called by all ranks. Raises FailedTogether, naming what cannot be cut anew.
     """
@@ -94,6 +96,7 @@ def load(
     def read() -> tuple[Whole, dict[int, dict[str, Any]]]:
         whole = assemble(path)
         _refuse_other_network(whole, pieces)
+        checkpoint.fill_objective(step, whole.objective, path)
         return whole, _optimizer_state(whole, arrangement, progress)
 
     whole, optimizer = on_all_ranks(read)  # what may fail, before ranks talk to each other

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -117,7 +118,7 @@ def enter(
         "world_size": accelerator.num_processes,
         "device": str(accelerator.device.type),
         "train_order": inputs.promise(train),
-        "readers": inputs.readers(config, accelerator.num_processes),
+        "readers": _readers(config, accelerator.num_processes),
         **identities,
     }
     before = directory.environment().get("readers", environment["readers"])
@@ -135,6 +136,12 @@ def enter(
             "some of its images come twice, others not at all"
         ]
     return state, []
+
+
+def _readers(config: Config, world_size: int) -> dict[str, int]:
+    """What the order of a stream depends on besides the seed."""
+    size = inputs.micro_batch_size(config.data, world_size)
+    return {"ranks": world_size, "workers": config.data.workers, "micro_batch_size": size}
 
 
 def load(
@@ -155,9 +162,16 @@ def load(
         write_text(directory.wandb_id_file, progress.wandb_id)
     if progress.engine == engine and (not progress.sharded or progress.world_size == ranks):
         number = rank if progress.sharded else 0
-        state = on_all_ranks(partial(checkpoint.load_part, path, number))
+        state = on_all_ranks(partial(_read, path, number, step))
         checkpoint.fill(step, state, average)
         return []
     resharding.load(path, step, progress, average)
     before = f"{progress.world_size} ranks of {progress.engine}"
     return [f"the checkpoint, of {before}, was cut anew for {ranks} of {engine}"]
+
+
+def _read(path: Path, number: int, step: SharpnessAwareStep) -> dict[str, Any]:
+    """A part of a checkpoint. The objective goes on here, where all ranks share a refusal."""
+    state = checkpoint.load_part(path, number)
+    checkpoint.fill_objective(step, state.get("objective"), path)
+    return state

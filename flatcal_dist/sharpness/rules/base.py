@@ -18,7 +18,7 @@ configuration calls it, and its fields are keys of the configuration's section `
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -27,7 +27,8 @@ from torch import Tensor
 from flatcal_dist.choices import check
 from flatcal_dist.sharpness.errors import StepError
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # (logits [N, K], target of N samples) -> losses [N]
+# (logits [N, K], targets of N samples) -> losses [N]: an Objective, or a function made of one.
+Loss = Callable[[Tensor, Any], Tensor]
 Memory = dict[str, Tensor]  # a tensor for each parameter, by name
 
 

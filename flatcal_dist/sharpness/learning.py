@@ -1,0 +1,59 @@
+"""What the step does for its objective: refusals before, and what the objective learns after."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from flatcal_dist.objectives.base import Objective, OfLabels, State
+from flatcal_dist.objectives.cross_entropy import CrossEntropy
+from flatcal_dist.objectives.targets import as_targets
+from flatcal_dist.sharpness.errors import StepError
+from flatcal_dist.sharpness.rules import Loss, Rule
+
+
+def objective_of(loss: Loss | None, rule: Rule | None) -> Objective:
+    """The objective that is meant by the step's `loss`. Raises StepError if the rule cannot use it.
+
+    A plain function sees labels only.
+    """
+    if loss is None:
+        return CrossEntropy()
+    name = type(rule).__name__
+    if rule and rule.own_loss:
+        raise StepError(f"{name} defines the losses of both passes: leave `loss` out")
+    objective = loss if isinstance(loss, Objective) else OfLabels(loss)
+    if rule and objective.keeps_history and rule.ascent_share != 1:
+        raise StepError(
+            f"{type(objective).__name__} learns from the pass at w of every sample, and {name} "
+            "makes none, or on a part of the batch only: use SAM"
+        )
+    return objective
+
+
+def refuse_without_targets(objective: Objective) -> None:
+    """Raises StepError for an objective that learns from targets which the step does not see."""
+    if objective.keeps_history:
+        raise StepError(
+            f"with forward= the step sees no targets, and {type(objective).__name__} keeps a "
+            "history of them: give the step pairs (inputs, targets) without forward="
+        )
+
+
+def learn(objective: Objective, micro_batches: Sequence[Any], outputs: Sequence[Any]) -> None:
+    """Show the objective a step that was taken, if it keeps a history."""
+    if objective.keeps_history:
+        objective.after_step([as_targets(targets) for _, targets in micro_batches], outputs)
+
+
+def load_state(objective: Objective, state: State | None) -> None:
+    """Let an objective go on from a saved state.
+
+    Raises ValueError if it keeps a history and there is none, or one that is not its own.
+    """
+    if not objective.keeps_history:
+        return
+    if state is None:
+        raise ValueError(
+            f"it has no history of {type(objective).__name__}: another objective was trained, or "
+            "an older version wrote it"
+        )
+    objective.load(state)

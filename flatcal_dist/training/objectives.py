@@ -1,0 +1,37 @@
+"""Whether a run's data can give an objective what it needs."""
+
+from flatcal_dist import inputs
+from flatcal_dist.config import Config
+from flatcal_dist.data import DataError, Index
+from flatcal_dist.data.stream import Stream
+from flatcal_dist.objectives import Objective
+
+READ_BY_INDEX = "Read them by index: data.reader=indexed, for shards from URLs with data.cache"
+
+
+def refuse_unfit(
+    objective: Objective, config: Config, train: Index | Stream, world_size: int
+) -> None:
+    """Check that training data and batches have what an objective needs.
+
+    Args:
+        objective: What is to be minimized.
+        config: The configuration of the run.
+        train: The training data.
+        world_size: The number of ranks.
+
+    Raises:
+        DataError: They have not; the remedy is named.
+    """
+    name = f"objective.name={objective.name}"
+    if isinstance(train, Stream) and objective.pairs == "same_class":
+        raise DataError(
+            f"{name} compares images of one class, and streamed shards are read in an order that "
+            f"is not known before. {READ_BY_INDEX}"
+        )
+    if isinstance(train, Stream) and objective.keeps_history:
+        raise DataError(
+            f"{name} keeps a history of each image, and images of streamed shards have no numbers "
+            f"to keep it by. {READ_BY_INDEX}"
+        )
+    inputs.batch_arithmetic(config, world_size, len(train), objective)
