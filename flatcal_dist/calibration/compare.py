@@ -14,11 +14,12 @@ from .calibrators import is_fitted
 from .comparison_verdict import verdict
 from .display import duration, enumerate_names, number, percent
 from .drawing import Curve
-from .methods import COMPARED, SIDES, Method, Run, differences, gather, summary
-from .naming import METRICS
+from .entries import COMPARED, METRICS
+from .intervals import LEVEL
+from .methods import SIDES, Method, Run, differences, gather, summary
 from .report import read_report
 from .report_page import run_title
-from .statistics import LEVEL, RESAMPLES, Bootstrap, bootstrap, mcnemar
+from .statistics import RESAMPLES, Bootstrap, bootstrap, mcnemar
 
 SCHEMA_VERSION = 3
 

@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .drawing import Curve, faded_line, percent_axes, style
+from .entries import METRICS
 from .figures import DIAGONAL, density_strength
-from .naming import METRICS
 from .palette import light
 
 

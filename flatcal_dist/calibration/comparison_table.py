@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from .display import UNDEFINED, between, counted, show
+from .entries import COMPARED, METRICS
 from .main_table import latex
-from .methods import COMPARED, SIDES
-from .naming import METRICS
+from .methods import SIDES
 
 WORDS = {"before": "As trained", "after": "After temperature scaling"}
 

@@ -5,8 +5,9 @@ from typing import Any
 from flatcal_dist.files import csv_text
 
 from .display import MINUS, UNDEFINED, between, counted, show, show_difference
-from .naming import GROUPS, Metric
-from .statistics import Interval
+from .entries import GROUPS
+from .entry import Metric
+from .intervals import Interval
 from .summary import interval_of
 
 # What LaTeX reads as a command, and what of our signs a plain document cannot print.
@@ -33,7 +34,7 @@ def table_csv(m: dict[str, Any]) -> str:
     columns = ("as_trained", "after_temperature", "change")
     ends = [f"{column}{end}" for column in columns for end in ("", "_low", "_high")]
     rows: list[list[Any]] = [["metric", "name", "better", *ends]]
-    for metric in (metric for group in GROUPS for metric in group.metrics):
+    for metric in (metric for group in GROUPS for metric in group.listed):
         cells: list[float | None] = []
         for interval in (
             interval_of(m, metric.key),
@@ -50,7 +51,7 @@ def table_tex(m: dict[str, Any]) -> str:
     rows = []
     for group in GROUPS:
         rows.append(rf"\multicolumn{{4}}{{l}}{{\textit{{{latex(group.name)}}}}} \\")
-        rows += [_row(m, metric) for metric in group.metrics]
+        rows += [_row(m, metric) for metric in group.listed]
         rows.append(r"\midrule")
     about = m["about"]
     subject = about["title"] or about["model"] or "This network"

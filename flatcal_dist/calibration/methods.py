@@ -15,13 +15,13 @@ import numpy as np
 
 from . import decisions
 from .calibrators import is_fitted
+from .entries import COMPARED, METRICS
+from .entry import Metric
 from .intervals import beyond_zero
-from .naming import METRICS, Metric
 from .records import Records
 from .seeds import over_seeds, seed_difference
 from .statistics import Bootstrap, mcnemar
 
-COMPARED = ("accuracy", "nll", "brier", "ece", "signed_gap", "aurc", "auroc")
 SIDES = ("before", "after")
 REPEATED = ("after", "accuracy")  # the same comparison as before temperature scaling
 Place = tuple[int, int, str, str]  # of a difference: method, minus method; side; metric

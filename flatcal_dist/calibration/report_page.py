@@ -13,7 +13,6 @@ from .confident_errors import read_thumbnails
 from .display import counted, duration, number, percent, temperature
 from .drawing import Curve
 from .main_table import change
-from .statistics import NORMS
 from .summary import interval_of
 from .verdict import FEW_OF_A_CLASS, class_name, verdict
 
@@ -53,7 +52,6 @@ def report_html(m: dict[str, Any], shift: dict[str, Any] | None, folder: Path) -
         stale_shift=stale,
         shift_figures=_shift_figures(shift, folder / "figures") if shift else [],
         interval_of=interval_of,
-        inflated=tuple(NORMS),
         few_outcomes=_few_outcomes(m),
         difference_of=lambda name: change(m, name),
         class_name=lambda number: class_name(m, number),

@@ -9,18 +9,20 @@ import numpy as np
 
 from flatcal_dist.identity import data_identity
 
-from . import curves, metrics, pairing, selective
+from . import curves, metrics, pairing
 from .classes import class_numbers, per_class
 from .confident_errors import most_confident_errors
 from .confusions import confusions
-from .corp import corp_decomposition
+from .entries import METRICS, STATISTICS
+from .entry import Evaluated
+from .intervals import LEVEL, Interval
 from .literature import references
 from .operating import operating_points
 from .records import Records
 from .scores import NAMES, OF_LOGITS, SOURCES, score_table
 from .shift_rows import real_figures
 from .softmax import Scores
-from .statistics import LEVEL, RESAMPLES, STATISTICS, Bootstrap, Interval, bootstrap
+from .statistics import RESAMPLES, Bootstrap, bootstrap
 from .training_curves import training_curves
 
 SCHEMA_VERSION = 3
@@ -137,51 +139,16 @@ def _identified(about: About, records: Records) -> About:
     return replace(about, data_identity=found, known_by=pairing.known_by(records.id))
 
 
-def point_metrics(scores: Scores, bins: int = 15) -> dict[str, float | None]:
-    """Every metric of one set of scores that records define, without intervals."""
-    c, correct, rank_by = scores.confidence, scores.correct, scores.log_confidence
-    corp = corp_decomposition(c, correct)
-    threshold = selective.threshold_at_risk(rank_by, correct, 0.05)
-    return {
-        "accuracy": float(correct.mean()),
-        "nll": float(scores.nll.mean()),
-        "brier": float(scores.brier.mean()),
-        "top_label_brier": metrics.top_label_brier_score(c, correct),
-        "corp_miscalibration": corp.miscalibration,
-        "corp_discrimination": corp.discrimination,
-        "corp_uncertainty": corp.uncertainty,
-        "mean_confidence": float(c.mean()),
-        "signed_gap": metrics.signed_gap(c, correct),
-        "ece": metrics.expected_calibration_error(c, correct, bins),
-        "adaptive_ece": metrics.adaptive_calibration_error(c, correct, bins),
-        "adaptive_ece_100": metrics.adaptive_calibration_error(c, correct, 100),
-        "smooth_ece": metrics.smooth_calibration_error(c, correct),
-        "smooth_ece_relplot": metrics.smooth_calibration_error_relplot(c, correct),
-        "mce": metrics.maximum_calibration_error(c, correct, bins),
-        "rmsce": metrics.root_mean_square_calibration_error(c, correct, bins),
-        "rmsce_debiased": metrics.root_mean_square_calibration_error(
-            c, correct, bins, debiased=True
-        ),
-        "ks": metrics.kolmogorov_smirnov_error(c, correct),
-        **{name: getattr(selective, name)(rank_by, correct) for name in selective_names()},
-        "aupr_success_trapezoid": selective.aupr_success(rank_by, correct, "trapezoid"),
-        "eaurc_continuous": selective.eaurc(rank_by, correct, "continuous"),
-        "coverage_at_95_accuracy": selective.coverage_at_risk(rank_by, correct, 0.05),
-        "coverage_at_99_accuracy": selective.coverage_at_risk(rank_by, correct, 0.01),
-        "confidence_at_95_accuracy": None if threshold is None else float(np.exp(threshold)),
-        "risk_at_80_coverage": selective.risk_at_coverage(rank_by, correct, 0.8),
-        "mean_entropy": float(scores.entropy.mean()),
-        "mean_entropy_correct": _mean(scores.entropy[correct]),
-        "mean_entropy_wrong": _mean(scores.entropy[~correct]),
-        "tied_images": _tied_share(rank_by),
-    }
+def point_metrics(
+    scores: Scores, bins: int = 15, classwise: Mapping[str, float | None] | None = None
+) -> dict[str, float | None]:
+    """Every metric of one set of scores, without intervals.
 
-
-def selective_names() -> tuple[str, ...]:
-    """The failure-prediction metrics, in the order of the report."""
-    return (
-        "aurc", "eaurc", "naurc", "augrc", "auroc", "fpr_at_95_tpr", "aupr_success", "aupr_error",
-    )  # fmt: skip
+    classwise: the values of those metrics that need the probabilities of all classes, which are
+    None without it.
+    """
+    evaluated = Evaluated(scores, bins, classwise or {})
+    return {key: metric.value(evaluated) for key, metric in METRICS.items()}
 
 
 def _side(
@@ -191,14 +158,11 @@ def _side(
     ending = "" if which == "before" else "_after_temperature"
     confidence, correct = scores.confidence, scores.correct
     null = metrics.expected_calibration_error_null(confidence, correct, bins, resamples, seed)
-    point = point_metrics(scores, bins)
+    of_all_classes = {key: records.classwise.get(key + ending) for key in METRICS}
+    point = point_metrics(scores, bins, of_all_classes)
     intervals = {name: samples.interval(place, name) for name in STATISTICS}
     return {
         **point,
-        **{
-            name: records.classwise[name + ending]
-            for name in ("classwise_ece", "thresholded_classwise_ece")
-        },
         "intervals": {name: {"low": i.low, "high": i.high} for name, i in intervals.items()},
         "ece_null": {
             "mean": null.mean,
@@ -259,16 +223,6 @@ def _scores(records: Records, resamples: int, seed: int) -> dict[str, Any] | Non
             for row in table
         ],
     }
-
-
-def _tied_share(score: np.ndarray) -> float:
-    """Share of the images whose score another image has too."""
-    _, counts = np.unique(score, return_counts=True)
-    return float(counts[counts > 1].sum() / len(score))
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None
 
 
 def _number(value: float) -> float | None:

@@ -6,7 +6,7 @@ from typing import Any
 from . import shift_verdict
 from .calibrators import BOUNDS, is_fitted
 from .display import MOST_IN_PROSE, counted, number, percent, points, temperature
-from .statistics import Interval
+from .intervals import Interval
 from .summary import interval_of
 
 FEW_IMAGES = 50

@@ -9,8 +9,7 @@ import pytest
 from flatcal_dist.calibration import compare
 from flatcal_dist.calibration.compare import write_comparison
 from flatcal_dist.calibration.display import show_difference
-from flatcal_dist.calibration.methods import COMPARED
-from flatcal_dist.calibration.naming import METRICS
+from flatcal_dist.calibration.entries import COMPARED, METRICS
 from flatcal_dist.calibration.records import Records
 from flatcal_dist.calibration.softmax import Scores
 from flatcal_dist.calibration.statistics import bootstrap

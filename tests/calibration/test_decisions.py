@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from scipy.stats import norm, ttest_rel
 
-from flatcal_dist.calibration.methods import COMPARED, SIDES, Method, Run, differences
+from flatcal_dist.calibration.entries import COMPARED, STATISTICS
+from flatcal_dist.calibration.methods import SIDES, Method, Run, differences
 from flatcal_dist.calibration.seeds import seed_difference
-from flatcal_dist.calibration.statistics import STATISTICS, Bootstrap
+from flatcal_dist.calibration.statistics import Bootstrap
 
 SEEDS = 5
 
@@ -52,7 +53,7 @@ def two_methods(random: np.random.Generator, seeds: int, effect: float = 0.0) ->
             runs.append(Run(f"{method}_{seed}", len(runs), metrics, records))
     samples = {}
     for side in SIDES:
-        at = STATISTICS.index("accuracy")
+        at = list(STATISTICS).index("accuracy")
         for i in range(len(runs)):
             points[side][i][at] = points["before"][i][at]
             replicates[side][i][:, at] = replicates["before"][i][:, at]

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from flatcal_dist.calibration.calibrators import BOUNDS
+from flatcal_dist.calibration.intervals import proportion_interval
 from flatcal_dist.calibration.records import Records
 from flatcal_dist.calibration.report import write_report
-from flatcal_dist.calibration.statistics import proportion_interval
 from flatcal_dist.calibration.summary import summarize
 from flatcal_dist.calibration.verdict import verdict
 
