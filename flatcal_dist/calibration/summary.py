@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,15 @@ import numpy as np
 from flatcal_dist.identity import data_identity
 
 from . import curves, metrics, pairing
+from .about import About
 from .classes import class_numbers, per_class
 from .confident_errors import most_confident_errors
 from .confusions import confusions
 from .entries import METRICS, STATISTICS
 from .entry import Evaluated
-from .intervals import LEVEL, Interval
+from .intervals import LEVEL
 from .literature import references
+from .model import SCHEMA_VERSION, Report
 from .operating import operating_points
 from .records import Records
 from .scores import NAMES, OF_LOGITS, SOURCES, score_table
@@ -25,46 +27,9 @@ from .softmax import Scores
 from .statistics import RESAMPLES, Bootstrap, bootstrap
 from .training_curves import training_curves
 
-SCHEMA_VERSION = 3
 OF_ALL_CLASSES = (
     "accuracy", "mean_confidence", "signed_gap", "ece", "nll", "brier", "aurc", "auroc",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class About:
-    """What was evaluated. Everything is optional; what is not given is not shown.
-
-    parameters: their number. crop_pct and interpolation as timm names them. checkpoint: hash of
-    the weights. method, seed: of the training; None where a network comes from elsewhere and they
-    are not known. data: name of the evaluated images; data_identity: a hash of them, which decides
-    what may be compared, over what known_by says (see `pairing`); both are found from the records
-    where they are not given. origin: of records that come from a file, what was understood of it.
-    configuration: the resolved one.
-    """
-
-    title: str | None = None
-    model: str | None = None
-    method: str | None = None
-    rho: float | None = None
-    gamma: float | None = None
-    seed: int | None = None
-    origin: str | None = None
-    data: str | None = None
-    data_identity: str | None = None
-    known_by: pairing.KnownBy | None = None
-    class_names: list[str] | None = None
-    image_size: int | None = None
-    crop_pct: float | None = None
-    interpolation: str | None = None
-    parameters: int | None = None
-    checkpoint: str | None = None
-    precision: str | None = None
-    engine: str | None = None
-    world_size: int | None = None
-    training_seconds: float | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    configuration: dict[str, Any] = field(default_factory=dict)
 
 
 def summarize(
@@ -76,13 +41,13 @@ def summarize(
     bins: int = 15,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Report:
     """All numbers of the report. Rates are fractions, NLL and entropy nats.
 
     The top level holds the network as it is; `after_temperature` the same keys after temperature
     scaling, and `difference` (after minus before) with paired intervals. all_classes: of records
     among a part of the network's classes, those of the same images among all. training: the records
-    of the run's metrics.jsonl. metrics.schema.json describes what is returned.
+    of the run's metrics.jsonl.
     """
     about = _identified(about or About(), records)
     samples = bootstrap([records.before, records.after], resamples, seed, bins)
@@ -93,8 +58,7 @@ def summarize(
         name: asdict(samples.difference(1, 0, name)) for name in STATISTICS if name != "accuracy"
     }
     clean = records.source.temperature_from is None
-    interval = records.temperature_interval
-    return {
+    written = {
         "schema_version": SCHEMA_VERSION,
         "images": len(records),
         "classes": records.classes,
@@ -104,7 +68,7 @@ def summarize(
         "all_classes": None if all_classes is None else _all_classes(all_classes),
         **before,
         "temperature": records.temperature,
-        "temperature_interval": None if interval is None else list(interval),
+        "temperature_interval": records.temperature_interval,
         "temperature_folds": list(records.fold_temperatures),
         "after_temperature": after,
         "scores": _scores(records, resamples, seed),
@@ -119,6 +83,7 @@ def summarize(
         # Paths and such become text, tuples lists: what is returned is what is read again.
         "about": json.loads(json.dumps(asdict(about), default=str)),
     }
+    return Report.model_validate(written)
 
 
 def _all_classes(records: Records) -> dict[str, Any]:
@@ -227,12 +192,6 @@ def _scores(records: Records, resamples: int, seed: int) -> dict[str, Any] | Non
 
 def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def interval_of(side: dict[str, Any], name: str) -> Interval:
-    """The interval of one metric of a side of `metrics.json`."""
-    limits = side["intervals"].get(name, {"low": None, "high": None})
-    return Interval(side[name], limits["low"], limits["high"])
 
 
 def _conventions(records: Records, bins: int, resamples: int, seed: int) -> dict[str, Any]:

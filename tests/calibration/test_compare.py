@@ -22,7 +22,7 @@ from .test_report import assert_sound_page, strict_json
 
 def write_bare_report(records: Records, folder: Path, about: About | None = None) -> None:
     """A report without page and figures, which a comparison does not read."""
-    write_json(folder / "metrics.json", summarize(records, about, resamples=5))
+    write_json(folder / "metrics.json", summarize(records, about, resamples=5).as_json())
     records.save(folder / "records.parquet")
 
 
