@@ -208,7 +208,10 @@ def _row(run: Run) -> dict[str, Any]:
         "ece_after_temperature": after.ece,
         "nll_after_temperature": after.nll,
         "training_seconds": about.training_seconds,
-        "intervals": {key: m.intervals[key].model_dump() for key in COMPARED if key in m.intervals},
+        "intervals": {
+            key: {"low": interval.low, "high": interval.high}
+            for key, interval in ((key, m.interval(key)) for key in COMPARED)
+        },
         "ece_null": m.ece_null.model_dump(),
     }
 
