@@ -1,12 +1,49 @@
 """The entries of calibration errors, of the confidence and of all probabilities."""
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from . import metrics
+from .checks import FloatArray, confidence_and_correct
 from .display import PERCENT, PLAIN, POINTS
 from .entry import Evaluated, Metric
 from .resampled import Binned, DebiasedSquare, Function, LargestDrift, RootMeanSquare, Smooth
-from .sampling import equal_mass, equal_mass_100, equal_width
+from .sampling import Images, equal_mass, equal_mass_100, equal_width
 
 FEWEST_FOR_100_BINS = 1000  # ten images a bin
+MOST_SWEPT = 100  # bins; only where accuracy rises without fail would there be more
+
+
+def sweep_calibration_error(confidence: ArrayLike, correct: ArrayLike) -> float:
+    """ECE over as many bins of equal mass as accuracy rises over, in [0, 1].
+
+    Bins are added one by one, up to `MOST_SWEPT`, until the accuracy of one is below that of the
+    bin before it: a network's true accuracy rises with its confidence, so finer bins show noise.
+    Gaps are absolute, as in ECE. Source: Roelofs et al., Mitigating Bias in Calibration Error
+    Estimation (AISTATS 2022), ECE_SWEEP of equal mass with p = 1.
+
+    Raises ValueError for empty input, unequal lengths, and confidences outside [0, 1].
+    """
+    c, a = confidence_and_correct(confidence, correct)
+    return metrics.adaptive_calibration_error(c, a, rising_bins(c, a))
+
+
+def rising_bins(confidence: FloatArray, correct: FloatArray) -> int:
+    """The number of bins that the sweep ends with; correct [N] holds 0 and 1."""
+    order = np.argsort(confidence, kind="stable")
+    c, right = confidence[order], np.append(0, np.cumsum(correct[order]))
+    most = min(MOST_SWEPT, len(c))
+    for bins in range(2, most + 1):
+        inner = np.searchsorted(c, metrics.equal_mass_edges(c, bins), side="right")
+        cuts = np.concatenate([[0], inner, [len(c)]])
+        if (np.diff(np.diff(right[cuts]) / np.diff(cuts)) < 0).any():
+            return bins - 1
+    return most
+
+
+def _swept(images: Images) -> FloatArray:
+    bins = rising_bins(images.confidence, images.correct)
+    return metrics.equal_mass_edges(images.confidence, bins)
 
 
 def _rmsce(e: Evaluated, debiased: bool = False) -> float:
@@ -50,6 +87,13 @@ CALIBRATION_ERRORS = (
         value=lambda e: metrics.adaptive_calibration_error(e.confidence, e.correct, 100),
         statistic=Binned(equal_mass_100, fewest=FEWEST_FOR_100_BINS),
         source="Nixon et al. (CVPR workshops 2019), section 3.3",
+    ),
+    Metric(
+        "ece_sweep", "ECE, swept bins", PERCENT, "lower",
+        "Over as many bins of equal mass as accuracy rises over.",
+        value=lambda e: sweep_calibration_error(e.confidence, e.correct),
+        statistic=Binned(_swept),
+        source="Roelofs et al. (AISTATS 2022), of equal mass with p = 1",
     ),
     Metric(
         "smooth_ece", "Smooth ECE", PERCENT, "lower", "With a kernel, not bins.",
