@@ -66,6 +66,7 @@ CALIBRATION_ERRORS = (
         statistic=Function(lambda s: s.mean("gap")),
         limits=(-1.0, 1.0),
         compared=True,
+        running=lambda s: float(s.gaps.sum() / s.images),
     ),
     Metric(
         "ece", "ECE", PERCENT, "lower",
@@ -74,6 +75,7 @@ CALIBRATION_ERRORS = (
         statistic=Binned(equal_width),
         source="Guo et al. (ICML 2017), equation 3",
         compared=True,
+        running=lambda s: float(np.abs(s.gaps).sum() / s.images),
     ),
     Metric(
         "adaptive_ece", "Adaptive ECE", PERCENT, "lower", "Over bins of equal mass.",

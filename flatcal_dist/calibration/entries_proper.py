@@ -13,6 +13,7 @@ PROPER_SCORES = (
         value=lambda e: float(e.correct.mean()),
         statistic=Accuracy(),
         compared=True,
+        running=lambda s: s.correct / s.images,
     ),
     Metric(
         "nll", "NLL", PLAIN, "lower",
@@ -22,6 +23,7 @@ PROPER_SCORES = (
         source="Good, Rational decisions (JRSS B 1952)",
         limits=(0.0, None),
         compared=True,
+        running=lambda s: s.nll / s.images,
     ),
     Metric(
         "brier", "Brier score", PLAIN, "lower",
@@ -31,6 +33,7 @@ PROPER_SCORES = (
         source="Brier (1950)",
         limits=(0.0, 2.0),
         compared=True,
+        running=lambda s: s.brier / s.images,
     ),
     Metric(
         "top_label_brier", "Brier score of the answer", PLAIN, "lower",
@@ -60,6 +63,10 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
+def _share(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
 def _tied_share(e: Evaluated) -> float:
     _, counts = np.unique(e.scores.log_confidence, return_counts=True)
     return float(counts[counts > 1].sum() / len(e.correct))
@@ -71,18 +78,21 @@ ENTROPIES = (
         value=lambda e: float(e.scores.entropy.mean()),
         statistic=Function(lambda s: s.mean("entropy"), of_outcomes=False),
         limits=(0.0, None),
+        running=lambda s: s.entropy / s.images,
     ),
     Metric(
         "mean_entropy_correct", "… of correct images", PLAIN, None, "",
         value=lambda e: _mean(e.scores.entropy[e.correct]),
         statistic=Function(lambda s: s.entropy_of(correct=True), of_outcomes=False),
         limits=(0.0, None), may_lack=True,
+        running=lambda s: _share(s.entropy_correct, s.correct),
     ),
     Metric(
         "mean_entropy_wrong", "… of wrong images", PLAIN, None, "",
         value=lambda e: _mean(e.scores.entropy[~e.correct]),
         statistic=Function(lambda s: s.entropy_of(correct=False), of_outcomes=False),
         limits=(0.0, None), may_lack=True,
+        running=lambda s: _share(s.entropy - s.entropy_correct, s.images - s.correct),
     ),
     Metric(
         "tied_images", "Tied images", PERCENT, None,

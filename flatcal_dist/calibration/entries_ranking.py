@@ -21,6 +21,7 @@ FAILURE_PREDICTION = (
         statistic=Ranking(selective.groups_aurc, "logarithm"),
         source="Geifman et al. (ICLR 2019), section 3",
         compared=True,
+        running=lambda s: selective.groups_aurc(s.groups),
     ),
     Metric(
         "eaurc", "E-AURC × 1000", THOUSANDTHS, "lower",
@@ -29,6 +30,7 @@ FAILURE_PREDICTION = (
         statistic=Ranking(selective.groups_eaurc, "logarithm"),
         source="Geifman et al. (ICLR 2019), equation 2, with the exact optimum",
         limits=(None, None),
+        running=lambda s: selective.groups_eaurc(s.groups),
     ),
     Metric(
         "naurc", "NAURC", PLAIN, "lower",
@@ -44,6 +46,7 @@ FAILURE_PREDICTION = (
         value=lambda e: selective.groups_augrc(e.groups),
         statistic=Ranking(selective.groups_augrc, "logarithm"),
         source="Traub et al. (NeurIPS 2024), section 4",
+        running=lambda s: selective.groups_augrc(s.groups),
     ),
     Metric(
         "auroc", "AUROC", PERCENT, "higher",
@@ -52,6 +55,7 @@ FAILURE_PREDICTION = (
         statistic=Ranking(selective.groups_auroc, "log-odds"),
         source="Hendrycks and Gimpel (ICLR 2017), section 2",
         may_lack=True, compared=True,
+        running=lambda s: selective.groups_auroc(s.groups),
     ),
     Metric(
         "fpr_at_95_tpr", "FPR at 95 % TPR", PERCENT, "lower",

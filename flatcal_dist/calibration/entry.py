@@ -43,6 +43,25 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Sums:
+    """What validation adds up over batches and ranks, instead of gathering images.
+
+    images and correct: how many; nll, brier, entropy, and entropy_correct (of correct images):
+    sums over images. gaps: sums of confidence minus correctness in the bins of ECE. groups: images
+    by cells of confidence, which count as ties.
+    """
+
+    images: float
+    correct: float
+    nll: float
+    brier: float
+    entropy: float
+    entropy_correct: float
+    gaps: FloatArray
+    groups: TieGroups
+
+
+@dataclass(frozen=True)
 class Metric:
     """One metric: its value and interval, what it is called, and how it is to be read.
 
@@ -55,6 +74,7 @@ class Metric:
         value: its value on all images, None where undefined.
         statistic: its value on resamples, and its interval; None: it has no interval.
         source: the paper that defines it.
+        running: its value from sums, while training validates; None: it is not followed there.
         limits: the least and largest value that it can have; None: no limit.
         may_lack: whether it can be undefined.
         compared: whether comparisons of runs test it.
@@ -69,6 +89,7 @@ class Metric:
     value: Callable[[Evaluated], float | None]
     statistic: Statistic | None = None
     source: str = ""
+    running: Callable[[Sums], float | None] | None = None
     limits: tuple[float | None, float | None] = (0.0, 1.0)
     may_lack: bool = False
     compared: bool = False
