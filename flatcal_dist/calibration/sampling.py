@@ -101,6 +101,7 @@ class Resample:
     def __init__(self, images: Ranked, weight: FloatArray) -> None:
         self.images = images
         self.weight = weight[images.order]
+        self._gaps: dict[Edges, FloatArray] = {}
 
     @cached_property
     def total(self) -> float:
@@ -160,7 +161,9 @@ class Resample:
 
     def gaps(self, edges: Edges) -> FloatArray:
         """Sum of confidence minus correctness in each bin."""
-        return np.diff(self.drift[self.images.cuts(edges)])
+        if edges not in self._gaps:
+            self._gaps[edges] = np.diff(self.drift[self.images.cuts(edges)])
+        return self._gaps[edges]
 
     def bin_counts(self, edges: Edges) -> tuple[FloatArray, FloatArray]:
         """Images in each bin, and correct ones."""
