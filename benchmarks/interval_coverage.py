@@ -26,18 +26,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neural_network import MLPClassifier
 
+from flatcal_dist.calibration.entries import STATISTICS
 from flatcal_dist.calibration.intervals import Interval, percentile
 from flatcal_dist.calibration.softmax import Scores, score_images
-from flatcal_dist.calibration.statistics import (
-    MEANS,
-    NORMS,
-    RANKS,
-    STATISTICS,
-    Bootstrap,
-    bootstrap,
-)
-
-SHOWN = (*MEANS, *NORMS, "rmsce_debiased", *RANKS)
+from flatcal_dist.calibration.statistics import Bootstrap, bootstrap
 
 
 def digits() -> list[Scores]:
@@ -91,31 +83,27 @@ def simulate(
     """Counts of the first network's figures, of differences to it, and its mean wrong images."""
     truth = bootstrap(population, resamples=1)
     random, wrong = np.random.default_rng(0), 0
-    figures = {name: Count() for name in SHOWN}
-    differences = {name: Count() for name in SHOWN}
+    figures = {name: Count() for name in STATISTICS}
+    differences = {name: Count() for name in STATISTICS}
     for seed in range(draws):
         chosen = random.integers(len(population[0].correct), size=images)
         samples = bootstrap([drawn(s, chosen) for s in population], resamples, seed)
         wrong += int((~population[0].correct[chosen]).sum())
-        for name in SHOWN:
-            m = STATISTICS.index(name)
-            value = _rooted(name, truth.point[0, m])
-            replicates = _rooted(name, samples.replicates[:, 0, m])
-            plain = percentile(_rooted(name, samples.point[0, m]), replicates)
+        for name in STATISTICS:
+            m = list(STATISTICS).index(name)
+            value = STATISTICS[name].natural(truth.point[0, m])
+            replicates = STATISTICS[name].natural(samples.replicates[:, 0, m])
+            plain = percentile(STATISTICS[name].natural(samples.point[0, m]), replicates)
             figures[name].add(float(value), samples.interval(0, name), plain)
             if len(population) > 1:
                 _add_difference(differences[name], name, truth, samples)
     return figures, differences, wrong / draws
 
 
-def _rooted(name: str, value: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.maximum(value, 0.0)) if name == "rmsce_debiased" else value
-
-
 def _add_difference(count: Count, name: str, truth: Bootstrap, samples: Bootstrap) -> None:
-    m = STATISTICS.index(name)
+    m = list(STATISTICS).index(name)
     true, point, each = (
-        _rooted(name, part[..., 1, m]) - _rooted(name, part[..., 0, m])
+        STATISTICS[name].natural(part[..., 1, m]) - STATISTICS[name].natural(part[..., 0, m])
         for part in (truth.point, samples.point, samples.replicates)
     )
     count.add(float(true), samples.difference(1, 0, name), percentile(float(point), each))

@@ -33,7 +33,7 @@ def report(ids: list[str], labels: np.ndarray, logits: np.ndarray, folder: Path)
 
     records = Records.from_logits(ids, labels, logits)
     m = write_report(records, folder / "report", resamples=RESAMPLES)
-    return f"ECE {m['ece']:.4f}, AURC {m['aurc']:.4f}, T {m['temperature']:.3f}"
+    return f"ECE {m.ece:.4f}, AURC {m.aurc:.4f}, T {m.temperature:.3f}"
 
 
 def from_records(ids: list[str], labels: np.ndarray, logits: np.ndarray, folder: Path) -> str:

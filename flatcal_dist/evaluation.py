@@ -17,6 +17,7 @@ from torch import nn
 from flatcal_dist import inputs
 from flatcal_dist.calibration.binned import BinnedEvaluation
 from flatcal_dist.calibration.display import counted
+from flatcal_dist.calibration.model import Report
 from flatcal_dist.calibration.records import Records, Source
 from flatcal_dist.calibration.report import render_report, write_report
 from flatcal_dist.calibration.shift import Shifted, save_shifted, write_shift
@@ -165,7 +166,7 @@ def report(
     training: Sequence[Mapping[str, Any]] = (),
     logits_file: Path | None = None,
     class_names: Sequence[str] | None = None,
-) -> tuple[Records, dict[str, Any]] | None:
+) -> tuple[Records, Report] | None:
     """Evaluate on all ranks; on rank 0 write the report into `output`; its records and metrics.
 
     trained: how the network was trained. training: the records of the run's metrics.jsonl, for the
@@ -174,7 +175,7 @@ def report(
     """
     found = evaluate(config, module, data, accelerator, logits_file=logits_file)
 
-    def written() -> tuple[Records, dict[str, Any]] | None:
+    def written() -> tuple[Records, Report] | None:
         if found is None:
             return None
         records, all_classes = found

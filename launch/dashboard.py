@@ -23,19 +23,19 @@ import wandb_workspaces.reports.v2 as wr  # noqa: E402
 import wandb_workspaces.workspaces as ws  # noqa: E402
 from wandb_workspaces import expr  # noqa: E402
 
+from flatcal_dist.calibration.entries import COMPARED, METRICS  # noqa: E402
 from flatcal_dist.config import Config, ConfigError  # noqa: E402
 from flatcal_dist.files import write_text  # noqa: E402
 from flatcal_dist.printing import never_fail  # noqa: E402
 from flatcal_dist.sweep import Sweep, load_sweep  # noqa: E402
 from flatcal_dist.urls import hide  # noqa: E402
 
+# What comparisons of reports test, by name; W&B shows the values as they are.
+COMPARED_NAMES = {key: METRICS[key].name.removesuffix(" × 1000") for key in COMPARED}
 # Lines over the steps: section -> panels, each its title and metrics.
 LINES = {
     "Validation": {
-        "Accuracy": ["val/accuracy"],
-        "NLL": ["val/nll"],
-        "ECE": ["val/ece"],
-        "Signed gap": ["val/signed_gap"],
+        name: [f"val/{key}"] for key, name in COMPARED_NAMES.items() if METRICS[key].running
     },
     "Training": {
         "Loss, and where the weights are perturbed": ["train/loss", "train/perturbed_loss"],
@@ -54,11 +54,7 @@ LINES = {
 }
 # One value a run, of the report at its end.
 BARS = {
-    "Accuracy": "calibration/accuracy",
-    "NLL": "calibration/nll",
-    "ECE": "calibration/ece",
-    "Signed gap": "calibration/signed_gap",
-    "AURC": "calibration/aurc",
+    **{name: f"calibration/{key}" for key, name in COMPARED_NAMES.items()},
     "Temperature": "calibration/temperature",
 }
 MEDIA = [

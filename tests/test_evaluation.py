@@ -189,9 +189,9 @@ def test_r_is_also_judged_among_all_classes(alone, trees, tmp_path, monkeypatch)
         ),
     )  # fmt: skip
     _, m = evaluation.report(setting, module, data, accelerator, tmp_path / "own", title="x")
-    assert (m["classes"], m["all_classes"]["classes"]) == (200, 1000)
-    assert m["all_classes"]["before"]["nll"] == pytest.approx(every.before.nll.mean(), abs=1e-6)
-    names = dict(zip(m["per_class"]["class"], m["per_class"]["name"], strict=True))
+    assert (m.classes, m.all_classes.classes) == (200, 1000)
+    assert m.all_classes.before["nll"] == pytest.approx(every.before.nll.mean(), abs=1e-6)
+    names = dict(zip(m.per_class.number, m.per_class.name, strict=True))
     assert names == {c: class_names()[c] for c in subset("imagenet_r")}
 
 
@@ -210,7 +210,7 @@ def test_real_accuracy_by_hand(alone):
         expected.append(-1 if not labels else int(guess in labels))
     assert records.real.tolist() == expected
     assert expected.count(-1) > 10
-    real = summarize(records, resamples=2)["real"]
+    real = summarize(records, resamples=2).real
     counted = [e for e in expected if e >= 0]
     assert real["accuracy"] == sum(counted) / len(counted)
     assert alone["imagenet_v2"].real is None
@@ -334,9 +334,9 @@ def test_a_file_of_the_logits_gives_the_same_records(job, tmp_path):
     pyarrow.csv.write_csv(table.cast(pa.schema(wide)), tmp_path / "a.csv")
     lists = pa.array(stored["logits"].tolist(), pa.list_(pa.float32()))
     pq.write_table(pa.table({**columns, "logits": lists}), tmp_path / "list.parquet")
-    own = summarize(Records.load(job / "records.parquet"), resamples=20)
+    own = summarize(Records.load(job / "records.parquet"), resamples=20).as_json()
     for file in (job / "logits.npz", *sorted(tmp_path.iterdir())):
-        again = summarize(read_file(file), resamples=20)
+        again = summarize(read_file(file), resamples=20).as_json()
         kind = "float64" if file.suffix == ".csv" else "float32"  # of what text is read as
         assert again["conventions"].pop("logits").startswith(kind)
         for key in own.keys() - {"source", "about", "conventions"}:

@@ -7,49 +7,41 @@ histograms of the confidence of correct and of wrong images: images in one cell 
 how far that can be from the truth is computed and told.
 """
 
-from dataclasses import dataclass
+from dataclasses import fields, make_dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from . import selective
 from .checks import FloatArray, positive_integer
+from .entries import METRICS, RANKS
+from .entry import Sums
 from .metrics import equal_width_index
 from .softmax import ImageScores, score_images
 
 # Cells are even in log(c / (1 - c)), which resolves confidences near 1 as finely as others.
 LOWEST, HIGHEST = -12.0, 100.0
 SUMS = ("images", "not_finite", "correct", "top5", "nll", "brier", "entropy", "entropy_correct")
+OF_METRICS = ("correct", "nll", "brier", "entropy", "entropy_correct")
 BIN_SUMS = ("images", "confidence", "correct")
+RUNNING = {key: metric for key, metric in METRICS.items() if metric.running is not None}
+BY_ORDER = tuple(key for key in RUNNING if key in RANKS)
 
+BinnedFigures = make_dataclass(
+    "BinnedFigures",
+    [("images", int), ("not_finite", int), ("top5_accuracy", float | None)]
+    + [(key, float | None) for key in RUNNING]
+    + [(f"{key}_error", float | None) for key in BY_ORDER],
+    frozen=True,
+    namespace={
+        "__doc__": """The same figures as the report's; rates are fractions, NLL and entropy nats.
 
-@dataclass(frozen=True)
-class BinnedFigures:
-    """The same figures as the report's; rates are fractions, NLL and entropy nats.
-
-    accuracy to ece, and the entropies, are exact to rounding. auroc, aurc, eaurc and augrc are
-    within `*_error` of the values of the images themselves. None where a value is undefined; all
-    are, but the two counts, if the logits of any image are not finite.
+    Those of failure prediction are within `*_error` of the values of the images themselves, the
+    others exact to rounding. None where a value is undefined; all are, but the two counts, if the
+    logits of any image are not finite.
     """
-
-    images: int
-    not_finite: int
-    accuracy: float | None
-    top5_accuracy: float | None
-    nll: float | None
-    brier: float | None
-    signed_gap: float | None
-    ece: float | None
-    mean_entropy: float | None
-    mean_entropy_correct: float | None
-    mean_entropy_wrong: float | None
-    auroc: float | None
-    auroc_error: float | None
-    aurc: float | None
-    aurc_error: float | None
-    eaurc: float | None
-    augrc: float | None
-    augrc_error: float | None
+    },
+)
 
 
 class BinnedEvaluation:
@@ -112,39 +104,19 @@ class BinnedEvaluation:
         if n + broken == 0:
             return None
         if broken or not np.isfinite(self.state).all():
-            undefined = [None] * (len(BinnedFigures.__dataclass_fields__) - 2)
+            undefined = [None] * (len(fields(BinnedFigures)) - 2)
             return BinnedFigures(int(n + broken), int(broken), *undefined)
-        gaps = bins[1] - bins[2]
-        wrongs = n - total["correct"]
-        groups, lucky, unlucky = _groups(right[::-1], wrong[::-1])
-        values = {}
-        for name in ("auroc", "aurc", "augrc"):
-            f = getattr(selective, f"groups_{name}")
-            value = f(groups)
-            values[name] = value
-            if value is None:
-                values[f"{name}_error"] = None
-            else:
-                values[f"{name}_error"] = max(abs(f(order) - value) for order in (lucky, unlucky))
-        return BinnedFigures(
-            images=int(n),
-            not_finite=0,
-            accuracy=total["correct"] / n,
-            top5_accuracy=total["top5"] / n,
-            nll=total["nll"] / n,
-            brier=total["brier"] / n,
-            signed_gap=float(gaps.sum() / n),
-            ece=float(np.abs(gaps).sum() / n),
-            mean_entropy=total["entropy"] / n,
-            mean_entropy_correct=_share(total["entropy_correct"], total["correct"]),
-            mean_entropy_wrong=_share(total["entropy"] - total["entropy_correct"], wrongs),
-            eaurc=values["aurc"] - selective.optimal_aurc(int(n), int(wrongs)),
-            **values,
+        sums_of = {name: total[name] for name in OF_METRICS}
+        exact, *extreme = (
+            Sums(images=n, gaps=bins[1] - bins[2], groups=groups, **sums_of)
+            for groups in _groups(right[::-1], wrong[::-1])
         )
-
-
-def _share(total: float, count: float) -> float | None:
-    return total / count if count else None
+        values = {key: metric.running(exact) for key, metric in RUNNING.items()}
+        errors = {}
+        for key in BY_ORDER:
+            value, ends = values[key], [RUNNING[key].running(sums) for sums in extreme]
+            errors[f"{key}_error"] = None if value is None else max(abs(v - value) for v in ends)
+        return BinnedFigures(int(n), 0, total["top5"] / n, **values, **errors)
 
 
 def _groups(

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from .checks import FloatArray, IntArray
+from .intervals import proportion_interval
 from .records import Records
-from .statistics import proportion_interval
 
 
 def class_numbers(records: Records) -> IntArray:

@@ -14,11 +14,12 @@ from .calibrators import is_fitted
 from .comparison_verdict import verdict
 from .display import duration, enumerate_names, number, percent
 from .drawing import Curve
-from .methods import COMPARED, SIDES, Method, Run, differences, gather, summary
-from .naming import METRICS
+from .entries import COMPARED, METRICS
+from .intervals import LEVEL
+from .methods import SIDES, Method, Run, differences, gather, summary
 from .report import read_report
 from .report_page import run_title
-from .statistics import LEVEL, RESAMPLES, Bootstrap, bootstrap, mcnemar
+from .statistics import RESAMPLES, Bootstrap, bootstrap, mcnemar
 
 SCHEMA_VERSION = 3
 
@@ -141,8 +142,8 @@ def _refuse_other_images(baseline: Run, other: Run) -> None:
             f"{len(mine)} images (first {str(mine.id[differ[0]])!r}); evaluate both on the same "
             "data"
         )
-    identities = [run.about["data_identity"] for run in (baseline, other)]
-    known = {run.about["known_by"] for run in (baseline, other)}
+    identities = [run.about.data_identity for run in (baseline, other)]
+    known = {run.about.known_by for run in (baseline, other)}
     if known == {"images"} and identities[0] != identities[1]:
         raise ValueError(
             f"runs {baseline.name} and {other.name} were evaluated on other data under the same "
@@ -154,7 +155,7 @@ def _refuse_other_images(baseline: Run, other: Run) -> None:
 
 def _pairing(runs: Sequence[Run]) -> dict[str, Any]:
     """How the images of these runs were found to be the same ones, and what that is worth."""
-    known = {run.about["known_by"] for run in runs}
+    known = {run.about.known_by for run in runs}
     by = next(kind for kind in ("rows", "ids", "images") if kind in known)
     texts = {
         "images": "All runs saw the same images, by name, label and size in bytes.",
@@ -194,18 +195,24 @@ def _rows(
 
 def _row(run: Run) -> dict[str, Any]:
     about, m = run.about, run.metrics
-    after = m["after_temperature"]
+    after = m.after_temperature
     return {
         "run": run.name,
         "title": run_title(about),
-        **{key: about[key] for key in ("model", "method", "rho", "gamma", "seed", "checkpoint")},
-        **{key: m[key] for key in COMPARED},
-        "temperature": m["temperature"],
-        "ece_after_temperature": after["ece"],
-        "nll_after_temperature": after["nll"],
-        "training_seconds": about["training_seconds"],
-        "intervals": {key: m["intervals"][key] for key in COMPARED if key in m["intervals"]},
-        "ece_null": m["ece_null"],
+        **{
+            key: getattr(about, key)
+            for key in ("model", "method", "rho", "gamma", "seed", "checkpoint")
+        },
+        **{key: m.value(key) for key in COMPARED},
+        "temperature": m.temperature,
+        "ece_after_temperature": after.ece,
+        "nll_after_temperature": after.nll,
+        "training_seconds": about.training_seconds,
+        "intervals": {
+            key: {"low": interval.low, "high": interval.high}
+            for key, interval in ((key, m.interval(key)) for key in COMPARED)
+        },
+        "ece_null": m.ece_null.model_dump(),
     }
 
 
@@ -287,4 +294,4 @@ def _figures(methods: Sequence[Method], folder: Path) -> dict[str, Markup]:
 
 
 def _mean(method: Method, key: str) -> float:
-    return float(np.mean([run.metrics[key] for run in method.runs]))
+    return float(np.mean([run.metrics.value(key) for run in method.runs]))

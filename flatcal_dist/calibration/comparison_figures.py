@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .drawing import Curve, faded_line, percent_axes, style
+from .entries import METRICS
 from .figures import DIAGONAL, density_strength
-from .naming import METRICS
 from .palette import light
 
 
@@ -18,10 +18,10 @@ def draw_reliability_overlay(curves: Sequence[Curve], title: str) -> Figure:
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], **DIAGONAL)
         for c in curves:
-            curve = c.side["smooth_curve"]
-            known = [i for i, v in enumerate(curve["accuracy"]) if v is not None]
-            x, y = ([curve[key][i] for i in known] for key in ("confidence", "accuracy"))
-            strength = density_strength([curve["images"][i] for i in known])
+            curve = c.side.smooth_curve
+            known = [i for i, v in enumerate(curve.accuracy) if v is not None]
+            x, y = ([getattr(curve, key)[i] for i in known] for key in ("confidence", "accuracy"))
+            strength = density_strength([curve.images[i] for i in known])
             width = 1.7 if c.named else 1.0
             faded_line(axes, x, y, strength, color=c.colour, linestyle=c.dashes, linewidth=width)
             strong = [i for i in range(0, len(x), 12) if strength[i] == 1]
@@ -46,21 +46,21 @@ def draw_scatter(curves: Sequence[Curve], key: str, title: str) -> Figure:
         figure = Figure(figsize=(4.6, 4.7), layout="constrained")
         axes = figure.subplots()
         for c in curves:
-            x, y, limits = c.side["accuracy"], c.side[key], c.side["intervals"]
+            x, y = c.side.accuracy, c.side.value(key)
             for name, along in (("accuracy", "x"), (key, "y")):
-                ends = limits.get(name)
-                if ends and ends["low"] is not None:
-                    span = [ends["low"], ends["high"]]
+                ends = c.side.interval(name)
+                if ends.low is not None:
+                    span = [ends.low, ends.high]
                     place = (span, [y, y]) if along == "x" else ([x, x], span)
                     axes.plot(*place, color=c.colour, linewidth=0.9, alpha=0.5)
             axes.scatter([x], [y], s=46, color=c.colour, marker=c.marker, zorder=3, label=c.label)
             if key == "ece":
-                chance = c.side["ece_null"]["quantile_95"]
+                chance = c.side.ece_null.quantile_95
                 axes.plot([x, x], [0, chance], color=light("band"), linewidth=3, zorder=1)
         for series in {c.series for c in curves}:
             members = [c for c in curves if c.series == series]
             if len(members) > 1:
-                at = [np.mean([m.side[name] for m in members]) for name in ("accuracy", key)]
+                at = [np.mean([m.side.value(name) for m in members]) for name in ("accuracy", key)]
                 axes.scatter(
                     *([v] for v in at), s=190, color=members[0].colour, marker="+",
                     linewidth=2.2, zorder=4,

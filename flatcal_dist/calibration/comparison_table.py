@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from .display import UNDEFINED, between, counted, show
+from .entries import COMPARED, METRICS
 from .main_table import latex
-from .methods import COMPARED, SIDES
-from .naming import METRICS
+from .methods import SIDES
+from .model import Report, Side
 
 WORDS = {"before": "As trained", "after": "After temperature scaling"}
 
 
-def table_tex(comparison: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
+def table_tex(comparison: dict[str, Any], runs: Sequence[Report]) -> str:
     """The methods by metrics, in LaTeX for a document that loads booktabs.
 
     A method of several seeds has its mean and sample standard deviation over them, one of a single
@@ -27,7 +28,7 @@ def table_tex(comparison: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str
     for side in SIDES:
         rows.append(rf"\multicolumn{{{len(columns) + 1}}}{{l}}{{\textit{{{WORDS[side]}}}}} \\")
         for method, m in zip(comparison["methods"], runs, strict=True):
-            figures = m if side == "before" else m["after_temperature"]
+            figures = m.side(side)
             best = {k for k, name in comparison["best"][side].items() if name == method["name"]}
             cells = [_cell(method[side][key], figures, key, key in best) for key in COMPARED]
             rows.append(" & ".join([latex(method["name"]), *cells]) + r" \\")
@@ -57,7 +58,7 @@ def table_tex(comparison: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str
     )
 
 
-def _cell(over_seeds: dict[str, Any], side: dict[str, Any], key: str, best: bool) -> str:
+def _cell(over_seeds: dict[str, Any], side: Side, key: str, best: bool) -> str:
     unit = METRICS[key].unit
     value = show(over_seeds["mean"], unit, suffix=False)
     if value == UNDEFINED:
@@ -66,8 +67,8 @@ def _cell(over_seeds: dict[str, Any], side: dict[str, Any], key: str, best: bool
     if over_seeds["sd"] is not None:
         spread = show(over_seeds["sd"], unit, suffix=False).removeprefix("+")
         return rf"{text} {{\scriptsize $\pm$ {latex(spread)}}}"
-    ends = side["intervals"].get(key, {"low": None, "high": None})
-    limits = between(ends["low"], ends["high"], unit)
+    ends = side.interval(key)
+    limits = between(ends.low, ends.high, unit)
     if over_seeds["seeds"] > 1 or limits is None:
         return text
     low, high = limits.split(" to ")

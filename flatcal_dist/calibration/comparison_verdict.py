@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from .display import counted, enumerate_names, percent, show_difference
-from .methods import COMPARED, SIDES
-from .naming import METRICS, Metric
+from .entries import COMPARED, METRICS
+from .entry import Metric
+from .methods import SIDES
 
 
 def verdict(comparison: dict[str, Any]) -> list[str]:

@@ -4,7 +4,6 @@ import base64
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,6 +11,7 @@ from PIL import Image
 from flatcal_dist.files import write_atomically
 
 from .classes import class_numbers
+from .parts import ConfidentError
 from .records import Records
 
 SHOWN = 24
@@ -19,7 +19,7 @@ SIDE = 112  # pixels of the longer side
 FOLDER = "errors"
 
 
-def most_confident_errors(records: Records) -> list[dict[str, Any]]:
+def most_confident_errors(records: Records) -> list[ConfidentError]:
     """The `SHOWN` wrong answers of the highest confidence, highest first.
 
     `consistent` tells whether the answer is among the labels that a second look found right (ReaL;
@@ -32,21 +32,21 @@ def most_confident_errors(records: Records) -> list[dict[str, Any]]:
     for i in wrong[np.lexsort((records.id[wrong], -score))][:SHOWN]:
         again = -1 if records.real is None else int(records.real[i])
         errors.append(
-            {
-                "id": str(records.id[i]),
-                "label": int(number[records.label[i]]),
-                "answer": int(number[records.prediction[i]]),
-                "confidence": float(records.before.confidence[i]),
-                "confidence_after_temperature": float(records.after.confidence[i]),
-                "label_probability": float(np.exp(-records.before.nll[i])),
-                "consistent": None if again < 0 else again == 1,
-            }
+            ConfidentError(
+                id=str(records.id[i]),
+                label=int(number[records.label[i]]),
+                answer=int(number[records.prediction[i]]),
+                confidence=float(records.before.confidence[i]),
+                confidence_after_temperature=float(records.after.confidence[i]),
+                label_probability=float(np.exp(-records.before.nll[i])),
+                consistent=None if again < 0 else again == 1,
+            )
         )
     return errors
 
 
 def save_thumbnails(
-    errors: list[dict[str, Any]], image_of: Callable[[str], bytes | None] | None, folder: Path
+    errors: list[ConfidentError], image_of: Callable[[str], bytes | None] | None, folder: Path
 ) -> None:
     """Write folder/errors/NN.jpg for every error of which `image_of(id)` gives an encoded image.
 
@@ -57,7 +57,7 @@ def save_thumbnails(
     for old in (folder / FOLDER).glob("*.jpg"):
         old.unlink()
     for place, error in enumerate(errors if image_of is not None else ()):
-        data = image_of(error["id"])
+        data = image_of(error.id)
         picture = None if data is None else thumbnail(data)
         if picture is not None:
             with write_atomically(folder / FOLDER / f"{place:02d}.jpg") as temporary:

@@ -7,8 +7,8 @@ from scipy.special import ndtri
 
 from . import selective
 from .checks import BoolArray, FloatArray
+from .intervals import LEVEL
 from .softmax import Scores
-from .statistics import LEVEL
 
 SMOOTH_POINTS = 101
 WIDTHS = (0.02, 0.06)  # of the kernel: a narrower one draws noise, a wider one bends the diagonal

@@ -12,7 +12,8 @@ import numpy as np
 from scipy.stats import norm, t
 
 from .checks import FloatArray
-from .statistics import BINNED, RANKS, Bootstrap
+from .entries import STATISTICS
+from .statistics import Bootstrap
 
 LEVEL = 0.05
 ALIKE = 1e-6  # differences of rates and nats that come from the rounding of logits
@@ -52,10 +53,10 @@ def difference_p_value(
     defined = moved[np.isfinite(moved)]
     if not np.isfinite(point) or not len(defined):
         return None
-    if statistic in BINNED:  # inflated in resamples, as in `Bootstrap.difference`
+    if STATISTICS[statistic].centred:  # inflated in resamples, as in `Bootstrap.difference`
         defined = defined - defined.mean() + point
     p = _two_sided(float(point), defined)
-    if statistic not in RANKS or p == 1.0:
+    if not STATISTICS[statistic].of_order or p == 1.0:
         return p
     rarer, spread = min(samples.rarer[which], samples.rarer[baseline]), float(defined.std())
     if rarer < 2 or spread == 0:

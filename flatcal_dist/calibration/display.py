@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .statistics import Interval
+from .intervals import Interval
 
 UNDEFINED = "not defined"
 MINUS = "−"

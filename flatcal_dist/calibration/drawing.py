@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from flatcal_dist.files import write_atomically
 
+from .model import Side
 from .palette import PALETTE, SERIES, light
 
 STYLE = {
@@ -74,7 +75,7 @@ class Curve:
     """
 
     name: str
-    side: dict[str, Any]
+    side: Side
     series: int = 0
     named: bool = True
 

@@ -11,14 +11,16 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from .drawing import PERCENT, Curve, faded_line, percent_axes, style
+from .model import Side
 from .palette import heat, light, text_on
+from .parts import Bin, Histogram, SmoothCurve
 
 HEAT = ("blue", "vermillion")  # of right and of wrong answers
 FEW_NEAR = 30  # images, below which the smooth line fades: accuracy is then 0.2 wide or more
 DIAGONAL = {"color": light("muted"), "linewidth": 1, "linestyle": (0, (4, 3))}
 
 
-def draw_reliability(side: dict[str, Any], title: str) -> Figure:
+def draw_reliability(side: Side, title: str) -> Figure:
     """Reliability diagram: accuracy per bin, its gap to confidence, and what chance would allow.
 
     Bars are fainter the fewer images they hold; the outlined boxes hold 95 % of the accuracies
@@ -29,14 +31,14 @@ def draw_reliability(side: dict[str, Any], title: str) -> Figure:
     with style():
         figure = Figure(figsize=(5.2, 6.5), layout="constrained")
         top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
-        filled = [b for b in side["bins"] if b["count"]]
-        most = max(b["count"] for b in filled)
+        filled = [b for b in side.bins if b.count]
+        most = max(b.count for b in filled)
         for b in filled:
-            _bar(top, b, strength=0.35 + 0.65 * np.sqrt(b["count"] / most))
-        _smooth(top, side["smooth_curve"])
+            _bar(top, b, strength=0.35 + 0.65 * np.sqrt(b.count / most))
+        _smooth(top, side.smooth_curve)
         top.plot([0, 1], [0, 1], **DIAGONAL)
         top.set(ylim=(0, 1), ylabel="Accuracy", title=title)
-        _counts(below, side["histogram"])
+        _counts(below, side.histogram)
         below.set(xlim=(0, 1), xlabel="Confidence")
         percent_axes(top, x=False)
         percent_axes(below, y=False)
@@ -52,30 +54,30 @@ def draw_reliability(side: dict[str, Any], title: str) -> Figure:
         return figure
 
 
-def _bar(axes: Axes, b: dict[str, Any], strength: float) -> None:
-    left, width = b["low"] + 0.004, b["high"] - b["low"] - 0.008
-    gap = b["mean_confidence"] - b["accuracy"]
+def _bar(axes: Axes, b: Bin, strength: float) -> None:
+    left, width = b.low + 0.004, b.high - b.low - 0.008
+    gap = b.mean_confidence - b.accuracy
     colour = light("vermillion" if gap > 0 else "green")
     span = {"width": width, "align": "edge"}
     # A gap below the accuracy is cut out of the bar, so that colours never mix.
-    low, high = sorted((b["accuracy"], b["mean_confidence"]))
+    low, high = sorted((b.accuracy, b.mean_confidence))
     axes.bar(left, low, color=light("blue"), alpha=0.75 * strength, **span)
     axes.bar(left, high - low, bottom=low, color=colour, alpha=0.7 * strength, **span)
     ends = [left, left + width]
-    axes.plot(ends, [b["accuracy"]] * 2, color=light("blue"), linewidth=2.4, solid_capstyle="butt")
-    expected = b["calibrated_high"] - b["calibrated_low"]
+    axes.plot(ends, [b.accuracy] * 2, color=light("blue"), linewidth=2.4, solid_capstyle="butt")
+    expected = b.calibrated_high - b.calibrated_low
     outline = {"facecolor": "none", "edgecolor": light("ink"), "linewidth": 0.7}
-    axes.bar(left, expected, bottom=b["calibrated_low"], alpha=0.8 * strength, **outline, **span)
+    axes.bar(left, expected, bottom=b.calibrated_low, alpha=0.8 * strength, **outline, **span)
 
 
-def _smooth(axes: Axes, curve: dict[str, Any]) -> None:
-    known = [i for i, v in enumerate(curve["accuracy"]) if v is not None]
+def _smooth(axes: Axes, curve: SmoothCurve) -> None:
+    known = [i for i, v in enumerate(curve.accuracy) if v is not None]
     x, y, low, high = (
-        np.array([curve[key][i] for i in known])
+        np.array([getattr(curve, key)[i] for i in known])
         for key in ("confidence", "accuracy", "calibrated_low", "calibrated_high")
     )
     axes.fill_between(x, low, high, color=light("band"), alpha=0.55, linewidth=0)
-    strength = density_strength([curve["images"][i] for i in known])
+    strength = density_strength([curve.images[i] for i in known])
     faded_line(axes, x, y, strength, color=light("paper"), linewidth=3.4)
     faded_line(axes, x, y, strength, color=light("ink"), linewidth=1.6)
 
@@ -96,11 +98,11 @@ def _square_root_axis(axes: Axes, most: float, least: float) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v * v:.3g} %"))
 
 
-def _counts(axes: Axes, histogram: dict[str, Any]) -> None:
+def _counts(axes: Axes, histogram: Histogram) -> None:
     """Share of the images by confidence: correct ones upwards, wrong ones downwards."""
-    edges = np.array(histogram["edges"])
-    images = sum(histogram["correct"]) + sum(histogram["wrong"])
-    right, wrong = (np.sqrt(np.array(histogram[k]) / images) for k in ("correct", "wrong"))
+    edges = np.array(histogram.edges)
+    images = sum(histogram.correct) + sum(histogram.wrong)
+    right, wrong = (np.sqrt(np.array(getattr(histogram, k)) / images) for k in ("correct", "wrong"))
     width, most = edges[1] - edges[0], max(right.max(), wrong.max())
     axes.bar(edges[:-1], right, width, align="edge", color=light("blue"), alpha=0.85)
     axes.bar(edges[:-1], -wrong, width, align="edge", color=light("vermillion"), alpha=0.85)
@@ -110,17 +112,17 @@ def _counts(axes: Axes, histogram: dict[str, Any]) -> None:
     _square_root_axis(axes, most**2, least=0.12)
 
 
-def draw_confidence(side: dict[str, Any], title: str) -> Figure:
+def draw_confidence(side: Side, title: str) -> Figure:
     """Distribution of confidence among correct and among wrong predictions, each summing to 1."""
     with style():
         figure = Figure(figsize=(5.2, 3.5), layout="constrained")
         axes = figure.subplots()
-        histogram = side["histogram"]
+        histogram = side.histogram
         groups = (("correct", "blue", "-"), ("wrong", "vermillion", (0, (4, 2))))
         most = max(
             _histogram(axes, histogram, name, light(colour), line)
             for name, colour, line in groups
-            if sum(histogram[name])
+            if sum(getattr(histogram, name))
         )
         axes.set(xlim=(0, 1), ylim=(0, 1.08 * np.sqrt(most)), xlabel="Confidence", title=title)
         axes.set_ylabel("Share of the group (√ scale)")
@@ -130,14 +132,14 @@ def draw_confidence(side: dict[str, Any], title: str) -> Figure:
         return figure
 
 
-def _histogram(axes: Axes, histogram: dict[str, Any], name: str, colour: str, line: Any) -> float:
+def _histogram(axes: Axes, histogram: Histogram, name: str, colour: str, line: Any) -> float:
     """Draw one group; return the largest share of a bin."""
-    count, mean = np.array(histogram[name]), histogram[f"mean_{name}"]
+    count, mean = np.array(getattr(histogram, name)), getattr(histogram, f"mean_{name}")
     share = count / count.sum()
     label = f"{name}: {count.sum():,}, mean {100 * mean:.1f} %"
-    axes.stairs(np.sqrt(share), histogram["edges"], fill=True, color=colour, alpha=0.25)
+    axes.stairs(np.sqrt(share), histogram.edges, fill=True, color=colour, alpha=0.25)
     axes.stairs(
-        np.sqrt(share), histogram["edges"], color=colour, linewidth=1.4, linestyle=line, label=label
+        np.sqrt(share), histogram.edges, color=colour, linewidth=1.4, linestyle=line, label=label
     )
     axes.axvline(mean, color=colour, linewidth=1.1, linestyle=(0, (1, 1.5)))
     return share.max()
@@ -153,14 +155,14 @@ def draw_risk_coverage(curves: Sequence[Curve], title: str, *, reference: bool) 
     with style():
         figure = Figure(figsize=(9.6, 4.4), layout="constrained")
         wide, near = figure.subplots(1, 2, width_ratios=(1.35, 1))
-        error = max(1 - c.side["accuracy"] for c in curves)
+        error = max(1 - c.side.accuracy for c in curves)
         for axes in (wide, near):
             for i, c in enumerate(curves):
-                line = c.side["risk_coverage"]
+                line = c.side.risk_coverage
                 dashes = (0, (5, 2)) if reference and i else c.dashes
                 width = 1.9 if c.named else 1.0
                 axes.plot(
-                    line["coverage"], line["risk"], color=c.colour, linestyle=dashes,
+                    line.coverage, line.risk, color=c.colour, linestyle=dashes,
                     linewidth=width, label=c.label if axes is wide else "_",
                 )  # fmt: skip
             if reference:
@@ -183,10 +185,10 @@ def draw_risk_coverage(curves: Sequence[Curve], title: str, *, reference: bool) 
         return figure
 
 
-def _least_risk(side: dict[str, Any]) -> float:
+def _least_risk(side: Side) -> float:
     """The least risk of the curve above nothing, from 1 % coverage on."""
-    curve = side["risk_coverage"]
-    points = zip(curve["coverage"], curve["risk"], strict=True)
+    curve = side.risk_coverage
+    points = zip(curve.coverage, curve.risk, strict=True)
     return min((r for c, r in points if r > 0 and c >= 0.01), default=1.0)
 
 

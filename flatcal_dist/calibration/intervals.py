@@ -5,6 +5,7 @@ logits: `benchmarks/interval_coverage.py` measures it, and the room's README has
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,8 +15,7 @@ from .checks import FloatArray
 
 LEVEL = 0.95
 ROUNDING = 1e-12  # what is smaller, of rates and nats, is an error of rounding
-POSITIVE = frozenset({"aurc", "eaurc", "naurc", "augrc"})
-SHARES = frozenset({"auroc", "fpr_at_95_tpr", "aupr_success", "aupr_error"})
+Scale = Literal["logarithm", "log-odds"]  # of a positive figure, and of a share
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,16 @@ def percentile(point: float, replicates: FloatArray) -> Interval:
     return Interval(value, float(low), float(high))
 
 
-def of_ranking(statistic: str, point: float, replicates: FloatArray, rarer: int) -> Interval:
+def of_ranking(scale: Scale, point: float, replicates: FloatArray, rarer: int) -> Interval:
     """Interval of a metric of failure prediction, which depends on few images.
 
     Percentiles of resamples are too narrow there: the metric's spread grows with its value, and a
     resample of few wrong images varies less than new images would. So the metric is taken on the
-    scale where its spread is even (the logarithm of `POSITIVE` ones, the log-odds of `SHARES`),
+    scale where its spread is even (the logarithm, or the log-odds where it is a share),
     with the bootstrap's standard deviation carried there by the derivative, and Student's t.
 
     Args:
-        statistic: a name of `POSITIVE` or `SHARES`.
+        scale: where its spread is even.
         point: its value on the images themselves.
         replicates: its values [R] on resamples; NaN where undefined.
         rarer: how many images have the rarer outcome (mostly: are wrong); t has one degree of
@@ -74,7 +74,7 @@ def of_ranking(statistic: str, point: float, replicates: FloatArray, rarer: int)
         value lies at the end of its range, and where nothing varies.
     """
     plain = percentile(point, replicates)
-    share = statistic in SHARES
+    share = scale == "log-odds"
     if plain.low is None or rarer < 2 or point <= ROUNDING or (share and point >= 1 - ROUNDING):
         return Interval(plain.value, None, None)
     deviation = np.nanstd(replicates, ddof=1) * np.sqrt(rarer / (rarer - 1))

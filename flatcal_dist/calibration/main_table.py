@@ -5,9 +5,10 @@ from typing import Any
 from flatcal_dist.files import csv_text
 
 from .display import MINUS, UNDEFINED, between, counted, show, show_difference
-from .naming import GROUPS, Metric
-from .statistics import Interval
-from .summary import interval_of
+from .entries import GROUPS
+from .entry import Metric
+from .intervals import Interval
+from .model import Report
 
 # What LaTeX reads as a command, and what of our signs a plain document cannot print.
 LATEX = {
@@ -19,13 +20,7 @@ LATEX = {
 }  # fmt: skip
 
 
-def change(m: dict[str, Any], name: str) -> Interval | None:
-    """What temperature scaling does to a metric: after minus before, None where not compared."""
-    value = m["after_temperature"]["difference"].get(name)
-    return None if value is None else Interval(**value)
-
-
-def table_csv(m: dict[str, Any]) -> str:
+def table_csv(m: Report) -> str:
     """One row per metric: both sides and their difference, each with its 95 % interval.
 
     Rates are fractions and nothing is rounded, as in metrics.json.
@@ -33,29 +28,29 @@ def table_csv(m: dict[str, Any]) -> str:
     columns = ("as_trained", "after_temperature", "change")
     ends = [f"{column}{end}" for column in columns for end in ("", "_low", "_high")]
     rows: list[list[Any]] = [["metric", "name", "better", *ends]]
-    for metric in (metric for group in GROUPS for metric in group.metrics):
+    for metric in (metric for group in GROUPS for metric in group.listed):
         cells: list[float | None] = []
         for interval in (
-            interval_of(m, metric.key),
-            interval_of(m["after_temperature"], metric.key),
-            change(m, metric.key) or Interval(None, None, None),
+            m.interval(metric.key),
+            m.after_temperature.interval(metric.key),
+            m.difference(metric.key) or Interval(None, None, None),
         ):
             cells += [interval.value, interval.low, interval.high]
         rows.append([metric.key, metric.name, metric.better, *cells])
     return csv_text(rows)
 
 
-def table_tex(m: dict[str, Any]) -> str:
+def table_tex(m: Report) -> str:
     """The table in LaTeX, for a document that loads booktabs; nothing else is needed."""
     rows = []
     for group in GROUPS:
         rows.append(rf"\multicolumn{{4}}{{l}}{{\textit{{{latex(group.name)}}}}} \\")
-        rows += [_row(m, metric) for metric in group.metrics]
+        rows += [_row(m, metric) for metric in group.listed]
         rows.append(r"\midrule")
-    about = m["about"]
-    subject = about["title"] or about["model"] or "This network"
+    about = m.about
+    subject = about.title or about.model or "This network"
     caption = latex(
-        f"{subject}, {counted(m['images'], 'image')}, {m['classes']:,} classes. In brackets 95 % "
+        f"{subject}, {counted(m.images, 'image')}, {m.classes:,} classes. In brackets 95 % "
         "intervals over images; those of errors of calibration are of the error without "
         "what chance adds."
     )
@@ -79,12 +74,12 @@ def table_tex(m: dict[str, Any]) -> str:
     )
 
 
-def _row(m: dict[str, Any], metric: Metric) -> str:
+def _row(m: Report, metric: Metric) -> str:
     cells = []
-    for side in (m, m["after_temperature"]):
-        i = interval_of(side, metric.key)
+    for side in (m, m.after_temperature):
+        i = side.interval(metric.key)
         cells.append(_cell(show(i.value, metric.unit), between(i.low, i.high, metric.unit)))
-    moved = change(m, metric.key)
+    moved = m.difference(metric.key)
     if moved is None or moved.value is None:
         cells.append("")
     else:

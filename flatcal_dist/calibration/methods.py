@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 
 from . import decisions
+from .about import About
 from .calibrators import is_fitted
+from .entries import COMPARED, METRICS
+from .entry import Metric
 from .intervals import beyond_zero
-from .naming import METRICS, Metric
+from .model import Report, Side
 from .records import Records
 from .seeds import over_seeds, seed_difference
 from .statistics import Bootstrap, mcnemar
 
-COMPARED = ("accuracy", "nll", "brier", "ece", "signed_gap", "aurc", "auroc")
 SIDES = ("before", "after")
 REPEATED = ("after", "accuracy")  # the same comparison as before temperature scaling
 Place = tuple[int, int, str, str]  # of a difference: method, minus method; side; metric
@@ -34,19 +36,19 @@ class Run:
 
     name: str
     place: int
-    metrics: dict[str, Any]
+    metrics: Report
     records: Records
 
     @property
-    def about(self) -> dict[str, Any]:
-        return self.metrics["about"]
+    def about(self) -> About:
+        return self.metrics.about
 
     @property
     def seed(self) -> int | None:
-        return self.about["seed"]
+        return self.about.seed
 
-    def side(self, side: str) -> dict[str, Any]:
-        return self.metrics if side == "before" else self.metrics["after_temperature"]
+    def side(self, side: str) -> Side:
+        return self.metrics.side(side)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def gather(runs: Sequence[Run]) -> list[Method]:
     groups = list(gathered.values())
     if all(len(members) == 1 for members in groups):
         return [Method(members[0].name, tuple(members)) for members in groups]
-    with_model = len({run.about["model"] for run in runs}) > 1
+    with_model = len({run.about.model for run in runs}) > 1
     names = [_method_name(members[0], with_model) for members in groups]
     for i, members in enumerate(groups):  # alike in name but not in configuration
         if names.count(names[i]) > 1:
@@ -81,7 +83,7 @@ def gather(runs: Sequence[Run]) -> list[Method]:
 
 
 def _other_seed(run: Run, other: Run) -> bool:
-    known = run.about["method"] is not None and None not in (run.seed, other.seed)
+    known = run.about.method is not None and None not in (run.seed, other.seed)
     return known and run.seed != other.seed
 
 
@@ -92,17 +94,19 @@ def _setting(run: Run) -> str:
     """
     about = run.about
     keys = ("model", "method", "rho", "gamma", "image_size")
-    rest = {k: v for k, v in about["configuration"].items() if k not in ("run", "wandb")}
-    return json.dumps([[about[k] for k in keys], rest], sort_keys=True, default=str)
+    rest = {k: v for k, v in about.configuration.items() if k not in ("run", "wandb")}
+    return json.dumps([[getattr(about, k) for k in keys], rest], sort_keys=True, default=str)
 
 
 def _method_name(run: Run, with_model: bool) -> str:
     about = run.about
-    if about["method"] is None:
+    if about.method is None:
         return run.name
-    parts = [about["model"] if with_model else None, about["method"]]
+    parts = [about.model if with_model else None, about.method]
     parts += [
-        f"{s} = {about[k]}" for k, s in (("rho", "ρ"), ("gamma", "γ")) if about[k] is not None
+        f"{symbol} = {value}"
+        for symbol, value in (("ρ", about.rho), ("γ", about.gamma))
+        if value is not None
     ]
     return ", ".join(p for p in parts if p)
 
@@ -116,7 +120,7 @@ def summary(method: Method) -> dict[str, Any]:
         "temperature": asdict(over_seeds([_temperature(run) for run in method.runs])),
         **{
             side: {
-                key: asdict(over_seeds([run.side(side)[key] for run in method.runs]))
+                key: asdict(over_seeds([run.side(side).value(key) for run in method.runs]))
                 for key in COMPARED
             }
             for side in SIDES
@@ -125,7 +129,7 @@ def summary(method: Method) -> dict[str, Any]:
 
 
 def _temperature(run: Run) -> float | None:
-    temperature = run.metrics["temperature"]
+    temperature = run.metrics.temperature
     return temperature if is_fitted(temperature) else None
 
 
@@ -251,7 +255,7 @@ def _means(samples: Bootstrap, *groups: Sequence[Run]) -> Bootstrap:
 def _by_seed(first: Method, second: Method, side: str, key: str) -> dict[str, Any] | None:
     """The difference over shared seeds, None for fewer than three."""
     values = [
-        {run.seed: run.side(side)[key] for run in m.runs if run.seed is not None}
+        {run.seed: run.side(side).value(key) for run in m.runs if run.seed is not None}
         for m in (first, second)
     ]
     found = seed_difference(*values)

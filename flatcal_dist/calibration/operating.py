@@ -8,8 +8,8 @@ from scipy.special import ndtri
 
 from . import selective
 from .checks import BoolArray, FloatArray, IntArray
+from .intervals import LEVEL, proportion_interval
 from .softmax import Scores
-from .statistics import LEVEL, proportion_interval
 
 ACCURACIES = (0.9, 0.95, 0.98, 0.99, 0.995)
 COSTS = (2, 5, 10, 20, 50, 100)  # of a wrong answer, where leaving one to a person costs 1

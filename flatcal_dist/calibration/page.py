@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from . import display, drawing, naming
+from . import display, drawing, entries, naming
 from .palette import PALETTE
 
 
@@ -30,8 +30,8 @@ def render(template: str, **values: Any) -> str:
         "between": display.between,
         "duration": display.duration,
         "enumerate_names": display.enumerate_names,
-        "groups": naming.GROUPS,
-        "metric": naming.METRICS,
+        "groups": entries.GROUPS,
+        "metric": entries.METRICS,
         "score_names": naming.SCORES,
         "PERCENT": display.PERCENT,
         "POINTS": display.POINTS,

@@ -1,6 +1,5 @@
 """The report of one run: a page, metrics, records and figures, rendered from a few files."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ from flatcal_dist.files import write_json, write_text
 from .confident_errors import save_thumbnails
 from .main_table import table_csv, table_tex
 from .metrics_csv import metrics_csv
+from .model import Report, read_metrics
 from .records import Records
 from .report_page import report_html
 from .shift import read_shift
 from .statistics import RESAMPLES
-from .summary import SCHEMA_VERSION, About, summarize
+from .summary import About, summarize
 
 
 def write_report(
@@ -28,7 +28,7 @@ def write_report(
     bins: int = 15,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Report:
     """Evaluate `records` and write the report into the folder `output`; return its metrics.
 
     Writes index.html (one file, needs no network), metrics.json, metrics.csv, table.csv, table.tex,
@@ -49,8 +49,8 @@ def write_report(
     write_text(output / "metrics.csv", metrics_csv(m))
     write_text(output / "table.csv", table_csv(m))
     write_text(output / "table.tex", table_tex(m))
-    write_json(output / "metrics.json", m)
-    save_thumbnails(m["confident_errors"], image_of, output)
+    write_json(output / "metrics.json", m.as_json())
+    save_thumbnails(m.confident_errors, image_of, output)
     _write_page(m, output)
     return m
 
@@ -64,32 +64,20 @@ def render_report(output: Path) -> None:
     _write_page(m, Path(output))
 
 
-def read_report(folder: Path) -> tuple[dict[str, Any], Records]:
+def read_report(folder: Path) -> tuple[Report, Records]:
     """The metrics and records of a report. ValueError if it is not whole or of another version."""
     for name in ("metrics.json", "records.parquet"):
         if not (folder / name).is_file():
             raise ValueError(f"no report in {folder}: {name} is missing; run `flatcal evaluate`")
-    try:
-        m = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        if not isinstance(m, dict):
-            raise ValueError("it holds no keys and values")
-    except ValueError as error:
-        raise ValueError(
-            f"{folder / 'metrics.json'} is damaged ({error}); evaluate the run again"
-        ) from None
-    if m.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(
-            f"{folder / 'metrics.json'} has schema version {m.get('schema_version')}, expected "
-            f"{SCHEMA_VERSION}; evaluate the run again"
-        )
+    m = read_metrics(folder / "metrics.json")
     records = Records.load(folder / "records.parquet")
-    if len(records) != m["images"]:
+    if len(records) != m.images:
         raise ValueError(
             f"metrics.json and records.parquet of {folder} belong to different evaluations: "
-            f"{m['images']} and {len(records)} images; evaluate the run again"
+            f"{m.images} and {len(records)} images; evaluate the run again"
         )
     return m, records
 
 
-def _write_page(m: dict[str, Any], output: Path) -> None:
+def _write_page(m: Report, output: Path) -> None:
     write_text(output / "index.html", report_html(m, read_shift(output), output))

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from .entries import STATISTICS
 from .shift_rows import FIGURES, SIDES, Measured, central, effect
-from .statistics import BINNED, Bootstrap
+from .statistics import Bootstrap
 
 # Top-1 error of AlexNet, averaged over the five severities of each corruption, by which ImageNet-C
 # is normalised: Hendrycks and Dietterich, Benchmarking Neural Network Robustness to Common
@@ -61,7 +62,7 @@ def _means(subsets: Sequence[Measured], side: str) -> dict[str, Any]:
     unknown = {"low": None, "high": None}
     limits = dict.fromkeys(FIGURES, unknown)
     for name in FIGURES if mean is not None else ():
-        if name in BINNED:  # inflated in resamples: spread around what was seen
+        if STATISTICS[name].centred:  # inflated in resamples: spread around what was seen
             m = mean.statistics.index(name)
             replicates = mean.replicates[:, place, m]
             moved = replicates - replicates.mean() + mean.point[place, m]

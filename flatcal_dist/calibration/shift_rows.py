@@ -1,21 +1,25 @@
 """What is measured on one set of images under shift: its ROW of `shift.json`, see `shift`."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import metrics, selective
 from .checks import FloatArray
+from .entries import METRICS
+from .entry import Evaluated
+from .intervals import LEVEL, ROUNDING, proportion_interval
 from .records import Records, Scores
-from .statistics import LEVEL, RESAMPLES, ROUNDING, Bootstrap, bootstrap, proportion_interval
+from .statistics import RESAMPLES, Bootstrap, bootstrap
 
 FIGURES = (
     "accuracy", "mean_confidence", "signed_gap", "ece", "nll", "brier", "aurc", "eaurc", "augrc",
     "auroc", "mean_entropy",
 )  # fmt: skip
+OF_THE_LABEL = ("nll", "brier", "mean_entropy")  # ReaL labels say nothing of these
 OF_A_SUBSET = 200  # resamples of each of the many subsets of ImageNet-C: 50,000 images take 3 s
 SIDES = ("before", "after")
 
@@ -107,12 +111,7 @@ def central(replicates: FloatArray) -> dict[str, float | None]:
 
 def figures(scores: Scores) -> dict[str, float | int | None]:
     """FIGURES of the scores of some images, without intervals."""
-    return {
-        **_of_correctness(scores.confidence, scores.log_confidence, scores.correct),
-        "nll": float(scores.nll.mean()),
-        "brier": float(scores.brier.mean()),
-        "mean_entropy": float(scores.entropy.mean()),
-    }
+    return _figures(scores, FIGURES)
 
 
 def real_figures(records: Records) -> dict[str, float | int | None] | None:
@@ -125,23 +124,14 @@ def real_figures(records: Records) -> dict[str, float | int | None] | None:
     if records.real is None or not (records.real >= 0).any():
         return None
     counts = records.real >= 0
-    before, correct = records.before, records.real[counts] == 1
-    found = _of_correctness(before.confidence[counts], before.log_confidence[counts], correct)
+    correct = records.real[counts] == 1
+    before = replace(records.before.take(counts), correct=correct)
     low, high = (float(v) for v in proportion_interval(correct.sum(), len(correct)))
+    found = _figures(before, [key for key in FIGURES if key not in OF_THE_LABEL])
     return found | {"accuracy_low": low, "accuracy_high": high}
 
 
-def _of_correctness(
-    confidence: np.ndarray, rank_by: np.ndarray, correct: np.ndarray
-) -> dict[str, float | int | None]:
-    return {
-        "images": len(correct),
-        "accuracy": float(correct.mean()),
-        "mean_confidence": float(confidence.mean()),
-        "signed_gap": metrics.signed_gap(confidence, correct),
-        "ece": metrics.expected_calibration_error(confidence, correct),
-        "aurc": selective.aurc(rank_by, correct),
-        "eaurc": selective.eaurc(rank_by, correct),
-        "augrc": selective.augrc(rank_by, correct),
-        "auroc": selective.auroc(rank_by, correct),
-    }
+def _figures(scores: Scores, keys: Sequence[str]) -> dict[str, float | int | None]:
+    evaluated = Evaluated(scores)
+    values = {key: METRICS[key].value(evaluated) for key in keys}
+    return {"images": len(scores.correct)} | values

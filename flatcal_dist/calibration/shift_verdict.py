@@ -5,9 +5,10 @@ from typing import Any
 from .calibrators import is_fitted
 from .display import number, percent, points
 from .intervals import beyond_zero
+from .model import Report
 
 
-def at_worst(m: dict[str, Any], shift: dict[str, Any] | None) -> str | None:
+def at_worst(m: Report, shift: dict[str, Any] | None) -> str | None:
     """What happens at the highest severity, or on the set of the largest gap; None without any."""
     if shift is None:
         return None
@@ -25,8 +26,8 @@ def at_worst(m: dict[str, Any], shift: dict[str, Any] | None) -> str | None:
         return None
     accuracy = percent(before["accuracy"], 1) + _limits(before, "accuracy")
     text = (
-        f"{where}, accuracy is {accuracy} against {percent(m['accuracy'], 1)} on the clean images. "
-        f"As trained, {_beside(before)}; on the clean images it is {_points(m['signed_gap'])}."
+        f"{where}, accuracy is {accuracy} against {percent(m.accuracy, 1)} on the clean images. "
+        f"As trained, {_beside(before)}; on the clean images it is {_points(m.signed_gap)}."
     )
     if not is_fitted(shift["clean"]["temperature"]):
         return f"{text} The clean images give no temperature that could be used here."
@@ -89,7 +90,7 @@ def _moved(effect: dict[str, Any]) -> str:
     return "it is shown to be neither nearer to accuracy nor further away."
 
 
-def corruptions(m: dict[str, Any], shift: dict[str, Any] | None) -> str | None:
+def corruptions(m: Report, shift: dict[str, Any] | None) -> str | None:
     """The worst corruptions, over their severities; None where there are not several."""
     if shift is None or not shift["corruptions"]:
         return None

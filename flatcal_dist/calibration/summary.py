@@ -2,67 +2,34 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from flatcal_dist.identity import data_identity
 
-from . import curves, metrics, pairing, selective
+from . import curves, metrics, pairing
+from .about import About
 from .classes import class_numbers, per_class
 from .confident_errors import most_confident_errors
 from .confusions import confusions
-from .corp import corp_decomposition
+from .entries import METRICS, STATISTICS
+from .entry import Evaluated
+from .intervals import LEVEL
 from .literature import references
+from .model import SCHEMA_VERSION, Report
 from .operating import operating_points
 from .records import Records
 from .scores import NAMES, OF_LOGITS, SOURCES, score_table
 from .shift_rows import real_figures
 from .softmax import Scores
-from .statistics import LEVEL, RESAMPLES, STATISTICS, Bootstrap, Interval, bootstrap
+from .statistics import RESAMPLES, Bootstrap, bootstrap
 from .training_curves import training_curves
 
-SCHEMA_VERSION = 3
 OF_ALL_CLASSES = (
     "accuracy", "mean_confidence", "signed_gap", "ece", "nll", "brier", "aurc", "auroc",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class About:
-    """What was evaluated. Everything is optional; what is not given is not shown.
-
-    parameters: their number. crop_pct and interpolation as timm names them. checkpoint: hash of
-    the weights. method, seed: of the training; None where a network comes from elsewhere and they
-    are not known. data: name of the evaluated images; data_identity: a hash of them, which decides
-    what may be compared, over what known_by says (see `pairing`); both are found from the records
-    where they are not given. origin: of records that come from a file, what was understood of it.
-    configuration: the resolved one.
-    """
-
-    title: str | None = None
-    model: str | None = None
-    method: str | None = None
-    rho: float | None = None
-    gamma: float | None = None
-    seed: int | None = None
-    origin: str | None = None
-    data: str | None = None
-    data_identity: str | None = None
-    known_by: pairing.KnownBy | None = None
-    class_names: list[str] | None = None
-    image_size: int | None = None
-    crop_pct: float | None = None
-    interpolation: str | None = None
-    parameters: int | None = None
-    checkpoint: str | None = None
-    precision: str | None = None
-    engine: str | None = None
-    world_size: int | None = None
-    training_seconds: float | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    configuration: dict[str, Any] = field(default_factory=dict)
 
 
 def summarize(
@@ -74,13 +41,13 @@ def summarize(
     bins: int = 15,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Report:
     """All numbers of the report. Rates are fractions, NLL and entropy nats.
 
     The top level holds the network as it is; `after_temperature` the same keys after temperature
     scaling, and `difference` (after minus before) with paired intervals. all_classes: of records
     among a part of the network's classes, those of the same images among all. training: the records
-    of the run's metrics.jsonl. metrics.schema.json describes what is returned.
+    of the run's metrics.jsonl.
     """
     about = _identified(about or About(), records)
     samples = bootstrap([records.before, records.after], resamples, seed, bins)
@@ -91,8 +58,7 @@ def summarize(
         name: asdict(samples.difference(1, 0, name)) for name in STATISTICS if name != "accuracy"
     }
     clean = records.source.temperature_from is None
-    interval = records.temperature_interval
-    return {
+    written = {
         "schema_version": SCHEMA_VERSION,
         "images": len(records),
         "classes": records.classes,
@@ -102,7 +68,7 @@ def summarize(
         "all_classes": None if all_classes is None else _all_classes(all_classes),
         **before,
         "temperature": records.temperature,
-        "temperature_interval": None if interval is None else list(interval),
+        "temperature_interval": records.temperature_interval,
         "temperature_folds": list(records.fold_temperatures),
         "after_temperature": after,
         "scores": _scores(records, resamples, seed),
@@ -117,6 +83,7 @@ def summarize(
         # Paths and such become text, tuples lists: what is returned is what is read again.
         "about": json.loads(json.dumps(asdict(about), default=str)),
     }
+    return Report.model_validate(written)
 
 
 def _all_classes(records: Records) -> dict[str, Any]:
@@ -137,51 +104,16 @@ def _identified(about: About, records: Records) -> About:
     return replace(about, data_identity=found, known_by=pairing.known_by(records.id))
 
 
-def point_metrics(scores: Scores, bins: int = 15) -> dict[str, float | None]:
-    """Every metric of one set of scores that records define, without intervals."""
-    c, correct, rank_by = scores.confidence, scores.correct, scores.log_confidence
-    corp = corp_decomposition(c, correct)
-    threshold = selective.threshold_at_risk(rank_by, correct, 0.05)
-    return {
-        "accuracy": float(correct.mean()),
-        "nll": float(scores.nll.mean()),
-        "brier": float(scores.brier.mean()),
-        "top_label_brier": metrics.top_label_brier_score(c, correct),
-        "corp_miscalibration": corp.miscalibration,
-        "corp_discrimination": corp.discrimination,
-        "corp_uncertainty": corp.uncertainty,
-        "mean_confidence": float(c.mean()),
-        "signed_gap": metrics.signed_gap(c, correct),
-        "ece": metrics.expected_calibration_error(c, correct, bins),
-        "adaptive_ece": metrics.adaptive_calibration_error(c, correct, bins),
-        "adaptive_ece_100": metrics.adaptive_calibration_error(c, correct, 100),
-        "smooth_ece": metrics.smooth_calibration_error(c, correct),
-        "smooth_ece_relplot": metrics.smooth_calibration_error_relplot(c, correct),
-        "mce": metrics.maximum_calibration_error(c, correct, bins),
-        "rmsce": metrics.root_mean_square_calibration_error(c, correct, bins),
-        "rmsce_debiased": metrics.root_mean_square_calibration_error(
-            c, correct, bins, debiased=True
-        ),
-        "ks": metrics.kolmogorov_smirnov_error(c, correct),
-        **{name: getattr(selective, name)(rank_by, correct) for name in selective_names()},
-        "aupr_success_trapezoid": selective.aupr_success(rank_by, correct, "trapezoid"),
-        "eaurc_continuous": selective.eaurc(rank_by, correct, "continuous"),
-        "coverage_at_95_accuracy": selective.coverage_at_risk(rank_by, correct, 0.05),
-        "coverage_at_99_accuracy": selective.coverage_at_risk(rank_by, correct, 0.01),
-        "confidence_at_95_accuracy": None if threshold is None else float(np.exp(threshold)),
-        "risk_at_80_coverage": selective.risk_at_coverage(rank_by, correct, 0.8),
-        "mean_entropy": float(scores.entropy.mean()),
-        "mean_entropy_correct": _mean(scores.entropy[correct]),
-        "mean_entropy_wrong": _mean(scores.entropy[~correct]),
-        "tied_images": _tied_share(rank_by),
-    }
+def point_metrics(
+    scores: Scores, bins: int = 15, classwise: Mapping[str, float | None] | None = None
+) -> dict[str, float | None]:
+    """Every metric of one set of scores, without intervals.
 
-
-def selective_names() -> tuple[str, ...]:
-    """The failure-prediction metrics, in the order of the report."""
-    return (
-        "aurc", "eaurc", "naurc", "augrc", "auroc", "fpr_at_95_tpr", "aupr_success", "aupr_error",
-    )  # fmt: skip
+    classwise: the values of those metrics that need the probabilities of all classes, which are
+    None without it.
+    """
+    evaluated = Evaluated(scores, bins, classwise or {})
+    return {key: metric.value(evaluated) for key, metric in METRICS.items()}
 
 
 def _side(
@@ -191,14 +123,11 @@ def _side(
     ending = "" if which == "before" else "_after_temperature"
     confidence, correct = scores.confidence, scores.correct
     null = metrics.expected_calibration_error_null(confidence, correct, bins, resamples, seed)
-    point = point_metrics(scores, bins)
+    of_all_classes = {key: records.classwise.get(key + ending) for key in METRICS}
+    point = point_metrics(scores, bins, of_all_classes)
     intervals = {name: samples.interval(place, name) for name in STATISTICS}
     return {
         **point,
-        **{
-            name: records.classwise[name + ending]
-            for name in ("classwise_ece", "thresholded_classwise_ece")
-        },
         "intervals": {name: {"low": i.low, "high": i.high} for name, i in intervals.items()},
         "ece_null": {
             "mean": null.mean,
@@ -261,24 +190,8 @@ def _scores(records: Records, resamples: int, seed: int) -> dict[str, Any] | Non
     }
 
 
-def _tied_share(score: np.ndarray) -> float:
-    """Share of the images whose score another image has too."""
-    _, counts = np.unique(score, return_counts=True)
-    return float(counts[counts > 1].sum() / len(score))
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None
-
-
 def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def interval_of(side: dict[str, Any], name: str) -> Interval:
-    """The interval of one metric of a side of `metrics.json`."""
-    limits = side["intervals"].get(name, {"low": None, "high": None})
-    return Interval(side[name], limits["low"], limits["high"])
 
 
 def _conventions(records: Records, bins: int, resamples: int, seed: int) -> dict[str, Any]:

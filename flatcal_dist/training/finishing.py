@@ -45,7 +45,7 @@ def export_and_report(
     if written is None:
         return
     _, metrics = written
-    figures = {k: value for k, value in metrics.items() if isinstance(value, float | int)}
+    figures = {k: value for k, value in metrics.as_json().items() if isinstance(value, float | int)}
     tracker.log(step, {f"calibration/{key}": value for key, value in figures.items()})
     tracker.say(f"report: {directory.report / 'index.html'}")
 

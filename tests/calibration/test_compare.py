@@ -9,8 +9,7 @@ import pytest
 from flatcal_dist.calibration import compare
 from flatcal_dist.calibration.compare import write_comparison
 from flatcal_dist.calibration.display import show_difference
-from flatcal_dist.calibration.methods import COMPARED
-from flatcal_dist.calibration.naming import METRICS
+from flatcal_dist.calibration.entries import COMPARED, METRICS
 from flatcal_dist.calibration.records import Records
 from flatcal_dist.calibration.softmax import Scores
 from flatcal_dist.calibration.statistics import bootstrap
@@ -23,7 +22,7 @@ from .test_report import assert_sound_page, strict_json
 
 def write_bare_report(records: Records, folder: Path, about: About | None = None) -> None:
     """A report without page and figures, which a comparison does not read."""
-    write_json(folder / "metrics.json", summarize(records, about, resamples=5))
+    write_json(folder / "metrics.json", summarize(records, about, resamples=5).as_json())
     records.save(folder / "records.parquet")
 
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from scipy.stats import norm, ttest_rel
 
-from flatcal_dist.calibration.methods import COMPARED, SIDES, Method, Run, differences
+from flatcal_dist.calibration.about import About
+from flatcal_dist.calibration.entries import COMPARED, STATISTICS
+from flatcal_dist.calibration.methods import SIDES, Method, Run, differences
 from flatcal_dist.calibration.seeds import seed_difference
-from flatcal_dist.calibration.statistics import STATISTICS, Bootstrap
+from flatcal_dist.calibration.statistics import Bootstrap
 
 SEEDS = 5
 
@@ -45,14 +47,13 @@ def two_methods(random: np.random.Generator, seeds: int, effect: float = 0.0) ->
                 correct=correct, prediction=random.integers(0, 10, 50),
                 before=SimpleNamespace(log_confidence=random.random(50), nll=random.random(50)),
             )  # fmt: skip
-            metrics = values["before"] | {
-                "after_temperature": values["after"],
-                "about": {"seed": seed, "method": f"method {method}"},
-            }
+            sides = {side: SimpleNamespace(value=values[side].__getitem__) for side in SIDES}
+            about = About(seed=seed, method=f"method {method}")
+            metrics = SimpleNamespace(side=sides.__getitem__, about=about)
             runs.append(Run(f"{method}_{seed}", len(runs), metrics, records))
     samples = {}
     for side in SIDES:
-        at = STATISTICS.index("accuracy")
+        at = list(STATISTICS).index("accuracy")
         for i in range(len(runs)):
             points[side][i][at] = points["before"][i][at]
             replicates[side][i][:, at] = replicates["before"][i][:, at]

@@ -15,10 +15,11 @@ from flatcal_dist.calibration.calibrators import (
 )
 from flatcal_dist.calibration.corp import corp_decomposition
 from flatcal_dist.calibration.crossfit import CALIBRATORS, fit_out_of_sample
+from flatcal_dist.calibration.entries import STATISTICS
 from flatcal_dist.calibration.records import Records
 from flatcal_dist.calibration.scores import compare_scores
 from flatcal_dist.calibration.softmax import Scores, score_images
-from flatcal_dist.calibration.statistics import STATISTICS, bootstrap, mcnemar, rank_bootstrap
+from flatcal_dist.calibration.statistics import bootstrap, mcnemar, rank_bootstrap
 
 from .synthetic import make_logits
 

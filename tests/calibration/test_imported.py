@@ -51,12 +51,12 @@ def test_scores_that_a_softmax_has_lost_are_left_out(tmp_path):
     of_p, of_z = (read_file(tmp_path / name) for name in ("p.npz", "z.npz"))
     of_p.save(tmp_path / "records.parquet")
     m, n = (summarize(r, resamples=2) for r in (Records.load(tmp_path / "records.parquet"), of_z))
-    names = [[row["name"] for row in found["scores"]["rows"]] for found in (m, n)]
+    names = [[row.name for row in found.scores.rows] for found in (m, n)]
     assert set(names[1]) - set(names[0]) == {"energy", "max_logit"}
-    assert "not known" in m["conventions"]["logits"]
-    for row in m["scores"]["rows"]:
-        same = next(r for r in n["scores"]["rows"] if r["name"] == row["name"])
-        assert row["values"]["aurc"]["value"] == pytest.approx(same["values"]["aurc"]["value"])
+    assert "not known" in m.conventions["logits"]
+    for row in m.scores.rows:
+        same = next(r for r in n.scores.rows if r.name == row.name)
+        assert row.values["aurc"].value == pytest.approx(same.values["aurc"].value)
 
 
 @pytest.mark.filterwarnings("ignore:no finite temperature")

@@ -8,33 +8,37 @@ from pathlib import Path
 
 import pytest
 
+from flatcal_dist.calibration.entries import METRICS
 from flatcal_dist.calibration.main_table import latex, table_csv, table_tex
-from flatcal_dist.calibration.naming import METRICS
+from flatcal_dist.calibration.model import Report
 from flatcal_dist.calibration.records import Records
 from flatcal_dist.calibration.summary import About, summarize
 
 from .synthetic import make_logits
 
+LISTED = [key for key, metric in METRICS.items() if metric.listed]
+
 
 @pytest.fixture(scope="module")
-def m(records: Records) -> dict:
+def m(records: Records) -> Report:
     return summarize(records, About(title="50 % of a_b & <c> {d} \\e #1 $x^2$ ~ ρ"), resamples=50)
 
 
-def test_csv_has_every_metric_with_its_intervals(m: dict) -> None:
+def test_csv_has_every_metric_with_its_intervals(m: Report) -> None:
     rows = {row["metric"]: row for row in csv.DictReader(table_csv(m).splitlines())}
-    assert list(rows) == list(METRICS)
-    sides = (("as_trained", m), ("after_temperature", m["after_temperature"]))
+    assert list(rows) == LISTED
+    sides = (("as_trained", m), ("after_temperature", m.after_temperature))
     for key, row in rows.items():
         for column, side in sides:
-            assert float(row[column]) == side[key]
-            limits = side["intervals"].get(key)
+            assert float(row[column]) == side.value(key)
+            limits = side.intervals.get(key)
             for end in ("low", "high"):
-                expected = "" if limits is None or limits[end] is None else str(limits[end])
+                limit = limits and getattr(limits, end)
+                expected = "" if limit is None else str(limit)
                 assert row[f"{column}_{end}"] == expected
-    nll = m["after_temperature"]["difference"]["nll"]
+    nll = m.difference("nll")
     assert [rows["nll"][k] for k in ("change", "change_low", "change_high")] == [
-        str(nll[k]) for k in ("value", "low", "high")
+        str(getattr(nll, k)) for k in ("value", "low", "high")
     ]
     assert rows["mce"]["change"] == ""
     assert rows["accuracy"]["better"] == "higher"
@@ -48,7 +52,7 @@ def test_undefined_numbers_stand_empty_in_both() -> None:
     assert re.search(r"^AUROC .*& -- & --", table_tex(right), re.M)
 
 
-def test_latex_is_plain(m: dict) -> None:
+def test_latex_is_plain(m: Report) -> None:
     text = table_tex(m)
     assert text.isascii(), "no package is needed to read it"
     for line in text.splitlines():
@@ -58,13 +62,13 @@ def test_latex_is_plain(m: dict) -> None:
     rows = [
         line for line in body.splitlines() if line.endswith(r"\\") and "multicolumn" not in line
     ]
-    assert len(rows) == len(METRICS)
+    assert len(rows) == len(LISTED)
     assert all(len(re.findall(r"(?<!\\)&", row)) == 3 for row in rows)
     assert latex("50 % of a_b & <c>") == r"50 \% of a\_b \& \textless{}c\textgreater{}"
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX on this machine")
-def test_latex_compiles(m: dict, tmp_path: Path) -> None:
+def test_latex_compiles(m: Report, tmp_path: Path) -> None:
     """booktabs may be missing here: its three lines are stood for by plain ones."""
     rules = "".join(rf"\newcommand{{\{n}rule}}{{\hline}}" for n in ("top", "mid", "bottom"))
     (tmp_path / "table.tex").write_text(table_tex(m))

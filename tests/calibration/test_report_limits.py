@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from flatcal_dist.calibration.calibrators import BOUNDS
+from flatcal_dist.calibration.intervals import proportion_interval
 from flatcal_dist.calibration.records import Records
 from flatcal_dist.calibration.report import write_report
-from flatcal_dist.calibration.statistics import proportion_interval
 from flatcal_dist.calibration.summary import summarize
 from flatcal_dist.calibration.verdict import verdict
 
@@ -30,7 +30,7 @@ def test_a_perfect_network_is_over_confident_in_no_class() -> None:
         warnings.simplefilter("ignore")
         records = Records.from_logits([f"{i:05d}" for i in range(len(labels))], labels, logits)
     m = summarize(records, resamples=5)
-    assert all(v <= 0 for v in m["per_class"]["gap_low"])
+    assert all(v <= 0 for v in m.per_class.gap_low)
     said = " ".join(f.text for f in verdict(m))
     assert "0 of 40 classes are over-confident and 0 under-confident" in said
     assert "0.00" not in said
@@ -42,7 +42,7 @@ def test_a_temperature_at_its_bound_is_no_temperature(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         records = Records.from_logits(ids, logits.argmax(1), logits)
     m = write_report(records, tmp_path, resamples=5)
-    assert m["temperature"] == BOUNDS[0]
+    assert m.temperature == BOUNDS[0]
     text = " ".join(Page((tmp_path / "index.html").read_text()).text.split())
     assert "Temperature none no temperature can be fitted" in text
     assert "0.001" not in text[: text.index("Numbers")]
@@ -62,7 +62,7 @@ def test_classes_of_few_images_are_grey_and_last(tmp_path: Path) -> None:
     assert '<td data-value="0.0">0 of 3</td>' in small  # and no 0.0 %, of three images
     assert "3 of 3</td>" in small  # taken for class 0
     assert rows[-1][1] == "5"
-    gaps = dict(zip(m["per_class"]["class"], m["per_class"]["signed_gap"], strict=True))
+    gaps = dict(zip(m.per_class.number, m.per_class.signed_gap, strict=True))
     assert max(gaps, key=gaps.get) == 5, "by its gap it would be the first"
     said = next(f.text for f in verdict(m) if f.topic == "Classes")
     assert "of 5 classes" in said

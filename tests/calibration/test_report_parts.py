@@ -10,7 +10,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from flatcal_dist.calibration import curves, metrics_csv, operating, report, selective
+from flatcal_dist.calibration import curves, metrics_csv, model, operating, selective
 from flatcal_dist.calibration.classes import per_class
 from flatcal_dist.calibration.compare import _csv
 from flatcal_dist.calibration.confident_errors import (
@@ -35,7 +35,7 @@ from .report_inputs import CORRUPTIONS, TRAINING, encoded_digit, write_some_shif
 from .synthetic import make_logits, make_records
 from .test_report import ABOUT, assert_sound_page, files, strict_json
 
-SCHEMA = json.loads(Path(report.__file__).with_name("metrics.schema.json").read_text())
+SCHEMA = json.loads(model.SCHEMA.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def whole(looked_at_again: Records, tmp_path_factory: pytest.TempPathFactory) ->
 def test_page_of_a_report_with_everything(whole: Path) -> None:
     page = assert_sound_page(whole / "index.html")
     m, shift = strict_json(whole / "metrics.json"), strict_json(whole / "shift.json")
-    errors = m["confident_errors"]
+    errors, read = m["confident_errors"], model.read_metrics(whole / "metrics.json")
     assert page.tags.count("img") == len(errors) == len(list((whole / "errors").glob("*.jpg")))
     accepted = sum(bool(e["consistent"]) for e in errors)
     assert accepted > 0
@@ -72,8 +72,8 @@ def test_page_of_a_report_with_everything(whole: Path) -> None:
     )
     for text in ("Under shift", "digits-c", "elsewhere", "Training", "jpeg compression"):
         assert text in page.text
-    assert [f.topic for f in verdict(m, shift)][-3:] == ["Labels", "Shift", "Corruptions"]
-    for finding in verdict(m, shift):
+    assert [f.topic for f in verdict(read, shift)][-3:] == ["Labels", "Shift", "Corruptions"]
+    for finding in verdict(read, shift):
         assert finding.text in page.text
     drawn = {p.stem for p in (whole / "figures").glob("*.svg")}
     assert {"training", "shift_0_severity", "shift_0_accuracy_before"} <= drawn
@@ -110,7 +110,7 @@ def test_metrics_json_keeps_to_its_schema(whole: Path, tmp_path: Path) -> None:
     validator.validate(m)
     ids, labels, logits = make_logits(60, classes=3)
     bare = summarize(Records.from_logits(ids, np.zeros_like(labels), logits), resamples=5)
-    validator.validate(bare)
+    validator.validate(bare.as_json())
     for spoiled in ({"ece": "0.1"}, {"accuracy": 1.2}, {"schema_version": 2}, {"surprise": 0}):
         with pytest.raises(jsonschema.ValidationError):
             validator.validate(m | spoiled)
@@ -178,20 +178,20 @@ def test_most_confident_errors(looked_at_again: Records) -> None:
     records, errors = looked_at_again, most_confident_errors(looked_at_again)
     assert len(errors) == 24
     wrong = np.sort(records.confidence[~records.correct])[::-1]
-    assert [e["confidence"] for e in errors] == wrong[:24].tolist()
+    assert [e.confidence for e in errors] == wrong[:24].tolist()
     number = {name: i for i, name in enumerate(records.id.tolist())}
     for e in errors:
-        i = number[e["id"]]
-        assert (e["label"], e["answer"]) == (records.label[i], records.prediction[i])
-        assert e["label_probability"] == pytest.approx(np.exp(-records.before.nll[i]))
-        assert e["consistent"] == {1: True, 0: False, -1: None}[int(records.real[i])]
-    assert {e["consistent"] for e in errors} == {True, False, None}
+        i = number[e.id]
+        assert (e.label, e.answer) == (records.label[i], records.prediction[i])
+        assert e.label_probability == pytest.approx(np.exp(-records.before.nll[i]))
+        assert e.consistent == {1: True, 0: False, -1: None}[int(records.real[i])]
+    assert {e.consistent for e in errors} == {True, False, None}
 
 
 def test_pictures_of_another_evaluation_are_not_taken_for_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "_write_page", lambda m, output: None)
+    monkeypatch.setattr("flatcal_dist.calibration.report._write_page", lambda m, output: None)
     records = make_records(90, images_seed=5)
     write_report(records, tmp_path, image_of=encoded_digit, resamples=2)
     assert list((tmp_path / "errors").glob("*.jpg"))
@@ -248,7 +248,7 @@ def test_literature_stands_in_the_report() -> None:
     ids, labels, logits = make_logits(10_000, scale=1.0)
     records = Records.from_logits(ids, labels, logits)
     about = About(model="resnet18", data="cifar-10 test")
-    assert len(summarize(records, about, resamples=1)["references"]) == 3
+    assert len(summarize(records, about, resamples=1).references) == 3
 
 
 def test_smooth_curve_against_a_plain_loop(records: Records) -> None:
@@ -295,7 +295,8 @@ def test_histogram_and_thinned_curve(records: Records) -> None:
 
 def test_csv_has_every_number_of_both_sides(whole: Path) -> None:
     m = strict_json(whole / "metrics.json")
-    header = metrics_csv.metrics_csv(m).splitlines()[0].split(",")
+    written = metrics_csv.metrics_csv(model.Report.model_validate(m))
+    header = written.splitlines()[0].split(",")
     after = m["after_temperature"]
     scores = [k for k, v in after.items() if isinstance(v, float | None)]
     assert {"classwise_ece", "naurc", "rmsce_debiased"} <= set(scores)

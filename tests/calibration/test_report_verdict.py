@@ -1,12 +1,43 @@
 """What the verdict says, and that it says no more than the intervals allow."""
 
+from functools import cache
+
 from flatcal_dist.calibration.calibrators import BOUNDS
 from flatcal_dist.calibration.display import percent
-from flatcal_dist.calibration.verdict import verdict
+from flatcal_dist.calibration.model import Report
+from flatcal_dist.calibration.summary import summarize
+from flatcal_dist.calibration.verdict import Finding, verdict
+
+from .synthetic import make_records
+
+
+@cache
+def any_report() -> Report:
+    """What a report holds that no sentence is asked about here."""
+    return summarize(make_records(60), resamples=2)
+
+
+def findings(m: dict, shift: dict | None = None) -> list[Finding]:
+    """The verdict of a report with these values."""
+    other = any_report().as_json()
+    after = other["after_temperature"] | m["after_temperature"]
+    columns = {key: [None if key == "name" else 0] * len(m["per_class"]["class"])
+               for key in other["per_class"]}  # fmt: skip
+    parts = {"after_temperature": after, "per_class": columns | m["per_class"]}
+    return verdict(Report.model_validate(other | m | parts), shift)
 
 
 def texts(m: dict, shift: dict | None = None) -> list[str]:
-    return [finding.text for finding in verdict(m, shift)]
+    return [finding.text for finding in findings(m, shift)]
+
+
+def wanted(accuracy: float, held_out: float, low: float, high: float) -> dict:
+    """An operating point, and what its threshold gave on other images."""
+    answered = {"coverage": 0.6, "images": 600, "wrong": 31}
+    return {
+        "accuracy_wanted": accuracy, "coverage": 0.6, "confidence": 0.7,
+        "held_out": answered | {"accuracy": held_out, "low": low, "high": high},
+    }  # fmt: skip
 
 
 def side(gap: tuple, ece: float = 0.05, p: float = 0.001, **values: object) -> dict:
@@ -20,20 +51,16 @@ def side(gap: tuple, ece: float = 0.05, p: float = 0.001, **values: object) -> d
         "auroc": 0.9,
         "coverage_at_95_accuracy": 0.6,
         "confidence_at_95_accuracy": 0.7,
-        "ece_null": {"mean": 0.01, "quantile_95": 0.02, "p_value": p},
+        "ece_null": {"mean": 0.01, "quantile_95": 0.02, "p_value": p, "resamples": 9},
         "intervals": {
             "signed_gap": {"low": low, "high": high},
             "auroc": {"low": 0.88, "high": 0.92},
             "coverage_at_95_accuracy": {"low": 0.51, "high": 0.66},
         },
         "operating_points": {
-            "by_accuracy": [
-                {"accuracy_wanted": 0.9, "held_out": None},
-                {
-                    "accuracy_wanted": 0.95,
-                    "held_out": {"accuracy": 0.948, "low": 0.93, "high": 0.96},
-                },
-            ]
+            "by_accuracy": [wanted(0.9, 0.9, 0.88, 0.92), wanted(0.95, 0.948, 0.93, 0.96)],
+            "by_threshold": [],
+            "by_cost": [],
         },
     } | values
 
@@ -160,7 +187,7 @@ def shifted(before: tuple, after: tuple, distance: tuple | None, temperature: fl
 
 def shift_text(*arguments: object, **options: float) -> str:
     m = run() | {"per_class": {"class": []}}
-    return next(f.text for f in verdict(m, shifted(*arguments, **options)) if f.topic == "Shift")
+    return next(f.text for f in findings(m, shifted(*arguments, **options)) if f.topic == "Shift")
 
 
 def test_a_change_of_sign_under_shift_is_named() -> None:
@@ -212,7 +239,7 @@ def test_the_worst_corruption_is_named() -> None:
         "effect": {"by_corruption": effect, "by_severity": {"5": effect["fog"]}},
     }  # fmt: skip
     shift = {"clean": {"temperature": 0.8}, "sets": [], "corruptions": [group]}
-    said = next(f.text for f in verdict(run(), shift) if f.topic == "Corruptions")
+    said = next(f.text for f in findings(run(), shift) if f.topic == "Corruptions")
     assert "glass blur leaves the least accuracy, 30.0 % (29.0 % to 31.0 %)" in said
     assert "Over-confidence is largest under glass blur" in said
     assert "raises ECE under 1 of them, most under fog, from 5.0 % to 10.0 %" in said

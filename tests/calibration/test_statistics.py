@@ -8,22 +8,17 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
 from flatcal_dist.calibration import inflated, metrics, selective
-from flatcal_dist.calibration.intervals import POSITIVE, SHARES
+from flatcal_dist.calibration.entries import RANKS, STATISTICS
+from flatcal_dist.calibration.intervals import Interval, proportion_interval
 from flatcal_dist.calibration.records import Records, Scores
 from flatcal_dist.calibration.smooth import kernel_width, smooth_error_at
 from flatcal_dist.calibration.softmax import score_images
-from flatcal_dist.calibration.statistics import (
-    BINNED,
-    RANKS,
-    STATISTICS,
-    Interval,
-    bootstrap,
-    mcnemar,
-    proportion_interval,
-    rank_bootstrap,
-)
+from flatcal_dist.calibration.statistics import bootstrap, mcnemar, rank_bootstrap
 
 from .synthetic import make_records
+
+ERRORS = [key for key, statistic in STATISTICS.items() if statistic.centred]
+PLACE = {key: m for m, key in enumerate(STATISTICS)}
 
 
 def resampled(scores: Scores, chosen: np.ndarray) -> Scores:
@@ -72,9 +67,9 @@ def test_figures_with_choices_of_their_own(records: Records) -> None:
         index = np.searchsorted(inner, confidence, side="left")
         gaps = [(confidence - correct)[index == m].sum() for m in range(len(inner) + 1)]
         expected = np.abs(gaps).sum() / 400
-        assert row[STATISTICS.index("adaptive_ece")] == pytest.approx(expected, abs=1e-12)
+        assert row[PLACE["adaptive_ece"]] == pytest.approx(expected, abs=1e-12)
         expected = smooth_error_at(confidence, correct, width)
-        assert row[STATISTICS.index("smooth_ece")] == pytest.approx(expected, abs=1e-10)
+        assert row[PLACE["smooth_ece"]] == pytest.approx(expected, abs=1e-10)
     pair = scores.confidence, scores.correct
     for bins, name in ((15, "adaptive_ece"), (100, "adaptive_ece_100")):
         expected = metrics.adaptive_calibration_error(*pair, bins)
@@ -92,10 +87,10 @@ def test_replicates_are_the_metrics_of_resampled_images(records: Records) -> Non
         chosen = rng.integers(len(records), size=len(records))
         for which, scores in enumerate((records.before, records.after)):
             for name, expected in direct(resampled(scores, chosen)).items():
-                m = STATISTICS.index(name)
+                m = PLACE[name]
                 assert replicate[which, m] == pytest.approx(expected, abs=1e-10), name
     for name, expected in direct(records.before).items():
-        assert samples.point[0, STATISTICS.index(name)] == pytest.approx(expected, abs=1e-12)
+        assert samples.point[0, PLACE[name]] == pytest.approx(expected, abs=1e-12)
 
 
 def test_ties_are_kept_together() -> None:
@@ -106,7 +101,7 @@ def test_ties_are_kept_together() -> None:
     for replicate in samples.replicates:
         chosen = rng.integers(100, size=100)
         for name, expected in direct(resampled(coarse, chosen)).items():
-            assert replicate[0, STATISTICS.index(name)] == pytest.approx(expected, abs=1e-10), name
+            assert replicate[0, PLACE[name]] == pytest.approx(expected, abs=1e-10), name
 
 
 def test_intervals_are_those_of_the_normal_approximation() -> None:
@@ -218,7 +213,7 @@ def test_intervals_of_calibration_errors_hold_the_truth(truth: float) -> None:
     Of 60 intervals at 95 %, 57 should hold it; 51 or fewer have a chance of 1 in 100.
     """
     random = np.random.default_rng(0)
-    inside = {name: 0 for name in BINNED if name != "adaptive_ece_100"}
+    inside = {name: 0 for name in ERRORS if name != "adaptive_ece_100"}
     percentiles = 0
     for seed in range(60):
         confidence = 0.5 + 0.5 * random.beta(3, 1, 600)
@@ -229,7 +224,7 @@ def test_intervals_of_calibration_errors_hold_the_truth(truth: float) -> None:
         for name in inside:
             interval = samples.interval(0, name)
             inside[name] += interval.low <= truth <= interval.high
-        low, high = np.quantile(samples.replicates[:, 0, STATISTICS.index("ece")], (0.025, 0.975))
+        low, high = np.quantile(samples.replicates[:, 0, PLACE["ece"]], (0.025, 0.975))
         percentiles += low <= truth <= high
     assert min(inside.values()) >= 51, inside
     if truth < 0.05:
@@ -253,7 +248,7 @@ def test_intervals_of_rankings_hold_the_truth_with_few_wrong_images() -> None:
     pair = [score, score + random.normal(size=400_000)]
     truth, worse = rank_bootstrap(pair, correct, 1).point
     assert truth[list(RANKS).index("auroc")] == pytest.approx(norm.cdf(1.8 / np.sqrt(2)), abs=3e-3)
-    inside = dict.fromkeys([*POSITIVE, *SHARES], 0)
+    inside = dict.fromkeys([key for key, ranking in RANKS.items() if ranking.combined], 0)
     differences, percentiles = dict(inside), dict(inside)
     for seed in range(120):
         score, correct = ranked(300, random)
