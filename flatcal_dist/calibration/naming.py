@@ -158,14 +158,4 @@ GROUPS = (
         ),
     ),
 )  # fmt: skip
-SCORES = {
-    "msp": "MSP",
-    "msp_temperature": "MSP after temperature",
-    "margin": "Margin",
-    "entropy": "Entropy",
-    "doctor": "DOCTOR",
-    "energy": "Energy",
-    "max_logit": "Max logit",
-    "max_logit_pnorm": "MaxLogit-pNorm",
-}
 METRICS = {metric.key: metric for group in GROUPS for metric in group.metrics}

@@ -9,6 +9,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from . import display, drawing, naming
+from .confidence.sources import SCORES
 from .palette import PALETTE
 
 
@@ -32,7 +33,7 @@ def render(template: str, **values: Any) -> str:
         "enumerate_names": display.enumerate_names,
         "groups": naming.GROUPS,
         "metric": naming.METRICS,
-        "score_names": naming.SCORES,
+        "score_names": {score.key: score.name for score in SCORES},
         "PERCENT": display.PERCENT,
         "POINTS": display.POINTS,
         "GAP": display.GAP,

@@ -9,8 +9,7 @@ from flatcal_dist.calibration import selective
 from flatcal_dist.calibration.calibrators import TemperatureScaling
 from flatcal_dist.calibration.crossfit import HoldOut
 from flatcal_dist.calibration.scores import (
-    NAMES,
-    SOURCES,
+    SCORES,
     Tuning,
     compare_scores,
     confidence_scores,
@@ -66,7 +65,7 @@ def test_scores_are_their_formulas() -> None:
         "max_logit": z.max(1),
         "max_logit_pnorm": max_logit_pnorm(logits, 3),
     }
-    assert list(scores) == list(NAMES) == list(SOURCES)
+    assert list(scores) == [score.key for score in SCORES] == list(order_of)
     for name, expected in order_of.items():
         assert (np.argsort(scores[name]) == np.argsort(expected)).all(), name
 
