@@ -63,6 +63,21 @@ def _pnorms(z: np.ndarray, powers: Sequence[int]) -> FloatArray:
     return found
 
 
+def logit_margin(logits: ArrayLike) -> FloatArray:
+    """Difference of the two largest of logits [N, K]; shape [N]. K is at least 2.
+
+    It is the logarithm of the ratio of the two largest probabilities, and does not saturate.
+    Source: Liang, Peng and Sun, Selective Classification Under Distribution Shifts (TMLR 2024),
+    where it is called the raw logit margin, RL_conf-M.
+    """
+    z = np.asarray(logits)
+    found = np.empty(len(z))
+    for rows in chunks(*z.shape):
+        two = np.partition(z[rows].astype(np.float64), -2, axis=1)
+        found[rows] = two[:, -1] - two[:, -2]
+    return found
+
+
 def tune(
     ids: Sequence[str],
     logits: ArrayLike,
@@ -112,6 +127,10 @@ SCORES = (  # of logits; the first is what all others are compared to
     Score(
         "margin", "Margin", "difference of the two largest probabilities",
         "Scheffer et al. (IDA 2001)", "probabilities", lambda e: e.images.margin,
+    ),
+    Score(
+        "logit_margin", "Logit margin", "difference of the two largest logits",
+        "Liang et al. (TMLR 2024)", "probabilities", lambda e: logit_margin(e.logits),
     ),
     Score(
         "entropy", "Entropy", "minus the entropy of the probabilities",

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.special import logsumexp, softmax
+from scipy.special import log_softmax, logsumexp, softmax
 
 from flatcal_dist.calibration import selective
 from flatcal_dist.calibration.calibrators import TemperatureScaling
@@ -13,6 +13,7 @@ from flatcal_dist.calibration.scores import (
     Tuning,
     compare_scores,
     confidence_scores,
+    logit_margin,
     max_logit_pnorm,
     tune,
 )
@@ -48,6 +49,13 @@ def test_pnorm_is_the_formula_and_blind_to_shift_and_scale(logits, power, scale)
     assert moved[seen] == pytest.approx(value[seen], rel=1e-4, abs=1e-6)
 
 
+@given(arrays(np.float32, (4, 6), elements=st.floats(-1e4, 1e4, width=32)))
+def test_logit_margin_is_the_log_ratio_of_two_probabilities_and_does_not_saturate(logits) -> None:
+    ordered = np.sort(log_softmax(logits.astype(np.float64), axis=1))
+    assert logit_margin(logits) == pytest.approx(ordered[:, -1] - ordered[:, -2], abs=1e-9)
+    assert logit_margin([[900.0, 0.0, 1.0], [2.0, 2.0, -1.0]]).tolist() == [899.0, 0.0]
+
+
 def test_scores_are_their_formulas() -> None:
     _, labels, logits = make_logits(50, 7)
     z = logits.astype(np.float64)
@@ -59,6 +67,7 @@ def test_scores_are_their_formulas() -> None:
         "msp": p.max(1),
         "msp_temperature": softmax(z / 1.7, axis=1).max(1),
         "margin": ordered[:, -1] - ordered[:, -2],
+        "logit_margin": ordered[:, -1] / ordered[:, -2],
         "entropy": (p * np.log(p)).sum(1),
         "doctor": (p**2).sum(1),
         "energy": logsumexp(z, axis=1),
