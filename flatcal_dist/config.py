@@ -33,6 +33,7 @@ from flatcal_dist.config_types import (
     Options,
     PathText,
     Ratio,
+    ScoreKeys,
     Section,
     Shards,
     Share,
@@ -289,6 +290,9 @@ class EvaluateConfig(Section):
     at_end: bool = Field(True, description="evaluate and write the report when training ends")
     batch_size: int = Field(256, ge=1, le=2**24, description="images per forward pass on one rank")
     folds: int = Field(5, ge=2, le=1000, description="of the cross-fitted temperature")
+    confidence: ScoreKeys = Field(
+        [], description="scores to compute beside those of logits, such as [trust_score, mc_dropout]"
+    )
 
 
 class WandbConfig(Section):
