@@ -291,7 +291,7 @@ class EvaluateConfig(Section):
     batch_size: int = Field(256, ge=1, le=2**24, description="images per forward pass on one rank")
     folds: int = Field(5, ge=2, le=1000, description="of the cross-fitted temperature")
     confidence: ScoreKeys = Field(
-        [], description="scores to compute beside those of logits, such as [trust_score, mc_dropout]"
+        [], description="scores to compute beside those of logits: [trust_score, mc_dropout]"
     )
 
 

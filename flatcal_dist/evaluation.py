@@ -74,9 +74,9 @@ def evaluate(
     if data.cropped:  # at the network's size, but not zoomed into
         cut = config.data.model_copy(update={"crop_pct": 1.0})
         config = config.model_copy(update={"data": cut})
+    reference = training_reference(config, module, accelerator, scores)
     own = predict(config, module, data.index, accelerator, scores, classes=data.classes)
     found = gathered(own)
-    reference = training_reference(config, module, accelerator, scores)
 
     def merged() -> tuple[Records, Records | None] | None:
         if not accelerator.is_main_process:

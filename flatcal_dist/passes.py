@@ -22,7 +22,7 @@ def dropout_layers(module: nn.Module) -> list[nn.Module]:
         layer
         for layer in module.modules()
         if (isinstance(layer, _DropoutNd) and layer.p > 0)
-        or (isinstance(rate := getattr(layer, "drop_rate", None), float) and rate > 0)
+        or (isinstance(rate := vars(layer).get("drop_rate"), float) and rate > 0)  # not a wrapper's
     ]
 
 
