@@ -101,6 +101,7 @@ def test_scores_of_several_answers_are_their_formulas() -> None:
     assert disagreement(ANSWERS) == pytest.approx(divergence, rel=1e-10)
     evidence = Evidence(passes=ANSWERS, networks=ANSWERS)
     assert (BY_KEY["mc_dropout"].compute(evidence) == -entropy_of_mean(ANSWERS)).all()
+    assert (BY_KEY["mc_dropout_agreement"].compute(evidence) == -disagreement(ANSWERS)).all()
     assert (BY_KEY["ensemble_agreement"].compute(evidence) == -disagreement(ANSWERS)).all()
 
 
@@ -135,7 +136,7 @@ def test_the_list_of_scores() -> None:
     assert len(set(keys)) == len(keys)
     assert keys[0] == "msp", "what others are compared to"
     assert all(s.name and s.meaning and s.source for s in SCORES)
-    assert ON_REQUEST == ("trust_score", "mahalanobis", "mc_dropout")
+    assert ON_REQUEST == ("trust_score", "mahalanobis", "mc_dropout", "mc_dropout_agreement")
     asked = [score.key for score in requested(["mc_dropout", "trust_score"])]
     assert asked == ["trust_score", "mc_dropout"], "in the order of the list"
 

@@ -56,6 +56,14 @@ SCORES = (
         lambda evidence: -entropy_of_mean(evidence.passes),
     ),
     Score(
+        "mc_dropout_agreement",
+        "MC dropout, agreement",
+        "minus the mutual information of dropout masks and class (BALD)",
+        "Gal, Islam and Ghahramani (ICML 2017)",
+        "passes",
+        lambda evidence: -disagreement(evidence.passes),
+    ),
+    Score(
         "ensemble_agreement",
         "Ensemble agreement",
         "minus the mean divergence of the networks' probabilities from their mean",
