@@ -248,6 +248,36 @@ def test_only_a_part_of_many_training_images_is_looked_at(digits, monkeypatch) -
     assert len(set(places)) > 290, "images differ, but for a few"
 
 
+def test_where_a_part_of_the_classes_competes(digits) -> None:
+    setting, classes = settings(digits), [1, 4, 7]
+    module, accelerator = network(setting), distributed.start("ddp", "fp32")
+    index = load_index(sorted(digits.glob("digits-validation-*.tar")), 10)
+    scores = requested(SCORES)
+    reference = predicting.training_reference(setting, module, accelerator, scores)
+    found = predicting.predict(setting, module, index, accelerator, scores, classes=classes)
+    whole = predicting.predict(setting, module, index, accelerator, scores)
+    assert found.scores["mc_dropout"].min() >= -np.log(3) - 1e-9
+    assert whole.scores["mc_dropout"].min() < -np.log(3)
+    trust = predicting.of_features(found, reference, scores, classes)["trust_score"]
+    three = np.isin(reference.labels, classes)
+    some = Reference(reference.features[three], reference.labels[three])
+    prediction = np.array(classes)[found.logits[:, classes].argmax(1)]
+    assert trust == pytest.approx(trust_score(found.features, prediction, some), rel=1e-12)
+    with pytest.raises(ConfigError, match=r"trust_score: .* at least two classes"):
+        predicting.of_features(found, reference, scores, [3])
+
+
+def test_a_nan_is_refused_with_the_name_of_the_image(digits) -> None:
+    setting = settings(digits)
+    module, accelerator = network(setting), distributed.start("ddp", "fp32")
+    with torch.no_grad():
+        module.head.bias[3] = float("nan")
+    index = load_index(sorted(digits.glob("digits-validation-*.tar")), 10)
+    data = of_index(index, str(digits), 10)
+    with pytest.raises(FailedTogether, match="logits of 997 images are NaN"):
+        evaluation.evaluate(setting, module, data, accelerator, scores=requested(SCORES))
+
+
 def write_run(path: Path, setting: Config, seed: int) -> Path:
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(config.to_yaml(setting))

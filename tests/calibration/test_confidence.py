@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from scipy.stats import entropy
 from sklearn.covariance import EmpiricalCovariance
 
@@ -116,12 +116,26 @@ def test_answers_of_any_size(answers) -> None:
     assert disagreement(same) == pytest.approx(0, abs=1e-15)
 
 
-def test_surest_answers_keep_their_order() -> None:
-    """What is left to 1 is 1e-22 and 1e-26, which a probability near 1 cannot show."""
-    gaps = np.array([50.0, 60.0])
-    answers = np.stack([np.zeros(2), -gaps, -gaps - 1], axis=1)[None].repeat(4, axis=0)
-    first, second = entropy_of_mean(answers)
-    assert 0 < second < first < 1e-19
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_logit_that_is_not_finite_spoils_its_image_alone(bad: float) -> None:
+    spoiled = ANSWERS.copy()
+    spoiled[3, 7, 2] = bad
+    others = np.arange(40) != 7
+    for score in (entropy_of_mean, disagreement):
+        found = score(spoiled)
+        assert np.isnan(found[7])
+        assert (found[others] == score(ANSWERS)[others]).all()
+    assert np.isfinite(entropy_of_mean(np.array([[[3e38, -3e38]], [[-3e38, 3e38]]]))).all()
+
+
+def test_the_entropy_of_sure_answers_keeps_its_digits() -> None:
+    """With two classes it is known of what is left to 1, which is 1e-15 here, and 1e-26."""
+    gaps = np.concatenate([RANDOM.uniform(32, 36, (7, 50)), RANDOM.uniform(50, 60, (7, 50))], 1)
+    rest = expit(-gaps).mean(axis=0)
+    expected = -rest * np.log(rest) - (1 - rest) * np.log1p(-rest)
+    answers = np.stack([np.zeros_like(gaps), -gaps], axis=2)
+    assert entropy_of_mean(answers) == pytest.approx(expected, rel=1e-9, abs=0)
 
 
 def test_an_ensembles_answer_is_the_same_mean() -> None:
