@@ -136,8 +136,9 @@ def test_features_of_torchvision_under_autocast_and_of_a_wrapper() -> None:
             self.inner, self.aside = module, nn.Linear(3, 7)
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = self.inner(images)
             self.aside(images[:, :, 0, 0])  # as many outputs, but not the logits
-            return self.inner(images).clone()
+            return logits.clone()
 
     images = torch.randn(3, 3, 32, 32)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):

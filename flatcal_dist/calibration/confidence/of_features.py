@@ -6,7 +6,7 @@ they are, in float64.
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.linalg import pinvh
+from scipy.linalg import eigh
 from sklearn.neighbors import NearestNeighbors
 
 from flatcal_dist.calibration.checks import FloatArray, IntArray
@@ -14,7 +14,6 @@ from flatcal_dist.calibration.checks import FloatArray, IntArray
 from .score import Evidence, Reference, Score
 
 SMALLEST = 1e-12  # distance, as in the code of Jiang et al.
-ROWS = 4096  # images at a time
 
 
 def trust_score(features: ArrayLike, prediction: ArrayLike, reference: Reference) -> FloatArray:
@@ -47,21 +46,24 @@ def mahalanobis(features: ArrayLike, reference: Reference) -> FloatArray:
     all training images about the mean of their class. Directions in which the training images do
     not differ are left out, as by scikit-learn's EmpiricalCovariance. Source: Lee et al., A Simple
     Unified Framework for Detecting Out-of-Distribution Samples (NeurIPS 2018), section 2.1.
-    ValueError if features [N, D] are not finite or differ in length.
+    ValueError if features [N, D] are not finite or differ in length, or if training images of a
+    class do not differ at all.
     """
     x = _features(features, reference)
     classes, place = np.unique(reference.labels, return_inverse=True)
     known = reference.features.astype(np.float64)
     means = np.stack([known[place == k].mean(axis=0) for k in range(len(classes))])
     known -= means[place]
-    precision = pinvh(known.T @ known / len(known))
-    nearest = np.full(len(x), np.inf)
-    for mean in means:
-        for start in range(0, len(x), ROWS):
-            rows = slice(start, start + ROWS)
-            away = x[rows] - mean
-            nearest[rows] = np.minimum(nearest[rows], np.vecdot(away @ precision, away))
-    return -np.maximum(nearest, 0.0)
+    variances, directions = eigh(known.T @ known / len(known))
+    varies = (
+        variances > len(variances) * np.finfo(np.float64).eps * variances[-1]
+    )  # as pinvh has it
+    if not varies.any():
+        raise ValueError("the features of all training images of a class are the same")
+    # In these directions, of variance 1 each, the distance is the plain one.
+    scaled = directions[:, varies] / np.sqrt(variances[varies])
+    nearest = NearestNeighbors(n_neighbors=1).fit(means @ scaled)
+    return -(nearest.kneighbors(x @ scaled)[0][:, 0] ** 2)
 
 
 def _features(features: ArrayLike, reference: Reference) -> FloatArray:
