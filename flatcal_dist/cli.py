@@ -4,6 +4,7 @@ flatcal shard SOURCE DESTINATION --split train|validation
 flatcal index SHARDS
 flatcal validate SHARDS [--split NAME] [--decode N|all] [--classes K] [--json FILE]
 flatcal evaluate RUN [RUN ...] [--data [NAME=]DATA ...] [--output DIR]
+flatcal evaluate RUN RUN [RUN ...] --ensemble --output DIR
 flatcal evaluate --model NAME [--weights FILE] --data DATA --output DIR [--set key.sub=value ...]
 flatcal report RUN
 flatcal report SCORES.npz|.parquet|.csv|... [--labels FILE] [--classes FILE] [--output DIR]
@@ -296,6 +297,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         real_file=arguments.real,
         save_logits=arguments.save_logits,
         class_names=None if classes is None else read_class_names(classes),
+        confidence=_confidence(arguments.confidence),
     )
     if arguments.directories:
         if arguments.model or arguments.weights or arguments.overrides:
@@ -307,12 +309,20 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 raise ValueError(
                     f"--{option.replace('_', '-')} goes with --model; a RUN knows what it is"
                 )
-        evaluate_runs(arguments.directories, wanted, arguments.output)
+        evaluate_runs(arguments.directories, wanted, arguments.output, arguments.ensemble)
     else:
+        if arguments.ensemble:
+            raise ValueError("--ensemble goes with the runs whose networks it puts together")
         evaluate_model(
             arguments.model, arguments.weights, wanted, arguments.output, arguments.overrides,
             arguments.weights_key, Provenance(method=arguments.method, seed=arguments.seed),
         )  # fmt: skip
+
+
+def _confidence(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    return [] if text == "none" else [key.strip() for key in text.split(",")]
 
 
 def _severities(text: str | None) -> list[int] | None:
@@ -341,6 +351,10 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--corruptions", metavar="LIST", help="of ImageNet-C: fog,snow; or common, extra, all")
     add("--severities", metavar="LIST", help="of ImageNet-C: 1,3,5; by default all five")
     add("--real", type=Path, metavar="FILE", help="ReaL labels; by default those that timm ships")
+    add("--confidence", metavar="LIST",
+        help="scores to compute beside those of logits, such as trust_score,mc_dropout (a wrong "
+        "name lists all), or none; by default what evaluate.confidence says")  # fmt: skip
+    add("--ensemble", action="store_true", help="one report on the networks of all RUNs together")
     add("--save-logits", action="store_true", help="write the clean images' logits.npz as well")
     add("--output", type=Path, metavar="DIR", help="by default RUN/report")
     add("--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value",

@@ -14,53 +14,31 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from flatcal_dist import inputs
 from flatcal_dist.calibration.binned import BinnedEvaluation
+from flatcal_dist.calibration.confidence.score import Score
 from flatcal_dist.calibration.display import counted
 from flatcal_dist.calibration.model import Report
 from flatcal_dist.calibration.records import Records, Source
 from flatcal_dist.calibration.report import render_report, write_report
 from flatcal_dist.calibration.shift import Shifted, save_shifted, write_shift
 from flatcal_dist.calibration.shift_rows import Measured, measure
-from flatcal_dist.config import Config, ConfigError
+from flatcal_dist.config import Config
 from flatcal_dist.data import DataError, Index
 from flatcal_dist.data.variants import DataSet, Variant, local_shards, open_variant
 from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.files import write_atomically
-from flatcal_dist.models import in_evaluation_mode
+from flatcal_dist.passes import Ensemble
+from flatcal_dist.predicting import (
+    check_sources,
+    gathered,
+    of_features,
+    predict,
+    training_reference,
+    wanted_scores,
+)
 from flatcal_dist.provenance import UNKNOWN, Provenance, describe
-from flatcal_dist.sharpness.outputs import logits_of
 
 ALL_CLASSES = "_all_classes"  # after the name of a set of which a part of the classes compete
-
-
-@torch.inference_mode()
-def predict(
-    config: Config, module: nn.Module, index: Index, accelerator: Accelerator
-) -> tuple[np.ndarray, np.ndarray]:
-    """This rank's sample numbers [n] and logits [n, K] float32, padding left out."""
-    normalize = inputs.normalization(config.data).to(accelerator.device)
-    batches = inputs.evaluation_batches(
-        config,
-        index,
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.device.type == "cuda",
-    )
-    samples, logits = [], []
-    with in_evaluation_mode(module), accelerator.autocast():
-        for batch in batches:
-            images = normalize(batch.images.to(accelerator.device, non_blocking=True))
-            output = logits_of(module(images)).float()
-            if output.shape[1] != config.model.num_classes:
-                raise ConfigError(
-                    f"the network gives {output.shape[1]} logits, but model.num_classes="
-                    f"{config.model.num_classes}"
-                )
-            valid = batch.valid
-            samples.append(batch.samples[valid].numpy())
-            logits.append(output[valid.to(output.device)].cpu().numpy())
-    return np.concatenate(samples), np.concatenate(logits)
 
 
 def evaluate(
@@ -71,6 +49,7 @@ def evaluate(
     *,
     clean: Records | None = None,
     logits_file: Path | None = None,
+    scores: Sequence[Score] = (),
 ) -> tuple[Records, Records | None] | None:
     """One record per image, merged on rank 0; None on the other ranks. Called by all of them.
 
@@ -79,10 +58,14 @@ def evaluate(
 
     clean: of images under shift, the records of the clean ones, whose temperature is used.
     logits_file: also write the logits there (npz: ids, labels, logits), on rank 0.
+    scores: of confidence, that need more than logits. Where a part of the classes compete, the
+    first records alone have them, of those classes.
 
-    Raises FailedTogether on all ranks unless all of them see the same images and every one was
-    counted exactly once, or if a logit is not finite.
+    Raises ConfigError where the network cannot give what a score needs, and FailedTogether on all
+    ranks unless all of them see the same images and every one was counted exactly once, or if a
+    logit is not finite.
     """
+    check_sources(config, module, scores)
     identities = set(gather_object([data.index.identity]))
     if len(identities) > 1:
         raise DataError(
@@ -92,38 +75,47 @@ def evaluate(
     if data.cropped:  # at the network's size, but not zoomed into
         cut = config.data.model_copy(update={"crop_pct": 1.0})
         config = config.model_copy(update={"data": cut})
-    parts = gather_object([predict(config, module, data.index, accelerator)])
+    reference = training_reference(config, module, accelerator, scores)
+    own = predict(config, module, data.index, accelerator, scores, classes=data.classes)
+    found = gathered(own)
 
     def merged() -> tuple[Records, Records | None] | None:
         if not accelerator.is_main_process:
             return None
-        return _merge(config, data, parts, clean, logits_file)
+        _check_whole(data, found.samples)
+        computed = found.scores | of_features(found, reference, scores, data.classes)
+        probabilities = isinstance(module, Ensemble)
+        return _records(config, data, found.logits, clean, logits_file, computed, probabilities)
 
     return on_all_ranks(merged)
 
 
-def _merge(
-    config: Config,
-    data: DataSet,
-    parts: list[tuple[np.ndarray, np.ndarray]],
-    clean: Records | None,
-    logits_file: Path | None,
-) -> tuple[Records, Records | None]:
-    samples = np.concatenate([part[0] for part in parts])
-    logits = np.concatenate([part[1] for part in parts])
-    order = np.argsort(samples, kind="stable")
-    if not np.array_equal(samples[order], np.arange(len(data.index))):
+def _check_whole(data: DataSet, samples: np.ndarray) -> None:
+    if not np.array_equal(samples, np.arange(len(data.index))):
         raise DataError(
             f"{len(np.unique(samples))} different images were evaluated, {len(samples)} in all, "
             f"but {data.variant} holds {len(data.index)}: the ranks do not see the same images"
         )
-    logits, ids, variant = logits[order], data.index.keys(), data.variant
+
+
+def _records(
+    config: Config,
+    data: DataSet,
+    logits: np.ndarray,
+    clean: Records | None,
+    logits_file: Path | None,
+    scores: Mapping[str, np.ndarray],
+    probabilities: bool,
+) -> tuple[Records, Records | None]:
+    ids, variant = data.index.keys(), data.variant
     competing = logits if data.classes is None else logits[:, list(data.classes)]
     if logits_file is not None:
         with write_atomically(logits_file) as temporary:
             np.savez(temporary, ids=np.array(ids), labels=data.label, logits=competing)
 
-    def records(label: np.ndarray, logits: np.ndarray, source: Source) -> Records:
+    def records(
+        label: np.ndarray, logits: np.ndarray, source: Source, scores: Mapping[str, np.ndarray]
+    ) -> Records:
         return Records.from_logits(
             ids=ids,
             labels=label,
@@ -132,6 +124,7 @@ def _merge(
             clean=clean,
             source=source,
             real_labels=data.real,
+            scores=scores,
         )
 
     source = Source(
@@ -141,14 +134,15 @@ def _merge(
         corruption=variant.corruption,
         severity=variant.severity,
         generated=variant.generated,
+        probabilities=probabilities,
     )
     try:
-        chosen = records(data.label, competing, source)
+        chosen = records(data.label, competing, source, scores)
         if data.classes is None:
             return chosen, None
         label = np.array(data.classes)[data.label]
         source = replace(source, name=f"{variant.name}{ALL_CLASSES}", classes=None)
-        return chosen, records(label, logits, source)
+        return chosen, records(label, logits, source, {})
     except ValueError as error:
         raise DataError(f"{variant}: {error}") from None
 
@@ -171,9 +165,11 @@ def report(
 
     trained: how the network was trained. training: the records of the run's metrics.jsonl, for the
     curves over epochs. A table of data under shift that lies there is deleted: it belongs to an
-    older evaluation. class_names: of the network's classes, where the data do not tell them.
+    older evaluation. class_names: of the network's classes, where the data do not tell them. Scores
+    are computed as `evaluate.confidence` says, and of an ensemble those of several networks.
     """
-    found = evaluate(config, module, data, accelerator, logits_file=logits_file)
+    scores = wanted_scores(config, module)
+    found = evaluate(config, module, data, accelerator, logits_file=logits_file, scores=scores)
 
     def written() -> tuple[Records, Report] | None:
         if found is None:
@@ -276,10 +272,10 @@ def running_metrics(
     The report's figures, to rounding, AUROC and the areas within their binning error. NaN where
     undefined, and everywhere when some logit is not finite.
     """
-    samples, logits = predict(config, module, index, accelerator)
+    found = predict(config, module, index, accelerator)
     binned = BinnedEvaluation()
-    if len(samples):
-        binned.add(logits, index.label[samples])
+    if len(found.samples):
+        binned.add(found.logits, index.label[found.samples])
     if accelerator.num_processes > 1:
         total = torch.from_numpy(binned.state).to(accelerator.device)
         dist.all_reduce(total)

@@ -8,12 +8,14 @@ none is named. One shifted data set alone, for a network without a run, gets a r
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
 from flatcal_dist import config as configuration
 from flatcal_dist import distributed, evaluation, inputs, pretrained
+from flatcal_dist.calibration.confidence.sources import requested
 from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.data import Index
 from flatcal_dist.data.variants import (
@@ -28,7 +30,8 @@ from flatcal_dist.data.variants import (
 from flatcal_dist.distributed import ending_together, on_all_ranks
 from flatcal_dist.files import refuse_no_directory
 from flatcal_dist.models import build
-from flatcal_dist.provenance import UNKNOWN, Provenance
+from flatcal_dist.passes import Ensemble
+from flatcal_dist.provenance import EVALUATED_DATA, UNKNOWN, Provenance
 from flatcal_dist.run_directory import RunDirectory, RunError
 from flatcal_dist.training import checkpoint, resharding
 from flatcal_dist.training.tracking import read_metrics
@@ -42,7 +45,8 @@ class Wanted:
 
     data: PATH or NAME=PATH each, see `data.variants`. corruptions, severities: of ImageNet-C, by
     default all that there are. real_file: other ReaL labels than timm's. save_logits: also write
-    the clean images' logits. class_names: of the network's classes, in their order.
+    the clean images' logits. class_names: of the network's classes, in their order. confidence:
+    scores to compute beside those of logits, instead of what the configuration says.
     """
 
     data: Sequence[str] = ()
@@ -51,6 +55,7 @@ class Wanted:
     real_file: Path | None = None
     save_logits: bool = False
     class_names: Sequence[str] | None = None
+    confidence: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ class Network:
     """A network to evaluate.
 
     weights: a file, or a checkpoint of any engine, or None for those that its library publishes.
-    trained: how; by default unknown. key: which of several weights in the file.
+    trained: how; by default unknown. key: which of several weights in the file. members: the
+    networks of an ensemble, which has no weights of its own.
     """
 
     title: str
@@ -68,15 +74,20 @@ class Network:
     trained: Provenance = UNKNOWN
     log: Path | None = None  # of its training, for the curves in the report
     key: str | None = None
+    members: tuple["Network", ...] = ()
 
 
-def evaluate_runs(runs: Sequence[Path], wanted: Wanted, output: Path | None = None) -> None:
+def evaluate_runs(
+    runs: Sequence[Path], wanted: Wanted, output: Path | None = None, ensemble: bool = False
+) -> None:
     """Write the report of each run's model.safetensors, or of a checkpoint RUN/checkpoints/step_N.
 
     Into RUN/report, or RUN/report_step_N; with `output` into that directory, one folder each if
-    there are several.
+    there are several. ensemble: instead, one report on all of them together, into `output`.
     """
     networks = [_of_run(run) for run in runs]
+    if ensemble:
+        networks = [ensemble_of(networks, output, own_data=not wanted.data)]
     if output is not None:
         networks = [_into(output, network, len(networks) > 1) for network in networks]
     _evaluate(networks, wanted, needs_output=output is None)
@@ -156,12 +167,56 @@ def evaluate_model(
     _evaluate(networks, wanted)
 
 
+def ensemble_of(members: Sequence[Network], output: Path | None, own_data: bool) -> Network:
+    """The networks of several runs as one, evaluated as the first of them is.
+
+    Raises ConfigError unless there are two or more, each once, that look at images in the same way,
+    have as many classes and, with `own_data`, the same validation data; and without `output`.
+    """
+    if len(members) < 2:
+        raise ConfigError("--ensemble needs two runs or more")
+    if output is None:
+        raise ConfigError("--ensemble also needs --output: its report belongs to no single run")
+    titles = [member.title for member in members]
+    if twice := [m.title for m in members if [n.weights for n in members].count(m.weights) > 1]:
+        raise ConfigError(f"--ensemble has {twice[0]} twice")
+    first = _how_evaluated(members[0].config, own_data)
+    for member in members[1:]:
+        for key, value in _how_evaluated(member.config, own_data).items():
+            if value != first[key]:
+                raise ConfigError(
+                    f"these runs cannot be one ensemble: {key} is {first[key]} in {titles[0]} and "
+                    f"{value} in {member.title}"
+                )
+    methods = [member.trained.method for member in members]
+    listed = methods[0] if len(set(methods)) == 1 else ", ".join(map(str, methods))
+    trained = Provenance(method=f"ensemble of {len(members)} ({listed})")
+    title = f"Ensemble of {', '.join(titles)}"
+    config = members[0].config
+    if config.evaluate.confidence:  # which is of one network; what an ensemble has comes by itself
+        cut = config.evaluate.model_copy(update={"confidence": []})
+        config = config.model_copy(update={"evaluate": cut})
+    return Network(title, config, None, output, trained, members=tuple(members))
+
+
+def _how_evaluated(config: Config, own_data: bool) -> dict[str, Any]:
+    """What decides the images that a network sees, and what its logits stand for, by key."""
+    seen = sorted(EVALUATED_DATA - {"decoder"} | ({"validation"} if own_data else set()))
+    return {
+        "model.num_classes": config.model.num_classes,
+        "train.precision": config.train.precision,
+        **{f"data.{key}": getattr(config.data, key) for key in seen},
+    }
+
+
 def _into(output: Path, network: Network, several: bool) -> Network:
     target = output / network.title.replace(" ", "_") if several else output
     return replace(network, output=target)
 
 
 def _evaluate(networks: Sequence[Network], wanted: Wanted, needs_output: bool = False) -> None:
+    if wanted.confidence is not None:
+        networks = [_asked(network, wanted.confidence) for network in networks]
     _refuse_clashes(networks)
     for network in networks:
         refuse_no_directory(network.output)
@@ -182,6 +237,16 @@ def _evaluate(networks: Sequence[Network], wanted: Wanted, needs_output: bool = 
                     "validation data"
                 )
             _evaluate_one(network, clean, shifted, wanted, accelerator)
+
+
+def _asked(network: Network, confidence: Sequence[str]) -> Network:
+    scores = requested(confidence)
+    if network.members and scores:
+        raise ConfigError(
+            f"{scores[0].key} is a score of one network, and this is an ensemble: leave it out"
+        )
+    evaluate = network.config.evaluate.model_copy(update={"confidence": list(confidence)})
+    return replace(network, config=network.config.model_copy(update={"evaluate": evaluate}))
 
 
 def _refuse_clashes(networks: Sequence[Network]) -> None:
@@ -280,6 +345,8 @@ def _log(network: Network, accelerator: Accelerator) -> list[dict]:
 
 
 def _on_device(network: Network, accelerator: Accelerator) -> nn.Module:
+    if network.members:
+        return Ensemble([_on_device(member, accelerator) for member in network.members])
     model, data = network.config.model, network.config.data
 
     def built() -> nn.Module:

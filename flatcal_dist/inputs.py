@@ -17,6 +17,7 @@ from flatcal_dist.data import (
     Index,
     Normalize,
     Position,
+    Some,
     describe_decoder,
     evaluation_loader,
     evaluation_transform,
@@ -359,13 +360,14 @@ def statistics_batches(
 
 
 def evaluation_batches(
-    config: Config, index: Index, rank: int, world_size: int, pin_memory: bool
+    config: Config, index: Index, rank: int, world_size: int, pin_memory: bool, only: Some = None
 ) -> Batches:
     data = config.data
     return evaluation_loader(
         index,
         batch_size=config.evaluate.batch_size,
         transform=evaluation_transform(augmentation(data), data.image_size),
+        samples=only,
         **_reading(data, rank, world_size, pin_memory),
     )
 

@@ -16,12 +16,24 @@ from flatcal_dist.sharpness.replay import SameFunctionTwice
 
 
 class MLP(nn.Module):
-    """A multilayer perceptron on flattened pixels, with GELU: smooth in its weights."""
+    """A multilayer perceptron on flattened pixels, with GELU: smooth in its weights.
+
+    drop_rate: the share of each hidden layer's outputs that dropout makes zero in training.
+    """
 
     def __init__(
-        self, in_chans: int, image_size: int, num_classes: int, width: int = 512, depth: int = 2
+        self,
+        in_chans: int,
+        image_size: int,
+        num_classes: int,
+        width: int = 512,
+        depth: int = 2,
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f"drop_rate={drop_rate} has to be 0 or more, and less than 1")
+        self.drop_rate = float(drop_rate)
         if not all(isinstance(n, int) and n >= 1 for n in (width, depth)):
             raise ValueError(f"width={width!r} and depth={depth!r} have to be positive numbers")
         sizes = [in_chans * image_size**2] + [width] * depth
@@ -33,6 +45,8 @@ class MLP(nn.Module):
         x = images.flatten(1)
         for layer in self.hidden:
             x = nn.functional.gelu(layer(x))
+            if self.drop_rate:  # else no random number is drawn
+                x = nn.functional.dropout(x, self.drop_rate, self.training)
         return self.head(x)
 
 

@@ -17,7 +17,8 @@ from . import column_names, label_arrays, score_arrays
 from .checks import FloatArray, IntArray, image_ids, logits_and_labels
 from .column_names import Found
 from .display import counted
-from .records import METADATA_KEY, Records, Source
+from .record_files import METADATA_KEY
+from .records import Records, Source
 from .tables import DAMAGED, Columns, open_columns, text_of
 
 PREDICTIONS = ("pred", "prediction", "predicted", "y_pred", "predicted_class", "predicted_label")

@@ -8,7 +8,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from . import display, drawing, entries, naming
+from . import display, drawing, entries
+from .confidence.sources import SCORES
 from .palette import PALETTE
 
 
@@ -32,7 +33,7 @@ def render(template: str, **values: Any) -> str:
         "enumerate_names": display.enumerate_names,
         "groups": entries.GROUPS,
         "metric": entries.METRICS,
-        "score_names": naming.SCORES,
+        "score_names": {score.key: score.name for score in SCORES},
         "PERCENT": display.PERCENT,
         "POINTS": display.POINTS,
         "GAP": display.GAP,

@@ -158,6 +158,7 @@ class ScoreTable(Part):
     tuned_on: Count
     power: int | None
     temperature: Positive
+    missing: list[str] = []  # names of scores that the records do not hold
     rows: list[ScoreRow]
 
 

@@ -1,7 +1,7 @@
 """One record per image: all that the report needs, without the logits."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,23 +15,11 @@ from flatcal_dist.files import write_atomically
 from .calibrators import TemperatureScaling
 from .checks import BoolArray, FloatArray, IntArray, image_ids, logits_and_labels
 from .classwise import ClasswiseSums
+from .confidence.sources import BY_KEY, SCORES
 from .crossfit import CrossFit, HoldOut, OutOfSample, fit_out_of_sample, fold_of
-from .scores import NAMES, Tuning, confidence_scores, tune
+from .record_files import METADATA_KEY, OF_SOFTMAX, RANKING, SETTINGS, known_fields, read_columns
+from .scores import Tuning, confidence_scores, tune
 from .softmax import Scores, score_images
-
-METADATA_KEY = b"flatcal_dist.records"
-SCORES = ("log_confidence", "nll", "brier", "entropy")
-RANKING = "score_"  # before the names of the confidence scores
-SETTINGS = (
-    "classes",
-    "temperature",
-    "temperature_interval",
-    "fold_temperatures",
-    "fold_seed",
-    "held_out",
-    "classwise",
-    "logits_dtype",
-)
 
 
 @dataclass(frozen=True)
@@ -47,7 +35,7 @@ class Source:
     with their labels; where temperature_from is set it is there to compare with, and scales
     nothing. probabilities: only
     the softmax was known, and logits are its logarithms: scores that need the logits' own level
-    (`scores.OF_LOGITS`) say nothing.
+    say nothing.
     """
 
     name: str | None = None
@@ -75,9 +63,10 @@ class Records:
     (`source.temperature_from`) all of these are those of the clean images. real [N], or None
     where there are no ReaL labels: 1 if the prediction is one of the image's ReaL labels, 0 if
     not, -1 if the image has none and stays out of figures on ReaL.
-    ranking: the confidence scores of `scores.NAMES` [N] by name; compared [N]: the images that
-    `tuning` did not use, on which they are to be compared. classwise: classwise and thresholded
-    classwise ECE, before and after. logits_dtype: of the logits as they came.
+    ranking: confidence scores [N] by key, in the order of `confidence.sources.SCORES`: all scores
+    of logits, and those of other kinds that were computed. compared [N]: the images that `tuning`
+    did not use, on which they are to be compared. classwise: classwise and thresholded classwise
+    ECE, before and after. logits_dtype: of the logits as they came.
     """
 
     id: np.ndarray
@@ -112,6 +101,13 @@ class Records:
     def confidence(self) -> FloatArray:
         return self.before.confidence
 
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Keys of scores of logits that these records, being older, lack and could have."""
+        level = not self.source.probabilities
+        of_these = (s.key for s in SCORES if s.of_logits and (level or s.needs != "logits"))
+        return tuple(key for key in of_these if key not in self.ranking)
+
     @classmethod
     def from_logits(
         cls,
@@ -126,6 +122,7 @@ class Records:
         clean: "Records | None" = None,
         source: Source = Source(),
         real_labels: Sequence[Sequence[int]] | None = None,
+        scores: Mapping[str, ArrayLike] | None = None,
     ) -> "Records":
         """Build the records of logits [N, K] (floats), labels int [N] and ids [N].
 
@@ -137,7 +134,8 @@ class Records:
         clean: of images under shift, the same network's records of the clean ones, whose
         temperatures are used (and whose folds): that of its fold for an image that is among the
         clean ones (ImageNet-C), the overall one for any other. real_labels: per image the ReaL
-        labels, possibly none, in the same order as ids.
+        labels, possibly none, in the same order as ids. scores: values [N] in that order of scores
+        that need more than logits, by their keys.
         """
         z = np.asarray(logits)
         names = image_ids(ids, len(z))
@@ -151,6 +149,7 @@ class Records:
             raise ValueError(
                 f"there are ReaL labels of {len(real_labels)} images, but {len(z)} images"
             )
+        computed = _computed(scores or {}, len(z))
         order = np.argsort(names, kind="stable")  # so that no result depends on ranks or workers
         names, y = names[order], y[order]
         if (np.diff(order) != 1).any():  # a copy of 50,000 x 1,000 logits is 200 MB
@@ -187,7 +186,8 @@ class Records:
             fold=fold_of(names.tolist(), folds, seed),
             before=before.scores(),
             after=after.scores(before.correct),
-            ranking=confidence_scores(z, before, tuning),
+            ranking=confidence_scores(z, before, tuning)
+            | {key: values[order] for key, values in computed.items()},
             compared=~tuning.split.chosen(names.tolist()),
             tuning=tuning,
             classes=z.shape[1],
@@ -239,7 +239,7 @@ class Records:
             columns["real"] = self.real.astype(np.int8)
         for suffix, scores in (("", self.before), ("_after_temperature", self.after)):
             columns["confidence" + suffix] = scores.confidence
-            columns |= {name + suffix: getattr(scores, name) for name in SCORES}
+            columns |= {name + suffix: getattr(scores, name) for name in OF_SOFTMAX}
         columns |= {RANKING + name: score for name, score in self.ranking.items()}
         settings = {name: getattr(self, name) for name in SETTINGS}
         settings |= {"tuning": asdict(self.tuning), "source": asdict(self.source)}
@@ -249,45 +249,53 @@ class Records:
 
     @classmethod
     def load(cls, path: Path) -> "Records":
-        """Read what `save` wrote, exactly. ValueError if the file is something else."""
-        table = pq.read_table(path)
-        metadata = (table.schema.metadata or {}).get(METADATA_KEY)
-        if metadata is None:
-            raise ValueError(f"{path} holds no records of this package; run `flatcal evaluate`")
-        settings = json.loads(metadata)
+        """Read what `save` wrote, exactly; scores that an older version did not know stay away.
 
-        def column(name: str, dtype: type) -> np.ndarray:
-            return table[name].to_numpy().astype(dtype)
-
-        rank = column("rank", np.int64)
+        What a newer version added is left out, with a RuntimeWarning that names it. ValueError if
+        the file is something else, or lacks more than scores.
+        """
+        columns, settings = read_columns(Path(path))
+        tuning, source = settings.pop("tuning"), settings.pop("source")
+        correct = columns["rank"] == 0
         before, after = (
-            Scores(rank == 0, *(column(name + suffix, np.float64) for name in SCORES))
+            Scores(correct, *(columns[name + suffix] for name in OF_SOFTMAX))
             for suffix in ("", "_after_temperature")
         )
+        columns.setdefault(f"{RANKING}msp", before.log_confidence)  # what others are compared to
         settings["fold_temperatures"] = tuple(settings["fold_temperatures"])
         if settings["temperature_interval"] is not None:
             settings["temperature_interval"] = tuple(settings["temperature_interval"])
-        tuning, source = settings.pop("tuning"), settings.pop("source")
+        tuning = known_fields(path, Tuning, tuning)
+        split = tuning["split"]
+        stored = known_fields(path, Source, source)
+        lists = {name: stored.get(name) for name in ("classes", "own_temperature_interval")}
+        source = Source(**stored | {n: None if v is None else tuple(v) for n, v in lists.items()})
         return cls(
-            id=np.array(table["id"].to_pylist(), dtype=np.str_),
-            label=column("label", np.int64),
-            prediction=column("prediction", np.int64),
-            rank=rank,
-            fold=column("fold", np.int64),
+            **{name: columns[name] for name in ("id", "label", "prediction", "rank", "fold")},
             before=before,
             after=after,
-            ranking={name: column(RANKING + name, np.float64) for name in NAMES},
-            compared=column("compared", np.bool_),
-            tuning=Tuning(**(tuning | {"split": HoldOut(**tuning["split"])})),
-            source=_source(source),
-            real=column("real", np.int64) if "real" in table.column_names else None,
+            ranking={s.key: columns[RANKING + s.key] for s in SCORES if RANKING + s.key in columns},
+            compared=columns["compared"],
+            tuning=Tuning(**tuning | {"split": HoldOut(**known_fields(path, HoldOut, split))}),
+            source=source,
+            real=columns.get("real"),
             **settings,
         )
 
 
-def _source(stored: dict) -> Source:
-    lists = {name: stored.get(name) for name in ("classes", "own_temperature_interval")}
-    return Source(**stored | {n: None if v is None else tuple(v) for n, v in lists.items()})
+def _computed(scores: Mapping[str, ArrayLike], images: int) -> dict[str, FloatArray]:
+    """The scores that need more than logits, checked and in the order of the list."""
+    for key in scores:
+        if key not in BY_KEY or BY_KEY[key].of_logits:
+            known = ", ".join(score.key for score in SCORES if not score.of_logits)
+            raise ValueError(f"{key!r} is no score that needs more than logits; those are {known}")
+    found = {key: np.asarray(scores[key], dtype=np.float64) for key in BY_KEY if key in scores}
+    for key, values in found.items():
+        if values.shape != (images,):
+            raise ValueError(f"score {key}: expected {images} values, got shape {values.shape}")
+        if bad := int((~np.isfinite(values)).sum()):
+            raise ValueError(f"score {key} of {bad} images is NaN or infinite")
+    return found
 
 
 def _real(

@@ -10,33 +10,12 @@ from numpy.typing import ArrayLike
 from . import selective
 from .calibrators import TemperatureScaling
 from .checks import BoolArray, FloatArray, image_ids, logits_and_labels
+from .confidence.score import Evidence, Score
 from .crossfit import A_FIFTH, HoldOut
 from .softmax import ImageScores, chunks, score_images
 from .statistics import RESAMPLES, Interval, rank_bootstrap
 
 POWERS = tuple(range(1, 11))  # of the norm, tried in tuning
-
-NAMES = {
-    "msp": "largest softmax probability",
-    "msp_temperature": "largest softmax probability after temperature scaling",
-    "margin": "difference of the two largest probabilities",
-    "entropy": "minus the entropy of the probabilities",
-    "doctor": "DOCTOR: sum of the squared probabilities",
-    "energy": "minus the free energy: log sum exp of the logits",
-    "max_logit": "largest logit",
-    "max_logit_pnorm": "largest logit over the p-norm of the logits, all less their mean",
-}
-OF_LOGITS = ("energy", "max_logit")  # not to be had from probabilities
-SOURCES = {
-    "msp": "Hendrycks and Gimpel (ICLR 2017)",
-    "msp_temperature": "Guo et al. (ICML 2017)",
-    "margin": "Scheffer et al. (IDA 2001)",
-    "entropy": "Lakshminarayanan et al. (NeurIPS 2017)",
-    "doctor": "Granese et al. (NeurIPS 2021), D_alpha",
-    "energy": "Liu et al. (NeurIPS 2020), T = 1",
-    "max_logit": "Hendrycks et al. (ICML 2022)",
-    "max_logit_pnorm": "Cattelan and Silva (UAI 2024)",
-}
 
 
 @dataclass(frozen=True)
@@ -84,6 +63,21 @@ def _pnorms(z: np.ndarray, powers: Sequence[int]) -> FloatArray:
     return found
 
 
+def logit_margin(logits: ArrayLike) -> FloatArray:
+    """Difference of the two largest of logits [N, K]; shape [N]. K is at least 2.
+
+    It is the logarithm of the ratio of the two largest probabilities, and does not saturate.
+    Source: Liang, Peng and Sun, Selective Classification Under Distribution Shifts (TMLR 2024),
+    where it is called the raw logit margin, RL_conf-M.
+    """
+    z = np.asarray(logits)
+    found = np.empty(len(z))
+    for rows in chunks(*z.shape):
+        two = np.partition(z[rows].astype(np.float64), -2, axis=1)
+        found[rows] = two[:, -1] - two[:, -2]
+    return found
+
+
 def tune(
     ids: Sequence[str],
     logits: ArrayLike,
@@ -108,25 +102,66 @@ def tune(
     return Tuning(temperature, POWERS[best] if beaten else None, len(rows), split)
 
 
+def _tempered(evidence: Evidence) -> FloatArray:
+    labels = np.zeros(len(evidence.logits), np.int64)
+    return score_images(evidence.logits, labels, evidence.tuning.temperature).log_confidence
+
+
+def _pnorm_or_msp(evidence: Evidence) -> FloatArray:
+    power = evidence.tuning.power
+    if power is None:
+        return evidence.images.log_confidence
+    return max_logit_pnorm(evidence.logits, power)
+
+
+SCORES = (  # of logits; the first is what all others are compared to
+    Score(
+        "msp", "MSP", "largest softmax probability", "Hendrycks and Gimpel (ICLR 2017)",
+        "probabilities", lambda e: e.images.log_confidence,
+    ),
+    Score(
+        "msp_temperature", "MSP after temperature",
+        "largest softmax probability after temperature scaling", "Guo et al. (ICML 2017)",
+        "probabilities", _tempered,
+    ),
+    Score(
+        "margin", "Margin", "difference of the two largest probabilities",
+        "Scheffer et al. (IDA 2001)", "probabilities", lambda e: e.images.margin,
+    ),
+    Score(
+        "logit_margin", "Logit margin", "difference of the two largest logits",
+        "Liang et al. (TMLR 2024)", "probabilities", lambda e: logit_margin(e.logits),
+    ),
+    Score(
+        "entropy", "Entropy", "minus the entropy of the probabilities",
+        "Lakshminarayanan et al. (NeurIPS 2017)", "probabilities", lambda e: -e.images.entropy,
+    ),
+    Score(
+        "doctor", "DOCTOR", "DOCTOR: sum of the squared probabilities",
+        "Granese et al. (NeurIPS 2021), D_alpha", "probabilities", lambda e: e.images.doctor,
+    ),
+    Score(
+        "energy", "Energy", "minus the free energy: log sum exp of the logits",
+        "Liu et al. (NeurIPS 2020), T = 1", "logits", lambda e: e.images.energy,
+    ),
+    Score(
+        "max_logit", "Max logit", "largest logit", "Hendrycks et al. (ICML 2022)",
+        "logits", lambda e: e.images.max_logit,
+    ),
+    Score(
+        "max_logit_pnorm", "MaxLogit-pNorm",
+        "largest logit over the p-norm of the logits, all less their mean",
+        "Cattelan and Silva (UAI 2024)", "probabilities", _pnorm_or_msp,
+    ),
+)  # fmt: skip
+
+
 def confidence_scores(
     logits: np.ndarray, images: ImageScores, tuning: Tuning
 ) -> dict[str, FloatArray]:
-    """The scores of `NAMES` for logits [N, K] that `images` tells of; each [N], higher is surer."""
-    labels = np.zeros(len(logits), np.int64)
-    tempered = score_images(logits, labels, tuning.temperature).log_confidence
-    power = tuning.power
-    return {
-        "msp": images.log_confidence,
-        "msp_temperature": tempered,
-        "margin": images.margin,
-        "entropy": -images.entropy,
-        "doctor": images.doctor,
-        "energy": images.energy,
-        "max_logit": images.max_logit,
-        "max_logit_pnorm": images.log_confidence
-        if power is None
-        else max_logit_pnorm(logits, power),
-    }
+    """The scores of logits [N, K] that `images` tells of, by key; each [N], higher is surer."""
+    evidence = Evidence(logits=logits, images=images, tuning=tuning)
+    return {score.key: score.compute(evidence) for score in SCORES}
 
 
 @dataclass(frozen=True)
@@ -180,7 +215,7 @@ def compare_scores(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> ScoreComparison:
-    """Compare all scores of `NAMES` on logits [N, K] and labels [N] of images `ids` (unique).
+    """Compare all scores of logits [N, K] with labels [N] of images `ids` (unique).
 
     Temperature and power are tuned on the images that `split` holds out, and all scores are
     judged on the same others. Besides the logits and a copy of the held-out share, nothing takes

@@ -12,6 +12,7 @@ from flatcal_dist.identity import data_identity
 from . import curves, metrics, pairing
 from .about import About
 from .classes import class_numbers, per_class
+from .confidence.sources import BY_KEY
 from .confident_errors import most_confident_errors
 from .confusions import confusions
 from .entries import METRICS, STATISTICS
@@ -21,7 +22,7 @@ from .literature import references
 from .model import SCHEMA_VERSION, Report
 from .operating import operating_points
 from .records import Records
-from .scores import NAMES, OF_LOGITS, SOURCES, score_table
+from .scores import score_table
 from .shift_rows import real_figures
 from .softmax import Scores
 from .statistics import RESAMPLES, Bootstrap, bootstrap
@@ -169,7 +170,7 @@ def _scores(records: Records, resamples: int, seed: int) -> dict[str, Any] | Non
     columns = {
         name: score[judged]
         for name, score in records.ranking.items()
-        if not (records.source.probabilities and name in OF_LOGITS)
+        if not (records.source.probabilities and BY_KEY[name].needs == "logits")
     }
     table = score_table(columns, records.correct[judged], resamples=resamples, seed=seed)
     return {
@@ -177,11 +178,12 @@ def _scores(records: Records, resamples: int, seed: int) -> dict[str, Any] | Non
         "tuned_on": records.tuning.images,
         "power": records.tuning.power,
         "temperature": records.tuning.temperature,
+        "missing": list(records.missing),
         "rows": [
             {
                 "name": row.name,
-                "meaning": NAMES[row.name],
-                "source": SOURCES[row.name],
+                "meaning": BY_KEY[row.name].meaning,
+                "source": BY_KEY[row.name].source,
                 "values": {k: vars(v) for k, v in row.values.items()},
                 "difference": row.difference and {k: vars(v) for k, v in row.difference.items()},
             }

@@ -73,11 +73,20 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+def _score_keys(value: list[str]) -> list[str]:
+    if value:  # the list of scores takes long to import
+        from flatcal_dist.calibration.confidence.sources import requested
+
+        requested(value)
+    return value
+
+
 Text = Annotated[str, AfterValidator(_text)]
 PathText = Annotated[Text, AfterValidator(_path)]
 Shards = Annotated[Text, AfterValidator(_shards)]
 Label = Annotated[Text, Field(max_length=128)]  # W&B's limit
 Options = Annotated[dict[str, Any], AfterValidator(_options)]
+ScoreKeys = Annotated[list[Text], Field(max_length=1000), AfterValidator(_score_keys)]
 Mean = Annotated[float, Field(ge=0, le=1)]
 Std = Annotated[float, Field(gt=0, le=10)]
 Share = Annotated[float, Field(gt=0, le=1)]

@@ -22,6 +22,7 @@ from flatcal_dist.config.kinds import (
     Label,
     Options,
     PathText,
+    ScoreKeys,
     Section,
     Text,
 )
@@ -172,6 +173,11 @@ class EvaluateConfig(Section):
     )
     folds: int = Field(
         5, ge=2, le=1000, description="The number of folds of the cross-fitted temperature."
+    )
+    confidence: ScoreKeys = Field(
+        [],
+        description="Confidence scores to compute besides those of logits, such as [trust_score, "
+        "mc_dropout].",
     )
 
 

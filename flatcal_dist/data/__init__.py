@@ -18,6 +18,7 @@ from flatcal_dist.data.index import Index, index_shard, load_index
 from flatcal_dist.data.loader import (
     Batch,
     EvaluationBatch,
+    Some,
     evaluation_loader,
     optimizer_steps,
     sample_loader,
@@ -46,6 +47,7 @@ __all__ = [
     "Position",
     "Replaced",
     "Sample",
+    "Some",
     "describe_decoder",
     "evaluation_loader",
     "evaluation_transform",

@@ -49,6 +49,9 @@ class Batch:
         return _pinned(self)
 
 
+Some = np.ndarray | None  # numbers of some samples, or all
+
+
 @dataclass(frozen=True)
 class EvaluationBatch:
     """One batch of evaluation; padding repeats the last sample and is marked False in `valid`."""
@@ -160,15 +163,20 @@ def evaluation_loader(
     world_size: int = 1,
     decoder: str = "auto",
     max_pixels: int = MAX_PIXELS,
+    samples: Some = None,
     **delivery: Unpack[Delivery],
 ) -> Batches:
     """Every sample once, over all ranks, as `EvaluationBatch` objects of exactly `batch_size`.
+
+    samples: numbers [m] of those to take; None: all.
 
     Which samples share a batch does not depend on the world size, and every rank gets the same
     number of batches (see `evaluation_batches`). Iterating raises DataError for bad data: here no
     image stands in for another.
     """
-    requests = list(evaluation_batches(len(index), batch_size, rank, world_size))
+    taken = np.arange(len(index)) if samples is None else samples
+    batches = evaluation_batches(len(taken), batch_size, rank, world_size)
+    requests = [(taken[places], valid) for places, valid in batches]
     images = _EvaluationImages(Images(index, channels, decoder, max_pixels), transform)
     return Batches(images, requests, **delivery)
 

@@ -7,9 +7,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from flatcal_dist.calibration.confidence.sources import requested
 from flatcal_dist.config import Config
 from flatcal_dist.distributed import on_all_ranks
 from flatcal_dist.models import build, in_evaluation_mode
+from flatcal_dist.predicting import check_sources
 from flatcal_dist.sharpness import Engine, SharpnessAwareStep
 from flatcal_dist.sharpness.outputs import logits_of
 from flatcal_dist.sharpness.replicated import ReplicatedEngine
@@ -33,6 +35,9 @@ def build_step(
     network = on_all_ranks(
         lambda: build(model.name, model.num_classes, data.channels, data.image_size, model.options)
     )
+    if config.evaluate.at_end:  # before hours of training, not after
+        scores = requested(config.evaluate.confidence)
+        on_all_ranks(lambda: check_sources(config, network, scores))
     if model.channels_last:
         network = network.to(memory_format=torch.channels_last)
     network = wrap(network).train()

@@ -1,16 +1,23 @@
-from dataclasses import fields
+import json
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from flatcal_dist.calibration import metrics
 from flatcal_dist.calibration.calibrators import TemperatureScaling
 from flatcal_dist.calibration.crossfit import HoldOut, fit_out_of_sample
-from flatcal_dist.calibration.records import Records, Scores
+from flatcal_dist.calibration.record_files import METADATA_KEY
+from flatcal_dist.calibration.records import Records, Scores, Source
+from flatcal_dist.calibration.report import render_report, write_report
 from flatcal_dist.calibration.scores import compare_scores, score_table
 from flatcal_dist.calibration.softmax import score_images
+from flatcal_dist.calibration.summary import summarize
 
 from .synthetic import make_logits
 
@@ -36,7 +43,7 @@ def test_round_trip_is_exact(records: Records, tmp_path) -> None:
     assert_same(Records.load(path), records)
     assert [p.name for p in tmp_path.iterdir()] == ["records.parquet"]
     table = pq.read_table(path)
-    assert table.num_columns == 25
+    assert table.num_columns == 17 + len(records.ranking)
     assert table["confidence"].to_numpy() == pytest.approx(records.confidence, abs=0)
 
 
@@ -170,3 +177,116 @@ def test_a_handful_of_images(images: int, tmp_path) -> None:
         assert np.isfinite([scores.nll, scores.log_confidence, scores.entropy]).all()
     records.save(tmp_path / "r.parquet")
     assert_same(Records.load(tmp_path / "r.parquet"), records)
+
+
+def rewritten(path: Path, table: Callable = lambda t: t, settings: Callable = lambda s: s) -> Path:
+    """The file, with its table and its settings changed as another version would write them."""
+    found = pq.read_table(path)
+    stored = settings(json.loads(found.schema.metadata[METADATA_KEY]))
+    changed = table(found).replace_schema_metadata({METADATA_KEY: json.dumps(stored)})
+    pq.write_table(changed, path)
+    return path
+
+
+@pytest.fixture
+def saved(records: Records, tmp_path: Path) -> Path:
+    records.save(tmp_path / "r.parquet")
+    return tmp_path / "r.parquet"
+
+
+@pytest.mark.filterwarnings("error")
+def test_records_from_before_a_score_was_added(records: Records, saved: Path) -> None:
+    rewritten(saved, lambda t: t.drop_columns(["score_energy", "score_doctor", "score_msp"]))
+    older = Records.load(saved)
+    kept = {k: v for k, v in records.ranking.items() if k not in ("energy", "doctor")}
+    assert older.missing == ("doctor", "energy")
+    assert_same(older, replace(records, ranking=kept))
+    own, m = (summarize(r, resamples=5).scores.model_dump() for r in (records, older))
+    assert m.pop("missing") == ["doctor", "energy"]
+    assert own.pop("missing") == []
+    own["rows"] = [row for row in own["rows"] if row["name"] in kept]
+    assert m == own
+    softmax_only = replace(older, source=Source(probabilities=True))
+    assert softmax_only.missing == ("doctor",), "of probabilities there is no energy"
+
+
+def test_the_page_names_what_older_records_lack(records: Records, saved: Path, tmp_path) -> None:
+    rewritten(saved, lambda t: t.drop_columns(["score_energy", "score_doctor"]))
+    write_report(Records.load(saved), tmp_path / "report", resamples=5)
+    page = (tmp_path / "report/index.html").read_text()
+    assert "older than these scores: DOCTOR, Energy. Evaluate again" in page
+    metrics_file = tmp_path / "report/metrics.json"
+    m = json.loads(metrics_file.read_text())
+    del m["scores"]["missing"]  # as written before scores could be missing
+    m["scores"]["rows"][1]["name"] = "of_the_future"
+    metrics_file.write_text(json.dumps(m))
+    render_report(tmp_path / "report")
+    page = (tmp_path / "report/index.html").read_text()
+    assert "of_the_future" in page
+    assert "older than these scores" not in page
+
+
+def test_what_a_newer_version_added_is_named_and_left_out(records: Records, saved: Path) -> None:
+    def newer(settings: dict) -> dict:
+        settings["weather"] = "fine"
+        settings["source"]["camera"] = "old"
+        settings["tuning"]["split"]["by"] = "hash"
+        return settings
+
+    rewritten(saved, lambda t: t.append_column("score_x", t["nll"]).append_column("y", t["nll"]))
+    with pytest.warns(RuntimeWarning, match="does not know the columns score_x, y, and leaves"):
+        assert_same(Records.load(saved), records)
+    rewritten(saved, lambda t: t.drop_columns(["score_x", "y"]), newer)
+    with pytest.warns(RuntimeWarning) as found:
+        assert_same(Records.load(saved), records)
+    named = [str(w.message).split("settings ")[1].split(",")[0] for w in found]
+    assert named == ["weather", "camera", "by"]
+
+
+@pytest.mark.parametrize(
+    ("table", "settings", "named"),
+    [
+        (lambda t: t.drop_columns(["nll", "id"]), None, "columns id, nll"),
+        (lambda t: t.drop_columns(["compared"]), None, "columns compared"),
+        (None, lambda s: {k: v for k, v in s.items() if k != "tuning"}, "settings tuning"),
+        (None, lambda s: s | {"tuning": {"power": 2}}, "settings temperature, images, split"),
+    ],
+)
+def test_records_that_lack_more_are_refused_by_name(saved, table, settings, named) -> None:
+    rewritten(saved, table or (lambda t: t), settings or (lambda s: s))
+    with pytest.raises(ValueError, match=rf"r\.parquet lacks the .*{named}.*evaluate"):
+        Records.load(saved)
+
+
+def test_computed_scores_travel_with_the_records(tmp_path) -> None:
+    ids, labels, logits = make_logits(90)
+    order = np.random.default_rng(3).permutation(90)
+    trust = np.arange(90.0)
+    shuffled = {"mc_dropout": -(trust[order] ** 2), "trust_score": trust[order]}
+    records = Records.from_logits(
+        [ids[i] for i in order], labels[order], logits[order], scores=shuffled, hold_out=0.2
+    )
+    kept = [ids.index(i) for i in records.id.tolist()]
+    assert records.ranking["trust_score"].tolist() == trust[kept].tolist()
+    assert list(records.ranking)[-2:] == ["trust_score", "mc_dropout"], "as in the list"
+    records.save(tmp_path / "r.parquet")
+    assert_same(Records.load(tmp_path / "r.parquet"), records)
+    rows = {row.name: row for row in summarize(records, resamples=5).scores.rows}
+    expected = roc_auc_score(records.correct, trust[kept])
+    assert rows["trust_score"].values["auroc"].value == pytest.approx(expected, abs=1e-12)
+    assert rows["trust_score"].difference["aurc"].low is not None
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"fantasy": [1, 2, 3]}, "'fantasy' is no score that needs more than logits; .*trust_sco"),
+        ({"energy": [1, 2, 3]}, "'energy' is no score that needs more"),
+        ({"trust_score": [1, 2]}, r"trust_score: expected 3 values, got shape \(2,\)"),
+        ({"mc_dropout": [[1, 2, 3]]}, "mc_dropout: expected 3 values"),
+        ({"trust_score": [1, np.nan, np.inf]}, "trust_score of 2 images is NaN or infinite"),
+    ],
+)
+def test_computed_scores_that_cannot_be(scores: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Records.from_logits(["a", "b", "c"], [0, 1, 0], np.eye(3)[:, :2], scores=scores)

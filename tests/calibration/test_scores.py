@@ -3,17 +3,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.special import logsumexp, softmax
+from scipy.special import log_softmax, logsumexp, softmax
 
 from flatcal_dist.calibration import selective
 from flatcal_dist.calibration.calibrators import TemperatureScaling
 from flatcal_dist.calibration.crossfit import HoldOut
 from flatcal_dist.calibration.scores import (
-    NAMES,
-    SOURCES,
+    SCORES,
     Tuning,
     compare_scores,
     confidence_scores,
+    logit_margin,
     max_logit_pnorm,
     tune,
 )
@@ -49,6 +49,13 @@ def test_pnorm_is_the_formula_and_blind_to_shift_and_scale(logits, power, scale)
     assert moved[seen] == pytest.approx(value[seen], rel=1e-4, abs=1e-6)
 
 
+@given(arrays(np.float32, (4, 6), elements=st.floats(-1e4, 1e4, width=32)))
+def test_logit_margin_is_the_log_ratio_of_two_probabilities_and_does_not_saturate(logits) -> None:
+    ordered = np.sort(log_softmax(logits.astype(np.float64), axis=1))
+    assert logit_margin(logits) == pytest.approx(ordered[:, -1] - ordered[:, -2], abs=1e-9)
+    assert logit_margin([[900.0, 0.0, 1.0], [2.0, 2.0, -1.0]]).tolist() == [899.0, 0.0]
+
+
 def test_scores_are_their_formulas() -> None:
     _, labels, logits = make_logits(50, 7)
     z = logits.astype(np.float64)
@@ -60,13 +67,14 @@ def test_scores_are_their_formulas() -> None:
         "msp": p.max(1),
         "msp_temperature": softmax(z / 1.7, axis=1).max(1),
         "margin": ordered[:, -1] - ordered[:, -2],
+        "logit_margin": ordered[:, -1] / ordered[:, -2],
         "entropy": (p * np.log(p)).sum(1),
         "doctor": (p**2).sum(1),
         "energy": logsumexp(z, axis=1),
         "max_logit": z.max(1),
         "max_logit_pnorm": max_logit_pnorm(logits, 3),
     }
-    assert list(scores) == list(NAMES) == list(SOURCES)
+    assert list(scores) == [score.key for score in SCORES] == list(order_of)
     for name, expected in order_of.items():
         assert (np.argsort(scores[name]) == np.argsort(expected)).all(), name
 

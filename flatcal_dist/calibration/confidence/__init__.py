@@ -1,0 +1,1 @@
+"""Sources of confidence: what a score of confidence is, what it needs, and the list of all."""

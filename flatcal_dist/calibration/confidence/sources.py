@@ -1,0 +1,33 @@
+"""The list of all scores of confidence, from which records, report and pages follow."""
+
+from collections.abc import Iterable
+
+from flatcal_dist.calibration import scores
+
+from . import of_features, of_passes
+from .score import Score
+
+SCORES: tuple[Score, ...] = (*scores.SCORES, *of_features.SCORES, *of_passes.SCORES)
+BY_KEY = {score.key: score for score in SCORES}
+ON_REQUEST = tuple(s.key for s in SCORES if s.needs in ("features", "passes"))
+
+
+def requested(keys: Iterable[str]) -> tuple[Score, ...]:
+    """The scores that `evaluate.confidence` may name, in the order of the list.
+
+    ValueError for a name that is not among them, and for one that needs no request.
+    """
+    wanted = list(keys)
+    for key in wanted:
+        if key in ON_REQUEST:
+            continue
+        known = f"those to ask for are {', '.join(ON_REQUEST)}"
+        if key not in BY_KEY:
+            raise ValueError(f"no confidence score is called {key!r}; {known}")
+        if BY_KEY[key].of_logits:
+            raise ValueError(f"{key} is in every report, and needs no request; {known}")
+        raise ValueError(
+            f"{key} needs several networks: `flatcal evaluate RUN RUN ... --ensemble` computes it, "
+            f"and nothing else; {known}"
+        )
+    return tuple(score for score in SCORES if score.key in wanted)
