@@ -26,7 +26,7 @@ from flatcal_dist.launcher import (
     tell_launcher,
 )
 from flatcal_dist.run_directory import RunDirectory
-from flatcal_dist.training.preemption import ignore_signals
+from flatcal_dist.signals import ignore_signals
 from flatcal_dist.urls import hide
 from flatcal_dist.warning_lines import print_warnings_plainly
 

@@ -24,9 +24,9 @@ from flatcal_dist.launcher import (
 )
 from flatcal_dist.printing import never_fail
 from flatcal_dist.run_directory import RunDirectory
+from flatcal_dist.signals import interrupt_on_signals
 from flatcal_dist.training.dry_run import dry_run
 from flatcal_dist.training.loop import run
-from flatcal_dist.training.preemption import interrupt_on_signals
 from flatcal_dist.training.watchdog import Watchdog
 
 

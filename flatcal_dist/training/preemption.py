@@ -1,7 +1,6 @@
 """Asking a run to end: noted as it comes, acted on between steps by all ranks together.
 
-SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGHUP (a terminal that was closed; not under nohup); a file STOP
-in the run directory; a deadline.
+By a signal, by a file STOP in the run directory, or by a deadline.
 """
 
 import contextlib
@@ -13,10 +12,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from flatcal_dist.config import TrainConfig
+from flatcal_dist.signals import SIGNALS
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-    SIGNALS += (signal.SIGHUP,)
 LOOK_EVERY = 1.0  # seconds between two looks for the file STOP: a shared file system is slow
 
 
@@ -74,22 +71,6 @@ class StopRequest:
     ) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-
-
-def interrupt_on_signals() -> None:
-    """Outside the steps each of the signals ends the process as Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    for number in SIGNALS:
-        signal.signal(number, interrupt)
-
-
-def ignore_signals() -> None:
-    """For a process that is ending because of one: others mean the same."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def deadline(config: TrainConfig, started: float) -> tuple[float | None, str | None]:

@@ -14,9 +14,10 @@ from torch import nn
 
 from flatcal_dist.config import TrainConfig
 from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
+from flatcal_dist.signals import SIGNALS
 from flatcal_dist.training import watchdog
 from flatcal_dist.training.diagnosis import first_not_finite
-from flatcal_dist.training.preemption import SIGNALS, StopRequest, deadline
+from flatcal_dist.training.preemption import StopRequest, deadline
 from flatcal_dist.training.watchdog import Watchdog
 from tests.launching import ROOT
 
