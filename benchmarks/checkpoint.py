@@ -22,11 +22,11 @@ from pathlib import Path
 import timm
 import torch
 
-from flatcal_dist.distributed import start
+from flatcal_dist.checkpoints import format as checkpoint
+from flatcal_dist.checkpoints.format import Progress
+from flatcal_dist.checkpoints.saving import Saver
+from flatcal_dist.ranks.distributed import start
 from flatcal_dist.sharpness import ReplicatedEngine, SharpnessAwareStep
-from flatcal_dist.training import checkpoint
-from flatcal_dist.training.checkpoint import Progress
-from flatcal_dist.training.saving import Saver
 
 
 def main() -> None:

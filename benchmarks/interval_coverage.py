@@ -26,10 +26,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neural_network import MLPClassifier
 
-from flatcal_dist.calibration.entries import STATISTICS
-from flatcal_dist.calibration.intervals import Interval, percentile
+from flatcal_dist.calibration.metrics.entries import STATISTICS
 from flatcal_dist.calibration.softmax import Scores, score_images
-from flatcal_dist.calibration.statistics import Bootstrap, bootstrap
+from flatcal_dist.calibration.statistics.bootstrap import Bootstrap, bootstrap
+from flatcal_dist.calibration.statistics.intervals import Interval, percentile
 
 
 def digits() -> list[Scores]:

@@ -48,11 +48,11 @@ from flatcal_dist.data import (
     training_transform,
     write_shards,
 )
-from flatcal_dist.data import index as index_module
-from flatcal_dist.data.decode import decode
-from flatcal_dist.data.members import BLOCK
-from flatcal_dist.data.transforms import stack
-from flatcal_dist.data.walk import ShardIndex
+from flatcal_dist.data.images.decode import decode
+from flatcal_dist.data.images.transforms import stack
+from flatcal_dist.data.shards import index as index_module
+from flatcal_dist.data.shards.members import BLOCK
+from flatcal_dist.data.shards.walk import ShardIndex
 
 SIZE, BATCH, SHARDS = 224, 64, 8
 TIMM = "timm, wds reader"

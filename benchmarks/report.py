@@ -28,8 +28,8 @@ RESAMPLES = 1000
 
 def report(ids: list[str], labels: np.ndarray, logits: np.ndarray, folder: Path) -> str:
     """Records, cross-fitted temperature, metrics, 1,000 resamples, figures, page."""
-    from flatcal_dist.calibration.records import Records
-    from flatcal_dist.calibration.report import write_report
+    from flatcal_dist.calibration.records.records import Records
+    from flatcal_dist.calibration.report.writing import write_report
 
     records = Records.from_logits(ids, labels, logits)
     m = write_report(records, folder / "report", resamples=RESAMPLES)
@@ -38,8 +38,8 @@ def report(ids: list[str], labels: np.ndarray, logits: np.ndarray, folder: Path)
 
 def from_records(ids: list[str], labels: np.ndarray, logits: np.ndarray, folder: Path) -> str:
     """All metrics of the records that the report left, before and after temperature."""
-    from flatcal_dist.calibration.records import Records
-    from flatcal_dist.calibration.summary import point_metrics
+    from flatcal_dist.calibration.records.records import Records
+    from flatcal_dist.calibration.report.summary import point_metrics
 
     records = Records.load(folder / "report" / "records.parquet")
     clock = Clock()

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from flatcal_dist.distributed import start
 from flatcal_dist.objectives import cross_entropy
+from flatcal_dist.ranks.distributed import start
 from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
-from flatcal_dist.training.traffic import counted
+from flatcal_dist.verification.traffic import counted
 
 RATE, MOMENTUM, RHO = 0.01, 0.9, 0.05
 Step = Callable[[Tensor, Tensor], object]

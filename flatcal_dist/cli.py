@@ -29,15 +29,15 @@ from typing import TYPE_CHECKING
 
 from flatcal_dist.arguments import usable_cores, whole_number
 from flatcal_dist.files import expanded, refuse_no_directory, write_json
-from flatcal_dist.launcher import give_up
 from flatcal_dist.printing import never_fail, problem_of_output
+from flatcal_dist.ranks.launcher import give_up
 from flatcal_dist.warning_lines import print_warnings_plainly
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from flatcal_dist.data.sources import Source
-    from flatcal_dist.data.walk import Problem
+    from flatcal_dist.data.making.sources import Source
+    from flatcal_dist.data.shards.walk import Problem
 
 # Commands import what they need: torch alone takes seconds, and `flatcal report` needs none of it.
 
@@ -65,7 +65,7 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 def shard(arguments: argparse.Namespace) -> None:
     from flatcal_dist.data import prepare_digits, prepare_shards
-    from flatcal_dist.data.sharding import Encoding
+    from flatcal_dist.data.making.sharding import Encoding
 
     arguments.destination = expanded(arguments.destination)
     if arguments.source == "digits":
@@ -101,8 +101,8 @@ def shard(arguments: argparse.Namespace) -> None:
 
 def _source(arguments: argparse.Namespace) -> "Source":
     from flatcal_dist.data import image_folder
-    from flatcal_dist.data.archives import ilsvrc_archive
-    from flatcal_dist.data.sources import TORCHVISION, torchvision_set
+    from flatcal_dist.data.making.archives import ilsvrc_archive
+    from flatcal_dist.data.making.sources import TORCHVISION, torchvision_set
 
     if arguments.source in TORCHVISION:
         if arguments.root is None:
@@ -110,7 +110,7 @@ def _source(arguments: argparse.Namespace) -> "Source":
         return torchvision_set(arguments.source, expanded(arguments.root), arguments.split)
     path = expanded(arguments.source)
     if path.is_dir():
-        from flatcal_dist.data.image_folder import warn_of_left_out
+        from flatcal_dist.data.making.image_folder import warn_of_left_out
 
         source = image_folder(path)
         warn_of_left_out(source.left_out)
@@ -120,7 +120,7 @@ def _source(arguments: argparse.Namespace) -> "Source":
 
 def index(arguments: argparse.Namespace) -> None:
     from flatcal_dist.data import expand
-    from flatcal_dist.data.parallel import in_parallel
+    from flatcal_dist.data.making.parallel import in_parallel
 
     shards = expand(arguments.shards)
     done = dict(in_parallel(_index, [(path,) for path in shards], arguments.workers))
@@ -137,7 +137,7 @@ def index(arguments: argparse.Namespace) -> None:
 def _index(path: Path) -> tuple[int, str, list["Problem"]]:
     """Images of a shard, why it has no index, and warnings: its errors are its own."""
     from flatcal_dist.data import DataError
-    from flatcal_dist.data.index import index_shard
+    from flatcal_dist.data.shards.index import index_shard
 
     warnings: list[Problem] = []
     try:
@@ -152,8 +152,8 @@ def validate(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from flatcal_dist.data import expand
-    from flatcal_dist.data.findings import print_validation
-    from flatcal_dist.data.validation import validate_shards
+    from flatcal_dist.data.making.findings import print_validation
+    from flatcal_dist.data.making.validation import validate_shards
 
     found = validate_shards(
         expand(arguments.shards, arguments.split, missing=True),
@@ -192,7 +192,7 @@ def _minutes(text: str) -> float:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    from flatcal_dist.calibration.report import render_report
+    from flatcal_dist.calibration.report.writing import render_report
 
     of_file = ("output", "method", "seed", "classes", "labels", "scores")
     if not arguments.directory.exists():
@@ -216,10 +216,10 @@ def report(arguments: argparse.Namespace) -> None:
 
 def _report_on_file(arguments: argparse.Namespace) -> None:
     """The report on scores from elsewhere, and a line about what was understood of the file."""
-    from flatcal_dist.calibration.class_list import read_class_names
-    from flatcal_dist.calibration.imported import import_file
-    from flatcal_dist.calibration.report import write_report
-    from flatcal_dist.calibration.summary import About
+    from flatcal_dist.calibration.records.class_list import read_class_names
+    from flatcal_dist.calibration.records.imported import import_file
+    from flatcal_dist.calibration.report.summary import About
+    from flatcal_dist.calibration.report.writing import write_report
 
     path = arguments.directory
     found = import_file(
@@ -245,7 +245,7 @@ def _report_on_file(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    from flatcal_dist.calibration.compare import write_comparison
+    from flatcal_dist.calibration.comparison.writing import write_comparison
 
     refuse_no_directory(arguments.output)
     write_comparison(arguments.directories, arguments.output)
@@ -254,7 +254,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def status(arguments: argparse.Namespace) -> None:
 
-    from flatcal_dist import status as states
+    from flatcal_dist.runs import status as states
 
     found = states.status(arguments.directories)
     if arguments.json:
@@ -266,28 +266,28 @@ def status(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from flatcal_dist.training.resharding import export
+    from flatcal_dist.checkpoints.resharding import export
 
     path = export(arguments.directory, arguments.file, arguments.checkpoint)
     print(f"{arguments.file}: weights of {path}")
 
 
 def sync(arguments: argparse.Namespace) -> None:
-    from flatcal_dist.sync import sync as send
+    from flatcal_dist.tracking.wandb_sync import sync as send
 
     send(arguments.directories, arguments.dry_run, arguments.minutes)
 
 
 def environment(arguments: argparse.Namespace) -> None:
-    from flatcal_dist.environment import describe_environment
+    from flatcal_dist.runs.environment import describe_environment
 
     print(json.dumps(describe_environment(), indent=1))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from flatcal_dist.calibration.class_list import read_class_names
-    from flatcal_dist.evaluation_job import Wanted, evaluate_model, evaluate_runs
-    from flatcal_dist.provenance import Provenance
+    from flatcal_dist.calibration.records.class_list import read_class_names
+    from flatcal_dist.evaluation.job import Wanted, evaluate_model, evaluate_runs
+    from flatcal_dist.evaluation.provenance import Provenance
 
     classes = arguments.classes
     wanted = Wanted(

@@ -30,21 +30,27 @@ from flatcal_dist.data import (
     training_loader,
     training_transform,
 )
-from flatcal_dist.data.cache import ShardCache
-from flatcal_dist.data.delivery import (
+from flatcal_dist.data.loading.delivery import (
     MORE_ROOM,
     SHARED_MEMORY,
     Batches,
     free_room,
     needed_room,
 )
-from flatcal_dist.data.index import sidecar
+from flatcal_dist.data.loading.streaming import streaming_loader
 from flatcal_dist.data.order import micro_batch_count
-from flatcal_dist.data.remote import Access, is_remote
-from flatcal_dist.data.stream import Stream, checksums, class_names, list_shards, open_stream
-from flatcal_dist.data.streaming import streaming_loader
-from flatcal_dist.distributed import on_all_ranks
+from flatcal_dist.data.shards.cache import ShardCache
+from flatcal_dist.data.shards.index import sidecar
+from flatcal_dist.data.shards.listing import (
+    Stream,
+    checksums,
+    class_names,
+    list_shards,
+    open_stream,
+)
+from flatcal_dist.data.shards.remote import Access, is_remote
 from flatcal_dist.objectives import Objective
+from flatcal_dist.ranks.distributed import on_all_ranks
 from flatcal_dist.urls import public
 
 LABEL_BYTES = 8  # of a label, and of the number of a sample

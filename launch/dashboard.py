@@ -23,11 +23,11 @@ import wandb_workspaces.reports.v2 as wr  # noqa: E402
 import wandb_workspaces.workspaces as ws  # noqa: E402
 from wandb_workspaces import expr  # noqa: E402
 
-from flatcal_dist.calibration.entries import COMPARED, METRICS  # noqa: E402
+from flatcal_dist.calibration.metrics.entries import COMPARED, METRICS  # noqa: E402
 from flatcal_dist.config import Config, ConfigError  # noqa: E402
 from flatcal_dist.files import write_text  # noqa: E402
 from flatcal_dist.printing import never_fail  # noqa: E402
-from flatcal_dist.sweep import Sweep, load_sweep  # noqa: E402
+from flatcal_dist.runs.sweep import Sweep, load_sweep  # noqa: E402
 from flatcal_dist.urls import hide  # noqa: E402
 
 # What comparisons of reports test, by name; W&B shows the values as they are.

@@ -29,11 +29,11 @@ sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
 from flatcal_dist import config as configuration  # noqa: E402
 from flatcal_dist.arguments import whole_number  # noqa: E402
 from flatcal_dist.config import Config, ConfigError  # noqa: E402
-from flatcal_dist.environment import code_version  # noqa: E402
 from flatcal_dist.files import read_bytes, write_json, write_text  # noqa: E402
 from flatcal_dist.printing import never_fail  # noqa: E402
-from flatcal_dist.run_directory import RunDirectory, RunError  # noqa: E402
-from flatcal_dist.sweep import Element, elements, load_sweep  # noqa: E402
+from flatcal_dist.runs.directory import RunDirectory, RunError  # noqa: E402
+from flatcal_dist.runs.environment import code_version  # noqa: E402
+from flatcal_dist.runs.sweep import Element, elements, load_sweep  # noqa: E402
 from flatcal_dist.urls import hide  # noqa: E402
 
 CODE = ("flatcal_dist", "recipes", "configs", "launch", "pyproject.toml")

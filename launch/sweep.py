@@ -35,8 +35,8 @@ from flatcal_dist.arguments import whole_number  # noqa: E402
 from flatcal_dist.config import ConfigError  # noqa: E402
 from flatcal_dist.files import csv_text, read_json, write_text  # noqa: E402
 from flatcal_dist.printing import never_fail  # noqa: E402
-from flatcal_dist.run_directory import RunDirectory, RunError  # noqa: E402
-from flatcal_dist.sweep import Element, Sweep, elements, load_sweep  # noqa: E402
+from flatcal_dist.runs.directory import RunDirectory, RunError  # noqa: E402
+from flatcal_dist.runs.sweep import Element, Sweep, elements, load_sweep  # noqa: E402
 from flatcal_dist.urls import hide  # noqa: E402
 
 METRICS = ("accuracy", "nll", "ece", "signed_gap", "aurc", "temperature", "seconds")

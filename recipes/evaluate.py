@@ -7,7 +7,7 @@
 The same as `flatcal evaluate`, which runs on one process.
 """
 
-from flatcal_dist.launcher import end_with_the_launcher
+from flatcal_dist.ranks.launcher import end_with_the_launcher
 
 end_with_the_launcher()  # before the imports that take seconds
 
@@ -16,8 +16,8 @@ import argparse
 
 from flatcal_dist.cli import evaluate_arguments, run_command
 from flatcal_dist.config import CommandLine, ConfigError
-from flatcal_dist.launcher import give_up
 from flatcal_dist.printing import never_fail
+from flatcal_dist.ranks.launcher import give_up
 
 if __name__ == "__main__":
     never_fail()

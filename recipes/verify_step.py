@@ -8,11 +8,11 @@ configuration, prints and saves a table, and exits with 1 if one does not hold. 
 `--fault NAME` breaks one thing on purpose: the table must then show it.
 """
 
-from flatcal_dist.launcher import end_with_the_launcher
+from flatcal_dist.ranks.launcher import end_with_the_launcher
 
 end_with_the_launcher()  # before the imports that take seconds
 
-from flatcal_dist.training.verify import main  # noqa: E402
+from flatcal_dist.verification.command import main  # noqa: E402
 
 if __name__ == "__main__":
     main(__doc__)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flatcal_dist import cli, files
-from flatcal_dist.calibration.shift import read_shift
+from flatcal_dist.calibration.shift.report import read_shift
 from flatcal_dist.config import Config
 from flatcal_dist.files import (
     WriteError,
@@ -22,8 +22,8 @@ from flatcal_dist.files import (
     refuse_no_directory,
     write_json,
 )
-from flatcal_dist.run_directory import RunDirectory
-from flatcal_dist.training.tracking import Tracker
+from flatcal_dist.runs.directory import RunDirectory
+from flatcal_dist.tracking.tracker import Tracker
 
 
 def test_no_cell_is_a_formula_and_numbers_stay_numbers():

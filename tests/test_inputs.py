@@ -7,8 +7,8 @@ import pytest
 from flatcal_dist import inputs
 from flatcal_dist.config import DataConfig
 from flatcal_dist.data import DataError, image_folder, prepare_shards
-from tests.data.photographs import write_photographs
-from tests.web import serving
+from tests.support.photographs import write_photographs
+from tests.support.web import serving
 
 
 def test_splits_that_count_other_classes_are_refused(tmp_path):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from flatcal_dist.data import prepare_digits
-from flatcal_dist.distributed import describe
-from tests.launching import ROOT, command, digits
+from flatcal_dist.ranks.distributed import describe
+from tests.support.launching import ROOT, command, digits
 
 PRINT = """
 import os, sys, warnings
@@ -111,7 +111,7 @@ def test_what_a_command_printed_has_to_have_arrived(tmp_path):
     [
         ("from flatcal_dist.printing import never_fail as start", "interrupted: the same command"),
         (
-            "from flatcal_dist.launcher import end_with_the_launcher as start",  # of a recipe
+            "from flatcal_dist.ranks.launcher import end_with_the_launcher as start",  # of a recipe
             "interrupted before the work began: the same command",
         ),
     ],

@@ -3,9 +3,9 @@
 import pytest
 
 from flatcal_dist import config as configuration
-from flatcal_dist.distributed import describe
+from flatcal_dist.ranks.distributed import describe
 from flatcal_dist.urls import base_name, hide, identity, shown
-from tests.test_credentials import told
+from tests.runs.test_credentials import told
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from flatcal_dist.averaging.norm_statistics import (
     statistics_of,
 )
 from flatcal_dist.sharpness.buffers import broadcast
-from flatcal_dist.sharpness.engine import Engine
+from flatcal_dist.sharpness.engines.base import Engine
 
 Batches = Callable[[], Iterable[tuple[Tensor, bool]]]
 

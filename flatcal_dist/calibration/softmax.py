@@ -8,12 +8,15 @@ time, so that nothing but them has N x K entries.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .checks import BoolArray, FloatArray, IntArray, logits_and_labels
-from .classwise import ClasswiseSums
+from flatcal_dist.calibration.checks import BoolArray, FloatArray, IntArray, logits_and_labels
+
+if TYPE_CHECKING:
+    from flatcal_dist.calibration.metrics.classwise import ClasswiseSums
 
 CHUNK = 1 << 18  # entries at a time: in float64 they are 2 MB and stay in the cache
 TINY = np.finfo(np.float64).tiny
@@ -133,7 +136,7 @@ def score_images(
     temperature: float | FloatArray = 1.0,
     *,
     transform: Callable[[FloatArray], FloatArray] | None = None,
-    classwise: ClasswiseSums | None = None,
+    classwise: "ClasswiseSums | None" = None,
 ) -> ImageScores:
     """Score logits [N, K] / temperature against labels [N]; see ImageScores.
 
@@ -155,7 +158,7 @@ def score_images(
 
 
 def _score_chunk(
-    z: FloatArray, y: IntArray, classwise: ClasswiseSums | None
+    z: FloatArray, y: IntArray, classwise: "ClasswiseSums | None"
 ) -> tuple[np.ndarray, ...]:
     rows = np.arange(len(z))
     shifted, others, top = _shift(z)

@@ -14,7 +14,7 @@ from pydantic import Field, create_model, model_validator
 from flatcal_dist.averaging import AverageRule
 from flatcal_dist.choices import found_in, keys_of
 from flatcal_dist.config.kinds import Section
-from flatcal_dist.data.mixing import Mixing, MixingRule
+from flatcal_dist.data.images.mixing import Mixing, MixingRule
 from flatcal_dist.objectives import Objective
 from flatcal_dist.schedules import Schedule
 from flatcal_dist.sharpness.rules import Rule
@@ -22,7 +22,7 @@ from flatcal_dist.sharpness.rules import Rule
 RULES = found_in("flatcal_dist.sharpness.rules", Rule)
 OBJECTIVES = found_in("flatcal_dist.objectives", Objective)
 AVERAGES = found_in("flatcal_dist.averaging", AverageRule)
-MIXING = found_in("flatcal_dist.data.mixing", MixingRule)
+MIXING = found_in("flatcal_dist.data.images.mixing", MixingRule)
 SCHEDULES = found_in("flatcal_dist.schedules", Schedule)
 
 Scope = Literal["global", "rank", "node"] | Annotated[int, Field(ge=1, le=2**20)]

@@ -9,13 +9,16 @@ for micro_batches in optimizer_steps(batches):
     ...
 """
 
-from flatcal_dist.data.decode import describe_decoder
-from flatcal_dist.data.digits import prepare_digits
 from flatcal_dist.data.errors import BadImage, DataError
-from flatcal_dist.data.image_folder import image_folder
-from flatcal_dist.data.images import Replaced
-from flatcal_dist.data.index import Index, index_shard, load_index
-from flatcal_dist.data.loader import (
+from flatcal_dist.data.images.decode import describe_decoder
+from flatcal_dist.data.images.mixing import Mixing
+from flatcal_dist.data.images.transforms import (
+    Augmentation,
+    Normalize,
+    evaluation_transform,
+    training_transform,
+)
+from flatcal_dist.data.loading.indexed import (
     Batch,
     EvaluationBatch,
     Some,
@@ -24,16 +27,13 @@ from flatcal_dist.data.loader import (
     sample_loader,
     training_loader,
 )
-from flatcal_dist.data.mixing import Mixing
+from flatcal_dist.data.loading.substitutes import Replaced
+from flatcal_dist.data.making.digits import prepare_digits
+from flatcal_dist.data.making.image_folder import image_folder
+from flatcal_dist.data.making.sharding import prepare_shards
 from flatcal_dist.data.order import Position, sample_seed, steps_per_epoch
-from flatcal_dist.data.sharding import prepare_shards
-from flatcal_dist.data.shards import Sample, expand, write_shards
-from flatcal_dist.data.transforms import (
-    Augmentation,
-    Normalize,
-    evaluation_transform,
-    training_transform,
-)
+from flatcal_dist.data.shards.index import Index, index_shard, load_index
+from flatcal_dist.data.shards.writing import Sample, expand, write_shards
 
 __all__ = [
     "Augmentation",

@@ -1,8 +1,8 @@
 """Sharpness-aware training: rules (the mathematics), the step (the order of things), engines."""
 
-from flatcal_dist.sharpness.engine import Engine
+from flatcal_dist.sharpness.engines.base import Engine
+from flatcal_dist.sharpness.engines.replicated import ReplicatedEngine
 from flatcal_dist.sharpness.errors import StepError
-from flatcal_dist.sharpness.replicated import ReplicatedEngine
 from flatcal_dist.sharpness.result import StepResult
 from flatcal_dist.sharpness.rules import ASAM, CSAM, GSAM, SAM, LookSAM, MomentumSAM, Rule
 from flatcal_dist.sharpness.step import SharpnessAwareStep

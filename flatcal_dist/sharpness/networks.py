@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from flatcal_dist.sharpness.errors import StepError
 
 if TYPE_CHECKING:
-    from flatcal_dist.sharpness.engine import Engine
+    from flatcal_dist.sharpness.engines.base import Engine
 
 SPARSE = (
     "the gradient {}is sparse, which has no perturbation: call the function that reads this weight "

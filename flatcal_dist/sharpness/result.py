@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatcal_dist.sharpness.engines.move import Measured
 from flatcal_dist.sharpness.forward import Evaluated
-from flatcal_dist.sharpness.move import Measured
 from flatcal_dist.sharpness.rules import Memory
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from flatcal_dist.objectives.base import Objective, State
 from flatcal_dist.sharpness import learning
-from flatcal_dist.sharpness.engine import Engine
+from flatcal_dist.sharpness.engines.base import Engine
+from flatcal_dist.sharpness.engines.move import Measured
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.forward import Forward, Pass, of_user, on_a_share, pair, size_of
-from flatcal_dist.sharpness.move import Measured
 from flatcal_dist.sharpness.networks import FrozenWeights, Parameters
 from flatcal_dist.sharpness.replay import SameFunctionTwice, no_weights_in_autocast
 from flatcal_dist.sharpness.result import Seen, StepResult, Sums

@@ -14,9 +14,9 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from flatcal_dist.data import DataError, Index, Replaced
-from flatcal_dist.data.stream import Stream
-from flatcal_dist.distributed import FailedTogether, on_all_ranks
+from flatcal_dist.data.shards.listing import Stream
 from flatcal_dist.files import WriteError, open_to_append, read_bytes, write_text
+from flatcal_dist.ranks.distributed import FailedTogether, on_all_ranks
 from flatcal_dist.urls import shown
 
 

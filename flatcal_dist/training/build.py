@@ -9,12 +9,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.calibration.confidence.sources import requested
 from flatcal_dist.config import Config
-from flatcal_dist.distributed import on_all_ranks
-from flatcal_dist.models import build, in_evaluation_mode
-from flatcal_dist.predicting import check_sources
+from flatcal_dist.evaluation.predicting import check_sources
+from flatcal_dist.networks.registry import build, in_evaluation_mode
+from flatcal_dist.ranks.distributed import on_all_ranks
 from flatcal_dist.sharpness import Engine, SharpnessAwareStep
+from flatcal_dist.sharpness.engines.replicated import ReplicatedEngine
 from flatcal_dist.sharpness.outputs import logits_of
-from flatcal_dist.sharpness.replicated import ReplicatedEngine
 from flatcal_dist.sharpness.scope import ranks_of
 from flatcal_dist.training.optimizers import build_optimizer
 
@@ -65,15 +65,18 @@ def build_engine(config: Config, network: nn.Module, accelerator: Accelerator) -
             arrange_buckets(prepared, (config.data.channels, size, size), accelerator.device)
         return ReplicatedEngine(prepared, build_optimizer(config.optimizer, network), dtype)
     if name == "fsdp2":
-        from flatcal_dist.sharpness.fsdp2 import ShardedEngine
-        from flatcal_dist.sharpness.fsdp2_start import shard
+        from flatcal_dist.sharpness.engines.fsdp2 import ShardedEngine
+        from flatcal_dist.sharpness.engines.fsdp2_start import shard
 
         world_size = accelerator.num_processes
         ranks = ranks_of(config.sharpness.scope, world_size)
         grouped = ranks if config.sharpness.rule != "none" and 1 < ranks < world_size else None
         sharded = shard(network, accelerator.device, dtype, ranks_per_group=grouped)
         return ShardedEngine(sharded, build_optimizer(config.optimizer, sharded), dtype)
-    from flatcal_dist.sharpness.zero import ZeroEngine, start_zero  # DeepSpeed takes seconds
+    from flatcal_dist.sharpness.engines.zero import (  # DeepSpeed takes seconds
+        ZeroEngine,
+        start_zero,
+    )
 
     network = network.to(accelerator.device)
     optimizer = build_optimizer(config.optimizer, network)

@@ -8,8 +8,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from flatcal_dist.distributed import on_all_ranks
-from flatcal_dist.run_directory import RunError
+from flatcal_dist.ranks.distributed import on_all_ranks
+from flatcal_dist.runs.directory import RunError
 from flatcal_dist.sharpness import SharpnessAwareStep
 
 

@@ -14,7 +14,7 @@ from flatcal_dist import inputs
 from flatcal_dist.config import Config
 from flatcal_dist.data import DataError
 from flatcal_dist.data.order import micro_batch_count, micro_batches, rank_share
-from flatcal_dist.models import in_evaluation_mode
+from flatcal_dist.networks.registry import in_evaluation_mode
 from flatcal_dist.objectives import Targets
 from flatcal_dist.sharpness import SharpnessAwareStep
 from flatcal_dist.training.build import build_step

@@ -4,16 +4,16 @@ import shlex
 
 from accelerate import Accelerator
 
-from flatcal_dist import evaluation
 from flatcal_dist.config import Config
 from flatcal_dist.data import Index
-from flatcal_dist.data.variants import of_index
-from flatcal_dist.provenance import Provenance
-from flatcal_dist.run_directory import RunDirectory
-from flatcal_dist.sharpness.engine import Engine
-from flatcal_dist.training.tracking import Tracker, read_metrics
+from flatcal_dist.data.sets.variants import of_index
+from flatcal_dist.evaluation import reporting as evaluation
+from flatcal_dist.evaluation.provenance import Provenance
+from flatcal_dist.networks.weights import save_weights
+from flatcal_dist.runs.directory import RunDirectory
+from flatcal_dist.sharpness.engines.base import Engine
+from flatcal_dist.tracking.tracker import Tracker, read_metrics
 from flatcal_dist.urls import public
-from flatcal_dist.weights import save_weights
 
 
 def export_and_report(

@@ -13,29 +13,32 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from flatcal_dist import evaluation, inputs
+from flatcal_dist import inputs
 from flatcal_dist.averaging.average import Average
+from flatcal_dist.checkpoints import format as checkpoint
+from flatcal_dist.checkpoints.format import Progress
+from flatcal_dist.checkpoints.saving import Saver
 from flatcal_dist.config import Config
 from flatcal_dist.data import Index, Position, optimizer_steps, steps_per_epoch
 from flatcal_dist.data.order import sample_seed
-from flatcal_dist.data.stream import Stream
-from flatcal_dist.distributed import FailedTogether, on_all_ranks
-from flatcal_dist.run_directory import RunDirectory
+from flatcal_dist.data.shards.listing import Stream
+from flatcal_dist.evaluation import reporting as evaluation
+from flatcal_dist.ranks.distributed import FailedTogether, on_all_ranks
+from flatcal_dist.runs.directory import RunDirectory
 from flatcal_dist.sharpness import SharpnessAwareStep, StepResult
-from flatcal_dist.training import checkpoint, finishing, preemption, resuming
+from flatcal_dist.tracking.tracker import Tracker
+from flatcal_dist.training import finishing, resuming
+from flatcal_dist.training import stopping as preemption
 from flatcal_dist.training.bad_samples import BadSamples
 from flatcal_dist.training.build import build_step, samples_per_perturbation
-from flatcal_dist.training.checkpoint import Progress
 from flatcal_dist.training.diagnosis import explain_divergence
+from flatcal_dist.training.figures import Speed, measured_at, sharpness_figures
 from flatcal_dist.training.objectives import refuse_unfit
 from flatcal_dist.training.on_device import OnDevice, statistics_inputs
 from flatcal_dist.training.optimizers import build_schedule
-from flatcal_dist.training.preemption import StopRequest
-from flatcal_dist.training.records import Speed, measured_at, sharpness_figures
-from flatcal_dist.training.saving import Saver
-from flatcal_dist.training.tracking import Tracker
-from flatcal_dist.training.traffic import counted
+from flatcal_dist.training.stopping import StopRequest
 from flatcal_dist.training.watchdog import Watchdog
+from flatcal_dist.verification.traffic import counted
 
 MAX_SKIPPED = 50  # steps in a row without a finite gradient: the run has diverged, and says so
 

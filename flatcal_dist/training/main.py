@@ -1,6 +1,6 @@
 """What a recipe calls: command line -> ranks -> run; and how all of it ends."""
 
-from flatcal_dist.launcher import end_with_the_launcher
+from flatcal_dist.ranks.launcher import end_with_the_launcher
 
 end_with_the_launcher()  # here: ranks that are importing when it dies would wait for it in vain
 
@@ -12,19 +12,19 @@ from functools import partial
 from pathlib import Path
 
 from flatcal_dist import config as configuration
-from flatcal_dist import distributed
 from flatcal_dist.config import ConfigError
-from flatcal_dist.distributed import ending_together
-from flatcal_dist.launcher import (
+from flatcal_dist.printing import never_fail
+from flatcal_dist.ranks import distributed
+from flatcal_dist.ranks.distributed import ending_together
+from flatcal_dist.ranks.launcher import (
     LaunchError,
     give_up,
     preempted_code,
     rank_to_speak,
     tell_launcher,
 )
-from flatcal_dist.printing import never_fail
-from flatcal_dist.run_directory import RunDirectory
-from flatcal_dist.signals import interrupt_on_signals
+from flatcal_dist.ranks.signals import interrupt_on_signals
+from flatcal_dist.runs.directory import RunDirectory
 from flatcal_dist.training.dry_run import dry_run
 from flatcal_dist.training.loop import run
 from flatcal_dist.training.watchdog import Watchdog

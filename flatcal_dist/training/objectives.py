@@ -3,7 +3,7 @@
 from flatcal_dist import inputs
 from flatcal_dist.config import Config
 from flatcal_dist.data import DataError, Index
-from flatcal_dist.data.stream import Stream
+from flatcal_dist.data.shards.listing import Stream
 from flatcal_dist.objectives import Objective
 
 READ_BY_INDEX = "Read them by index: data.reader=indexed, for shards from URLs with data.cache"

@@ -9,9 +9,9 @@ from torch import Tensor
 from flatcal_dist import inputs
 from flatcal_dist.config import Config
 from flatcal_dist.data import Batch, Index
-from flatcal_dist.data.stream import Stream
-from flatcal_dist.distributed import on_all_ranks
+from flatcal_dist.data.shards.listing import Stream
 from flatcal_dist.objectives import Targets
+from flatcal_dist.ranks.distributed import on_all_ranks
 
 
 class OnDevice:

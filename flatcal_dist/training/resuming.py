@@ -8,17 +8,18 @@ from accelerate import Accelerator
 
 from flatcal_dist import inputs
 from flatcal_dist.averaging.average import Average
+from flatcal_dist.checkpoints import format as checkpoint
+from flatcal_dist.checkpoints import resharding
 from flatcal_dist.config import Config
 from flatcal_dist.data import Index, steps_per_epoch
-from flatcal_dist.data.stream import Stream
-from flatcal_dist.distributed import on_all_ranks, said_by_rank_0
-from flatcal_dist.environment import describe_environment
+from flatcal_dist.data.shards.listing import Stream
 from flatcal_dist.files import write_text
-from flatcal_dist.run_directory import RunDirectory, RunError, State
+from flatcal_dist.ranks.distributed import on_all_ranks, said_by_rank_0
+from flatcal_dist.runs.directory import RunDirectory, RunError, State
+from flatcal_dist.runs.environment import describe_environment
 from flatcal_dist.sharpness import SharpnessAwareStep
-from flatcal_dist.training import checkpoint, resharding
+from flatcal_dist.tracking.tracker import read_metrics
 from flatcal_dist.training.build import samples_per_perturbation
-from flatcal_dist.training.tracking import read_metrics
 
 
 def find(

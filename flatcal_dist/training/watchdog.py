@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from flatcal_dist.launcher import launch_of
+from flatcal_dist.ranks.launcher import launch_of
 
 TICK = 0.5  # seconds
 ORPHAN_SECONDS = 40.0  # to end in order, with a checkpoint, once the launcher is gone

@@ -1,8 +1,7 @@
 import pytest
 
-from flatcal_dist.calibration.records import Records
-
-from .synthetic import make_records
+from flatcal_dist.calibration.records.records import Records
+from tests.support.synthetic import make_records
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flatcal_dist.calibration import metrics, selective
-from flatcal_dist.calibration.binned import BinnedEvaluation, BinnedFigures
+from flatcal_dist.calibration.metrics import calibration_errors as metrics
+from flatcal_dist.calibration.metrics import selective
+from flatcal_dist.calibration.metrics.binned import BinnedEvaluation, BinnedFigures
 from flatcal_dist.calibration.softmax import score_images
-
-from .synthetic import make_logits
+from tests.support.synthetic import make_logits
 
 EXACT = ("accuracy", "top5_accuracy", "nll", "brier", "signed_gap", "ece", "mean_entropy",
          "mean_entropy_correct", "mean_entropy_wrong")  # fmt: skip

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from flatcal_dist.calibration.compare import write_comparison
-from flatcal_dist.calibration.records import Records
-from flatcal_dist.calibration.report import write_report
-
-from .report_inputs import TRAINING, encoded_digit, write_some_shift
-from .test_compare import write_run
-from .test_report import ABOUT
+from flatcal_dist.calibration.comparison.writing import write_comparison
+from flatcal_dist.calibration.records.records import Records
+from flatcal_dist.calibration.report.writing import write_report
+from tests.calibration.test_compare import write_run
+from tests.calibration.test_report import ABOUT
+from tests.support.report_inputs import TRAINING, encoded_digit, write_some_shift
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the dev extra brings playwright")
 BROWSER = next(

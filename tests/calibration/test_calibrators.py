@@ -7,15 +7,14 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.special import softmax as scipy_softmax
 
-from flatcal_dist.calibration.calibrators import (
+from flatcal_dist.calibration.calibrators.of_logits import (
     BOUNDS,
     EnsembleTemperatureScaling,
     TemperatureScaling,
     VectorScaling,
 )
-from flatcal_dist.calibration.metrics import negative_log_likelihood
-
-from .synthetic import make_logits
+from flatcal_dist.calibration.metrics.calibration_errors import negative_log_likelihood
+from tests.support.synthetic import make_logits
 
 
 def one_logit(classes: int, logit: float, accuracy: float) -> tuple[np.ndarray, np.ndarray]:

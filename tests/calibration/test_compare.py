@@ -6,18 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flatcal_dist.calibration import compare
-from flatcal_dist.calibration.compare import write_comparison
-from flatcal_dist.calibration.display import show_difference
-from flatcal_dist.calibration.entries import COMPARED, METRICS
-from flatcal_dist.calibration.records import Records
+from flatcal_dist.calibration.comparison import writing as compare
+from flatcal_dist.calibration.comparison.writing import write_comparison
+from flatcal_dist.calibration.metrics.entries import COMPARED, METRICS
+from flatcal_dist.calibration.pages.display import show_difference
+from flatcal_dist.calibration.records.records import Records
+from flatcal_dist.calibration.report.summary import About, summarize
 from flatcal_dist.calibration.softmax import Scores
-from flatcal_dist.calibration.statistics import bootstrap
-from flatcal_dist.calibration.summary import About, summarize
+from flatcal_dist.calibration.statistics.bootstrap import bootstrap
 from flatcal_dist.files import write_json
-
-from .synthetic import make_logits
-from .test_report import assert_sound_page, strict_json
+from tests.calibration.test_report import assert_sound_page, strict_json
+from tests.support.synthetic import make_logits
 
 
 def write_bare_report(records: Records, folder: Path, about: About | None = None) -> None:

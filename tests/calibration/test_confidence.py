@@ -17,7 +17,7 @@ from flatcal_dist.calibration.confidence.of_passes import (
 )
 from flatcal_dist.calibration.confidence.score import Evidence, Reference
 from flatcal_dist.calibration.confidence.sources import BY_KEY, ON_REQUEST, SCORES, requested
-from flatcal_dist.passes import Ensemble
+from flatcal_dist.evaluation.passes import Ensemble
 
 RANDOM = np.random.default_rng(7)
 LABELS = np.repeat([0, 2, 5], [30, 20, 10])  # class 1 and others have no training image

@@ -3,10 +3,7 @@ import warnings
 import numpy as np
 import pytest
 
-from flatcal_dist.calibration import metrics
-from flatcal_dist.calibration.calibrators import TemperatureScaling
-from flatcal_dist.calibration.confidence_calibrators import TopLabelHistogram, TopLabelIsotonic
-from flatcal_dist.calibration.crossfit import (
+from flatcal_dist.calibration.calibrators.crossfit import (
     CALIBRATORS,
     MOVES_ANSWERS,
     CrossFit,
@@ -15,9 +12,11 @@ from flatcal_dist.calibration.crossfit import (
     fit_out_of_sample,
     fold_of,
 )
+from flatcal_dist.calibration.calibrators.of_confidence import TopLabelHistogram, TopLabelIsotonic
+from flatcal_dist.calibration.calibrators.of_logits import TemperatureScaling
+from flatcal_dist.calibration.metrics import calibration_errors as metrics
 from flatcal_dist.calibration.softmax import score_images
-
-from .synthetic import make_logits
+from tests.support.synthetic import make_logits
 
 IDS, LABELS, LOGITS = make_logits(300, 6)
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from scipy.stats import norm, ttest_rel
 
-from flatcal_dist.calibration.about import About
-from flatcal_dist.calibration.entries import COMPARED, STATISTICS
-from flatcal_dist.calibration.methods import SIDES, Method, Run, differences
-from flatcal_dist.calibration.seeds import seed_difference
-from flatcal_dist.calibration.statistics import Bootstrap
+from flatcal_dist.calibration.comparison.groups import SIDES, Method, Run, differences
+from flatcal_dist.calibration.metrics.entries import COMPARED, STATISTICS
+from flatcal_dist.calibration.report.about import About
+from flatcal_dist.calibration.statistics.bootstrap import Bootstrap
+from flatcal_dist.calibration.statistics.seeds import seed_difference
 
 SEEDS = 5
 
@@ -94,7 +94,7 @@ def test_a_difference_that_is_there_is_found() -> None:
 
 
 def test_holm_against_the_definition() -> None:
-    from flatcal_dist.calibration.decisions import holm
+    from flatcal_dist.calibration.statistics.decisions import holm
 
     random = np.random.default_rng(0)
     for _ in range(200):
@@ -120,7 +120,7 @@ def test_p_value_of_seeds_is_students() -> None:
 
 
 def test_p_value_of_images_is_the_share_beyond_zero_or_the_normal_tail() -> None:
-    from flatcal_dist.calibration.decisions import difference_p_value
+    from flatcal_dist.calibration.statistics.decisions import difference_p_value
 
     random = np.random.default_rng(2)
     for effect in (0.0, 0.01, 0.02, 0.05):

@@ -5,23 +5,23 @@ import warnings
 import numpy as np
 import pytest
 
-from flatcal_dist.calibration import metrics, selective
-from flatcal_dist.calibration.binned import BinnedEvaluation
-from flatcal_dist.calibration.calibrators import (
+from flatcal_dist.calibration.calibrators.crossfit import CALIBRATORS, fit_out_of_sample
+from flatcal_dist.calibration.calibrators.of_logits import (
     EnsembleTemperatureScaling,
     Identity,
     TemperatureScaling,
     VectorScaling,
 )
-from flatcal_dist.calibration.corp import corp_decomposition
-from flatcal_dist.calibration.crossfit import CALIBRATORS, fit_out_of_sample
-from flatcal_dist.calibration.entries import STATISTICS
-from flatcal_dist.calibration.records import Records
-from flatcal_dist.calibration.scores import compare_scores
+from flatcal_dist.calibration.confidence.of_logits import compare_scores
+from flatcal_dist.calibration.metrics import calibration_errors as metrics
+from flatcal_dist.calibration.metrics import selective
+from flatcal_dist.calibration.metrics.binned import BinnedEvaluation
+from flatcal_dist.calibration.metrics.corp import corp_decomposition
+from flatcal_dist.calibration.metrics.entries import STATISTICS
+from flatcal_dist.calibration.records.records import Records
 from flatcal_dist.calibration.softmax import Scores, score_images
-from flatcal_dist.calibration.statistics import bootstrap, mcnemar, rank_bootstrap
-
-from .synthetic import make_logits
+from flatcal_dist.calibration.statistics.bootstrap import bootstrap, mcnemar, rank_bootstrap
+from tests.support.synthetic import make_logits
 
 N = 24
 RISING = np.linspace(0.3, 0.95, N)

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from flatcal_dist import cli
-from flatcal_dist.calibration import report
-from flatcal_dist.calibration.class_list import read_class_names
-from flatcal_dist.calibration.imported import Scores, import_file, read_scores
-
-from .foreign_tables import (
+from flatcal_dist.calibration.records.class_list import read_class_names
+from flatcal_dist.calibration.records.imported import Scores, import_file, read_scores
+from flatcal_dist.calibration.report import writing as report
+from tests.support.foreign_tables import (
     BINARY,
     IDS,
     MEAN,

@@ -11,10 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from flatcal_dist.calibration.imported import Scores, read_scores
-
-from .foreign_tables import IDS, NAMES, SAME, K, N, P, Y, Z, scores, text
-from .test_foreign_tables import check
+from flatcal_dist.calibration.records.imported import Scores, read_scores
+from tests.calibration.test_foreign_tables import check
+from tests.support.foreign_tables import IDS, NAMES, SAME, K, N, P, Y, Z, scores, text
 
 Table = dict[str, Any]
 

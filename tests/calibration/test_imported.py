@@ -9,13 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from flatcal_dist import cli
-from flatcal_dist.calibration.imported import read_file
-from flatcal_dist.calibration.records import Records
-from flatcal_dist.calibration.summary import summarize
-
-from .foreign_tables import IDS, PLAIN, SAME, K, N, P, Y, Z
-from .synthetic import make_logits
-from .test_records import assert_same
+from flatcal_dist.calibration.records.imported import read_file
+from flatcal_dist.calibration.records.records import Records
+from flatcal_dist.calibration.report.summary import summarize
+from tests.calibration.test_records import assert_same
+from tests.support.foreign_tables import IDS, PLAIN, SAME, K, N, P, Y, Z
+from tests.support.synthetic import make_logits
 
 
 def test_probabilities_are_the_softmax_of_their_logarithm(tmp_path):

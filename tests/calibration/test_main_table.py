@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from flatcal_dist.calibration.entries import METRICS
-from flatcal_dist.calibration.main_table import latex, table_csv, table_tex
-from flatcal_dist.calibration.model import Report
-from flatcal_dist.calibration.records import Records
-from flatcal_dist.calibration.summary import About, summarize
-
-from .synthetic import make_logits
+from flatcal_dist.calibration.metrics.entries import METRICS
+from flatcal_dist.calibration.records.records import Records
+from flatcal_dist.calibration.report.model import Report
+from flatcal_dist.calibration.report.summary import About, summarize
+from flatcal_dist.calibration.report_page.main_table import latex, table_csv, table_tex
+from tests.support.synthetic import make_logits
 
 LISTED = [key for key, metric in METRICS.items() if metric.listed]
 

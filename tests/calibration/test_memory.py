@@ -5,9 +5,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from flatcal_dist.calibration.crossfit import compare_calibrators
-from flatcal_dist.calibration.records import Records
-from flatcal_dist.calibration.scores import compare_scores
+from flatcal_dist.calibration.calibrators.crossfit import compare_calibrators
+from flatcal_dist.calibration.confidence.of_logits import compare_scores
+from flatcal_dist.calibration.records.records import Records
 
 IMAGES, CLASSES = 10_000, 1000
 CHUNKS = 32  # MB: a dozen temporaries of 2 MB, and what is kept per image
@@ -35,7 +35,7 @@ def test_memory_above_the_logits(made, work, copied: float, monkeypatch) -> None
     """40 MB of logits here: one copy of all in float64 would be 80, and is not made."""
     # It asks for 31 MB that it never touches.
     monkeypatch.setattr("flatcal_dist.calibration.softmax.keep_memory", lambda: None)
-    monkeypatch.setattr("flatcal_dist.calibration.statistics.keep_memory", lambda: None)
+    monkeypatch.setattr("flatcal_dist.calibration.statistics.bootstrap.keep_memory", lambda: None)
     tracemalloc.start()
     work(*made)
     peak = tracemalloc.get_traced_memory()[1] / 2**20

@@ -8,14 +8,13 @@ from scipy.special import log_softmax as scipy_log_softmax
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import brier_score_loss, log_loss
 
-from flatcal_dist.calibration import metrics
-from flatcal_dist.calibration.classwise import ClasswiseSums
-from flatcal_dist.calibration.corp import corp_decomposition, isotonic_curve
-from flatcal_dist.calibration.smooth import smooth_error_at
-from flatcal_dist.calibration.smooth_relplot import relplot_error_at
+from flatcal_dist.calibration.metrics import calibration_errors as metrics
+from flatcal_dist.calibration.metrics.classwise import ClasswiseSums
+from flatcal_dist.calibration.metrics.corp import corp_decomposition, isotonic_curve
+from flatcal_dist.calibration.metrics.smooth import smooth_error_at
+from flatcal_dist.calibration.metrics.smooth_relplot import relplot_error_at
 from flatcal_dist.calibration.softmax import log_confidence, log_softmax, score_images
-
-from .synthetic import GOLDEN, golden_inputs, make_logits
+from tests.support.synthetic import GOLDEN, golden_inputs, make_logits
 
 BINNED_AND_SMOOTH = {
     "ece15": metrics.expected_calibration_error,

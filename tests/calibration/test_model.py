@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from flatcal_dist.calibration import model
-from flatcal_dist.calibration.compare import write_comparison
-from flatcal_dist.calibration.entries import GROUPS, METRICS, STATISTICS
-from flatcal_dist.calibration.report import render_report, write_report
-from flatcal_dist.calibration.summary import About
-
-from .synthetic import make_records
+from flatcal_dist.calibration.comparison.writing import write_comparison
+from flatcal_dist.calibration.metrics.entries import GROUPS, METRICS, STATISTICS
+from flatcal_dist.calibration.report import model
+from flatcal_dist.calibration.report.summary import About
+from flatcal_dist.calibration.report.writing import render_report, write_report
+from tests.support.synthetic import make_records
 
 ABOUT = About(data_identity="0" * 64)
 
@@ -32,7 +31,7 @@ def changed(run: Path, change: object) -> None:
 
 
 def test_schema_is_the_generated_one() -> None:
-    command = "python -m flatcal_dist.calibration.model"
+    command = "python -m flatcal_dist.calibration.report.model"
     assert json.loads(model.SCHEMA.read_text()) == model.schema(), f"write it anew: {command}"
 
 

@@ -6,11 +6,11 @@ Each difference is asserted as it is, so that a release that mends it is noticed
 import numpy as np
 import pytest
 
-from flatcal_dist.calibration import metrics, selective
-from flatcal_dist.calibration.smooth_relplot import relplot_error_at
+from flatcal_dist.calibration.metrics import calibration_errors as metrics
+from flatcal_dist.calibration.metrics import selective
+from flatcal_dist.calibration.metrics.smooth_relplot import relplot_error_at
 from flatcal_dist.calibration.softmax import score_images
-
-from .synthetic import golden_inputs, make_logits
+from tests.support.synthetic import golden_inputs, make_logits
 
 
 @pytest.fixture(scope="module")

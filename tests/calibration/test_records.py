@@ -9,17 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from flatcal_dist.calibration import metrics
-from flatcal_dist.calibration.calibrators import TemperatureScaling
-from flatcal_dist.calibration.crossfit import HoldOut, fit_out_of_sample
-from flatcal_dist.calibration.record_files import METADATA_KEY
-from flatcal_dist.calibration.records import Records, Scores, Source
-from flatcal_dist.calibration.report import render_report, write_report
-from flatcal_dist.calibration.scores import compare_scores, score_table
+from flatcal_dist.calibration.calibrators.crossfit import HoldOut, fit_out_of_sample
+from flatcal_dist.calibration.calibrators.of_logits import TemperatureScaling
+from flatcal_dist.calibration.confidence.of_logits import compare_scores, score_table
+from flatcal_dist.calibration.metrics import calibration_errors as metrics
+from flatcal_dist.calibration.records.record_files import METADATA_KEY
+from flatcal_dist.calibration.records.records import Records, Scores, Source
+from flatcal_dist.calibration.report.summary import summarize
+from flatcal_dist.calibration.report.writing import render_report, write_report
 from flatcal_dist.calibration.softmax import score_images
-from flatcal_dist.calibration.summary import summarize
-
-from .synthetic import make_logits
+from tests.support.synthetic import make_logits
 
 
 def same(a: object, b: object) -> bool:

@@ -11,18 +11,18 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from flatcal_dist.calibration import metrics, selective
-from flatcal_dist.calibration.drawing import save_figure
-from flatcal_dist.calibration.entries import METRICS, STATISTICS
-from flatcal_dist.calibration.figures import draw_confidence
-from flatcal_dist.calibration.model import read_metrics
-from flatcal_dist.calibration.palette import PALETTE
-from flatcal_dist.calibration.records import Records
-from flatcal_dist.calibration.report import render_report, write_report
-from flatcal_dist.calibration.summary import About, summarize
-from flatcal_dist.calibration.verdict import verdict
-
-from .synthetic import make_logits, make_records
+from flatcal_dist.calibration.metrics import calibration_errors as metrics
+from flatcal_dist.calibration.metrics import selective
+from flatcal_dist.calibration.metrics.entries import METRICS, STATISTICS
+from flatcal_dist.calibration.pages.drawing import save_figure
+from flatcal_dist.calibration.pages.palette import PALETTE
+from flatcal_dist.calibration.records.records import Records
+from flatcal_dist.calibration.report.model import read_metrics
+from flatcal_dist.calibration.report.summary import About, summarize
+from flatcal_dist.calibration.report.writing import render_report, write_report
+from flatcal_dist.calibration.report_page.figures import draw_confidence
+from flatcal_dist.calibration.report_page.verdict import verdict
+from tests.support.synthetic import make_logits, make_records
 
 ABOUT = About(
     model="resnet<18>",

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from flatcal_dist.calibration.calibrators import BOUNDS
-from flatcal_dist.calibration.intervals import proportion_interval
-from flatcal_dist.calibration.records import Records
-from flatcal_dist.calibration.report import write_report
-from flatcal_dist.calibration.summary import summarize
-from flatcal_dist.calibration.verdict import verdict
-
-from .synthetic import make_logits
-from .test_report import Page
+from flatcal_dist.calibration.calibrators.of_logits import BOUNDS
+from flatcal_dist.calibration.records.records import Records
+from flatcal_dist.calibration.report.summary import summarize
+from flatcal_dist.calibration.report.writing import write_report
+from flatcal_dist.calibration.report_page.verdict import verdict
+from flatcal_dist.calibration.statistics.intervals import proportion_interval
+from tests.calibration.test_report import Page
+from tests.support.synthetic import make_logits
 
 
 def test_a_perfect_network_is_over_confident_in_no_class() -> None:

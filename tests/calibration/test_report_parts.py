@@ -10,30 +10,30 @@ import jsonschema
 import numpy as np
 import pytest
 
-from flatcal_dist.calibration import curves, metrics_csv, model, operating, selective
-from flatcal_dist.calibration.classes import per_class
-from flatcal_dist.calibration.compare import _csv
-from flatcal_dist.calibration.confident_errors import (
+from flatcal_dist.calibration.comparison.writing import _csv
+from flatcal_dist.calibration.metrics import selective
+from flatcal_dist.calibration.pages.display import percent
+from flatcal_dist.calibration.pages.palette import PALETTE, contrast, text_on
+from flatcal_dist.calibration.records.records import Records, Source
+from flatcal_dist.calibration.report import curves, metrics_csv, model, operating
+from flatcal_dist.calibration.report.classes import per_class
+from flatcal_dist.calibration.report.confident_errors import (
     most_confident_errors,
     read_thumbnails,
     save_thumbnails,
     thumbnail,
 )
-from flatcal_dist.calibration.confusions import confusions
-from flatcal_dist.calibration.display import percent
-from flatcal_dist.calibration.figures import density_strength
-from flatcal_dist.calibration.literature import FIGURES, _literature, references
-from flatcal_dist.calibration.operating import operating_points
-from flatcal_dist.calibration.palette import PALETTE, contrast, text_on
-from flatcal_dist.calibration.records import Records, Source
-from flatcal_dist.calibration.report import render_report, write_report
-from flatcal_dist.calibration.summary import About, summarize
-from flatcal_dist.calibration.training_curves import training_curves
-from flatcal_dist.calibration.verdict import verdict
-
-from .report_inputs import CORRUPTIONS, TRAINING, encoded_digit, write_some_shift
-from .synthetic import make_logits, make_records
-from .test_report import ABOUT, assert_sound_page, files, strict_json
+from flatcal_dist.calibration.report.confusions import confusions
+from flatcal_dist.calibration.report.literature import FIGURES, _literature, references
+from flatcal_dist.calibration.report.operating import operating_points
+from flatcal_dist.calibration.report.summary import About, summarize
+from flatcal_dist.calibration.report.training_curves import training_curves
+from flatcal_dist.calibration.report.writing import render_report, write_report
+from flatcal_dist.calibration.report_page.figures import density_strength
+from flatcal_dist.calibration.report_page.verdict import verdict
+from tests.calibration.test_report import ABOUT, assert_sound_page, files, strict_json
+from tests.support.report_inputs import CORRUPTIONS, TRAINING, encoded_digit, write_some_shift
+from tests.support.synthetic import make_logits, make_records
 
 SCHEMA = json.loads(model.SCHEMA.read_text())
 
@@ -191,7 +191,9 @@ def test_most_confident_errors(looked_at_again: Records) -> None:
 def test_pictures_of_another_evaluation_are_not_taken_for_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flatcal_dist.calibration.report._write_page", lambda m, output: None)
+    monkeypatch.setattr(
+        "flatcal_dist.calibration.report.writing._write_page", lambda m, output: None
+    )
     records = make_records(90, images_seed=5)
     write_report(records, tmp_path, image_of=encoded_digit, resamples=2)
     assert list((tmp_path / "errors").glob("*.jpg"))

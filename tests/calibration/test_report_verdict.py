@@ -2,13 +2,12 @@
 
 from functools import cache
 
-from flatcal_dist.calibration.calibrators import BOUNDS
-from flatcal_dist.calibration.display import percent
-from flatcal_dist.calibration.model import Report
-from flatcal_dist.calibration.summary import summarize
-from flatcal_dist.calibration.verdict import Finding, verdict
-
-from .synthetic import make_records
+from flatcal_dist.calibration.calibrators.of_logits import BOUNDS
+from flatcal_dist.calibration.pages.display import percent
+from flatcal_dist.calibration.report.model import Report
+from flatcal_dist.calibration.report.summary import summarize
+from flatcal_dist.calibration.report_page.verdict import Finding, verdict
+from tests.support.synthetic import make_records
 
 
 @cache

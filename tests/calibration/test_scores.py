@@ -5,10 +5,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import log_softmax, logsumexp, softmax
 
-from flatcal_dist.calibration import selective
-from flatcal_dist.calibration.calibrators import TemperatureScaling
-from flatcal_dist.calibration.crossfit import HoldOut
-from flatcal_dist.calibration.scores import (
+from flatcal_dist.calibration.calibrators.crossfit import HoldOut
+from flatcal_dist.calibration.calibrators.of_logits import TemperatureScaling
+from flatcal_dist.calibration.confidence.of_logits import (
     SCORES,
     Tuning,
     compare_scores,
@@ -17,9 +16,9 @@ from flatcal_dist.calibration.scores import (
     max_logit_pnorm,
     tune,
 )
+from flatcal_dist.calibration.metrics import selective
 from flatcal_dist.calibration.softmax import score_images
-
-from .synthetic import make_logits
+from tests.support.synthetic import make_logits
 
 
 def broken(images: int) -> tuple[list[str], np.ndarray, np.ndarray]:

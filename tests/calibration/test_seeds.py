@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from flatcal_dist.calibration.seeds import over_seeds, seed_difference
+from flatcal_dist.calibration.statistics.seeds import over_seeds, seed_difference
 
 
 def test_mean_and_spread() -> None:

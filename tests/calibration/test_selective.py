@@ -12,9 +12,8 @@ from sklearn.metrics import (
     roc_curve,
 )
 
-from flatcal_dist.calibration import selective
-
-from .synthetic import GOLDEN, golden_inputs
+from flatcal_dist.calibration.metrics import selective
+from tests.support.synthetic import GOLDEN, golden_inputs
 
 GOLDEN_NAMES = {
     "aurc": selective.aurc,

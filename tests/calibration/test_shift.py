@@ -5,19 +5,18 @@ import json
 import numpy as np
 import pytest
 
-from flatcal_dist.calibration.calibrators import TemperatureScaling
-from flatcal_dist.calibration.records import Records, Source
-from flatcal_dist.calibration.shift import Shifted, read_shift, save_shifted, write_shift
-from flatcal_dist.calibration.shift_groups import (
+from flatcal_dist.calibration.calibrators.of_logits import TemperatureScaling
+from flatcal_dist.calibration.records.records import Records, Source
+from flatcal_dist.calibration.shift.groups import (
     ALEXNET_ERROR,
     SEVERITIES,
     mean_corruption_error,
 )
-from flatcal_dist.calibration.shift_rows import measure, real_figures
+from flatcal_dist.calibration.shift.report import Shifted, read_shift, save_shifted, write_shift
+from flatcal_dist.calibration.shift.rows import measure, real_figures
 from flatcal_dist.calibration.softmax import score_images
-
-from .synthetic import make_logits
-from .test_records import assert_same
+from tests.calibration.test_records import assert_same
+from tests.support.synthetic import make_logits
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
-from flatcal_dist.calibration import inflated, metrics, selective
-from flatcal_dist.calibration.entries import RANKS, STATISTICS
-from flatcal_dist.calibration.intervals import Interval, proportion_interval
-from flatcal_dist.calibration.records import Records, Scores
-from flatcal_dist.calibration.smooth import kernel_width, smooth_error_at
+from flatcal_dist.calibration.metrics import calibration_errors as metrics
+from flatcal_dist.calibration.metrics import selective
+from flatcal_dist.calibration.metrics.entries import RANKS, STATISTICS
+from flatcal_dist.calibration.metrics.smooth import kernel_width, smooth_error_at
+from flatcal_dist.calibration.records.records import Records, Scores
 from flatcal_dist.calibration.softmax import score_images
-from flatcal_dist.calibration.statistics import bootstrap, mcnemar, rank_bootstrap
-
-from .synthetic import make_records
+from flatcal_dist.calibration.statistics import inflated
+from flatcal_dist.calibration.statistics.bootstrap import bootstrap, mcnemar, rank_bootstrap
+from flatcal_dist.calibration.statistics.intervals import Interval, proportion_interval
+from tests.support.synthetic import make_records
 
 ERRORS = [key for key, statistic in STATISTICS.items() if statistic.centred]
 PLACE = {key: m for m, key in enumerate(STATISTICS)}

@@ -5,16 +5,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from flatcal_dist.calibration.entries_calibration import (
+from flatcal_dist.calibration.metrics.entries_calibration import (
     MOST_SWEPT,
     rising_bins,
     sweep_calibration_error,
 )
-from flatcal_dist.calibration.records import Records
-from flatcal_dist.calibration.statistics import bootstrap
-from flatcal_dist.calibration.summary import summarize
-
-from .synthetic import make_records
+from flatcal_dist.calibration.records.records import Records
+from flatcal_dist.calibration.report.summary import summarize
+from flatcal_dist.calibration.statistics.bootstrap import bootstrap
+from tests.support.synthetic import make_records
 
 
 def by_hand(confidence: np.ndarray, correct: np.ndarray) -> tuple[int, float]:

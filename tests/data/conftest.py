@@ -7,17 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from photographs import write_photographs
 from PIL import Image
 
-from flatcal_dist.data import (
-    Index,
-    Sample,
-    image_folder,
-    load_index,
-    prepare_shards,
-    write_shards,
-)
+from flatcal_dist.data import Index, Sample, image_folder, load_index, prepare_shards, write_shards
+from tests.support.photographs import write_photographs
 
 
 def png(seed: int, height: int = 12, width: int = 10) -> bytes:

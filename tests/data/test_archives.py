@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from photographs import CLASSES, encoded, photograph, write_photographs
 from scipy.io import savemat
 from torchvision.datasets import imagenet
 
 from flatcal_dist.cli import main
 from flatcal_dist.data import DataError, expand, image_folder, load_index, prepare_shards
-from flatcal_dist.data.archives import GROUND_TRUTH, ilsvrc_archive
+from flatcal_dist.data.making.archives import GROUND_TRUTH, ilsvrc_archive
+from tests.support.photographs import CLASSES, encoded, photograph, write_photographs
 
 WNIDS = list(CLASSES)[:4]
 # ILSVRC2012_ID of each of these, as unordered as in the real kit, whose ID 1 is a dog in the

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from photographs import awkward_image, encoded, photograph
 from PIL import Image
 
 from flatcal_dist.data import (
@@ -24,8 +23,9 @@ from flatcal_dist.data import (
     training_transform,
     write_shards,
 )
-from flatcal_dist.data.images import TRIES, Images
+from flatcal_dist.data.loading.substitutes import TRIES, Images
 from flatcal_dist.data.order import epoch_order, substitutes
+from tests.support.photographs import awkward_image, encoded, photograph
 
 GOOD_KINDS = ("cmyk", "png", "exif", "gray")
 BAD_KINDS = ("truncated", "damaged", "megapixels", "bomb")

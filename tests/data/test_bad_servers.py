@@ -16,13 +16,13 @@ import xxhash
 from conftest import make_samples
 
 from flatcal_dist.data import DataError, expand, load_index, write_shards
-from flatcal_dist.data.cache import ShardCache
-from flatcal_dist.data.index import HEADER, sidecar
-from flatcal_dist.data.remote import Access, RemoteFile, read_small
-from flatcal_dist.data.stream import open_stream
-from flatcal_dist.data.tar_stream import read_samples
-from flatcal_dist.data.validation import validate_shards
-from tests.web import serving
+from flatcal_dist.data.making.validation import validate_shards
+from flatcal_dist.data.shards.cache import ShardCache
+from flatcal_dist.data.shards.index import HEADER, sidecar
+from flatcal_dist.data.shards.listing import open_stream
+from flatcal_dist.data.shards.remote import Access, RemoteFile, read_small
+from flatcal_dist.data.shards.tar_stream import read_samples
+from tests.support.web import serving
 
 HASTY = Access(stall_timeout=0.5, retries=1, backoff=0.01)
 
@@ -194,7 +194,7 @@ def test_absurd_info_is_refused_by_name(tmp_path):
 
 
 def test_mutated_info_is_read_or_refused():
-    from flatcal_dist.data.info import parse_info
+    from flatcal_dist.data.shards.info import parse_info
 
     whole = json.dumps(
         {"splits": {"train": {"filenames": [f"x-{i}.tar" for i in range(9)],

@@ -14,11 +14,11 @@ import pytest
 from conftest import make_samples
 
 from flatcal_dist.data import DataError, index_shard, write_shards
-from flatcal_dist.data.cache import ShardCache
-from flatcal_dist.data.remote import Access
-from flatcal_dist.data.stream import open_stream
-from flatcal_dist.data.streaming import _Piece, _read_piece
-from tests.web import Web, serving
+from flatcal_dist.data.loading.streaming import _Piece, _read_piece
+from flatcal_dist.data.shards.cache import ShardCache
+from flatcal_dist.data.shards.listing import open_stream
+from flatcal_dist.data.shards.remote import Access
+from tests.support.web import Web, serving
 
 QUICK = Access(stall_timeout=60, retries=2, backoff=0.01)
 

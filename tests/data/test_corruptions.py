@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flatcal_dist.data.corruptions import COMMON, EXTRA, choose, corrupted_jpeg
-from flatcal_dist.data.decode import decode
-from flatcal_dist.data.variants import find, open_variant
-from tests.data.photographs import photograph, write_photographs
+from flatcal_dist.data.images.corruptions import COMMON, EXTRA, choose, corrupted_jpeg
+from flatcal_dist.data.images.decode import decode
+from flatcal_dist.data.sets.variants import find, open_variant
+from tests.support.photographs import photograph, write_photographs
 
 
 @pytest.fixture(scope="module")

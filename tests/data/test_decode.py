@@ -9,13 +9,13 @@ import PIL
 import pytest
 import torch
 from conftest import png
-from photographs import awkward_image, photograph
 from PIL import Image
 
 from flatcal_dist.data import BadImage, DataError, describe_decoder
-from flatcal_dist.data.decode import MAX_PIXELS, choose_decoder, decode
+from flatcal_dist.data.images.decode import MAX_PIXELS, choose_decoder, decode
+from tests.support.photographs import awkward_image, photograph
 
-module = importlib.import_module("flatcal_dist.data.decode")
+module = importlib.import_module("flatcal_dist.data.images.decode")
 DECODERS = ("simplejpeg", "torchvision", "pil")
 
 

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from flatcal_dist import inputs
 from flatcal_dist.config import load
 from flatcal_dist.data import Augmentation, DataError, training_loader, training_transform
-from flatcal_dist.distributed import FailedTogether
+from flatcal_dist.ranks.distributed import FailedTogether
 
 SCRIPT = """
 import resource, sys, time
@@ -143,7 +143,7 @@ def test_a_pinning_thread_that_dies(index, monkeypatch):
 
 def test_room_is_computed_and_checked(monkeypatch):
     """By hand: 3 x 224 x 224 bytes, a label and a number of 8 bytes each, 4 workers x 2 + 2."""
-    from flatcal_dist.data.delivery import PREFETCH, needed_room
+    from flatcal_dist.data.loading.delivery import PREFETCH, needed_room
 
     assert PREFETCH == 2
     assert needed_room(256, 3 * 224 * 224 + 16, 4) == 10 * 256 * 150_544

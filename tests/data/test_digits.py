@@ -140,7 +140,7 @@ def test_two_processes_at_once(tmp_path, digits):
 
 def test_losing_the_race_between_check_and_rename(tmp_path, monkeypatch):
     """The other process finishes while this one writes: its directory is taken as it is."""
-    from flatcal_dist.data import digits as module
+    from flatcal_dist.data.making import digits as module
 
     write = module.write_shards
 

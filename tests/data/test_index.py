@@ -16,9 +16,9 @@ from conftest import make_samples, png
 
 from flatcal_dist.data import DataError, Sample, index_shard, load_index, write_shards
 from flatcal_dist.data.errors import BadImage
-from flatcal_dist.data.index import COLUMNS, Index, _open, sidecar
-from flatcal_dist.data.tar_stream import read_samples
-from flatcal_dist.data.walk import ShardIndex
+from flatcal_dist.data.shards.index import COLUMNS, Index, _open, sidecar
+from flatcal_dist.data.shards.tar_stream import read_samples
+from flatcal_dist.data.shards.walk import ShardIndex
 
 SAMPLE = (("a.png", b"image a"), ("a.cls", b"1"))
 OTHER = (("b.png", b"image b"), ("b.cls", b"2"))
@@ -90,7 +90,7 @@ def test_workers_share_the_index(method):
 def test_more_shards_than_descriptors(index, monkeypatch):
     before = len(list(Path("/proc/self/fd").iterdir()))
     small = functools.lru_cache(maxsize=2)(_open.__wrapped__)
-    monkeypatch.setattr("flatcal_dist.data.index._open", small)
+    monkeypatch.setattr("flatcal_dist.data.shards.index._open", small)
     for i in range(0, 50, 3):
         assert index.read(i) == png(i)
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2

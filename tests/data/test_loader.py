@@ -276,7 +276,7 @@ def test_pinning_keeps_everything(index, monkeypatch):
 
 def test_images_are_those_of_their_samples(index):
     plain = training_transform(Augmentation(kind="none"), 12)
-    from flatcal_dist.data.decode import decode
+    from flatcal_dist.data.images.decode import decode
 
     for batch in training(index, transform=plain, max_steps=1):
         for sample, image in zip(batch.samples.tolist(), batch.images, strict=True):

@@ -3,8 +3,9 @@
 import io
 
 import pytest
-from photographs import AWKWARD, CLASSES, awkward_image, write_photographs
 from PIL import Image
+
+from tests.support.photographs import AWKWARD, CLASSES, awkward_image, write_photographs
 
 
 def test_tree_is_varied_and_reproducible(tmp_path, photographs):

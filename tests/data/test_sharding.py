@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import webdataset
 from conftest import make_samples
-from photographs import AWKWARD, CLASSES, awkward_image, write_photographs
 from PIL import Image
 from timm.data import create_dataset
 
@@ -26,11 +25,12 @@ from flatcal_dist.data import (
     image_folder,
     load_index,
     prepare_shards,
-    sharding,
     write_shards,
 )
-from flatcal_dist.data.sharding import Encoding
-from flatcal_dist.data.sources import torchvision_set
+from flatcal_dist.data.making import sharding
+from flatcal_dist.data.making.sharding import Encoding
+from flatcal_dist.data.making.sources import torchvision_set
+from tests.support.photographs import AWKWARD, CLASSES, awkward_image, write_photographs
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -187,7 +187,9 @@ def test_killed_and_run_again(photographs, photograph_shards, tmp_path):
 SLOWLY = """
 import multiprocessing, sys, threading, time
 from pathlib import Path
-from flatcal_dist.data import image_folder, prepare_shards, sources
+from flatcal_dist.data import image_folder
+from flatcal_dist.data.making import sources
+from flatcal_dist.data import prepare_shards
 
 def tell():
     while not list(Path(sys.argv[2]).glob("imagenet1k-*.tar")):

@@ -11,24 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import png
-from photographs import encoded, photograph
 from PIL import Image
 
 from flatcal_dist.cli import main
-from flatcal_dist.data import (
-    DataError,
-    expand,
-    image_folder,
-    load_index,
-    prepare_digits,
-    sharding,
-)
+from flatcal_dist.data import DataError, expand, image_folder, load_index, prepare_digits
 from flatcal_dist.data import prepare_shards as prepare
-from flatcal_dist.data.decode import decode
-from flatcal_dist.data.imagenet import wnids
-from flatcal_dist.data.sources import Files
-from flatcal_dist.data.tree import open_tree
-from flatcal_dist.data.validation import validate_shards
+from flatcal_dist.data.images.decode import decode
+from flatcal_dist.data.making import sharding
+from flatcal_dist.data.making.sources import Files
+from flatcal_dist.data.making.validation import validate_shards
+from flatcal_dist.data.sets.imagenet import wnids
+from flatcal_dist.data.sets.tree import open_tree
+from tests.support.photographs import encoded, photograph
 
 
 @pytest.fixture
@@ -269,7 +263,7 @@ def test_published_numbers_of_shards_stay(tmp_path, monkeypatch):
         (tmp_path / wnid).mkdir()
         (tmp_path / wnid / f"{wnid}_1.JPEG").write_bytes(b"x")
     assert image_folder(tmp_path).shards is None
-    module = sys.modules["flatcal_dist.data.image_folder"]
+    module = sys.modules["flatcal_dist.data.making.image_folder"]
     monkeypatch.setattr(module, "IMAGENET_IMAGES", (1000, 50))
     assert image_folder(tmp_path).shards == {"train": 1024, "validation": 64}
     (tmp_path / wnids()[0]).rename(tmp_path / "n00000000")

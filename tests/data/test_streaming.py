@@ -26,12 +26,12 @@ from flatcal_dist.data import (
     training_transform,
     write_shards,
 )
-from flatcal_dist.data.decode import decode
-from flatcal_dist.data.remote import Access, NotThere, RemoteFile, read_small
-from flatcal_dist.data.stream import Stream, list_shards, open_stream
-from flatcal_dist.data.streaming import streaming_loader
-from flatcal_dist.data.tar_stream import read_samples
-from tests.web import Web, serving
+from flatcal_dist.data.images.decode import decode
+from flatcal_dist.data.loading.streaming import streaming_loader
+from flatcal_dist.data.shards.listing import Stream, list_shards, open_stream
+from flatcal_dist.data.shards.remote import Access, NotThere, RemoteFile, read_small
+from flatcal_dist.data.shards.tar_stream import read_samples
+from tests.support.web import Web, serving
 
 QUICK = Access(stall_timeout=60, retries=3, backoff=0.01)  # a busy machine is no bad connection
 ALERT = Access(stall_timeout=1, retries=3, backoff=0.01)  # where silence is meant
@@ -461,7 +461,7 @@ def test_a_resumed_run_goes_on_exactly(web, workers):
 def test_what_is_skipped_is_not_decoded(web, monkeypatch):
     decoded = []
     monkeypatch.setattr(
-        "flatcal_dist.data.streaming.decode",
+        "flatcal_dist.data.loading.streaming.decode",
         lambda *words: decoded.append(0) or decode(*words),
     )
     batches(opened(f"{web.url}/{PATTERN}"), start=Position(0, 3), max_steps=4)

@@ -15,14 +15,14 @@ from conftest import make_samples, png
 
 from flatcal_dist.cli import main
 from flatcal_dist.data import DataError, index_shard, load_index, write_shards
-from flatcal_dist.data.archives import ilsvrc_archive
-from flatcal_dist.data.index import sidecar
-from flatcal_dist.data.remote import Access
-from flatcal_dist.data.stream import open_stream
-from flatcal_dist.data.streaming import _Piece, _read_piece
-from flatcal_dist.data.tar_stream import read_samples
-from flatcal_dist.data.validation import validate_shards
-from tests.web import serving
+from flatcal_dist.data.loading.streaming import _Piece, _read_piece
+from flatcal_dist.data.making.archives import ilsvrc_archive
+from flatcal_dist.data.making.validation import validate_shards
+from flatcal_dist.data.shards.index import sidecar
+from flatcal_dist.data.shards.listing import open_stream
+from flatcal_dist.data.shards.remote import Access
+from flatcal_dist.data.shards.tar_stream import read_samples
+from tests.support.web import serving
 
 IMAGES = [png(i) for i in range(8)]
 Streamed = list[tuple[str, bytes, int]]
@@ -402,7 +402,7 @@ def test_mutated_tars_are_read_rightly_or_refused(tmp_path, monkeypatch):
     Whatever is wrong is a DataError that names the shard. A stream that ends well has the index's
     samples, unless a member passed its checksum with another name or size: then both have that.
     """
-    monkeypatch.setattr("flatcal_dist.data.tar_stream.TOLD", 0)
+    monkeypatch.setattr("flatcal_dist.data.shards.tar_stream.TOLD", 0)
     samples = make_samples(3)
     plain = write_shards(samples, tmp_path / "p", "x", split="x", samples_per_shard=3)[0]
     other = io.BytesIO()

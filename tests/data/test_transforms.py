@@ -3,7 +3,6 @@ import pickle
 
 import pytest
 import torch
-from photographs import encoded, photograph
 from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import InterpolationMode
@@ -11,7 +10,8 @@ from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as F
 
 from flatcal_dist.data import Augmentation, Normalize, evaluation_transform, training_transform
-from flatcal_dist.data.decode import decode
+from flatcal_dist.data.images.decode import decode
+from tests.support.photographs import encoded, photograph
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from photographs import awkward_image, encoded, photograph
 from rich.console import Console
 
 from flatcal_dist.cli import main
 from flatcal_dist.data import Sample, expand, index_shard, load_index, write_shards
-from flatcal_dist.data.findings import print_validation
-from flatcal_dist.data.index import sidecar
-from flatcal_dist.data.validation import validate_shards
+from flatcal_dist.data.making.findings import print_validation
+from flatcal_dist.data.making.validation import validate_shards
+from flatcal_dist.data.shards.index import sidecar
+from tests.support.photographs import awkward_image, encoded, photograph
 
 
 def jpeg(number: int) -> bytes:

@@ -8,10 +8,10 @@ import pytest
 from timm.data import RealLabelsImagenet
 
 from flatcal_dist.data import DataError, image_folder, load_index, prepare_shards, write_shards
-from flatcal_dist.data.imagenet import class_names, real_labels, subset
-from flatcal_dist.data.shards import Sample
-from flatcal_dist.data.variants import find, of_index, open_variant
-from tests.data.variant_trees import WNIDS, small_image, write_tree
+from flatcal_dist.data.sets.imagenet import class_names, real_labels, subset
+from flatcal_dist.data.sets.variants import find, of_index, open_variant
+from flatcal_dist.data.shards.writing import Sample
+from tests.support.variant_trees import WNIDS, small_image, write_tree
 
 K = 1000
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
-from tests.ranks import on_ranks
-from tests.sharpness import zoo
-from tests.sharpness.reference import SAMPLES, make_optimizer, my_part, same
+from tests.support import zoo
+from tests.support.ranks import on_ranks
+from tests.support.reference import SAMPLES, make_optimizer, my_part, same
 
 NAMES = ("renorm", "rebound", "batch norm, plain average", "starts as None")
 SCOPES = (("global", False), ("rank", False), ("global", True), ("rank", True))

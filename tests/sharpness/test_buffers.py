@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.ranks import on_ranks
-from tests.sharpness.engines import ENGINES, make_engine, used
-from tests.sharpness.reference import make_network
+from tests.support.engines import ENGINES, make_engine, used
+from tests.support.ranks import on_ranks
+from tests.support.reference import make_network
 
 LAYOUTS = {
     "dense": lambda: torch.arange(6.0),
@@ -89,8 +89,8 @@ def test_all_ranks_get_the_buffers_of_the_first(kind):
 def continued(rank, world_size, kind):
     """A state with buffers that were None, or of another shape, at the start."""
     from flatcal_dist.sharpness import SAM, SharpnessAwareStep
-    from tests.sharpness import zoo
-    from tests.sharpness.reference import bits, train
+    from tests.support import zoo
+    from tests.support.reference import bits, train
 
     same = []
     for name in ("starts as None", "grows"):

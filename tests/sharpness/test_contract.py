@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from flatcal_dist.sharpness import SAM, MomentumSAM, ReplicatedEngine, SharpnessAwareStep
-from flatcal_dist.training.records import sharpness_figures
-from tests.sharpness.engines import EVERYWHERE, everywhere, make_engine
-from tests.sharpness.reference import (
+from flatcal_dist.training.figures import sharpness_figures
+from tests.support.engines import EVERYWHERE, everywhere, make_engine
+from tests.support.reference import (
     CLOSE,
     far,
     make_batch,

@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from flatcal_dist.sharpness import ASAM, CSAM, SAM, ReplicatedEngine, SharpnessAwareStep
-from flatcal_dist.sharpness.fsdp2 import ShardedEngine
-from tests.ranks import on_ranks
-from tests.sharpness.engines import ENGINES, EVERYWHERE, ZERO, everywhere, make_engine
-from tests.sharpness.reference import (
+from flatcal_dist.sharpness.engines.fsdp2 import ShardedEngine
+from tests.support.engines import ENGINES, EVERYWHERE, ZERO, everywhere, make_engine
+from tests.support.ranks import on_ranks
+from tests.support.reference import (
     CLOSE,
     far,
     make_network,

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from flatcal_dist.sharpness import SharpnessAwareStep
-from tests.ranks import on_ranks
-from tests.sharpness.engines import ENGINES, make_engine, used
-from tests.sharpness.reference import (
+from tests.support.engines import ENGINES, make_engine, used
+from tests.support.ranks import on_ranks
+from tests.support.reference import (
     CLOSE,
     RULES,
     SAMPLES,

@@ -1,10 +1,10 @@
-"""Networks and optimizers of Lightning Fabric on one process; tests/test_loops.py has two."""
+"""Networks and optimizers of Lightning Fabric on one process; recipes/test_loops.py has two."""
 
 import pytest
 import torch
 
 from flatcal_dist.sharpness import ReplicatedEngine, SharpnessAwareStep, StepError
-from tests.sharpness.reference import (
+from tests.support.reference import (
     CLOSE,
     RULES,
     far,

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatcal_dist.sharpness import CSAM, SAM, ReplicatedEngine, SharpnessAwareStep, StepError
-from tests.sharpness.engines import EVERYWHERE, everywhere, make_engine
-from tests.sharpness.reference import (
+from tests.support.engines import EVERYWHERE, everywhere, make_engine
+from tests.support.reference import (
     CLOSE,
     bits,
     far,

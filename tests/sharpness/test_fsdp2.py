@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flatcal_dist.sharpness import SharpnessAwareStep
-from tests.ranks import on_ranks
-from tests.sharpness.engines import make_engine, used
-from tests.sharpness.reference import (
+from tests.sharpness.test_refusals import message
+from tests.support.engines import make_engine, used
+from tests.support.ranks import on_ranks
+from tests.support.reference import (
     CLOSE,
     RULES,
     STEPS,
@@ -24,7 +25,6 @@ from tests.sharpness.reference import (
     reference,
     train,
 )
-from tests.sharpness.test_refusals import message
 
 
 def groups(rank, world_size):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.sharpness import ASAM, CSAM, SAM, ReplicatedEngine, SharpnessAwareStep
-from tests.ranks import on_ranks
+from tests.support.ranks import on_ranks
 
 WIDTH = 50_000
 COPY = 4 * (6 * WIDTH + WIDTH + WIDTH * 5 + 5)  # bytes of the weights

@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
 from flatcal_dist.sharpness import SAM, SharpnessAwareStep
-from tests.ranks import on_ranks
-from tests.sharpness.engines import ENGINES, EVERYWHERE, OWN, everywhere, make_engine, used
-from tests.sharpness.reference import (
+from tests.support.engines import ENGINES, EVERYWHERE, OWN, everywhere, make_engine, used
+from tests.support.ranks import on_ranks
+from tests.support.reference import (
     CLASSES,
     CLOSE,
     RULES,

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
 from flatcal_dist.sharpness import StepError
-from flatcal_dist.sharpness.optimizer_probe import refuse_flat_parts
+from flatcal_dist.sharpness.engines.optimizer_probe import refuse_flat_parts
 
 
 def network() -> nn.Sequential:

@@ -8,8 +8,8 @@ import pytest
 from torch import Tensor, nn
 
 from flatcal_dist.sharpness import CSAM, SAM, SharpnessAwareStep, StepError
-from tests.sharpness.engines import EVERYWHERE, everywhere, make_engine
-from tests.sharpness.reference import bits, make_batch, make_network
+from tests.support.engines import EVERYWHERE, everywhere, make_engine
+from tests.support.reference import bits, make_batch, make_network
 
 
 @dataclass

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.sharpness import ReplicatedEngine, SharpnessAwareStep
-from tests.ranks import on_ranks
-from tests.sharpness.engines import EVERYWHERE, everywhere, make_engine, used
-from tests.sharpness.reference import (
+from tests.sharpness.test_refusals import NOTHING, message
+from tests.support.engines import EVERYWHERE, everywhere, make_engine, used
+from tests.support.ranks import on_ranks
+from tests.support.reference import (
     CLOSE,
     RULES,
     far,
@@ -20,7 +21,6 @@ from tests.sharpness.reference import (
     reference,
     train,
 )
-from tests.sharpness.test_refusals import NOTHING, message
 
 # Weights that several modules share
 

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
-from flatcal_dist.sharpness.loss_scale import LossScale
-from flatcal_dist.sharpness.zero import ZeroEngine
-from tests.ranks import on_ranks
-from tests.sharpness.engines import EVERYWHERE, ZERO, everywhere, make_engine, saved, used
-from tests.sharpness.reference import (
+from flatcal_dist.sharpness.engines.loss_scale import LossScale
+from flatcal_dist.sharpness.engines.zero import ZeroEngine
+from tests.support.engines import EVERYWHERE, ZERO, everywhere, make_engine, saved, used
+from tests.support.ranks import on_ranks
+from tests.support.reference import (
     STEPS,
     bits,
     far,
@@ -234,7 +234,7 @@ def test_the_loss_scale_changes_no_bit(kind):
 
 
 def test_the_scale_grows_by_steps_and_not_by_passes(monkeypatch):
-    monkeypatch.setattr("flatcal_dist.sharpness.loss_scale.GROWTH_INTERVAL", 3)
+    monkeypatch.setattr("flatcal_dist.sharpness.engines.loss_scale.GROWTH_INTERVAL", 3)
     network = make_network()
     engine = ReplicatedEngine(network, make_optimizer(network), compute_dtype=torch.float16)
     step = SharpnessAwareStep(engine, SAM(0.1))

@@ -21,11 +21,11 @@ from flatcal_dist.sharpness import (
     SharpnessAwareStep,
     StepError,
 )
-from flatcal_dist.sharpness.fsdp2 import ShardedEngine
-from flatcal_dist.sharpness.fsdp2_start import shard
-from tests.ranks import on_ranks
-from tests.sharpness.engines import CPU, ENGINES, make_engine
-from tests.sharpness.reference import (
+from flatcal_dist.sharpness.engines.fsdp2 import ShardedEngine
+from flatcal_dist.sharpness.engines.fsdp2_start import shard
+from tests.support.engines import CPU, ENGINES, make_engine
+from tests.support.ranks import on_ranks
+from tests.support.reference import (
     CLASSES,
     bits,
     make_batch,

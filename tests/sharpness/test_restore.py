@@ -13,11 +13,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from flatcal_dist.sharpness import CSAM, GSAM, SAM, LookSAM, MomentumSAM, SharpnessAwareStep
-from flatcal_dist.sharpness.fsdp2 import ShardedEngine
-from flatcal_dist.sharpness.zero import ZeroEngine
-from flatcal_dist.training.preemption import StopRequest
-from tests.ranks import on_ranks
-from tests.sharpness.engines import (
+from flatcal_dist.sharpness.engines.fsdp2 import ShardedEngine
+from flatcal_dist.sharpness.engines.zero import ZeroEngine
+from flatcal_dist.training.stopping import StopRequest
+from tests.support.engines import (
     EVERYWHERE,
     everywhere,
     make_engine,
@@ -25,7 +24,8 @@ from tests.sharpness.engines import (
     settled,
     used,
 )
-from tests.sharpness.reference import STEPS, bits, make_network, make_optimizer, my_part, train
+from tests.support.ranks import on_ranks
+from tests.support.reference import STEPS, bits, make_network, make_optimizer, my_part, train
 
 # Without a perturbation
 

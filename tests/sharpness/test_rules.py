@@ -16,8 +16,8 @@ from flatcal_dist.sharpness import (
     ReplicatedEngine,
     SharpnessAwareStep,
 )
-from tests.sharpness.engines import EVERYWHERE, everywhere, make_engine, used
-from tests.sharpness.reference import (
+from tests.support.engines import EVERYWHERE, everywhere, make_engine, used
+from tests.support.reference import (
     RULES,
     bits,
     make_batch,

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from flatcal_dist.sharpness import SAM, LookSAM, SharpnessAwareStep
-from flatcal_dist.sharpness.zero import ZeroEngine
-from tests.ranks import on_ranks
-from tests.sharpness.engines import (
+from flatcal_dist.sharpness.engines.zero import ZeroEngine
+from tests.support.engines import (
     ENGINES,
     EVERYWHERE,
     ZERO,
@@ -19,7 +18,8 @@ from tests.sharpness.engines import (
     tensors_of,
     used,
 )
-from tests.sharpness.reference import bits, make_network, make_optimizer, train
+from tests.support.ranks import on_ranks
+from tests.support.reference import bits, make_network, make_optimizer, train
 
 
 def adamw(network: nn.Module) -> torch.optim.Optimizer:
@@ -157,7 +157,7 @@ def raises_a_hand(rank, world_size, kind):
 
 
 def train_one(step, rank, world_size, stop):
-    from tests.sharpness.reference import my_part
+    from tests.support.reference import my_part
 
     return step(my_part(rank, world_size, 0), stop=stop)
 

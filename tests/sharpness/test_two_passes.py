@@ -18,9 +18,9 @@ from flatcal_dist.sharpness import (
     SharpnessAwareStep,
     StepError,
 )
-from flatcal_dist.sharpness.move import measure
-from tests.sharpness.engines import EVERYWHERE, everywhere, make_engine, saved, used
-from tests.sharpness.reference import (
+from flatcal_dist.sharpness.engines.move import measure
+from tests.support.engines import EVERYWHERE, everywhere, make_engine, saved, used
+from tests.support.reference import (
     bits,
     make_batch,
     make_network,

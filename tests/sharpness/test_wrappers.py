@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.sharpness import ReplicatedEngine, SharpnessAwareStep, StepError
-from flatcal_dist.sharpness.zero import ZeroEngine
-from tests.ranks import on_ranks
-from tests.sharpness.engines import make_engine
-from tests.sharpness.reference import (
+from flatcal_dist.sharpness.engines.zero import ZeroEngine
+from tests.support.engines import make_engine
+from tests.support.ranks import on_ranks
+from tests.support.reference import (
     CLOSE,
     RULES,
     bits,

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from flatcal_dist.sharpness import SAM, LookSAM, SharpnessAwareStep
-from flatcal_dist.sharpness.zero_start import RunningStatisticsInFp32
-from tests.ranks import on_ranks
-from tests.sharpness.engines import ZERO, make_engine, used
-from tests.sharpness.reference import CLOSE, RULES, bits, far, reference, train
+from flatcal_dist.sharpness.engines.zero_start import RunningStatisticsInFp32
 from tests.sharpness.test_precision import wide_network
 from tests.sharpness.test_restore import Spoiled, raise_error
+from tests.support.engines import ZERO, make_engine, used
+from tests.support.ranks import on_ranks
+from tests.support.reference import CLOSE, RULES, bits, far, reference, train
 
 RHO = 0.002  # in bf16: a tenth of the spacing of the numbers that most weights are
 

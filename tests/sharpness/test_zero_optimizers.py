@@ -8,9 +8,9 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers,
 from torch import nn
 
 from flatcal_dist.sharpness import SAM, SharpnessAwareStep, StepError
-from tests.ranks import on_ranks
-from tests.sharpness.engines import ZERO, make_engine
-from tests.sharpness.reference import far, reference, train
+from tests.support.engines import ZERO, make_engine
+from tests.support.ranks import on_ranks
+from tests.support.reference import far, reference, train
 
 # Elements of AdamW and the like are divided by small numbers: rounding grows by some 10.
 CLOSE = 1e-5

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from flatcal_dist.sharpness import ASAM, SAM, LookSAM, SharpnessAwareStep, StepError
-from tests.sharpness import zoo
-from tests.sharpness.engines import EVERYWHERE, everywhere, make_engine, saved, used
-from tests.sharpness.reference import CLOSE, RULES, bits, far, reference, train
+from tests.support import zoo
+from tests.support.engines import EVERYWHERE, everywhere, make_engine, saved, used
+from tests.support.reference import CLOSE, RULES, bits, far, reference, train
 
 STEPS = range(3)
 SHARP = ("sam", "csam", "asam", "looksam")

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from flatcal_dist.data import prepare_digits
-from tests.launching import ROOT, digits
-from tests.slurm.cluster import cluster, install, missing, query, until
+from tests.support.cluster import cluster, install, missing, query, until
+from tests.support.launching import ROOT, digits
 
 SECONDS = 600  # for a job; a busy machine takes several times as long as an idle one
 pytestmark = pytest.mark.timeout(2400)

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 from flatcal_dist.config import load
 from flatcal_dist.data import DataError, expand, load_index, prepare_digits
-from flatcal_dist.data.index import Index
 from flatcal_dist.data.order import epoch_order, substitutes
+from flatcal_dist.data.shards.index import Index
 from flatcal_dist.inputs import batch_arithmetic
-from flatcal_dist.training.tracking import read_metrics
-from tests.launching import digits, launch
+from flatcal_dist.tracking.tracker import read_metrics
+from tests.support.launching import digits, launch
 
 WINDOW = 65536
 STEPS = 12  # per epoch of 800 images in batches of 64

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.launching import ROOT, launch
-from tests.sharpness.engines import ENGINES
+from tests.support.engines import ENGINES
+from tests.support.launching import ROOT, launch
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs/imagenet").glob("*.yaml"))
 # Both networks, low precision, channels_last, clipping; each kind of engine.

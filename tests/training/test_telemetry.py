@@ -3,7 +3,7 @@
 import pytest
 
 from flatcal_dist.sharpness import SAM
-from flatcal_dist.training.records import measured_at
+from flatcal_dist.training.figures import measured_at
 
 TOTAL = 23
 

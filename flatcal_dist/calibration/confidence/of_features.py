@@ -10,8 +10,7 @@ from scipy.linalg import eigh
 from sklearn.neighbors import NearestNeighbors
 
 from flatcal_dist.calibration.checks import FloatArray, IntArray
-
-from .score import Evidence, Reference, Score
+from flatcal_dist.calibration.confidence.score import Evidence, Reference, Score
 
 SMALLEST = 1e-12  # distance, as in the code of Jiang et al.
 

@@ -5,9 +5,8 @@ from numpy.typing import ArrayLike
 from scipy.special import log_softmax, logsumexp
 
 from flatcal_dist.calibration.checks import FloatArray
+from flatcal_dist.calibration.confidence.score import Score
 from flatcal_dist.calibration.softmax import score_images
-
-from .score import Score
 
 LOWEST = -1e6  # its exponential is 0, as that of all below
 

@@ -9,7 +9,7 @@ import numpy as np
 from flatcal_dist.calibration.checks import FloatArray, IntArray
 
 if TYPE_CHECKING:
-    from flatcal_dist.calibration.scores import Tuning
+    from flatcal_dist.calibration.confidence.of_logits import Tuning
     from flatcal_dist.calibration.softmax import ImageScores
 
 # probabilities: logits up to a constant of each image, so logarithms of probabilities will do.

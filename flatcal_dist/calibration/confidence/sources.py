@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 
-from flatcal_dist.calibration import scores
-
-from . import of_features, of_passes
-from .score import Score
+from flatcal_dist.calibration.confidence import of_features, of_passes
+from flatcal_dist.calibration.confidence import of_logits as scores
+from flatcal_dist.calibration.confidence.score import Score
 
 SCORES: tuple[Score, ...] = (*scores.SCORES, *of_features.SCORES, *of_passes.SCORES)
 BY_KEY = {score.key: score for score in SCORES}

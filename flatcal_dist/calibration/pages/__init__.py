@@ -1,0 +1,1 @@
+"""What every page shares: the frame, colours, and how values are printed."""

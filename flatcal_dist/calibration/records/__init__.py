@@ -1,0 +1,1 @@
+"""What is kept of every evaluated image, and tables from elsewhere that become the same."""

@@ -1,0 +1,188 @@
+"""`metrics.json` as a model: a report is built, written and read through it.
+
+Its metrics are those of `entries`. `python -m flatcal_dist.calibration.report.model` writes its
+JSON schema, metrics.schema.json, anew.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, ValidationError, WithJsonSchema, create_model
+from pydantic.json_schema import GenerateJsonSchema
+
+from flatcal_dist.calibration.metrics.entries import METRICS
+from flatcal_dist.calibration.metrics.entry import Metric
+from flatcal_dist.calibration.records.records import Source
+from flatcal_dist.calibration.report.about import About
+from flatcal_dist.calibration.report.parts import (
+    AllClasses,
+    Bin,
+    ConfidentError,
+    Confusions,
+    Count,
+    EceNull,
+    Histogram,
+    Limits,
+    Number,
+    OperatingPoints,
+    Part,
+    PerClass,
+    Positive,
+    Reference,
+    RiskCoverage,
+    ScoreTable,
+    SmoothCurve,
+)
+from flatcal_dist.calibration.statistics.intervals import Interval
+from flatcal_dist.files import write_json
+
+SCHEMA_VERSION = 3
+SCHEMA = Path(__file__).with_name("metrics.schema.json")
+
+
+def _field(metric: Metric) -> tuple[Any, Any]:
+    """The type of a metric's key. A file that was written before the metric was there lacks it."""
+    names = ("minimum", "maximum")
+    limits = {k: v for k, v in zip(names, metric.limits, strict=True) if v is not None}
+    kind: Any = Annotated[float, WithJsonSchema({"type": "number"} | limits)]
+    parts = (metric.name.replace("… of", "Entropy of"), metric.meaning, metric.source)
+    described = ". ".join(part.rstrip(".") for part in parts if part) + "."
+    return (
+        kind | None if metric.may_lack else kind,
+        Field(None, description=described, json_schema_extra=lambda s: s.pop("default")),
+    )
+
+
+Figures = create_model(
+    "Figures",
+    __base__=Part,
+    __doc__="Every metric, by its key.",
+    **{key: _field(metric) for key, metric in METRICS.items()},
+)
+
+
+class Side(Figures):
+    """One set of scores: as trained, or after temperature scaling."""
+
+    intervals: dict[str, Limits]
+    ece_null: EceNull
+    bins: list[Bin]
+    smooth_curve: SmoothCurve
+    histogram: Histogram
+    risk_coverage: RiskCoverage
+    operating_points: OperatingPoints
+
+    def value(self, key: str) -> float | None:
+        """A metric; None where it is undefined, or the file is older than the metric."""
+        if key not in METRICS:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def interval(self, key: str) -> Interval:
+        """A metric with its interval; ends None if it has none."""
+        limits = self.intervals.get(key)
+        if limits is None:
+            return Interval(self.value(key), None, None)
+        return Interval(self.value(key), limits.low, limits.high)
+
+
+class AfterTemperature(Side):
+    """The scores after temperature scaling; difference: after minus before, paired over images."""
+
+    difference: dict[str, Interval]
+
+
+class _Head(Part):
+    """What stands before the metrics."""
+
+    schema_version: Literal[3]
+    images: Count
+    classes: Count
+    top5_accuracy: float | None
+    source: Source
+    real: dict[str, Number | None] | None = Field(
+        description="figures where any ReaL label counts as correct"
+    )
+    all_classes: AllClasses | None
+
+
+class Report(Side, _Head):
+    """metrics.json of a calibration report.
+
+    Rates are fractions, NLL and entropy nats, null what is undefined. The top level holds the
+    network as trained. `conventions` says how each number is defined.
+    """
+
+    temperature: Positive
+    temperature_interval: tuple[float, float] | None
+    temperature_folds: list[Positive | None]
+    after_temperature: AfterTemperature
+    scores: ScoreTable | None
+    per_class: PerClass
+    confusions: Confusions
+    confident_errors: list[ConfidentError]
+    training: dict[str, list[Number | None]] | None = Field(
+        description="columns per validated epoch; null without a training log"
+    )
+    references: list[Reference]
+    conventions: dict[str, Any]
+    about: About
+
+    SIDES: ClassVar = ("before", "after")
+
+    def side(self, name: str) -> Side:
+        """`before` temperature scaling, or `after` it."""
+        return {"before": self, "after": self.after_temperature}[name]
+
+    def difference(self, key: str) -> Interval | None:
+        """What temperature scaling does to a metric; None where that was not tested."""
+        return self.after_temperature.difference.get(key)
+
+    def as_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+
+def read_metrics(path: Path) -> Report:
+    """A metrics.json, also of an earlier version of this package that knew fewer metrics.
+
+    ValueError in one line for a file that is damaged or of another version.
+    """
+    try:
+        m = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); evaluate the run again") from None
+    version = m.get("schema_version") if isinstance(m, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema version {version}, expected {SCHEMA_VERSION}; "
+            "evaluate the run again"
+        )
+    try:
+        return Report.model_validate(m)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ValueError(
+            f"{path} is no metrics.json that this version can read: {key}: {first['msg']} "
+            f"({error.error_count()} such keys); evaluate the run again"
+        ) from None
+
+
+class _Untitled(GenerateJsonSchema):
+    """Titles would repeat each key."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of what a report writes."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Report.model_json_schema(mode="serialization", schema_generator=_Untitled),
+    }
+
+
+if __name__ == "__main__":
+    write_json(SCHEMA, schema())

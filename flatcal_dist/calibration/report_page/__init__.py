@@ -1,0 +1,1 @@
+"""The page of a report: its table, pictures, and what they show in words."""

@@ -1,0 +1,1 @@
+"""The report on shifted data: corruptions and other test sets."""

@@ -1,0 +1,1 @@
+"""Intervals by resampling, exact tests, and differences over seeds."""

@@ -1,0 +1,1 @@
+"""Checkpoints: their format, saving beside training, and cutting for other ranks."""

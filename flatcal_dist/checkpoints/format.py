@@ -1,0 +1,352 @@
+"""Checkpoints: a directory that appears whole or not at all, verified before it is trusted.
+
+    checkpoints/step_00001800/state_00000.pt ...  progress.json  manifest.json
+
+Each rank that holds a part of the state writes its own, under another name for the directory; when
+all parts are durable rank 0 adds manifest.json, with size and SHA-256 of every file, and renames.
+Nothing is unpickled but tensors and plain containers. (torch.distributed.checkpoint unpickles its
+.metadata, DeepSpeed its states: neither is used.)
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+
+from flatcal_dist.averaging.average import Average
+from flatcal_dist.files import read_bytes, read_json, sync_directory
+from flatcal_dist.networks.weights import sha256
+from flatcal_dist.runs.directory import RunError, in_words
+from flatcal_dist.sharpness import SharpnessAwareStep
+from flatcal_dist.sharpness.learning import load_state
+
+NAME = re.compile(r"step_([0-9]{8,18})")
+# Errors that say nothing about what lies on the disk, and may be gone at the next try.
+PASSING = (
+    errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN,
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN,
+)  # fmt: skip
+BEST = {"accuracy": 1, "nll": -1}  # and the sign that makes more of it better
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is not whole, or that these ranks cannot use."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`step` optimizer steps are done. `samples_per_perturbation`: m of m-sharpness, or None.
+
+    `skipped` of the steps moved nothing. `engine` and `world_size` wrote it; `sharded`: each rank
+    its own part. `validation`: figures of the weights at this step, where they were taken, such as
+    {"accuracy": 0.76, "nll": 0.98}.
+    """
+
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    step: NonNegativeInt
+    samples_per_perturbation: int | None
+    engine: str
+    world_size: PositiveInt
+    sharded: bool
+    seconds: float
+    skipped: NonNegativeInt = 0
+    validation: dict[str, float] = field(default_factory=dict)
+    wandb_id: str | None = None
+
+    @property
+    def parts(self) -> int:
+        return self.world_size if self.sharded else 1
+
+
+PROGRESS = TypeAdapter(Progress)
+
+
+def state_of(step: SharpnessAwareStep, average: Average | None = None) -> dict[str, Any]:
+    """All that this rank needs to go on, as the step left it: to be copied before the next one.
+
+    An average has to be settled. Called by all ranks, which sum up what an objective keeps.
+    """
+    objective = step.objective_state()  # whole, by names of its own, the same on every rank
+    return {
+        "engine": step.engine.local_state(),
+        "arrangement": step.engine.arrangement(),
+        "memory": step.memory,
+        "average": average.weights if average else None,
+        "average_statistics": average.statistics if average else None,  # the same on every rank
+        "average_count": average.count if average else 0,
+    } | ({} if objective is None else {"objective": objective})
+
+
+def write_part(beside: Path, rank: int, state: dict[str, Any]) -> None:
+    """Write this rank's part into the unfinished checkpoint `beside`, durably."""
+    beside.mkdir(exist_ok=True)
+    written = _write(beside / f"state_{rank:05d}.pt", lambda file: torch.save(state, file))
+    _write_json(beside / f"state_{rank:05d}.json", written)
+
+
+def publish(
+    beside: Path, progress: Progress, keep: int, keep_best: str | None = None
+) -> Path | None:
+    """Let the checkpoint appear, of which all parts are written; drop old ones. By one rank.
+
+    Keeps the newest `keep`, and the best of all by `keep_best`, a key of Progress.validation.
+    """
+    directory = beside.parent
+    target = directory / f"step_{progress.step:08d}"
+    manifest = {}
+    for rank in range(progress.parts):
+        record = beside / f"state_{rank:05d}.json"
+        if not record.exists():
+            raise CheckpointError(
+                f"{beside / f'state_{rank:05d}.pt'}, of rank {rank}, is not there: run.dir must be "
+                "on a file system that all ranks share"
+            )
+        manifest[f"state_{rank:05d}.pt"] = json.loads(record.read_text())
+        record.unlink()
+    manifest["progress.json"] = _write_json(beside / "progress.json", asdict(progress))
+    _write_json(beside / "manifest.json", manifest)
+    sync_directory(beside)
+    beside.rename(target)
+    sync_directory(directory)
+    _drop_old(directory, progress.step, keep, keep_best)
+    return target
+
+
+def _drop_old(directory: Path, step: int, keep: int, keep_best: str | None) -> None:
+    paths = [path for number, path in found(directory).items() if number <= step]
+    scores = {p: score for p in paths if (score := _score(p, keep_best)) is not None}
+    best = max(scores, key=scores.get, default=None)
+    for path in paths[:-keep]:
+        if path != best:
+            # One that cannot be removed now is tried again at the next save.
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _score(path: Path, keep_best: str | None) -> float | None:
+    """More is better."""
+    if keep_best is None:
+        return None
+    try:
+        value = load_progress(path).validation.get(keep_best)
+    except (OSError, RunError, CheckpointError):
+        return None
+    return None if value is None else BEST[keep_best] * value
+
+
+def found(directory: Path) -> dict[int, Path]:
+    """What is called a checkpoint by its step, oldest first; a user's copies are not."""
+    numbers = {path: NAME.fullmatch(path.name) for path in directory.glob("step_*")}
+    return dict(sorted((int(number[1]), path) for path, number in numbers.items() if number))
+
+
+def newest(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, or None; and what is wrong with newer ones, passed over."""
+    problems = []
+    for path in reversed(found(directory).values()):
+        try:
+            verify(path)
+            return path, problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def clean(directory: Path, newest_whole: Path | None) -> None:
+    """Remove what killed saves left; rename the damaged after `newest_whole`: they never count."""
+    for leftover in directory.glob(".step_*"):
+        _remove(leftover)
+    there = found(directory)
+    whole = next((number for number, path in there.items() if path == newest_whole), -1)
+    for number, path in there.items():
+        if number > whole:
+            aside = directory / f"damaged_{path.name}"
+            _remove(aside)
+            path.rename(aside)
+
+
+def _remove(path: Path) -> None:
+    """A directory with what is in it, or a file or link by itself: what it points to is not ours.
+
+    What cannot be removed stays.
+    """
+    if path.is_symlink() or not path.is_dir():
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def verify(path: Path) -> None:
+    """Compare every file with the manifest. Raises CheckpointError naming the first difference.
+
+    And whether what they hold can be loaded, has no weight that is NaN, and nothing but what a
+    save writes: then SHA-256 is no help. RunError for one that is whole and of another version, or
+    that cannot be read now: it must not be passed over as damaged.
+    """
+    try:
+        manifest = read_json(path / "manifest.json")
+        if "progress.json" not in manifest:
+            raise CheckpointError(f"{path / 'manifest.json'} lists no progress.json")
+        for name, recorded in manifest.items():
+            file = path / name
+            if not re.fullmatch(r"progress\.json|state_[0-9]{5}\.pt", name):
+                raise CheckpointError(
+                    f"{path / 'manifest.json'} lists {name!r}, which no save writes"
+                )
+            if not file.is_file():  # a pipe or device could be read for ever
+                raise CheckpointError(f"{file} is no file")
+            if file.stat().st_size != recorded["size"] or sha256(file) != recorded["sha256"]:
+                raise CheckpointError(f"{file} is not what was saved (size or SHA-256 differ)")
+        progress = load_progress(path)
+        if NAME.fullmatch(path.name) and path.name != f"step_{progress.step:08d}":
+            raise CheckpointError(f"{path} holds the state of step {progress.step}")
+        for rank in range(progress.parts):
+            if (name := f"state_{rank:05d}.pt") not in manifest:
+                raise CheckpointError(f"{path / 'manifest.json'} lists no {name}")
+            _refuse_nan(load_part(path, rank, mmap=True), path / name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno in PASSING:
+            raise RunError(
+                f"{path} cannot be read ({error}): it may be whole, so no older one is used. Mend "
+                "its permissions or the file system, and give the same command again; or move it "
+                "away, to go on from the one before"
+            ) from None
+        raise CheckpointError(f"{path} is not whole: {error}") from None
+
+
+def _refuse_nan(state: dict[str, Any], file: Path) -> None:
+    """Of trained weights, which no step makes NaN: buffers may hold what they like."""
+    engine, pieces = state["engine"], state["arrangement"]["pieces"]
+    flat = engine.get("masters")  # ZeRO's, of which a rank may hold none
+    for weight in [engine["weights"][name] for name in pieces] if flat is None else flat:
+        if torch.isnan(weight).any():
+            raise CheckpointError(f"{file} holds weights that are NaN")
+
+
+def load_progress(path: Path) -> Progress:
+    """Of a verified checkpoint. Raises RunError for one of another version.
+
+    CheckpointError for one that no version wrote.
+    """
+    file = path / "progress.json"
+    try:
+        return PROGRESS.validate_json(read_bytes(file))
+    except ValidationError as error:
+        kinds = {one["type"] for one in error.errors()}
+        if not kinds <= {"missing", "unexpected_keyword_argument", "extra_forbidden"}:
+            raise CheckpointError(f"{file} is damaged: {in_words(error)}") from None
+        raise RunError(
+            f"{file} is not as this version writes it ({in_words(error)}): go on with the "
+            "version that environment.json names, or begin another run"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+
+
+def load_part(path: Path, rank: int, mmap: bool = False) -> dict[str, Any]:
+    """What `state_of` gave on this rank, on the CPU; with `mmap` read when it is looked at.
+
+    Raises CheckpointError for a file that holds anything else.
+    """
+    file = path / f"state_{rank:05d}.pt"
+    try:
+        state = torch.load(file, weights_only=True, map_location="cpu", mmap=mmap)
+    except OSError:
+        raise
+    except Exception:  # torch's message would advise to run what the file holds
+        raise CheckpointError(
+            f"{file} cannot be loaded: it holds more than tensors and plain containers, or is "
+            "damaged"
+        ) from None
+    if not isinstance(state, dict) or not {"engine", "arrangement"} <= state.keys():
+        raise CheckpointError(f"{file} is not the state of a rank")
+    return state
+
+
+def fill(step: SharpnessAwareStep, state: dict[str, Any], average: Average | None = None) -> None:
+    """Let engine, the step's memory and the average be as `load_part` found them.
+
+    `fill_objective` does it for the objective. For the engine and the number of ranks that wrote
+    it; resharding.load is for others.
+    """
+    step.engine.load_local_state(state["engine"])
+    memory = state["memory"]
+    device = step.engine.device
+    step.memory = memory and {name: tensor.to(device) for name, tensor in memory.items()}
+    if average:
+        average.load(
+            state["average"], state.get("average_statistics"), state.get("average_count", 1)
+        )
+
+
+def fill_objective(
+    step: SharpnessAwareStep, state: dict[str, torch.Tensor] | None, path: Path
+) -> None:
+    """Let the step's objective go on from what the checkpoint `path` holds for it, or None.
+
+    Raises CheckpointError if the objective keeps a history and this is not its own.
+    """
+    try:
+        load_state(step.loss, state)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} cannot be gone on from: {error}. Go on with the objective and the data that "
+            "it was trained with, or begin another run"
+        ) from None
+
+
+class HashedFile:
+    """A new file written by plain system calls; what goes into it is counted and hashed."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.sha256.update(view)
+        length = len(view)
+        try:
+            while view:
+                view = view[os.write(self.descriptor, view) :]
+        except OSError as error:
+            self.error = error
+            raise
+        self.size += length
+        return length
+
+    def flush(self) -> None:
+        pass  # torch.save asks; nothing is held back
+
+
+def _write(path: Path, fill: Callable[[HashedFile], Any]) -> dict[str, Any]:
+    """Write a file durably; its size and SHA-256."""
+    file = HashedFile(path)
+    try:
+        fill(file)
+        os.fsync(file.descriptor)
+    except RuntimeError:
+        if file.error:  # torch.save says of it only that a position is unexpected
+            raise file.error from None
+        raise
+    finally:
+        os.close(file.descriptor)
+    return {"size": file.size, "sha256": file.sha256.hexdigest()}
+
+
+def _write_json(path: Path, value: Any) -> dict[str, Any]:
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    return _write(path, lambda file: file.write(text.encode()))

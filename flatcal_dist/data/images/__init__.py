@@ -1,0 +1,1 @@
+"""From encoded images to tensors: decoding, augmentation, mixing, corruption."""

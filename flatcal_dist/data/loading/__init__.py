@@ -1,0 +1,1 @@
+"""Batches for training and evaluation, in an order that can be resumed."""

@@ -1,0 +1,1 @@
+"""Making shards, and finding what is wrong with them."""

@@ -1,0 +1,352 @@
+"""From a source to the shards of a split: shuffled once, in parallel, resumable shard by shard.
+
+Which images go into which shard, in which order, follows from the source and the seed alone, and
+is written down beforehand (PREFIX-SPLIT.plan.json). A shard appears whole by rename; the split
+appears in `_info.json` when all are there. Until then readers refuse it, and the same command
+writes what is missing. PREFIX-SPLIT.sha256 is for `sha256sum -c` and `flatcal validate`.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.making.parallel import in_parallel
+from flatcal_dist.data.making.sources import Source
+from flatcal_dist.data.order import shuffled
+from flatcal_dist.data.shards.index import index_shard, load_index, sidecar
+from flatcal_dist.data.shards.writing import (
+    Sample,
+    add_to_info,
+    locked,
+    refuse_other_shards,
+    write_checksums,
+    write_shard,
+)
+from flatcal_dist.files import WriteError
+
+QUALITY = 90  # of JPEGs that are encoded again, unless another is asked for
+SHARD_BYTES = 150_000_000  # of images; files of this size are read at full speed
+FEWEST_SHARDS, FEWEST_IMAGES = 32, 64
+OVERHEAD = 4096  # bytes of a sample beside its image: headers, label, json, padding
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are encoded again, as JPEG; without either number they are copied."""
+
+    max_edge: int | None = None  # pixels: larger images are scaled down until they fit
+    quality: int | None = None  # without max_edge, every image is encoded again
+
+    def __post_init__(self):
+        if self.max_edge is not None and self.max_edge < 1:
+            raise DataError(f"max_edge is a number of pixels, 1 or more, not {self.max_edge}.")
+        if self.quality is not None and not 1 <= self.quality <= 95:
+            raise DataError(f"quality is one of JPEG's, 1 to 95, not {self.quality}.")
+
+    @property
+    def copies(self) -> bool:
+        return self.max_edge is None and self.quality is None
+
+    def encode(self, data: bytes) -> bytes | None:
+        """The new JPEG; None if the image may stay as it is. Raises what Pillow raises."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large images: they are about to become small
+            with Image.open(io.BytesIO(data)) as image:
+                if self.max_edge is not None:
+                    if max(image.size) <= self.max_edge:
+                        return None
+                    image.thumbnail((self.max_edge, self.max_edge), Image.Resampling.BICUBIC)
+                # As at decoding, an EXIF orientation is not applied, and it is not kept either.
+                pixels = image if image.mode in ("L", "RGB") else image.convert("RGB")
+                output = io.BytesIO()
+                pixels.save(output, "jpeg", quality=self.quality or QUALITY, exif=b"")
+        return output.getvalue()
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `prepare_shards` has done."""
+
+    shards: list[Path]  # all of the split, in order
+    resumed: int  # how many of them were there already
+    copied: list[str]  # images that could not be encoded again and were copied as they are
+
+
+def prepare_shards(
+    source: Source,
+    destination: Path,
+    split: str,
+    *,
+    prefix: str | None = None,
+    shards: int | None = None,
+    seed: int = 0,
+    encoding: Encoding | None = None,
+    workers: int = 1,
+    progress: bool = False,
+) -> Written:
+    """Write `source`, shuffled by `seed`, as DESTINATION/PREFIX-SPLIT-{0000...}.tar.
+
+    The bytes do not depend on `workers`. `shards`: how many (never more than images); prefix and
+    number have the source's usual values, else see `usual_count`. Finished shards of an earlier run
+    are kept.
+
+    Raises DataError if the destination holds shards of another source, seed or other options, if
+    its other split has other classes, if another process writes there, the disk is full, or an
+    image cannot be read.
+    """
+    encoding = encoding or Encoding()
+    destination = Path(destination)
+    if prefix is not None and not re.fullmatch(r"[^./\\][^/\\]*", prefix):
+        raise DataError(f"prefix begins the names of files, {prefix!r} cannot: use letters and -.")
+    if seed < 0:
+        raise DataError(f"seed is a number of 0 or more, not {seed}.")
+    name = f"{source.prefix if prefix is None else prefix}-{split}"
+    count = min(usual_count(source, split) if shards is None else shards, len(source))
+    if count < 1:
+        raise DataError(f"{count} shards cannot hold {len(source)} images: use 1 or more of each.")
+    parts = np.array_split(shuffled(len(source), np.random.Philox(key=seed)), count)
+    width = max(4, len(str(count - 1)))
+    paths = [destination / f"{name}-{number:0{width}d}.tar" for number in range(count)]
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(destination, error) from None
+    plan = _plan(source, split, count, seed, encoding)
+    refuse_other_shards(destination, split, paths)
+    _refuse_other_plan(destination, name, split)
+    with _planned(destination, name, plan) as alone:
+        if alone:  # what killed runs have left
+            for path in destination.glob(f".{escape(name)}-*"):
+                path.unlink(missing_ok=True)
+        missing = [
+            number for number in range(count) if not _is_done(paths[number], source, parts[number])
+        ]
+        _check_space(source, [parts[number] for number in missing], destination, encoding)
+        tasks = ((source.take(parts[number]), paths[number], encoding) for number in missing)
+        done = in_parallel(_write_part, tasks, max(1, min(workers, len(missing))))
+        sizes = [len(parts[number]) for number in missing]
+        copied = _finish(destination / f"{name}.sha256", paths, missing, sizes, done, progress)
+        add_to_info(destination, split, paths, [len(part) for part in parts])
+    return Written(paths, count - len(missing), sorted(copied))
+
+
+def usual_count(source: Source, split: str) -> int:
+    """The number of shards for a source, where nobody says it.
+
+    Published sets have their published numbers. Others get shards of some 150 MB, as ImageNet's
+    are; but at least 32 of them, so that 4 ranks of 4 workers find two each; and each of these
+    holds 64 images or more. The number does not depend on the machine: another one can go on.
+    """
+    if source.shards is not None:
+        return source.shards[split]
+    by_bytes = round((source.bytes() or 0) / SHARD_BYTES)
+    return max(1, min(max(by_bytes, FEWEST_SHARDS), len(source) // FEWEST_IMAGES))
+
+
+def _plan(source: Source, split: str, count: int, seed: int, encoding: Encoding) -> dict[str, Any]:
+    return {
+        "split": split,
+        "shards": count,
+        "seed": seed,
+        "max_edge": encoding.max_edge,
+        "quality": encoding.quality,
+        "encoder": None if encoding.copies else f"Pillow {PIL.__version__}",
+        "source": source.identity(),
+        "classes": list(source.classes),
+    }
+
+
+def _refuse_other_plan(directory: Path, name: str, split: str) -> None:
+    """A directory has one set of shards a split: a second one would hide the first."""
+    for path in sorted({*directory.glob("*.plan.json")} - {directory / f"{name}.plan.json"}):
+        other = path.name.removesuffix(".plan.json")
+        if other.endswith(f"-{split}") and any(directory.glob(f"{escape(other)}-[0-9]*.tar")):
+            raise DataError(
+                f"{directory} already holds shards {other!r} of split {split!r}: with "
+                f"{name!r} beside them, readers would see only one of the two. Delete them "
+                f"and {path.name}, or choose another directory."
+            )
+
+
+@contextmanager
+def _planned(directory: Path, name: str, plan: dict[str, Any]) -> Iterator[bool]:
+    """Write the plan or compare it with the one that is there, and be alone until the end."""
+    path = directory / f"{name}.plan.json"
+    old = sorted(directory.glob(f"{escape(name)}-[0-9]*.tar"))
+    if old and not path.exists():
+        raise DataError(
+            f"{directory} already holds {len(old)} shards of {name!r} ({old[0].name}, ...) without "
+            "a plan, so what they hold is not known. Delete them or choose another directory."
+        )
+    with ExitStack() as stack:
+        path.touch()
+        try:
+            alone = stack.enter_context(locked(path, wait=False))
+        except BlockingIOError as error:
+            raise DataError(
+                f"Another `flatcal shard` is writing {name!r} into {directory}. Wait for its end."
+            ) from error
+        if old:
+            _compare(path, plan)
+        else:
+            for other in sorted({*directory.glob("*.plan.json")} - {path}):
+                _compare_classes(other, path, plan)
+            path.write_text(json.dumps(plan, indent=1) + "\n")
+        yield alone
+
+
+def _compare(path: Path, plan: dict[str, Any]) -> None:
+    try:
+        old = _flat(json.loads(path.read_text()))
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read ({error}). Delete it and its shards.") from error
+    new = _flat(plan)
+    different = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if different:
+        told = [
+            f"{key} was {old.get(key)}, is {new.get(key)}"
+            if len(f"{old.get(key)}{new.get(key)}") < 60
+            else f"{key} differs"
+            for key in different
+        ]
+        raise DataError(
+            f"{path.parent} holds shards of {path.name.removesuffix('.plan.json')!r} that were "
+            f"planned otherwise: {'; '.join(told)}. Use the same source and options, delete those "
+            f"shards and {path.name}, or choose another directory."
+        )
+
+
+def _compare_classes(other: Path, path: Path, plan: dict[str, Any]) -> None:
+    """Two splits whose labels count different classes would be evaluated wrongly in silence."""
+    theirs = json.loads(other.read_text())["classes"]
+    odd = sorted(set(theirs) ^ set(plan["classes"]))
+    if odd and other.name.rpartition("-")[0] == path.name.rpartition("-")[0]:
+        raise DataError(
+            f"This source has {len(plan['classes'])} classes, but {other.name} in {other.parent} "
+            f"has {len(theirs)}: {odd[0]!r} is only in one of them ({len(odd)} such classes), so "
+            "equal labels would mean different classes. Complete the source, or choose another "
+            "directory."
+        )
+
+
+def _flat(plan: dict[str, Any]) -> dict[str, Any]:
+    source = {f"source {key}": value for key, value in plan["source"].items()}
+    return {**source, **{key: value for key, value in plan.items() if key != "source"}}
+
+
+def _is_done(shard: Path, source: Source, part: np.ndarray) -> bool:
+    """Whether a shard is there; one that is there must be the planned one."""
+    if not shard.exists():
+        return False
+    if not sidecar(shard).exists():  # killed in between
+        index_shard(shard)
+    index = load_index([shard])
+    keys = [key.decode() for key in source.key[part].tolist()]
+    if index.keys() != keys or not np.array_equal(index.label, source.label[part]):
+        raise DataError(
+            f"{shard} does not hold the samples that were planned for it. Delete it and run the "
+            "same command again."
+        )
+    return True
+
+
+def _check_space(source: Source, parts: list, directory: Path, encoding: Encoding) -> None:
+    if not parts or not encoding.copies or source.bytes() is None:
+        return
+    images = source.take(np.concatenate(parts))
+    needed, free = images.bytes() + OVERHEAD * len(images), shutil.disk_usage(directory).free
+    if needed > free:
+        raise DataError(
+            f"{directory} has {free / 1e9:.1f} GB free, but the shards to write need up to "
+            f"{needed / 1e9:.1f} GB. Make room or choose another directory."
+        )
+
+
+def _write_part(part: Source, shard: Path, encoding: Encoding) -> tuple[str, list[str]]:
+    """Write a shard and its index; return its SHA-256, and the images copied despite `encoding`."""
+    copied: list[str] = []
+    try:
+        digest = write_shard(_samples(part, encoding, copied), shard, set())
+        index_shard(shard)
+    except OSError as error:  # reading has errors of its own
+        raise DataError(
+            f"{shard} could not be written ({error.strerror or error}). The finished shards are "
+            "kept: make room, then run the same command again."
+        ) from error
+    return digest, copied
+
+
+def _samples(part: Source, encoding: Encoding, copied: list[str]) -> Iterator[Sample]:
+    names, keys = map(os.fsdecode, part.name.tolist()), map(bytes.decode, part.key.tolist())
+    images: Iterable[bytes] = part.images()
+    for image, name, key, label in zip(images, names, keys, part.label.tolist(), strict=True):
+        extension = PurePosixPath(name).suffix[1:].lower().replace("jpeg", "jpg")
+        if not encoding.copies:
+            try:
+                new = encoding.encode(image)
+            except MemoryError:
+                raise
+            except Exception:  # a damaged file raises nearly anything in Pillow
+                new = None
+                copied.append(name)
+            if new is not None:
+                image, extension = new, "jpg"
+        more = {"class": part.classes[label]}
+        yield Sample(key, image, extension, label, name, more)
+
+
+def _finish(
+    checksums: Path,
+    paths: list[Path],
+    missing: list[int],
+    sizes: list[int],
+    done: Iterator[tuple[int, tuple[str, list[str]]]],
+    progress: bool,
+) -> list[str]:
+    """Wait for the shards, note the checksum of each; return the names of images copied."""
+    pattern = re.compile(r"^([0-9a-f]{64})  (.+\.tar)$", re.M)
+    lines = checksums.read_text() if checksums.exists() else ""
+    written = {paths[number].name for number in missing}
+    digests = {name: digest for digest, name in pattern.findall(lines) if name not in written}
+    copied: list[str] = []
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("shards, {task.fields[images]:,} images"), TimeRemainingColumn(),
+        console=Console(stderr=True), disable=not progress,
+    )  # fmt: skip
+    with bar:
+        images = 0
+        task = bar.add_task(
+            "sharding", total=len(paths), completed=len(paths) - len(missing), images=0
+        )
+        for number, (digest, names) in done:
+            name = paths[missing[number]].name
+            images += sizes[number]
+            digests[name] = digest
+            with checksums.open("a") as file:
+                file.write(f"{digest}  {name}\n")
+            copied += names
+            bar.update(task, advance=1, images=images)
+    for path in itertools.filterfalse(lambda path: path.name in digests, paths):
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    write_checksums(checksums, {path.name: digests[path.name] for path in paths})
+    return copied

@@ -1,0 +1,199 @@
+"""What can be made into shards: images still encoded, each with its label, key and original name.
+
+A source knows where its n images are, not what they hold: `images` reads them one by one, and
+`take` cuts out the part that one shard needs, small enough to be sent to a worker.
+"""
+
+import dataclasses
+import hashlib
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.shards.regular import open_regular
+from flatcal_dist.data.shards.writing import check_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """n images in a natural order. All arrays have length n."""
+
+    kind: str  # "image folder", ...
+    prefix: str  # how its shards are usually called
+    shards: dict[str, int] | None  # how many of them, by split; None: as the bytes ask for
+    classes: tuple[str, ...]  # the name of each label
+    label: np.ndarray  # [n] i4
+    key: np.ndarray  # [n] S, of the sample in the shard
+    name: np.ndarray  # [n] S, of the image where it came from
+    left_out: tuple[str, ...] = ()  # what lies there and is no image of a class
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def take(self, numbers: np.ndarray) -> Self:
+        """The images with these numbers, in this order."""
+        parts = {name: value[numbers] for name, value in self._arrays()}
+        return dataclasses.replace(self, **parts)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this source from another one, or from itself after a change."""
+        digests = {name: _digest(value) for name, value in self._arrays()}
+        return {"kind": self.kind, "images": len(self), **digests}
+
+    def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                yield name, value
+
+    def images(self) -> Iterator[bytes]:
+        """Read the images in order. Raises DataError if one cannot be read or has changed."""
+        raise NotImplementedError
+
+    def bytes(self) -> int | None:
+        """Of all images together, if that is known without reading them."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files(Source):
+    """Image files under `root`, named by `name`."""
+
+    root: Path
+    size: np.ndarray  # [n] i8, bytes
+    time: np.ndarray  # [n] i8, of modification, ns
+
+    def images(self) -> Iterator[bytes]:
+        for name, size in zip(self.name.tolist(), self.size.tolist(), strict=True):
+            path = self.root / os.fsdecode(name)
+            try:
+                with open_regular(path) as file:
+                    image = file.read(size + 1)
+            except OSError as error:
+                raise DataError(f"{path} cannot be read ({error.strerror or error}).") from error
+            if len(image) != size:
+                raise DataError(
+                    f"{path} has {path.stat().st_size} bytes, but had {size} when sharding began: "
+                    "the source changes. Wait until it is complete, then shard it again."
+                )
+            yield image
+
+    def bytes(self) -> int:
+        return int(self.size.sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members(Source):
+    """Images inside an uncompressed tar, also inside tars in it."""
+
+    tar: Path
+    tar_size: int  # bytes
+    tar_time: int  # of modification, ns
+    offset: np.ndarray  # [n] i8, of the image's first byte in the tar
+    size: np.ndarray  # [n] i8, bytes
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "tar_size": self.tar_size, "tar_time": self.tar_time}
+
+    def images(self) -> Iterator[bytes]:
+        try:
+            with open_regular(self.tar) as file:
+                about = os.fstat(file.fileno())
+                if (about.st_size, about.st_mtime_ns) != (self.tar_size, self.tar_time):
+                    raise DataError(f"{self.tar} changed after sharding began. Start again.")
+                for offset, size in zip(self.offset.tolist(), self.size.tolist(), strict=True):
+                    image = os.pread(file.fileno(), size, offset)
+                    if len(image) != size:
+                        raise DataError(f"{self.tar} ends before byte {offset + size}.")
+                    yield image
+        except OSError as error:
+            raise DataError(f"{self.tar} cannot be read ({error.strerror or error}).") from error
+
+    def bytes(self) -> int:
+        return int(self.size.sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pixels(Source):
+    """Images held in memory, written as PNG, which loses nothing."""
+
+    pixels: np.ndarray  # [n, H, W] or [n, H, W, 3] uint8
+
+    def images(self) -> Iterator[bytes]:
+        for pixels in self.pixels:
+            png = io.BytesIO()
+            Image.fromarray(pixels).save(png, "png")
+            yield png.getvalue()
+
+
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+
+
+def torchvision_set(name: str, root: Path, split: str) -> Pixels:
+    """CIFAR-10 or -100 as torchvision keeps it under `root`; its test images are `validation`.
+
+    torchvision checks the files' published MD5 sums before it reads them. Raises DataError if
+    they are not there or not those.
+    """
+    import torchvision
+
+    try:
+        data = getattr(torchvision.datasets, TORCHVISION[name])(root, train=split == "train")
+    except (RuntimeError, OSError) as error:
+        kind = getattr(torchvision.datasets, TORCHVISION[name])
+        raise DataError(
+            f"{Path(root) / kind.base_folder} does not hold {TORCHVISION[name]} as published "
+            f"({error}). Unpack {kind.filename} there, or name another --root."
+        ) from error
+    numbers = range(len(data))
+    return Pixels(
+        kind=f"torchvision {TORCHVISION[name]}",
+        prefix=name,
+        shards={"train": 20, "validation": 4},  # of 2,500 images
+        classes=tuple(data.classes),
+        label=np.array(data.targets, np.int32),
+        key=np.array([f"{name}_{split}_{i:05d}".encode() for i in numbers]),
+        name=np.array([f"{name}/{split}/{i:05d}.png".encode() for i in numbers]),
+        pixels=np.asarray(data.data),
+    )
+
+
+def unique_keys(names: Sequence[str], where: str = "") -> np.ndarray:
+    """Keys [n] S for images of these names: the file name without its extension.
+
+    Where these are not unique, the folder comes in front. Dots become _, because a key ends at one.
+    Raises DataError, which begins with
+    `where`, if two images would still share one, or a name cannot be a key.
+    """
+    keys = [_stem(name) for name in names]
+    if len(set(keys)) < len(keys):
+        folders = (name.rpartition("/")[0].rpartition("/")[2] for name in names)
+        keys = [
+            f"{folder.replace('.', '_')}_{key}" for folder, key in zip(folders, keys, strict=True)
+        ]
+    for key, name in zip(keys, names, strict=True):
+        check_key(key, f"{where}{name!r}: ")
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        first, second = [name for name, key in zip(names, keys, strict=True) if key == twice[0]][:2]
+        raise DataError(
+            f"{where}{first} and {second} would both have the key {twice[0]!r} ({len(twice)} such "
+            "keys; extensions do not count, and dots become _). Rename or remove one of each."
+        )
+    return np.array([key.encode() for key in keys])
+
+
+def _stem(name: str) -> str:
+    stem = name.rpartition("/")[2].rpartition(".")[0]
+    return stem.replace(".", "_")  # webdataset would cut the key at a dot
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:32]

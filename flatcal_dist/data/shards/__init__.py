@@ -1,0 +1,1 @@
+"""Shards: tars of images, local or remote, indexed or streamed."""

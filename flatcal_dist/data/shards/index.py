@@ -1,0 +1,382 @@
+"""A sidecar index per shard: WebDataset tars become random-access arrays of samples.
+
+`index_shard` reads one tar once and writes `SHARD.tar.index` beside it: a header (`HEADER`) and a
+row per sample (`_rows`). `load_index` joins the sidecars of many shards into an `Index`, whose
+`read` is one `pread` per image. The tar itself stays untouched, so anything that reads WebDataset
+shards still reads it.
+
+What is guarded: a shard whose size changed since it was indexed is refused when the index is
+loaded, and so is a sidecar that does not have its own checksum; another shard of the same size in
+its place is refused at the read, because the tar header in front of every image must have the
+recorded checksum. So must the image: flipped bits in it, which decoders mostly turn into other
+pixels without a word, are a `BadImage`.
+"""
+
+import errno
+import hashlib
+import os
+import struct
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+
+from flatcal_dist.data.errors import BadImage, DataError
+from flatcal_dist.data.shards.members import BLOCK, LONGEST_NAME
+from flatcal_dist.data.shards.regular import check_regular, read_regular
+from flatcal_dist.data.shards.samples import LARGEST_MEMBER
+from flatcal_dist.data.shards.walk import (
+    WARNINGS,
+    Problem,
+    Report,
+    ShardIndex,
+    checksum,
+    walk_shard,
+)
+from flatcal_dist.files import write_atomically
+
+VERSION = 2
+MAGIC = b"flatcal "
+# MAGIC; version, bytes of the tar, samples, bytes of a key; XXH3 of these and of the rows
+HEADER = struct.Struct("<8s4QQ")
+COLUMNS = {
+    "offset": "u8",
+    "size": "u4",
+    "header": "u4",
+    "content": "u4",
+    "label": "i4",
+    "shard": "i4",
+}
+READERS = 16  # threads that load sidecars: on network disks it is waiting that takes the time
+LARGEST_SIDECAR = 4 << 30  # bytes; a shard of 1,281,167 images has one of some 60 MB
+DESCRIPTORS = 512  # open shards per process; the usual limit for all files is 1024
+
+
+def sidecar(shard: Path) -> Path:
+    """Where the index of `shard` lies."""
+    return shard.with_name(shard.name + ".index")
+
+
+def _print_warning(problem: Problem) -> None:
+    print(f"warning: {problem.text}", file=sys.stderr)
+
+
+def index_shard(shard: Path, warn: Report = _print_warning) -> int:
+    """Write the sidecar of `shard` (whole, by rename) and return its number of samples.
+
+    `warn` is told which members were left out. Raises DataError where `walk_shard` does.
+    """
+    shard = Path(shard)
+
+    def report(problem: Problem) -> None:
+        if problem.kind not in WARNINGS:
+            raise DataError(problem.text)
+        warn(problem)
+
+    found = walk_shard(shard, report)
+    rows = np.empty(len(found), _rows(found.key.dtype.itemsize))
+    for name in rows.dtype.names:
+        rows[name] = getattr(found, name)
+    about = (MAGIC, VERSION, found.tar_size, len(found), found.key.dtype.itemsize)
+    header = HEADER.pack(*about, _whole_checksum(about, rows))
+    path = sidecar(shard)
+    with write_atomically(path) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        file.write(rows)
+    return len(found)
+
+
+def _rows(key_bytes: int) -> np.dtype:
+    numbers = [(name, f"<{kind}") for name, kind in COLUMNS.items() if name != "shard"]
+    return np.dtype([*numbers, ("key", f"S{key_bytes}")])
+
+
+def _whole_checksum(about: tuple, rows: np.ndarray | memoryview) -> int:
+    digest = xxhash.xxh3_64(HEADER.pack(*about, 0))
+    digest.update(rows)
+    return digest.intdigest()
+
+
+class Index:
+    """All samples of some shards, numbered 0..n-1 in shard and tar order.
+
+    shards: paths. lengths [shards] int64: samples of each. identity: SHA-256 over shard names,
+    sizes, labels and keys, which names the data in reports. Columns [n], by number of the sample:
+    offset (uint64), size (uint32), header, content (checksums, uint32), label, shard (int32).
+
+    28 bytes a sample (36 MB for ImageNet) in one block of memory, which worker processes share,
+    however they are started. Keys stay in the sidecars until asked for. Reading is safe from
+    several threads and after a fork.
+    """
+
+    def __init__(self, shards: Sequence[Path], parts: Sequence[ShardIndex], identity: str) -> None:
+        self.shards = tuple(shards)
+        self.identity = identity
+        self.lengths = np.array([len(part) for part in parts], np.int64)
+        samples = int(self.lengths.sum())
+        row = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())
+        self._memory = torch.empty(row * samples, dtype=torch.uint8)
+        self._lay_columns()
+        for name in COLUMNS:
+            if name != "shard":
+                np.concatenate([getattr(part, name) for part in parts], out=getattr(self, name))
+        self.shard[:] = np.repeat(np.arange(len(shards)), self.lengths)
+
+    def _lay_columns(self) -> None:
+        memory, samples, start = self._memory.numpy(), int(self.lengths.sum()), 0
+        for name, kind in COLUMNS.items():
+            end = start + np.dtype(kind).itemsize * samples
+            setattr(self, name, memory[start:end].view(kind))
+            start = end
+
+    def __getstate__(self) -> dict:
+        # Multiprocessing hands tensors on as shared memory. It would move this one there in place
+        # and leave the columns pointing at nothing: move it first, into a new block.
+        if not self._memory.is_shared():
+            self._memory = torch.empty_like(self._memory).share_memory_().copy_(self._memory)
+            self._lay_columns()
+        return {name: value for name, value in vars(self).items() if name not in COLUMNS}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._lay_columns()
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def read(self, sample: int) -> memoryview:
+        """The encoded image of one sample.
+
+        Raises DataError if the shard cannot be read or is not the one that was indexed, BadImage
+        if it is, and the bytes of the image are not those that were indexed.
+        """
+        shard = self.shards[self.shard[sample]]
+        size, start = int(self.size[sample]), int(self.offset[sample]) - BLOCK
+        expected = self.header[sample]
+        error: OSError | None = None
+        for attempt in range(2):
+            try:
+                data = memoryview(os.pread(_open(shard).number, BLOCK + size, start))
+            except OSError as failure:
+                error, data = failure, memoryview(b"")
+            if len(data) == BLOCK + size and zlib.crc32(data[:BLOCK]) == expected:
+                break
+            if attempt == 0:
+                _open.cache_clear()  # the shard may have been replaced, or its mount gone stale
+        else:
+            raise self._read_error(sample, shard, bytes(data), error)
+        if checksum(data[BLOCK:]) != self.content[sample]:
+            raise BadImage(
+                self.name(sample),
+                f"cannot be used: its {size} bytes are not those that were indexed (their checksum "
+                "differs); they were damaged on the disk or on the way",
+            )
+        return data[BLOCK:]
+
+    def announce(self, samples: Iterable[int]) -> None:
+        """Tell the system that these will be read soon, so that it fetches them side by side."""
+        if not hasattr(os, "posix_fadvise"):  # macOS
+            return
+        for sample in samples:
+            try:
+                shard = _open(self.shards[self.shard[sample]]).number
+            except OSError:
+                continue  # reading it will say what is wrong
+            start, size = int(self.offset[sample]) - BLOCK, int(self.size[sample]) + BLOCK
+            os.posix_fadvise(shard, start, size, os.POSIX_FADV_WILLNEED)
+
+    def name(self, sample: int) -> str:
+        """SHARD: the image of sample 'KEY', for messages."""
+        return f"{self.shards[self.shard[sample]]}: the image of sample {self.key(sample)!r}"
+
+    def _read_error(self, sample: int, shard: Path, data: bytes, error: OSError | None):
+        try:
+            name = repr(self.key(sample))
+        except (DataError, IndexError):  # the sidecar was changed, too
+            name = f"number {sample}"
+        where = f"{shard}: reading the image of sample {name}"
+        if error is not None and error.errno == errno.EMFILE:
+            return DataError(f"{where} failed: {error}. Raise the limit with `ulimit -n 4096`.")
+        if error is not None:
+            return DataError(f"{where} failed: {error}. Check that the shard is there and whole.")
+        return DataError(
+            f"{where} found another member, {_header_name(data)}, at byte "
+            f"{int(self.offset[sample])}: the shard was changed or swapped after it was indexed. "
+            f"Put the right shard back, or run `flatcal index {shard}`."
+        )
+
+    def key(self, sample: int) -> str:
+        """The key of one sample."""
+        number = int(self.shard[sample])
+        return str(self._keys(number)[sample - int(self.lengths[:number].sum())], "utf-8")
+
+    def keys(self) -> list[str]:
+        """The keys of all samples, read from the sidecars: some 100 MB for ImageNet."""
+        return [str(k, "utf-8") for s in range(len(self.shards)) for k in self._keys(s)]
+
+    def _keys(self, number: int) -> np.ndarray:
+        return _load_sidecar(self.shards[number]).key
+
+
+def _header_name(data: bytes) -> str:
+    try:
+        member = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "replace")
+    except tarfile.HeaderError:
+        return "or none at all"
+    return f"{member.name!r} of {member.size} bytes"
+
+
+class _Descriptor:
+    """An open file that closes itself when the cache and the last reader have let it go."""
+
+    def __init__(self, path: Path):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+@lru_cache(maxsize=DESCRIPTORS)
+def _open(path: Path) -> _Descriptor:
+    return _Descriptor(path)
+
+
+def load_index(shards: Sequence[Path], classes: int | None = None) -> Index:
+    """Join the sidecars of `shards`, in the order given.
+
+    Raises DataError if a shard or its sidecar is missing or damaged, if a shard is not the size it
+    had when it was indexed, if a label lies outside [0, classes) (not checked for None), or if two
+    samples have the same key.
+    """
+    shards = tuple(Path(shard) for shard in shards)
+    if not shards:
+        raise DataError("No shards were given. Name a directory or pattern that holds some.")
+    with ThreadPoolExecutor(READERS) as pool:
+        parts = list(pool.map(_load_sidecar, shards))
+    digest = hashlib.sha256()
+    for shard, part in zip(shards, parts, strict=True):
+        if classes is not None:
+            _check_labels(shard, part, classes)
+        digest.update(f"{shard.name}\0{part.tar_size}\0{len(part)}\0".encode())
+        digest.update(part.label.astype("<i4").tobytes())
+        digest.update(b"\0".join(part.key.tolist()))
+    _check_keys(shards, parts)
+    return Index(shards, parts, digest.hexdigest())
+
+
+def _load_sidecar(shard: Path) -> ShardIndex:
+    again = f"Run `flatcal index {shard.parent}`."
+    try:
+        tar_size = check_regular(shard).st_size
+    except FileNotFoundError:
+        raise DataError(f"{shard}: no such shard. Check the pattern or the directory.") from None
+    except OSError as error:
+        raise DataError(f"{shard} cannot be read ({error.strerror or error}).") from error
+    try:
+        stored = read_regular(sidecar(shard), LARGEST_SIDECAR)
+    except FileNotFoundError:
+        raise DataError(
+            f"{shard} has no index: expected {sidecar(shard).name} beside it. {again}"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{sidecar(shard)} cannot be read ({error}). {again}") from error
+    if len(stored) < HEADER.size or not stored.startswith(MAGIC):
+        raise DataError(f"{sidecar(shard)} is cut short or no index at all. {again}")
+    *about, expected = HEADER.unpack_from(stored)
+    _, version, recorded, samples, key_bytes = about
+    if version != VERSION:
+        raise DataError(
+            f"{sidecar(shard)} has format {version}, expected {VERSION}: another version of "
+            f"this program wrote it. {again}"
+        )
+    if _whole_checksum(tuple(about), memoryview(stored)[HEADER.size :]) != expected:
+        raise DataError(f"{sidecar(shard)} is damaged (its checksum differs). {again}")
+    if tar_size != recorded:
+        raise DataError(
+            f"{shard} has {tar_size} bytes, but had {recorded} when it was indexed: the index is "
+            f"stale, or the shard was not copied whole. {again}"
+        )
+    expected_size = HEADER.size + samples * (_rows(0).itemsize + key_bytes)
+    if not 0 < key_bytes <= LONGEST_NAME or len(stored) != expected_size:
+        raise DataError(
+            f"{sidecar(shard)} does not hold the {samples:,} samples with keys of {key_bytes:,} "
+            f"bytes that it announces. {again}"
+        )
+    rows = np.frombuffer(stored, _rows(key_bytes), samples, HEADER.size)
+    if (wrong := _impossible(rows, tar_size)) is not None:
+        raise DataError(f"{sidecar(shard)} describes what no shard holds: {wrong}. {again}")
+    return ShardIndex(tar_size=recorded, **{name: rows[name] for name in rows.dtype.names})
+
+
+def _impossible(rows: np.ndarray, tar_size: int) -> str | None:
+    """What a sidecar says that cannot be so, whoever wrote it; None if all can be.
+
+    Sizes come out of the file: a read has to stay inside of the shard, and within memory.
+    """
+    if not len(rows):
+        return "no samples"
+    offset, size = rows["offset"], rows["size"]
+    outside = (offset < BLOCK) | (offset > tar_size) | (size > tar_size - offset)
+    for name, bad in (
+        ("an image outside of the tar", outside),
+        ("an empty image", size == 0),
+        (f"an image of more than {LARGEST_MEMBER:,} bytes", size > LARGEST_MEMBER),
+        ("an empty key", rows["key"] == b""),
+    ):
+        if bad.any():
+            return f"{name}, sample number {int(np.flatnonzero(bad)[0])}"
+    try:
+        b"\0".join(rows["key"].tolist()).decode()
+    except UnicodeDecodeError:
+        return "a key that is not UTF-8"
+    return None
+
+
+def _check_labels(shard: Path, part: ShardIndex, classes: int) -> None:
+    wrong = np.flatnonzero((part.label < 0) | (part.label >= classes))
+    if len(wrong):
+        first = wrong[0]
+        raise DataError(
+            f"{shard}: sample {str(part.key[first], 'utf-8')!r} has the label "
+            f"{part.label[first]}, outside 0..{classes - 1} ({len(wrong)} such samples in this "
+            "shard). Set model.num_classes to the data's number of classes, or write the shard "
+            "again with labels that count from 0."
+        )
+
+
+def _check_keys(shards: tuple[Path, ...], parts: list[ShardIndex]) -> None:
+    """Every key once. Sorting hashes takes a tenth of the time of sorting keys."""
+    hashes = np.sort(np.concatenate([_hashes(part.key) for part in parts]))
+    if (hashes[1:] != hashes[:-1]).all():
+        return
+    keys = np.concatenate([part.key for part in parts])
+    by_name = np.argsort(keys, kind="stable")
+    ordered = keys[by_name]
+    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if len(twice):
+        ends = np.cumsum([len(part) for part in parts])
+        first, second = np.searchsorted(ends, by_name[twice[0] : twice[0] + 2], side="right")
+        raise DataError(
+            f"The key {str(ordered[twice[0]], 'utf-8')!r} occurs in {shards[first]} and again in "
+            f"{shards[second]} ({len(twice)} such keys): records are kept by key, so every sample "
+            "needs its own. Take one of the shards out, or write them with unique keys."
+        )
+
+
+def _hashes(keys: np.ndarray) -> np.ndarray:
+    """A 64-bit number for each of the keys [n] S; the same for a key stored in more bytes."""
+    width = -(-keys.dtype.itemsize // 8)
+    words = keys.astype(f"S{8 * width}").view("<u8").reshape(len(keys), width)
+    hashes = np.zeros(len(keys), np.uint64)
+    for word, factor in zip(words.T, np.random.Philox(key=0).random_raw(width), strict=True):
+        mixed = (word ^ (word >> np.uint64(29))) * (factor | np.uint64(1))
+        hashes += mixed ^ (mixed >> np.uint64(32))
+    return hashes

@@ -1,0 +1,288 @@
+"""Evaluation on every rank: each image is counted once, and the report is written by one rank."""
+
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from flatcal_dist.calibration.confidence.score import Score
+from flatcal_dist.calibration.metrics.binned import BinnedEvaluation
+from flatcal_dist.calibration.pages.display import counted
+from flatcal_dist.calibration.records.records import Records, Source
+from flatcal_dist.calibration.report.model import Report
+from flatcal_dist.calibration.report.writing import render_report, write_report
+from flatcal_dist.calibration.shift.report import Shifted, save_shifted, write_shift
+from flatcal_dist.calibration.shift.rows import Measured, measure
+from flatcal_dist.config import Config
+from flatcal_dist.data import DataError, Index
+from flatcal_dist.data.sets.variants import DataSet, Variant, local_shards, open_variant
+from flatcal_dist.evaluation.passes import Ensemble
+from flatcal_dist.evaluation.predicting import (
+    check_sources,
+    gathered,
+    of_features,
+    predict,
+    training_reference,
+    wanted_scores,
+)
+from flatcal_dist.evaluation.provenance import UNKNOWN, Provenance, describe
+from flatcal_dist.files import write_atomically
+from flatcal_dist.ranks.distributed import on_all_ranks
+
+ALL_CLASSES = "_all_classes"  # after the name of a set of which a part of the classes compete
+
+
+def evaluate(
+    config: Config,
+    module: nn.Module,
+    data: DataSet,
+    accelerator: Accelerator,
+    *,
+    clean: Records | None = None,
+    logits_file: Path | None = None,
+    scores: Sequence[Score] = (),
+) -> tuple[Records, Records | None] | None:
+    """One record per image, merged on rank 0; None on the other ranks. Called by all of them.
+
+    The second records are those among all classes of the network, where the first are among a part
+    of them (ImageNet-A and -R); else None.
+
+    clean: of images under shift, the records of the clean ones, whose temperature is used.
+    logits_file: also write the logits there (npz: ids, labels, logits), on rank 0.
+    scores: of confidence, that need more than logits. Where a part of the classes compete, the
+    first records alone have them, of those classes.
+
+    Raises ConfigError where the network cannot give what a score needs, and FailedTogether on all
+    ranks unless all of them see the same images and every one was counted exactly once, or if a
+    logit is not finite.
+    """
+    check_sources(config, module, scores)
+    identities = set(gather_object([data.index.identity]))
+    if len(identities) > 1:
+        raise DataError(
+            f"{data.variant} holds other images on one rank than on another (names, sizes or "
+            "labels differ): all machines must see the same files"
+        )
+    if data.cropped:  # at the network's size, but not zoomed into
+        cut = config.data.model_copy(update={"crop_pct": 1.0})
+        config = config.model_copy(update={"data": cut})
+    reference = training_reference(config, module, accelerator, scores)
+    own = predict(config, module, data.index, accelerator, scores, classes=data.classes)
+    found = gathered(own)
+
+    def merged() -> tuple[Records, Records | None] | None:
+        if not accelerator.is_main_process:
+            return None
+        _check_whole(data, found.samples)
+        computed = found.scores | of_features(found, reference, scores, data.classes)
+        probabilities = isinstance(module, Ensemble)
+        return _records(config, data, found.logits, clean, logits_file, computed, probabilities)
+
+    return on_all_ranks(merged)
+
+
+def _check_whole(data: DataSet, samples: np.ndarray) -> None:
+    if not np.array_equal(samples, np.arange(len(data.index))):
+        raise DataError(
+            f"{len(np.unique(samples))} different images were evaluated, {len(samples)} in all, "
+            f"but {data.variant} holds {len(data.index)}: the ranks do not see the same images"
+        )
+
+
+def _records(
+    config: Config,
+    data: DataSet,
+    logits: np.ndarray,
+    clean: Records | None,
+    logits_file: Path | None,
+    scores: Mapping[str, np.ndarray],
+    probabilities: bool,
+) -> tuple[Records, Records | None]:
+    ids, variant = data.index.keys(), data.variant
+    competing = logits if data.classes is None else logits[:, list(data.classes)]
+    if logits_file is not None:
+        with write_atomically(logits_file) as temporary:
+            np.savez(temporary, ids=np.array(ids), labels=data.label, logits=competing)
+
+    def records(
+        label: np.ndarray, logits: np.ndarray, source: Source, scores: Mapping[str, np.ndarray]
+    ) -> Records:
+        return Records.from_logits(
+            ids=ids,
+            labels=label,
+            logits=logits,
+            folds=config.evaluate.folds,
+            clean=clean,
+            source=source,
+            real_labels=data.real,
+            scores=scores,
+        )
+
+    source = Source(
+        name=variant.name,
+        kind=variant.kind,
+        classes=data.classes,
+        corruption=variant.corruption,
+        severity=variant.severity,
+        generated=variant.generated,
+        probabilities=probabilities,
+    )
+    try:
+        chosen = records(data.label, competing, source, scores)
+        if data.classes is None:
+            return chosen, None
+        label = np.array(data.classes)[data.label]
+        source = replace(source, name=f"{variant.name}{ALL_CLASSES}", classes=None)
+        return chosen, records(label, logits, source, {})
+    except ValueError as error:
+        raise DataError(f"{variant}: {error}") from None
+
+
+def report(
+    config: Config,
+    module: nn.Module,
+    data: DataSet,
+    accelerator: Accelerator,
+    output: Path,
+    *,
+    title: str | None = None,
+    weights_file: Path | None = None,
+    trained: Provenance = UNKNOWN,
+    training: Sequence[Mapping[str, Any]] = (),
+    logits_file: Path | None = None,
+    class_names: Sequence[str] | None = None,
+) -> tuple[Records, Report] | None:
+    """Evaluate on all ranks; on rank 0 write the report into `output`; its records and metrics.
+
+    trained: how the network was trained. training: the records of the run's metrics.jsonl, for the
+    curves over epochs. A table of data under shift that lies there is deleted: it belongs to an
+    older evaluation. class_names: of the network's classes, where the data do not tell them. Scores
+    are computed as `evaluate.confidence` says, and of an ensemble those of several networks.
+    """
+    scores = wanted_scores(config, module)
+    found = evaluate(config, module, data, accelerator, logits_file=logits_file, scores=scores)
+
+    def written() -> tuple[Records, Report] | None:
+        if found is None:
+            return None
+        records, all_classes = found
+        (output / "shift.json").unlink(missing_ok=True)
+        shutil.rmtree(output / "shift", ignore_errors=True)
+        about = describe(
+            config, module, data, accelerator, title or output.parent.name, weights_file, trained,
+        )  # fmt: skip
+        if class_names is not None:
+            about = replace(about, class_names=list(class_names))
+        image_of = _image_of(data)
+        return records, write_report(
+            records, output, about, all_classes=all_classes, image_of=image_of, training=training
+        )
+
+    return on_all_ranks(written)
+
+
+def _image_of(data: DataSet) -> Callable[[str], bytes | None]:
+    """What gives the encoded image of a key, or None where it cannot be read."""
+    number = {key: sample for sample, key in enumerate(data.index.keys())}
+
+    def image(key: str) -> bytes | None:
+        try:
+            return bytes(data.index.read(number[key]))
+        except DataError:
+            return None
+
+    return image
+
+
+def report_shift(
+    config: Config,
+    module: nn.Module,
+    variants: Sequence[Variant],
+    accelerator: Accelerator,
+    output: Path,
+    clean: Records | None,
+    clean_identity: str,
+    open_shards: Callable[[str, int], Index] = local_shards,
+) -> None:
+    """Evaluate on data under shift with the temperature of the clean images, after `report`.
+
+    Where a part of the classes compete there is a second row, NAME_all_classes, of all of them.
+
+    Called by all ranks; clean: its records, on rank 0. Writes records and `shift.json` after each
+    data set, and the page again at the end. Raises FailedTogether where `evaluate` does, and for
+    an ImageNet-C whose subsets do not hold the same images.
+    """
+    rows: list[Measured] = []
+    clean_row: list[Measured] = []  # measured once, on rank 0
+    first: dict[str, DataSet] = {}
+    for variant in variants:
+
+        def opened(variant: Variant = variant) -> DataSet:
+            data = open_variant(variant, config.model.num_classes, None, open_shards)
+            other = first.setdefault(variant.name, data)
+            if len(data.index) != len(other.index):
+                raise DataError(
+                    f"{data.variant} holds {len(data.index)} images, {other.variant} "
+                    f"{len(other.index)}: they are corruptions of the same ones. Unpack it again"
+                )
+            return data
+
+        data = on_all_ranks(opened)
+        found = evaluate(config, module, data, accelerator, clean=clean)
+
+        def written(found: Any = found, data: DataSet = data) -> None:
+            for records in found or ():
+                if records is None:
+                    continue
+                rows.append(save_shifted(Shifted(records, data.identity), output))
+                if not clean_row:
+                    clean_row.append(measure(clean, clean_identity, Path("records.parquet")))
+                write_shift(clean_row[0], rows, output)
+                print(_line(data.variant, rows[-1].row))
+
+        on_all_ranks(written)
+    on_all_ranks(lambda: render_report(output) if clean is not None else None)
+
+
+def _line(variant: Variant, figures: dict[str, Any]) -> str:
+    before, after = figures["before"], figures["after"]
+    generated = " (generated)" if variant.generated else ""
+    generated += " among all classes" * figures["name"].endswith(ALL_CLASSES)
+    return (
+        f"{variant}{generated}: {counted(figures['images'], 'image')}, accuracy "
+        f"{before['accuracy']:.4f}, ECE {before['ece']:.4f}, with the clean temperature "
+        f"{after['ece']:.4f}"
+    )
+
+
+def running_metrics(
+    config: Config, module: nn.Module, index: Index, accelerator: Accelerator
+) -> dict[str, float]:
+    """Calibration, failure prediction and entropy over all ranks, from sums alone; called by all.
+
+    The report's figures, to rounding, AUROC and the areas within their binning error. NaN where
+    undefined, and everywhere when some logit is not finite.
+    """
+    found = predict(config, module, index, accelerator)
+    binned = BinnedEvaluation()
+    if len(found.samples):
+        binned.add(found.logits, index.label[found.samples])
+    if accelerator.num_processes > 1:
+        total = torch.from_numpy(binned.state).to(accelerator.device)
+        dist.all_reduce(total)
+        binned.state[:] = total.cpu().numpy()
+    figures = vars(binned.figures())
+    return {
+        f"val/{name}": math.nan if value is None else value
+        for name, value in figures.items()
+        if name not in ("images", "not_finite") and not name.endswith("_error")
+    }

@@ -1,0 +1,1 @@
+"""Run directories, their state, and sweeps of runs."""

@@ -1,0 +1,1 @@
+"""The engines: who holds weights and gradients, and how both are moved."""

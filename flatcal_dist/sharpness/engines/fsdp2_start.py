@@ -1,0 +1,138 @@
+"""Sharding a network for FSDP2: which blocks are gathered together, in which precision."""
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from flatcal_dist.sharpness.buffers import broadcast, broadcast_buffers
+from flatcal_dist.sharpness.engines.alone import join_alone
+from flatcal_dist.sharpness.errors import StepError
+from flatcal_dist.sharpness.networks import refuse_unheld
+
+NORMS = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # fmt: skip
+SMALLEST_BLOCK = 250_000  # parameters; 1 MB in fp32, below which a collective is mostly latency
+
+
+def shard(
+    network: nn.Module,
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+    ranks_per_group: int | None = None,
+    smallest_block: int = SMALLEST_BLOCK,
+) -> nn.Module:
+    """Shard a network in place; build the optimizer on its parameters afterwards.
+
+    Every rank begins with rank 0's weights and buffers. Gathered together are the parameters of
+    each block: a child of a Sequential or ModuleList with at least `smallest_block` parameters,
+    innermost first; and of all that remains. A block that shares a weight with a module outside of
+    it is gathered with the block that holds both. Beside a low precision, each norm layer that
+    keeps statistics is gathered by itself, in fp32.
+
+    Args:
+        network: An fp32 network.
+        device: Where this rank computes.
+        precision: The precision of the passes. Shards stay fp32, gradients are reduced in fp32.
+        ranks_per_group: Shard over consecutive groups of so many ranks, each with all weights.
+            None shards over all ranks.
+        smallest_block: The number of parameters from which on a block is gathered by itself.
+
+    Returns:
+        The network, whose parameters are DTensors now.
+
+    Raises StepError for what cannot be sharded so.
+    """
+    join_alone("nccl" if device.type == "cuda" else "gloo", "FSDP2")
+    world_size = dist.get_world_size()
+    ranks = ranks_per_group or world_size
+    if world_size % ranks:
+        raise StepError(f"groups of {ranks} ranks do not divide the {world_size} ranks that run")
+    refuse_unheld(network, "FSDP2")
+    network.to(device)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.data = weight.data.contiguous()  # no other layout (channels_last) has rows
+        broadcast(network.parameters())
+        broadcast_buffers(network)
+    group = dist.group.WORLD if ranks == world_size else dist.new_subgroups(ranks)[0]
+    mesh = DeviceMesh.from_group(group, device.type)
+    policy = MixedPrecisionPolicy()
+    taken: set[nn.Parameter] = set()
+    if precision != torch.float32:
+        # What comes after a norm gets the precision of the pass, whatever the norm computes with.
+        whole = replace(policy, output_dtype=precision)
+        for norms in _norms_with_statistics(network):
+            # Few numbers: kept until the backward pass, which then has no need to gather again.
+            kept = fully_shard(norms, mesh=mesh, reshard_after_forward=False, mp_policy=whole)
+            taken |= {w for norm in kept for w in norm.parameters()}
+        policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+    for block in reversed(_blocks(network)):
+        own = [w for w in block.parameters() if w not in taken]
+        if sum(w.numel() for w in own) >= smallest_block:
+            taken |= set(fully_shard(block, mesh=mesh, mp_policy=policy).parameters())
+    # Not of the blocks: what comes after one takes its output in the precision of the pass.
+    output = None if precision == torch.float32 else torch.float32
+    return fully_shard(network, mesh=mesh, mp_policy=replace(policy, output_dtype=output))
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    """Children of Sequential and ModuleList that compute something, outer before inner.
+
+    Left out are those that share a parameter with a module outside of them: FSDP2 gathers a
+    parameter with one block only.
+    """
+    containers = (nn.Sequential, nn.ModuleList)
+    children = [c for m in network.modules() if isinstance(m, containers) for c in m.children()]
+    users = _users(network)
+    return [
+        child
+        for child in dict.fromkeys(children)
+        if not isinstance(child, (nn.ModuleList, nn.ModuleDict))
+        and all(users[w] <= set(child.modules()) for w in child.parameters())
+    ]
+
+
+def in_full_precision(network: nn.Module) -> set[int]:
+    """Ids of the parameters that passes use in fp32 whatever their precision."""
+    norms = [norm for norms in _norms_with_statistics(network) for norm in norms]
+    return {id(weight) for norm in norms for weight in norm.parameters()}
+
+
+def _users(network: nn.Module) -> dict[nn.Parameter, set[nn.Module]]:
+    """The modules that hold each parameter: more than one where weights are tied."""
+    users: dict[nn.Parameter, set[nn.Module]] = {}
+    for module in network.modules():
+        for weight in module.parameters(recurse=False):
+            users.setdefault(weight, set()).add(module)
+    return users
+
+
+def _norms_with_statistics(network: nn.Module) -> list[list[nn.Module]]:
+    """Layers whose statistics are fp32 buffers; those that share a weight are in one list.
+
+    Kernels want weight and statistics of one type, and bf16 has too few bits for a running mean.
+    Autocast keeps these weights in fp32 as well. A norm of the user's own is known by its buffers.
+    """
+    groups: list[tuple[list[nn.Module], set[nn.Parameter]]] = []
+    for module in network.modules():
+        weights = set(module.parameters())
+        if module is network or not weights or not _is_norm(module):
+            continue
+        modules = [module]
+        for group in [g for g in groups if g[1] & weights]:
+            groups.remove(group)
+            modules, weights = group[0] + modules, group[1] | weights
+        groups.append((modules, weights))
+    return [modules for modules, _ in groups]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    own = {name for name, _ in module.named_buffers(recurse=False)}
+    alike = {"running_mean", "running_var"} <= own
+    return isinstance(module, NORMS) or (alike and not any(module.children()))

@@ -1,0 +1,78 @@
+"""Runs that keep an average of a network with batch norm: from the first step to its export."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from flatcal_dist.checkpoints.format import CheckpointError, load_progress
+from flatcal_dist.checkpoints.resharding import fill_network
+from flatcal_dist.config import load
+from flatcal_dist.data import prepare_digits
+from flatcal_dist.inputs import evaluation_batches, open_index
+from tests.support.jobs import Run, same, stop_after_six
+
+EMA = ("average.name=ema", "average.decay=0.9")
+# Three steps an epoch: two epochs are averaged when the run stops after six steps.
+SWA = ("average.name=swa", "average.start=0.05", "data.global_batch_size=256")
+CONVOLUTIONAL = (
+    "model.name=test_byobnet", "model.options={}",
+    "optimizer.learning_rate=0.5", "train.keep_best=nll", "train.max_steps=36",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+def pictures_of(config, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images [N, 1, 8, 8] of a split, as evaluation sees them, and their labels."""
+    pattern = getattr(config.data, split)
+    where = config.data.model_copy(update={"validation": pattern})
+    config = config.model_copy(update={"data": where})
+    index = open_index(config.data, "validation", 10)
+    batches = list(evaluation_batches(config, index, 0, 1, pin_memory=False))
+    images = torch.cat([b.images[b.valid] for b in batches])
+    return images / 255, torch.cat([b.labels[b.valid] for b in batches])
+
+
+def nll(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float(nn.functional.cross_entropy(network.eval()(images), labels))
+
+
+@pytest.mark.parametrize("average", [EMA, SWA], ids=["ema", "swa"])
+def test_a_run_validates_keeps_exports_and_resumes_the_average_with_its_own_statistics(
+    data, tmp_path, average
+):
+    run = Run(tmp_path / "run", data, "ddp", *CONVOLUTIONAL, *average)
+    assert run.start(fault=stop_after_six).wait() == [75, 75]
+    run.finish()
+    stayed = Run(tmp_path / "stayed", data, "ddp", *CONVOLUTIONAL, *average).finish()
+    assert same(run, stayed), "resumed bit for bit"
+
+    config = load(run.path / "config.yaml")
+    validation, training = pictures_of(config, "validation"), pictures_of(config, "train")
+    network = timm.create_model("test_byobnet", in_chans=1, num_classes=10)
+    network.load_state_dict(run.weights())
+    ours = nll(network, *validation)
+    last = max(record["val/nll"] for key, record in run.records().items() if key == (36, True))
+    assert ours == pytest.approx(last, abs=1e-5), "what was validated is what was exported"
+    update_bn(training[0].split(64), network)
+    # 800 images instead of the 768 in whole batches, and in batches of other images.
+    assert ours == pytest.approx(nll(network, *validation), rel=0.1)
+
+    for path in sorted(run.path.glob("checkpoints/step_*")):
+        fill_network(network, path)
+        said = load_progress(path).validation.get("nll")
+        if said is not None:
+            assert nll(network, *validation) == pytest.approx(said, abs=1e-5), path
+    assert said is not None, "the last one was validated"
+
+    state = torch.load(path / "state_00000.pt")
+    del state["average_statistics"]
+    torch.save(state, path / "state_00000.pt")
+    with pytest.raises(CheckpointError, match=r"running statistics of batch norm.* older version"):
+        fill_network(network, path)

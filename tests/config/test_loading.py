@@ -1,0 +1,184 @@
+"""Configuration: inheritance, overrides, and errors that say how to mend them."""
+
+from pathlib import Path
+
+import pytest
+
+from flatcal_dist import config as configuration
+from flatcal_dist.config import ConfigError, load
+
+SAM = ("sharpness.rule=sam", "sharpness.allow_other_samples=true")
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted(
+    path
+    for folder in ("digits", "imagenet")
+    for path in (ROOT / f"configs/{folder}").glob("*.yaml")
+)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Write configuration files by name; gives the path of the last one."""
+
+    def write(**texts: str) -> Path:
+        for name, text in texts.items():
+            (tmp_path / f"{name}.yaml").write_text(text)
+        return tmp_path / f"{name}.yaml"
+
+    return write
+
+
+def test_later_wins_file_by_file_then_the_command_line(file):
+    path = file(
+        a="sharpness: {rule: csam, rho: 0.1, gamma: 0.5}\ntrain: {epochs: 7}",
+        b="inherits: a.yaml\nsharpness: {rho: 0.2}",
+        c="inherits: [a.yaml, b.yaml]\nsharpness: {rule: csam}",
+    )
+    config = load(path, ["train.epochs=3", "model.options.width=64"])
+    assert (config.sharpness.rule, config.sharpness.rho) == ("csam", 0.2)
+    assert config.sharpness.gamma == 0.5
+    assert config.train.epochs == 3
+    assert config.model.options == {"width": 64}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_shipped_configurations_load_and_round_trip(path, tmp_path):
+    config = load(path)
+    (tmp_path / "again.yaml").write_text(configuration.to_yaml(config))
+    assert load(tmp_path / "again.yaml") == config
+
+
+def test_the_names_that_others_rely_on_exist():
+    names = {f"{path.parent.name}/{path.stem}" for path in SHIPPED}
+    assert names == {
+        *(f"digits/{method}" for method in ("sgd", "sam", "csam")),
+        *(f"imagenet/resnet50_{method}" for method in ("sgd", "sam", "csam")),
+        *(f"imagenet/vit_s16_{method}" for method in ("adamw", "sam", "csam")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sharpness.roh=1", "sharpness.roh: no such key (on the command line); did you mean"),
+        ("rho=1", "rho: no such key (on the command line); did you mean sharpness.rho?"),
+        (
+            "sharpness={rule: sam, rho: -1}",
+            "sharpness.rho = -1 (on the command line): input",
+        ),
+        ("sharpness={rule: asam, rho: .nan}", "sharpness.rho = nan (on the command line): input"),
+        ("sharpness=sam", "this is a section; set one of its keys: sharpness.rule=sam"),
+        ("average=none", "this is a section; set one of its keys: average.name=none"),
+        ("objective=[focal]", "objective = ['focal'] (on the command line): this is a section"),
+        (
+            "sharpness.rule=same",
+            "expected one of none, asam, csam, gsam, looksam, momentum_sam, sam",
+        ),
+        ("sharpness={rule: csam, gamma: 2.1}", "input should be less than or equal to 2"),
+        ("train.epochs=2.5", "train.epochs = 2.5 (on the command line): input should be a valid"),
+        ("train.epochs=yes", "train.epochs = 'yes'"),
+        ("train.epochs.x=1", "train.epochs = {'x': 1}"),
+        ("data=3", "data = 3 (on the command line): this is a section"),
+        ("data.channels=1", "data.mean has 3 values for data.channels=1"),
+        ("data.crop_scale=[0.9,0.1]", "0 < smallest <= largest <= 1"),
+        ("train.epochs", "'train.epochs' is not an override: write key.sub=value"),
+        ("train.epochs=[", "is not valid YAML"),
+        ("optimizer.learning_rate=0,1", "a decimal point is no comma: write 0.1"),
+        ("data.global_batch_size=1,024", "write 1024"),
+        ("train.max_steps=None", "write null for none"),
+        ("train.engine=zero9", "train.engine = 'zero9'"),
+    ],
+)
+def test_bad_overrides_are_refused(file, override, message):
+    with pytest.raises(ConfigError) as error:
+        load(file(a="{}"), [override])
+    assert message in str(error.value)
+
+
+def test_csam_refuses_soft_labels(file):
+    with pytest.raises(ConfigError, match=r"from hard labels: set objective\.name=cross_entropy"):
+        load(file(a="sharpness: {rule: csam}\nobjective: {name: label_smoothing}"))
+    for name in ("mixup", "cutmix", "mixup_cutmix"):
+        with pytest.raises(ConfigError, match=r"mixing makes soft ones: set mixing\.name=none"):
+            load(file(a=f"sharpness: {{rule: csam}}\nmixing: {{name: {name}}}"))
+        with pytest.raises(ConfigError, match=r"objective\.name=focal is defined for hard labels"):
+            load(file(a=f"objective: {{name: focal}}\nmixing: {{name: {name}}}"))
+        for rule in ("none", "sam", "asam", "looksam"):
+            load(file(a=f"sharpness: {{rule: {rule}}}\nmixing: {{name: {name}}}"))
+
+
+@pytest.mark.parametrize(
+    "key", ["auto_augment: autoaugment", "color_jitter: 0.4", "random_erasing: 1.0"]
+)
+def test_no_augmentation_means_none(file, key):
+    with pytest.raises(ConfigError, match="augmentation=none varies nothing"):
+        load(file(a=f"data: {{augmentation: none, {key}}}"))
+
+
+def test_the_magnitude_of_augmix_ends_at_ten(file):
+    path = file(a="data: {auto_augment: augmix}")
+    assert load(path).data.auto_augment_magnitude == 9
+    with pytest.raises(ConfigError, match="between 1 and 10, not 11"):
+        load(path, ["data.auto_augment_magnitude=11"])
+
+
+def test_the_decoder_belongs_to_the_run_and_the_limit_does_not(file):
+    old = load(file(a="{}"))
+    new = load(file(a="{}"), ["data.decoder=pil", "data.max_bad_samples=0"])
+    assert [line.split(":")[0] for line in configuration.differences(old, new)] == ["data.decoder"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sharpness: {rho: 1, rho: 2}", "key written twice: rho"),
+        ("- a\n- b", "must hold keys and values, not a list"),
+        ("inherits: missing.yaml", "missing.yaml, inherited by"),
+        ("inherits: a.yaml", "inherits itself"),
+        ("sharpness: {roh: 1}", "a.yaml); did you mean sharpness.rho?"),
+    ],
+)
+def test_bad_files_are_refused(file, text, message):
+    with pytest.raises(ConfigError) as error:
+        load(file(a=text))
+    assert message in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*nowhere.yaml"):
+        load(tmp_path / "nowhere.yaml")
+
+
+def test_an_empty_mapping_clears_what_was_inherited(file):
+    path = file(a="model: {options: {width: 1}}", b="inherits: a.yaml")
+    assert load(path, ["model.options={}"]).model.options == {}
+    assert load(path, ["model.options.depth=2"]).model.options == {"width": 1, "depth": 2}
+
+
+def test_an_error_names_the_last_to_write_the_value(file):
+    path = file(a="sharpness: {rho: 0.1}")
+    with pytest.raises(ConfigError, match=r"sharpness = 3 \(on the command line\)"):
+        load(path, ["sharpness=3"])
+
+
+def test_exponents_are_numbers(file):
+    assert load(file(a="optimizer: {learning_rate: 1e-3}")).optimizer.learning_rate == 1e-3
+
+
+def test_the_run_directory_is_a_function_of_what_is_computed(file):
+    path = file(a="{}")
+    first = load(path).run.dir
+    assert first == load(path).run.dir
+    assert first == load(path, ["wandb.mode=online", "data.workers=1"]).run.dir
+    assert first != load(path, ["run.seed=1"]).run.dir
+
+
+def test_differences_name_the_keys_that_matter(file):
+    path = file(a="{}")
+    old = load(path, ["model.options.a=1", "sharpness.rule=sam"])
+    words = ["sharpness.rule=csam", "sharpness.rho=0.3", "data.workers=9", "run.dir=x"]
+    lines = configuration.differences(old, load(path, words))
+    assert len(lines) == 4  # options: {a: 1} against {} counts as the key gone and the empty value
+    assert "sharpness.rho: the run has 0.05, now 0.3" in lines
+    assert "sharpness.rule: the run has 'sam', now 'csam'" in lines
+    assert not configuration.differences(old, load(path, ["model.options.a=1", *SAM]))

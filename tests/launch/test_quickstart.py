@@ -1,0 +1,39 @@
+"""launch/quickstart.sh ends in launch/sweep.py: what that refuses, in words."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.launching import ROOT
+
+
+def refused(*words: str | Path) -> str:
+    command = [sys.executable, str(ROOT / "launch/sweep.py"), "configs/studies/digits.yaml"]
+    done = subprocess.run(
+        [*command, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--processes", "--parallel"])
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_a_number_that_is_none_is_refused(option, value, tmp_path):
+    said = refused("--directory", tmp_path / "study", f"{option}={value}")
+    assert f"{option}: '{value}' is not a number of 1 or more" in said
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_directory_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "letter").write_text("dear all")
+    for name in ("letter", "letter/x"):
+        assert f"{tmp_path}/{name}" in refused("--directory", tmp_path / name)
+
+
+def test_damaged_files_are_named(tmp_path):
+    (tmp_path / "sgd-seed0").mkdir(parents=True)
+    (tmp_path / "sgd-seed0/state.json").write_text("{")
+    assert "state.json" in refused("--directory", tmp_path)

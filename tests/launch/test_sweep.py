@@ -1,0 +1,51 @@
+"""launch/sweep.py on this machine: interrupted, gone on, passed over, compared."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+from flatcal_dist.data import prepare_digits
+from tests.support.launching import ROOT, interrupt, run
+
+
+def test_a_sweep_is_interrupted_goes_on_and_is_compared(tmp_path):
+    data = prepare_digits(tmp_path / "digits")
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        f"base: {ROOT}/configs/digits/csam.yaml\n"
+        f"set: {{data.train: {data}, data.validation: {data}, wandb.mode: disabled,"
+        " train.validate_every_epochs: null, train.log_every_steps: 1, train.max_steps: 60}\n"
+        "axes: {method: {sgd: {sharpness.rule: none}, csam: {sharpness.rule: csam}}}\n"
+    )
+    words = [sys.executable, str(ROOT / "launch/sweep.py"), str(file), "--parallel", "2"]
+    words += ["--seeds", "1", "--directory", str(tmp_path / "runs")]
+    runs = [tmp_path / "runs" / name for name in ("sgd-seed0", "csam-seed0")]
+
+    code, output = interrupt(words, lambda: all(steps(run_) > 2 for run_ in runs))
+    assert code == 130, output
+    phases = [phase(run_) for run_ in runs]
+    assert "preempted" in phases, output
+    assert set(phases) <= {"preempted", "finished"}, output
+
+    done = run(words)
+    assert done.returncode == 0, done.stdout
+    assert [phase(run_) for run_ in runs] == ["finished", "finished"]
+    assert [json.loads((run_ / "state.json").read_text())["step"] for run_ in runs] == [60, 60]
+    assert (tmp_path / "runs/comparison/index.html").exists()
+    with (tmp_path / "runs/summary.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    for row, run_ in zip(rows, runs, strict=True):
+        metrics = json.loads((run_ / "report/metrics.json").read_text())
+        assert float(row["nll"]) == round(metrics["nll"], 4)
+        assert row["phase"] == "finished"
+    assert [(row["method"], row["run.seed"]) for row in rows] == [("sgd", "0"), ("csam", "0")]
+
+
+def steps(run_: Path) -> int:
+    file = run_ / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def phase(run_: Path) -> str:
+    return json.loads((run_ / "state.json").read_text())["phase"]

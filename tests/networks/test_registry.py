@@ -1,0 +1,147 @@
+"""Networks, optimizers and schedules by name."""
+
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from flatcal_dist.config import ConfigError, OptimizerConfig, load
+from flatcal_dist.networks.registry import build, in_evaluation_mode
+from flatcal_dist.networks.weights import load_weights
+from flatcal_dist.training.optimizers import build_optimizer, build_schedule
+
+
+def test_mlp_has_the_shape_of_the_protocol():
+    network = build("mlp", 10, channels=1, image_size=8, options={"width": 512, "depth": 2})
+    shapes = [tuple(weight.shape) for weight in network.parameters() if weight.ndim == 2]
+    assert shapes == [(512, 64), (512, 512), (10, 512)]
+    assert network(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+
+
+def test_unknown_names_and_options_are_refused():
+    with pytest.raises(ValueError, match=r"resnet5O.*did you mean resnet50"):
+        build("resnet5O", 10, 3, 32, {})
+    with pytest.raises(
+        ValueError, match=r"model.options=\{'widht': 1\} .*does not fit model.name=mlp"
+    ):
+        build("mlp", 10, 3, 32, {"widht": 1})
+    with pytest.raises(ValueError, match=r"optimizer\.name=sgdd is not one of timm's"):
+        build_optimizer(OptimizerConfig(name="sgdd"), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"optimizer\.options\.lr: .* keys of their own"):
+        build_optimizer(OptimizerConfig(options={"lr": 1}), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"optimizer.options.beta: adamw takes .*betas"):
+        build_optimizer(OptimizerConfig(name="adamw", options={"beta": 1}), nn.Linear(2, 2))
+
+
+def test_sgd_is_the_papers_and_spares_biases_from_decay():
+    network = nn.Linear(4, 4)
+    optimizer = build_optimizer(OptimizerConfig(weight_decay=0.1), network)
+    decays = {id(w): g["weight_decay"] for g in optimizer.param_groups for w in g["params"]}
+    assert decays == {id(network.bias): 0.0, id(network.weight): 0.1}
+    assert all(not group["nesterov"] for group in optimizer.param_groups)
+
+
+def test_schedule_is_linear_warm_up_then_cosine_to_zero():
+    config = load(None, ["optimizer.learning_rate=0.8", "optimizer.warmup_epochs=2"])
+    optimizer = build_optimizer(config.optimizer, nn.Linear(2, 2))
+    schedule = build_schedule(config, optimizer, total_steps=100, epoch_steps=10)
+    seen = []
+    for step in (99, 0, 5, 19, 20, 60, 100):  # in no order: a function of the step alone
+        schedule.step_update(step)
+        seen.append(optimizer.param_groups[0]["lr"])
+    cosine = [0.4 * (1 + math.cos(math.pi * (s - 20) / 80)) for s in (99, 20, 60)]
+    expected = [cosine[0], 0.04, 0.04 + 0.76 * 5 / 20, 0.04 + 0.76 * 19 / 20, *cosine[1:], 0.0]
+    assert seen == pytest.approx(expected, abs=1e-12)
+
+
+def rates(words, total, epoch):
+    config = load(None, ["optimizer.learning_rate=0.8", *words])
+    optimizer = build_optimizer(config.optimizer, nn.Linear(2, 2))
+    schedule = build_schedule(config, optimizer, total, epoch)
+    found = []
+    for step in range(total):
+        schedule.step_update(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_milestones_are_epochs_from_the_start_as_torch_counts_them():
+    words = ["schedule={name: multi_step, milestones: [4.0, 2.5], factor: 0.5}"]
+    network = nn.Linear(2, 2)
+    plain = torch.optim.SGD(network.parameters(), 0.8)
+    peer = torch.optim.lr_scheduler.MultiStepLR(plain, [25, 40], 0.5)
+    expected = []
+    for _ in range(60):
+        expected.append(plain.param_groups[0]["lr"])
+        plain.step()
+        peer.step()
+    assert rates(words, 60, 10) == pytest.approx(expected, abs=1e-12)
+    warm = rates([*words, "optimizer.warmup_epochs=1"], 60, 10)
+    assert warm[10:] == pytest.approx(expected[10:], abs=1e-12)
+    assert warm[:10] == pytest.approx([0.08 + 0.072 * step for step in range(10)], abs=1e-12)
+
+
+def test_a_constant_rate_and_a_cosine_that_ends_above_zero():
+    assert rates(["schedule.name=constant"], 30, 10) == [0.8] * 30
+    cosine = rates(["schedule={name: cosine, final: 0.25}"], 100, 10)
+    expected = [0.2 + 0.3 * (1 + math.cos(math.pi * step / 100)) for step in range(100)]
+    assert cosine == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("name", "size"), [("googlenet", 64), ("inception_v3", 96)])
+def test_torchvisions_networks_give_logits_alone_in_training(name, size, tmp_path):
+    """Auxiliary heads would make of the output what no loss takes."""
+    network = build(f"torchvision:{name}", 7, 3, size, {"init_weights": False}).train()
+    assert network(torch.zeros(2, 3, size, size)).shape == (2, 7)
+    with pytest.raises(ConfigError, match=rf"aux_logits=true gives {name} several outputs"):
+        build(f"torchvision:{name}", 7, 3, size, {"aux_logits": True})
+    published = torchvision.models.get_model(
+        name, weights=None, num_classes=7, aux_logits=True, init_weights=False
+    )
+    torch.save(published.state_dict(), tmp_path / "published.pth")
+    load_weights(network, tmp_path / "published.pth")
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(network.eval()(images), published.eval()(images))
+
+
+class CountsAlways(nn.Module):
+    """Counts passes, keeps a mean and draws a dropout in evaluation mode as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.frozen = nn.BatchNorm1d(2).eval()
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        self.passes += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.frozen(nn.functional.dropout(self.linear(x), 0.5))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_evaluation_leaves_no_trace(fails):
+    network = CountsAlways()
+    network.frozen.eval()
+    network(torch.randn(4, 3))
+    mean, passes, stream = network.mean, network.passes.clone(), torch.get_rng_state()
+    values = mean.clone()
+    expected = pytest.raises(InterruptedError) if fails else nullcontext()
+    with expected, torch.inference_mode(), in_evaluation_mode(network):
+        assert not network.training
+        network(torch.randn(4, 3))
+        assert network.passes == passes + 1
+        if fails:
+            raise InterruptedError
+    assert network.training
+    assert not network.frozen.training
+    assert network.mean is mean
+    assert torch.equal(mean, values)
+    assert network.passes == passes
+    assert torch.equal(torch.get_rng_state(), stream)
+    network(torch.randn(4, 3)).sum().backward()  # nothing is left of the inference mode

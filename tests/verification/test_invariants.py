@@ -1,0 +1,154 @@
+"""The self-check of a cluster: it holds where the step is right, and fails where it is broken."""
+
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from torch import nn
+
+from flatcal_dist.config import ConfigError, load
+from flatcal_dist.verification.faults import refuse_fault
+from tests.support import zoo
+from tests.support.launching import launch
+from tests.support.ranks import on_ranks
+
+CSAM = Path(__file__).parents[2] / "configs/digits/csam.yaml"
+NAMES = {
+    "restore": "weights come back bit for bit",
+    "norm": "length of the perturbation is rho (relative)",
+    "sync": "equals one process (weights after a step)",
+    "rng": "both passes see one function (loss difference at rho 0)",
+    "batch_norm": "norm statistics count one clean pass",
+    "autocast": "an outer autocast block hides nothing (share of loss rise)",
+    "objective": "equals one process (weights after a step)",
+}
+ASAM_EACH = ["sharpness.rule=asam", "sharpness.rho=0.5", "sharpness.scope=rank"]
+
+
+def failing(rank: int, world_size: int, cases: list) -> list[tuple[int, list[str]]]:
+    """How many invariants there are and which fail, for each (fault or None, overrides)."""
+    from flatcal_dist.ranks import distributed
+    from flatcal_dist.verification.faults import FAULTS
+    from flatcal_dist.verification.invariants import engine_class, verify
+
+    local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+    os.environ |= {name: str(value) for name, value in local.items()}
+    outcome = []
+    for fault, overrides in cases:
+        config = load(CSAM, overrides)
+        accelerator = distributed.start(config.train.engine, config.train.precision)
+        with FAULTS[fault](engine_class(config)) if fault else nullcontext():
+            rows = verify(config, accelerator)
+        outcome.append((len(rows), [row.invariant for row in rows if not row.holds]))
+    return outcome
+
+
+def test_it_holds_and_each_fault_fails_by_name():
+    """On one process; replicas that differ need two."""
+    faults = [fault for fault in NAMES if fault != "sync"]
+    right, *wrong = on_ranks(1, failing, [(fault, []) for fault in (None, *faults)])[0]
+    assert right == (12, [])
+    for fault, (_, failed) in zip(faults, wrong, strict=True):
+        assert NAMES[fault] in failed, (fault, failed)
+
+
+def test_two_ranks():
+    each = ["sharpness.rule=sam", "sharpness.per_micro_batch=true", "sharpness.scope=rank"]
+    cases = [(None, []), (None, ASAM_EACH), (None, each), ("sync", []), ("objective", ASAM_EACH)]
+    for right, *others, sync, no_csam in on_ranks(2, failing, cases)[:1]:
+        assert right == (12, [])
+        assert others == [(11, []), (11, [])]
+        assert NAMES["sync"] in sync[1]
+        assert no_csam == (11, []), "CSAM's loss is not at stake in ASAM"
+
+
+def test_rules_that_do_not_perturb_in_each_step_and_smoothed_labels():
+    sam = "sharpness.rule=sam"
+    overrides = (
+        ["sharpness.rule=looksam", "sharpness.rho=0.1", "sharpness.every=2"],
+        [sam, "sharpness.every=3", "optimizer.clip_norm=0.5"],
+        [sam, "objective.name=label_smoothing"],
+        ["sharpness.rule=gsam", "sharpness.rho=0.1", "sharpness.alpha=0.7"],
+        ["sharpness.rule=momentum_sam", "sharpness.rho=0.5", "sharpness.momentum=0.8"],
+    )
+    outcome = on_ranks(2, failing, [(None, each) for each in overrides])[0]
+    assert outcome == [(12, []), (12, []), (11, []), (11, []), (12, [])]
+
+
+def test_objectives_that_pair_images_or_keep_a_history():
+    sam = ["sharpness.rule=sam"]
+    cases = [(None, [*sam, f"objective.name={name}"]) for name in ("cs_kd", "crl", "focal")]
+    for outcome in on_ranks(2, failing, [*cases, ("norm", cases[0][1])]):
+        *right, (_, wrong) = outcome
+        assert [failed for _, failed in right] == [[]] * 3
+        assert NAMES["norm"] in wrong
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision(precision):
+    half = [f"train.precision={precision}"]
+    right, norm = on_ranks(2, failing, [(None, half), ("norm", half)])[0]
+    assert right == (14, [])
+    assert norm[1] == [NAMES["norm"]], "a tenth off, which the bounds of rounding would not see"
+
+
+def test_a_perturbation_that_rounding_turns_away_is_seen():
+    """At a small rho what is left of e in bf16 is long enough, but it is noise."""
+    small = ["train.precision=bf16", "sharpness.rho=0.001"]
+    [(_, failed)] = on_ranks(1, failing, [(None, small)])[0]
+    assert "cosine between e and what is seen of it after rounding" in failed
+
+
+def failing_with(rank: int, world_size: int, cases: list) -> list[tuple[int, list[str]]]:
+    """As `failing`, with a network that reads buffers in its forward pass."""
+    from flatcal_dist.training import build
+
+    def with_odd_buffers(name, classes, channels, size, options):
+        pixels = nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, 6))
+        odd = [zoo.make(name) for name in ("renorm", "spectral norm, old", "starts as None")]
+        return nn.Sequential(pixels, Mean(odd), nn.Linear(zoo.CLASSES, classes))
+
+    with patch.object(build, "build", with_odd_buffers):
+        return failing(rank, world_size, cases)
+
+
+class Mean(nn.Module):
+    def __init__(self, networks):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, x):
+        return sum(network(x) for network in self.networks) / len(self.networks)
+
+
+def test_networks_whose_forward_pass_reads_buffers():
+    """Each rank has buffers of its own, in the reference too."""
+    each = ["sharpness.rule=sam", "sharpness.per_micro_batch=true", "sharpness.scope=rank"]
+    assert on_ranks(2, failing_with, [(None, []), (None, each)])[0] == [(12, []), (11, [])]
+
+
+def test_the_command_prints_saves_and_exits(tmp_path):
+    output = tmp_path / "verification.json"
+    for fault, code in (((), 0), (("--fault", "sync"), 1)):
+        done = launch("verify_step", "--output", output, *fault)
+        assert done.returncode == code, done.stdout
+        table = json.loads(output.read_text())
+        assert table["holds"] is (code == 0)
+        assert ("FAILS" in done.stdout) is (code == 1)
+        assert NAMES["sync"] in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("fault", "overrides", "message"),
+    [
+        ("objective", ["sharpness.rule=sam"], "use it with sharpness.rule=csam"),
+        ("objective", ["sharpness.gamma=0.0"], "a sharpness.gamma above 0"),
+        ("autocast", ["train.engine=zero2"], "use it with train.engine=ddp"),
+    ],
+)
+def test_a_fault_that_the_configuration_cannot_have_is_refused(fault, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        refuse_fault(fault, load(CSAM, overrides))
