@@ -163,8 +163,8 @@ def _run_script(script: Path, environment: dict[str, str]) -> subprocess.Complet
 def test_what_is_submitted_holds_code_and_configuration(submit, commands, tmp_path):
     run = tmp_path / "run"
     printed = submit("--config", DIGITS, f"run.dir={run}", "--cpu", "--evaluate", "--compare")
-    assert (run / "code/flatcal_dist/config.py").read_bytes() == (
-        ROOT / "flatcal_dist/config.py"
+    assert (run / "code/flatcal_dist/config/loading.py").read_bytes() == (
+        ROOT / "flatcal_dist/config/loading.py"
     ).read_bytes()
     assert "commit" in json.loads((run / "code/snapshot.json").read_text())
     first, second, third = called(commands, "sbatch")
