@@ -41,8 +41,7 @@ class Average:
         self.engine, self.rule, self.batches = engine, rule, batches
         self.count = 0  # how often weights were averaged
         self.weights = {name: w.detach().clone() for name, w in engine.masters().items()}
-        network = getattr(engine, "named", engine.module)  # without torch.compile's prefix
-        self.layers = norm_layers(network)
+        self.layers = norm_layers(engine.named)
         self.statistics: Statistics = {
             name: buffer.detach().float().clone()
             for name, buffer in statistics_of(self.layers).items()

@@ -91,10 +91,9 @@ def test_a_batch_that_cannot_be_taken_changes_nothing():
     before = bits(network.state_dict())
     batch = make_batch(0)
 
-    def refused(expected, micro_batches, loss=None, rho=0.1, **options):
+    def refused(expected, micro_batches, loss=None, **options):
         engine = ReplicatedEngine(network, make_optimizer(network))
         step = SharpnessAwareStep(engine, SAM(0.1), loss=loss)
-        step.rho = rho
         with pytest.raises(StepError, match=expected):
             step(micro_batches, **options)
         assert bits(network.state_dict()) == before

@@ -92,8 +92,7 @@ def test_periodic_rules_have_a_second_pass_in_every_third_step_only(kind):
 def test_rho_may_change_between_steps():
     ours, theirs = make_network(), make_network()
     step = SharpnessAwareStep(ReplicatedEngine(ours, make_optimizer(ours)), SAM(0.1))
-    step.rho = 0.3
-    step([make_batch(0)])
+    step([make_batch(0)], rho=0.3)
     one_step(SAM(0.3), theirs)
     assert bits(ours.state_dict()) == bits(theirs.state_dict())
 

@@ -9,6 +9,11 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from flatcal_dist.sharpness.errors import StepError
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor, or a tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """In the order of the indices in its state_dict."""
     return [w for group in optimizer.param_groups for w in group["params"]]
