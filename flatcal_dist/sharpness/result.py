@@ -71,7 +71,7 @@ class Sums:
     def add(self, evaluated: Evaluated) -> None:
         """Add a micro-batch."""
         self.loss += evaluated.reported
-        self.losses = self.losses + evaluated.count
+        self.losses = self.losses + evaluated.losses
         self.outputs.append(evaluated.output)
 
 

@@ -41,6 +41,7 @@ class Call:
     Args:
         rule: The rule that perturbs in this call. None: there is no perturbation.
         rho: The length of e.
+        samples: The size of the global batch.
         share: The factor of each loss. Engines take the mean over ranks, so with it the sum of
             losses becomes the mean over the samples of all ranks.
         passes: How a micro-batch is evaluated at w and at w + e.
@@ -51,6 +52,7 @@ class Call:
 
     rule: Rule | None
     rho: float
+    samples: float
     share: float
     passes: tuple[Pass, Pass]
     replay: SameFunctionTwice
@@ -157,30 +159,13 @@ class SharpnessAwareStep:
         units: Sequence[MicroBatches] = [micro_batches]
         if rule and self.per_micro_batch:
             units = [[batch] for batch in micro_batches]
-        seen = Seen(engine.device)
-        with (
-            no_weights_in_autocast(),
-            SameFunctionTwice(engine.module, engine.device) as replay,
-            engine.broadcasting() as changed,
-        ):
-            if changed:
-                replay.start_from_here()
-            share = engine.world_size / samples
-            call = Call(rule, rho, share, passes, replay, seen, measure)
-            self._take_gradients(units, call)
-            norm = engine.gradient_norm()
-            agreed = seen.agree(engine.sum, norm, stop, votes)
-            self._refuse_miscounted(agreed.losses, samples)
-            if agreed.skipped:
-                replay.undo()
-                engine.skip()
-            else:
-                self.memory = seen.memory or self.memory
-                engine.update(norm, self.clip_norm)
-            self.taken += 1
+        replay, seen = SameFunctionTwice(engine.module, engine.device), Seen(engine.device)
+        share = engine.world_size / samples
+        call = Call(rule, rho, samples, share, passes, replay, seen, measure)
+        agreed = self._take(units, call, stop, votes)
         if not agreed.skipped:
             learning.learn(self.loss, micro_batches, seen.outputs)
-        return self._result(call, agreed, samples, len(units))
+        return self._result(call, agreed, len(units))
 
     def end_epoch(self) -> None:
         """Tell the objective that an epoch is over. Called by all ranks."""
@@ -235,6 +220,27 @@ class SharpnessAwareStep:
             )
         learning.refuse_without_targets(self.loss)
         return (of_user(forward, self.engine.world_size > 1),) * 2
+
+    def _take(
+        self, units: Sequence[MicroBatches], call: Call, stop: bool, votes: Sequence[float]
+    ) -> Agreed:
+        """Take both passes of all units, agree with all ranks, and update or skip."""
+        engine, seen, replay = self.engine, call.seen, call.replay
+        with no_weights_in_autocast(), replay, engine.broadcasting() as changed:
+            if changed:
+                replay.start_from_here()
+            self._take_gradients(units, call)
+            norm = engine.gradient_norm()
+            agreed = seen.agree(engine.sum, norm, stop, votes)
+            self._refuse_miscounted(agreed.losses, call.samples)
+            if agreed.skipped:
+                replay.undo()
+                engine.skip()
+            else:
+                self.memory = seen.memory or self.memory
+                engine.update(norm, self.clip_norm)
+            self.taken += 1
+        return agreed
 
     def _take_gradients(self, units: Sequence[MicroBatches], call: Call) -> None:
         """Leave the gradient for the optimizer in the engine, over all units."""
@@ -319,8 +325,8 @@ class SharpnessAwareStep:
                 "samples=, the number of losses over all ranks and micro-batches"
             )
 
-    def _result(self, call: Call, agreed: Agreed, samples: float, units: int) -> StepResult:
-        total, over = agreed.total, self.engine.world_size * units
+    def _result(self, call: Call, agreed: Agreed, units: int) -> StepResult:
+        total, samples, over = agreed.total, call.samples, self.engine.world_size * units
         ascends = call.rule is not None and call.rule.ascent_share > 0
         measured = Measured._fields if call.rule and call.measure else ()
         return StepResult(

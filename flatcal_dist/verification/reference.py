@@ -188,7 +188,7 @@ def _perturb(network: nn.Module, gradient: list[Tensor], rule: Rule) -> None:
     scaled = [t * g for t, g in zip(stretch, gradient, strict=True)]
     norm = torch.stack([(s.double() ** 2).sum() for s in scaled]).sum().sqrt()
     for (_, w), t, s in zip(named, stretch, scaled, strict=True):
-        w += (rule.rho / norm * (t * s)).to(w.dtype)
+        w.add_((rule.rho / norm * (t * s)).to(w.dtype))
 
 
 def _objective(lab: Laboratory) -> Loss:

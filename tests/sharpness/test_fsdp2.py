@@ -87,7 +87,7 @@ def test_groups_perturb_by_themselves_and_stay_replicas():
             assert results[0].effective_rho == pytest.approx(0.1, rel=1e-4)
     for _, as_two_engines, rank_scope, stopped in outcomes:
         assert as_two_engines
-        assert "2 ranks gather theirs" in rank_scope
+        assert "2 ranks gather their weights" in rank_scope
         assert stopped == (True, True)
 
 

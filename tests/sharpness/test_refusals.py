@@ -102,7 +102,7 @@ def test_a_batch_that_cannot_be_taken_changes_nothing():
     refused("nothing to learn from", [(batch[0][:0], batch[1][:0])])
     refused("nothing to learn from", [batch], samples=0)
     refused(r"list of \(inputs, target\) pairs", batch)
-    refused("wants one value each", [batch], loss=F.cross_entropy)
+    refused("needs one value each", [batch], loss=F.cross_entropy)
     refused("rho must be finite", [batch], rho=math.nan)
     for weight in network[0].parameters():
         weight.requires_grad_(False)
@@ -214,7 +214,7 @@ def under_fsdp2(rank, world_size):
 
 def test_under_fsdp2():
     refused = on_ranks(2, under_fsdp2)[0]
-    assert "gather theirs from each other's shards; use scope 'global'" in refused["rank"]
+    assert "gather their weights from each other's shards; use scope 'global'" in refused["rank"]
     assert "use DDP, or perturb once per step" in refused["micro"]
     assert "build it after shard()" in refused["stale"]
     assert "every parameter is sharded" in refused["plain"]

@@ -34,6 +34,7 @@ from flatcal_dist.sharpness.engines.fsdp2_state import (
     join,
     local,
     parameters_of,
+    sharded,
     sharded_like,
     split,
 )
@@ -75,14 +76,14 @@ class ShardedEngine:
         self.optimizer = optimizer
         # Kept, and not looked up: while a block is gathered, the network has other parameters.
         self.parameters = dict(model.named_parameters())
-        _refuse_unsharded(model, self.parameters, optimizer)
+        self.root = _refuse_unsharded(model, self.parameters, optimizer)
         self.weights = {n: w for n, w in self.parameters.items() if w.requires_grad}
         self.blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
         refuse_unusable(self.weights, optimizer)
         refuse_part(self.weights, {id(w) for w in parameters_of(optimizer)})
         shapes = [[tuple(w.shape) for w in group["params"]] for group in optimizer.param_groups]
-        refuse_rows(optimizer, shapes, parameters_of(optimizer)[0].device_mesh)
-        first = next(iter(self.weights.values()))
+        refuse_rows(optimizer, shapes, sharded(parameters_of(optimizer)[0]).device_mesh)
+        first = sharded(next(iter(self.weights.values())))
         self.device = first.to_local().device
         self.world_size = dist.get_world_size()
         self.group = first.device_mesh.get_group()
@@ -106,7 +107,9 @@ class ShardedEngine:
         group = None
         if 1 < count < self.world_size:
             same = [list(range(i, self.world_size, size)) for i in range(size)]
-            group = dist.new_subgroups_by_enumeration(same)[0]
+            found, _ = dist.new_subgroups_by_enumeration(same)
+            assert not isinstance(found, int)  # every rank is in one of the groups
+            group = found
         return Scope("replicas", count, count == self.world_size, group)
 
     @property
@@ -129,9 +132,9 @@ class ShardedEngine:
             )
         if not self.reduces(scope):
             raise StepError(
-                f"scope {scope.name!r} wants other weights in every {scope.ranks} of "
-                f"{self.world_size} ranks, but {ranks} ranks gather theirs from each other's "
-                "shards; use scope 'global', shard over groups of so many ranks "
+                f"scope {scope.name!r} needs other weights in every {scope.ranks} of "
+                f"{self.world_size} ranks, but {ranks} ranks gather their weights from each "
+                "other's shards; use scope 'global', shard over groups of so many ranks "
                 "(ranks_per_group), or use DDP"
             )
 
@@ -156,7 +159,7 @@ class ShardedEngine:
 
     @contextmanager
     def accumulation(self, reduce: bool) -> Iterator[None]:
-        self.model.set_requires_gradient_sync(reduce)
+        self.root.set_requires_gradient_sync(reduce)
         try:
             yield
         except BaseException:
@@ -304,7 +307,7 @@ class ShardedEngine:
         set_buffers(self.module, state["buffers"], self.device)
         saved = state["optimizer"]
         parameters = parameters_of(self.optimizer)
-        joined = {i: join(s, parameters[i]) for i, s in saved["state"].items()}
+        joined = {i: join(s, sharded(parameters[i])) for i, s in saved["state"].items()}
         self.optimizer.load_state_dict({"state": joined, "param_groups": saved["param_groups"]})
         self.scale = LossScale(**state["scale"])
 
@@ -321,7 +324,7 @@ class ShardedEngine:
             row = weight.numel() // weight.shape[0] if weight.numel() else 0
             rows = -(-weight.shape[0] // dist.get_world_size(self.group))  # as torch.chunk cuts
             start = min(rank * rows, weight.shape[0]) * row
-            pieces[name] = [list(weight.shape), start, weight.to_local().numel()]
+            pieces[name] = [list(weight.shape), start, local(weight).numel()]
         return {
             "pieces": pieces,
             "slots": slots_by_parameter(self.optimizer, self.parameters.items()),
@@ -331,7 +334,7 @@ class ShardedEngine:
     @torch.no_grad()
     def load_optimizer(self, state: dict[int, dict[str, Any]], groups: list[dict]) -> None:
         parameters = parameters_of(self.optimizer)
-        joined = {index: sharded_like(s, parameters[index]) for index, s in state.items()}
+        joined = {i: sharded_like(s, sharded(parameters[i])) for i, s in state.items()}
         self.optimizer.load_state_dict(with_groups(self.optimizer, joined, groups))
 
     def set_loss_scale(self, value: float) -> None:
@@ -347,7 +350,8 @@ class ShardedEngine:
 
 def _refuse_unsharded(
     model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
+) -> FSDPModule:
+    """Return the model, and raise StepError for one that is not sharded as the engine needs it."""
     if not isinstance(model, FSDPModule) or not all(
         isinstance(w, DTensor) and w.device_mesh.ndim == 1 and w.dtype == torch.float32
         for w in parameters.values()
@@ -363,3 +367,4 @@ def _refuse_unsharded(
             "the optimizer holds parameters from before the network was sharded, which nothing "
             "reads any more: build it after shard()"
         )
+    return model

@@ -39,7 +39,7 @@ class ZeroEngine:
         self.zero = model
         self.stage = int(model.zero_optimization_stage())
         self.precision: torch.dtype = model.get_data_types()[0]
-        self.model = InPrecision(model, self.precision)
+        self.model: nn.Module = InPrecision(model, self.precision)
         self.module: nn.Module = model.module
         self.named = self.module
         self.optimizer: torch.optim.Optimizer = model.optimizer.optimizer
@@ -140,8 +140,8 @@ class ZeroEngine:
     def total(self, part: Tensor) -> Tensor:
         return self.over_ranks(part)
 
-    def over_ranks(self, part: Tensor) -> Tensor:
-        total = part.to(self.device, copy=True)  # of a rank without any part it is on the CPU
+    def over_ranks(self, tensor: Tensor) -> Tensor:
+        total = tensor.to(self.device, copy=True)  # on a rank without any part it is on the CPU
         dist.all_reduce(total)
         return total
 
