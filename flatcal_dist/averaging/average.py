@@ -50,7 +50,14 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int, skipped: bool, epoch_steps: int, total_steps: int) -> None:
-        """Average after a step, if the rule says so. The arguments are those of `Moment`."""
+        """Average after a step, if the rule says so.
+
+        Args:
+            step: The number of optimizer steps that were taken.
+            skipped: Whether the last step moved nothing.
+            epoch_steps: The number of steps in an epoch.
+            total_steps: The number of steps in the whole run.
+        """
         share = self.rule.share(Moment(step, skipped, epoch_steps, total_steps, self.count))
         if share is None:
             return

@@ -39,7 +39,13 @@ def refuse_without_targets(objective: Objective) -> None:
 
 
 def learn(objective: Objective, micro_batches: Sequence[Any], outputs: Sequence[Any]) -> None:
-    """Show the objective a step that was taken, if it keeps a history."""
+    """Show the objective a step that was taken, if it keeps a history.
+
+    Args:
+        objective: The objective.
+        micro_batches: The pairs (inputs, targets) of this rank.
+        outputs: The outputs of the first pass, one for each micro-batch.
+    """
     if objective.keeps_history:
         objective.after_step([as_targets(targets) for _, targets in micro_batches], outputs)
 

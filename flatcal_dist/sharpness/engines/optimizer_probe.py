@@ -1,10 +1,11 @@
-"""Whether an optimizer gives parts of tensors the update that it gives the whole: tried, not known.
+"""A trial that finds out whether an optimizer updates parts of tensors as it updates the whole.
 
-ZeRO hands each rank's optimizer flat pieces of the weights, FSDP2 rows of them. An update that is
-element by element (SGD, Adam, Lion) does not notice. One that looks at whole tensors (a norm of
-each: LARS, LAMB; rows and columns: Adafactor; the matrix: Muon, Shampoo) or at all of them at once
-(a norm for clipping, Prodigy's step size) becomes another algorithm, without a word. So a copy of
-the optimizer, with its options, takes a few steps on small tensors, and another on parts of them.
+ZeRO gives each rank's optimizer flat pieces of the weights, and FSDP2 gives it rows of them. An
+optimizer that works element by element (SGD, Adam, Lion) computes the same. One that looks at whole
+tensors (a norm of each: LARS, LAMB; rows and columns: Adafactor; the matrix: Muon, Shampoo) or at
+all of them at once (a norm for clipping, Prodigy's step size) silently becomes another algorithm.
+So one copy of the optimizer, with its options, takes a few steps on small tensors, another copy
+takes them on parts of the tensors, and the results are compared.
 """
 
 import copy

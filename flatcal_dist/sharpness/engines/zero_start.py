@@ -93,7 +93,7 @@ def _of_rank_0(network: nn.Module) -> dict[str, Tensor]:
 
 
 def configuration(stage: int, precision: torch.dtype, clip_norm: float | None) -> dict[str, Any]:
-    """Return DeepSpeed's configuration."""
+    """Return DeepSpeed's configuration. The arguments are those of `start_zero`."""
     return {
         # We count samples and micro-batches ourselves, and say which micro-batch is the last.
         "train_micro_batch_size_per_gpu": 1,
