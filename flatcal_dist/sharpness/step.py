@@ -192,9 +192,13 @@ class SharpnessAwareStep:
         self.taken, memory = state["taken"], state["memory"]
         self.memory = memory and {n: t.to(self.engine.device) for n, t in memory.items()}
 
+    @property
+    def rho(self) -> float:
+        """The length of e where a call gives no other one: the rule's. It cannot be set."""
+        return self.rule.rho if self.rule else 0.0
+
     def _length(self, rho: float | None) -> float:
-        if rho is None:
-            rho = self.rule.rho if self.rule else 0.0
+        rho = self.rho if rho is None else rho
         if not 0 <= rho < math.inf:
             raise StepError(f"rho must be finite and not negative, and the step was given {rho}")
         return rho

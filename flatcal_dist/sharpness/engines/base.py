@@ -244,14 +244,14 @@ def refuse_unusable(weights: dict[str, nn.Parameter], optimizer: torch.optim.Opt
             )
     if type(optimizer).__module__.startswith("accelerate"):
         raise StepError(
-            "the optimizer was prepared by Accelerate, which would scale and skip for itself: give "
-            "the step the optimizer that went in, and prepare the network only"
+            "the optimizer was prepared by Accelerate, which would scale losses and skip steps on "
+            "its own: give the engine the optimizer that you built, and prepare the network only"
         )
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise StepError(
-            f"{type(optimizer).__name__} evaluates the loss by itself, as often as it likes; the "
-            "step takes both passes: choose an optimizer whose step() needs no closure"
+            f"{type(optimizer).__name__} evaluates the loss by itself, as often as it likes, but "
+            "the step takes both passes: choose an optimizer whose step() needs no closure"
         )
 
 
@@ -261,7 +261,7 @@ def refuse_part(weights: dict[str, nn.Parameter], held: set[int]) -> None:
     if lacking:
         raise StepError(
             f"the optimizer holds {len(weights) - len(lacking)} of {len(weights)} trainable "
-            f"weights, and not {lacking[0]}: a perturbation and a gradient norm would still have "
-            "them. Freeze what is not to be trained, requires_grad_(False), or give it to the "
-            "optimizer"
+            f"weights, and {lacking[0]} is missing: perturbation and gradient norm would still "
+            "include it. Freeze what is not to be trained, requires_grad_(False), or give it to "
+            "the optimizer"
         )
