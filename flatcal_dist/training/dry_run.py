@@ -17,6 +17,7 @@ from flatcal_dist.data.order import micro_batch_count, micro_batches, rank_share
 from flatcal_dist.networks.registry import in_evaluation_mode
 from flatcal_dist.objectives import Targets
 from flatcal_dist.sharpness import SharpnessAwareStep
+from flatcal_dist.sharpness.engines.registry import ENGINES
 from flatcal_dist.training.build import build_step
 
 STEPS = 2
@@ -119,8 +120,7 @@ def memory_in_words(step: SharpnessAwareStep, engine: str) -> str:
     """What weights, gradients, optimizer state and the perturbation's backup take on one rank."""
     weights = sum(w.numel() * w.element_size() for w in step.engine.module.parameters())
     state = sum(t.numel() * t.element_size() for t in _tensors(step.engine.optimizer.state))
-    # ZeRO goes back to its master copy.
-    needs_backup = step.rule is not None and not engine.startswith("zero")
+    needs_backup = step.rule is not None and not ENGINES[engine].has_master
     backup = weights if needs_backup else 0
     text = (
         f"memory per rank: weights {weights / 2**20:,.1f} MiB, gradients the same, optimizer state "
