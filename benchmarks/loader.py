@@ -38,8 +38,11 @@ from torchvision.transforms import v2 as T
 
 from flatcal_dist.data import (
     Augmentation,
+    BatchPlan,
+    Decoding,
     Index,
     Sample,
+    Workers,
     describe_decoder,
     expand,
     load_index,
@@ -93,11 +96,9 @@ def contenders(root: Path, workers: int) -> dict[str, Passes]:
 
 def ours(root: Path, decoder: str, workers: int) -> Iterable:
     index = load_index(expand(str(root / "shards")))
-    return training_loader(
-        index, seed=0, global_batch_size=BATCH, micro_batch_size=BATCH,
-        transform=training_transform(OURS, SIZE), channels=3, epochs=1, decoder=decoder,
-        workers=workers,
-    )  # fmt: skip
+    plan = BatchPlan(seed=0, global_batch_size=BATCH, micro_batch_size=BATCH, epochs=1)
+    transform = training_transform(OURS, SIZE)
+    return training_loader(index, plan, transform, Decoding(3, decoder), Workers(workers))
 
 
 def timm_wds(root: Path, workers: int) -> Iterable:

@@ -1,11 +1,11 @@
-"""From the configuration's data section to indexes and loaders, for training and evaluation."""
+"""Indexes and loaders for training and evaluation, made as the configuration says."""
 
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -13,11 +13,14 @@ from accelerate.utils import gather_object
 from flatcal_dist.config import Config, DataConfig
 from flatcal_dist.data import (
     Augmentation,
+    BatchPlan,
     DataError,
+    Decoding,
     Index,
     Normalize,
     Position,
     Some,
+    Workers,
     describe_decoder,
     evaluation_loader,
     evaluation_transform,
@@ -30,6 +33,7 @@ from flatcal_dist.data import (
     training_loader,
     training_transform,
 )
+from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.loading.delivery import (
     MORE_ROOM,
     SHARED_MEMORY,
@@ -293,17 +297,23 @@ def _check_room(config: Config, world_size: int, local_ranks: int) -> str:
     return text
 
 
-def _reading(data: DataConfig, rank: int, world_size: int, pin_memory: bool) -> dict[str, Any]:
-    """What every loader is told alike."""
-    return {
-        "channels": data.channels,
-        "decoder": data.decoder,
-        "max_pixels": data.max_pixels,
-        "rank": rank,
-        "world_size": world_size,
-        "workers": data.workers,
-        "pin_memory": pin_memory,
-    }
+def _decoding(data: DataConfig) -> Decoding:
+    return Decoding(data.channels, data.decoder, data.max_pixels)
+
+
+def _plan(config: Config, start: Position, rank: int, world_size: int) -> BatchPlan:
+    data = config.data
+    return BatchPlan(
+        seed=config.run.seed,
+        global_batch_size=data.global_batch_size,
+        micro_batch_size=micro_batch_size(data, world_size),
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        start=start,
+        rank=rank,
+        world_size=world_size,
+        window=data.shuffle_window,
+    )
 
 
 def training_batches(
@@ -313,35 +323,50 @@ def training_batches(
     rank: int,
     world_size: int,
     pin_memory: bool,
-    same_class: bool = False,  # pairs images of one class, which a stream cannot
+    same_class: bool = False,
 ) -> Batches:
+    """Return the training batches of one rank, from `start` to the end of the run.
+
+    Args:
+        config: The configuration.
+        train: The training data.
+        start: The optimizer step to begin with.
+        rank: The number of this rank.
+        world_size: The number of ranks.
+        pin_memory: Whether batches are put into pinned memory.
+        same_class: Whether images of one class are paired, which a stream cannot do.
+
+    Raises:
+        DataError: The data does not fit the batches.
+    """
     data = config.data
+    plan = replace(_plan(config, start, rank, world_size), same_class=same_class)
+    transform = training_transform(augmentation(data), data.image_size)
+    workers = Workers(data.workers, pin_memory=pin_memory)
     if isinstance(train, Stream):
-        loader = partial(streaming_loader, train, buffer=data.shuffle_buffer)
-    else:
-        window = data.shuffle_window
-        loader = partial(training_loader, train, window=window, same_class=same_class)
-    return loader(
-        seed=config.run.seed,
-        global_batch_size=data.global_batch_size,
-        micro_batch_size=micro_batch_size(data, world_size),
-        transform=training_transform(augmentation(data), data.image_size),
-        epochs=config.train.epochs,
-        max_steps=config.train.max_steps,
-        start=start,
-        **_reading(data, rank, world_size, pin_memory),
-    )
+        return streaming_loader(
+            train, plan, transform, _decoding(data), workers, buffer=data.shuffle_buffer
+        )
+    return training_loader(train, plan, transform, _decoding(data), workers)
 
 
 def statistics_batches(
     config: Config, train: Index | Stream, rank: int, world_size: int, pin_memory: bool
 ) -> tuple[Batches, int]:
-    """Training images to estimate norm statistics on, and how many batches (`Batch.step`) count.
+    """Return training batches to estimate norm statistics on, and how many of them count.
 
-    `STATISTICS_SAMPLES` images, or an epoch's, augmented as in training; the same at every call.
-    Indexed data gives the same batches on any number of ranks: the first of the first epoch, of
-    data.global_batch_size images, at most evaluate.batch_size. A stream gives those that its
-    training begins with, which depend on ranks and workers.
+    A batch counts if its `Batch.step` is below this number. The batches hold `STATISTICS_SAMPLES`
+    images, or those of an epoch if it has fewer. The images are augmented as in training, and are
+    the same at every call. Indexed data gives the same batches on any number of ranks: the first of
+    the first epoch, of data.global_batch_size images, but of evaluate.batch_size images at most. A
+    stream gives the batches that its training begins with, which depend on ranks and workers.
+
+    Args:
+        config: The configuration.
+        train: The training data.
+        rank: The number of this rank.
+        world_size: The number of ranks.
+        pin_memory: Whether batches are put into pinned memory.
     """
     data, size = config.data, config.data.global_batch_size
     if isinstance(train, Stream):
@@ -355,26 +380,43 @@ def statistics_batches(
     batches = max(min(STATISTICS_SAMPLES, len(train)) // size, 1)
     loader = sample_loader(
         train,
-        seed=config.run.seed,
-        batch_size=size,
-        batches=batches,
-        transform=training_transform(augmentation(data), data.image_size),
-        window=data.shuffle_window,
-        **_reading(data, rank, world_size, pin_memory),
+        replace(_plan(config, Position(), rank, world_size), global_batch_size=size),
+        batches,
+        training_transform(augmentation(data), data.image_size),
+        _decoding(data),
+        Workers(data.workers, pin_memory=pin_memory),
     )
     return loader, batches
 
 
 def evaluation_batches(
-    config: Config, index: Index, rank: int, world_size: int, pin_memory: bool, only: Some = None
+    config: Config,
+    index: ImageIndex,
+    rank: int,
+    world_size: int,
+    pin_memory: bool,
+    only: Some = None,
 ) -> Batches:
+    """Return one rank's share of the images of a data set, in batches of evaluate.batch_size.
+
+    Args:
+        config: The configuration.
+        index: The images.
+        rank: The number of this rank.
+        world_size: The number of ranks.
+        pin_memory: Whether batches are put into pinned memory.
+        only: The numbers of the images to take; None takes all.
+    """
     data = config.data
     return evaluation_loader(
         index,
-        batch_size=config.evaluate.batch_size,
-        transform=evaluation_transform(augmentation(data), data.image_size),
+        config.evaluate.batch_size,
+        evaluation_transform(augmentation(data), data.image_size),
+        _decoding(data),
+        Workers(data.workers, pin_memory=pin_memory),
+        rank=rank,
+        world_size=world_size,
         samples=only,
-        **_reading(data, rank, world_size, pin_memory),
     )
 
 

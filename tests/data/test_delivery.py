@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
+from conftest import train_on
 
 from flatcal_dist import inputs
 from flatcal_dist.config import load
-from flatcal_dist.data import Augmentation, DataError, training_loader, training_transform
+from flatcal_dist.data import Augmentation, DataError, training_transform
 from flatcal_dist.ranks.distributed import FailedTogether
 
 SCRIPT = """
@@ -25,9 +26,9 @@ if __name__ == "__main__":
     index = load_index(expand(sys.argv[1]))
     for limit in sys.argv[3:] or ["0"]:
         loader = training_loader(
-            index, seed=0, global_batch_size=16, micro_batch_size=16, channels=3, epochs=60,
-            transform=training_transform(Augmentation(kind="none"), 64), workers=2,
-            multiprocessing_context=sys.argv[2],
+            index, BatchPlan(seed=0, global_batch_size=16, micro_batch_size=16, epochs=60),
+            training_transform(Augmentation(kind="none"), 64), Decoding(3),
+            Workers(2, context=sys.argv[2]),
         )
         if int(limit):
             resource.setrlimit(resource.RLIMIT_NOFILE, (int(limit), 1024))
@@ -96,10 +97,9 @@ class Dies:
 
 
 def training(index, **options):
-    sizes = {"global_batch_size": 8, "micro_batch_size": 8, "channels": 3, "epochs": 3}
+    sizes = {"seed": 0, "global_batch_size": 8, "micro_batch_size": 8, "epochs": 3}
     transform = training_transform(Augmentation(kind="none"), 8)
-    about = {"seed": 0, "transform": transform, "workers": 2} | sizes
-    return training_loader(index, **about | options)
+    return train_on(index, **{"transform": transform, "workers": 2, **sizes, **options})
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV])

@@ -20,8 +20,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from flatcal_dist.data import (
     Augmentation,
+    BatchPlan,
     DataError,
+    Decoding,
     Position,
+    Workers,
     load_index,
     training_transform,
     write_shards,
@@ -342,18 +345,10 @@ def opened(pattern: str, access: Access = QUICK, **options) -> Stream:
 
 
 def batches(stream: Stream, *, rank: int = 0, world_size: int = 1, workers: int = 0, **options):
-    options = {"global_batch_size": 24, "micro_batch_size": 3, "epochs": 2, **options}
-    loader = streaming_loader(
-        stream,
-        seed=5,
-        transform=training_transform(Augmentation("resized_crop"), 8),
-        channels=3,
-        rank=rank,
-        world_size=world_size,
-        workers=workers,
-        buffer=10,
-        **options,
-    )
+    sizes = {"global_batch_size": 24, "micro_batch_size": 3, "epochs": 2, **options}
+    plan = BatchPlan(seed=5, rank=rank, world_size=world_size, **sizes)
+    transform = training_transform(Augmentation("resized_crop"), 8)
+    loader = streaming_loader(stream, plan, transform, Decoding(3), Workers(workers), buffer=10)
     found = list(loader)
     assert len(found) == len(loader)
     return found

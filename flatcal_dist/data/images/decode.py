@@ -8,6 +8,7 @@ libraries may differ by a level or two per pixel, so the one in use belongs to a
 
 import io
 import warnings
+from dataclasses import dataclass
 from importlib import metadata
 
 import numpy as np
@@ -32,6 +33,15 @@ except ImportError:  # torchvision has announced to leave it to torchcodec
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MiB of RGB
 JPEG = b"\xff\xd8"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How encoded images become tensors; the fields are parameters of `decode`."""
+
+    channels: int  # 1 (gray) or 3 (RGB)
+    decoder: str = "auto"
+    max_pixels: int = MAX_PIXELS
 
 
 def choose_decoder(wanted: str = "auto") -> str:
