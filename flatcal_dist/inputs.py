@@ -43,6 +43,7 @@ from flatcal_dist.data.loading.delivery import (
 )
 from flatcal_dist.data.loading.streaming import streaming_loader
 from flatcal_dist.data.order import micro_batch_count
+from flatcal_dist.data.shards.access import Access, is_remote
 from flatcal_dist.data.shards.cache import ShardCache
 from flatcal_dist.data.shards.index import sidecar
 from flatcal_dist.data.shards.listing import (
@@ -52,7 +53,6 @@ from flatcal_dist.data.shards.listing import (
     list_shards,
     open_stream,
 )
-from flatcal_dist.data.shards.remote import Access, is_remote
 from flatcal_dist.objectives import Objective
 from flatcal_dist.ranks.distributed import on_all_ranks
 from flatcal_dist.urls import public

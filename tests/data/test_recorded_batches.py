@@ -27,8 +27,8 @@ from flatcal_dist.data import (
     write_shards,
 )
 from flatcal_dist.data.loading.streaming import streaming_loader
+from flatcal_dist.data.shards.access import Access
 from flatcal_dist.data.shards.listing import open_stream
-from flatcal_dist.data.shards.remote import Access
 
 
 def sample(number: int) -> Sample:

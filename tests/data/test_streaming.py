@@ -31,8 +31,10 @@ from flatcal_dist.data import (
 )
 from flatcal_dist.data.images.decode import decode
 from flatcal_dist.data.loading.streaming import streaming_loader
+from flatcal_dist.data.shards.access import Access
+from flatcal_dist.data.shards.connections import NotThere
 from flatcal_dist.data.shards.listing import Stream, list_shards, open_stream
-from flatcal_dist.data.shards.remote import Access, NotThere, RemoteFile, read_small
+from flatcal_dist.data.shards.remote import RemoteFile, read_small
 from flatcal_dist.data.shards.tar_stream import read_samples
 from tests.support.web import Web, serving
 

@@ -9,7 +9,6 @@ the batch lists them.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -46,7 +45,13 @@ class Batch:
     replaced: tuple[Replaced, ...] = ()
 
     def pin_memory(self) -> "Batch":
-        return _pinned(self)
+        """Return the same batch in pinned memory."""
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            labels=self.labels.pin_memory(),
+            samples=self.samples.pin_memory(),
+        )
 
 
 Some = np.ndarray | None  # numbers of some samples; None for all
@@ -62,15 +67,13 @@ class EvaluationBatch:
     valid: Tensor  # [N] bool
 
     def pin_memory(self) -> "EvaluationBatch":
-        return _pinned(self)
-
-
-_AnyBatch = TypeVar("_AnyBatch", Batch, EvaluationBatch)
-
-
-def _pinned(batch: _AnyBatch) -> _AnyBatch:
-    tensors = {k: v.pin_memory() for k, v in vars(batch).items() if isinstance(v, Tensor)}
-    return replace(batch, **tensors)
+        """Return the same batch in pinned memory."""
+        return EvaluationBatch(
+            images=self.images.pin_memory(),
+            labels=self.labels.pin_memory(),
+            samples=self.samples.pin_memory(),
+            valid=self.valid.pin_memory(),
+        )
 
 
 def training_loader(

@@ -8,9 +8,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.shards.access import is_remote
 from flatcal_dist.data.shards.listing import Stream
 from flatcal_dist.data.shards.members import part
-from flatcal_dist.data.shards.remote import RemoteFile, is_remote
+from flatcal_dist.data.shards.remote import RemoteFile
 from flatcal_dist.data.shards.tar_stream import read_samples
 from flatcal_dist.urls import shown
 

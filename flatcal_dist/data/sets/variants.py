@@ -40,9 +40,9 @@ from flatcal_dist.data.images.corruptions import Corrupted
 from flatcal_dist.data.making.image_folder import class_folders
 from flatcal_dist.data.sets import imagenet
 from flatcal_dist.data.sets.tree import TreeIndex, open_tree
+from flatcal_dist.data.shards.access import Access, is_remote
 from flatcal_dist.data.shards.index import Index, load_index
 from flatcal_dist.data.shards.listing import class_names
-from flatcal_dist.data.shards.remote import Access, is_remote
 from flatcal_dist.data.shards.samples import is_system_file
 from flatcal_dist.data.shards.writing import expand
 from flatcal_dist.urls import shown

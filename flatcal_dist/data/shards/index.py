@@ -1,15 +1,18 @@
-"""A sidecar index per shard: WebDataset tars become random-access arrays of samples.
+"""Indexes beside shards, which make random-access arrays of samples out of WebDataset tars.
 
-`index_shard` reads one tar once and writes `SHARD.tar.index` beside it: a header (`HEADER`) and a
-row per sample (`_rows`). `load_index` joins the sidecars of many shards into an `Index`, whose
-`read` is one `pread` per image. The tar itself stays untouched, so anything that reads WebDataset
-shards still reads it.
+`index_shard` reads one tar once and writes `SHARD.tar.index` beside it. This sidecar holds a header
+(`HEADER`) and a row for each sample (`_rows`). `load_index` joins the sidecars of many shards into
+an `Index`, whose `read` is one `pread` for each image. The tar stays untouched, so any reader of
+WebDataset shards still reads it.
 
-What is guarded: a shard whose size changed since it was indexed is refused when the index is
-loaded, and so is a sidecar that does not have its own checksum; another shard of the same size in
-its place is refused at the read, because the tar header in front of every image must have the
-recorded checksum. So must the image: flipped bits in it, which decoders mostly turn into other
-pixels without a word, are a `BadImage`.
+Four kinds of damage are noticed:
+
+- A shard whose size changed after it was indexed is refused when the index is loaded.
+- A sidecar that does not match its checksum is refused when the index is loaded.
+- Another shard of the same size is refused at the first read, because the tar header in front of
+  every image must have the recorded checksum.
+- Flipped bits in an image are a `BadImage`, because the image must have its recorded checksum, too.
+  Most decoders would turn such bits into other pixels without an error.
 """
 
 import errno
@@ -54,13 +57,13 @@ COLUMNS = {
     "label": "i4",
     "shard": "i4",
 }
-READERS = 16  # threads that load sidecars: on network disks it is waiting that takes the time
+READERS = 16  # threads that load sidecars; on network disks most of the time is waiting
 LARGEST_SIDECAR = 4 << 30  # bytes; a shard of 1,281,167 images has one of some 60 MB
 DESCRIPTORS = 512  # open shards per process; the usual limit for all files is 1024
 
 
 def sidecar(shard: Path) -> Path:
-    """Where the index of `shard` lies."""
+    """Return the path of the index of `shard`."""
     return shard.with_name(shard.name + ".index")
 
 
@@ -69,9 +72,10 @@ def _print_warning(problem: Problem) -> None:
 
 
 def index_shard(shard: Path, warn: Report = _print_warning) -> int:
-    """Write the sidecar of `shard` (whole, by rename) and return its number of samples.
+    """Write the sidecar of `shard` and return the number of its samples.
 
-    `warn` is told which members were left out. Raises DataError where `walk_shard` does.
+    The sidecar appears whole, by rename. `warn` is called for members that are left out. Raises
+    DataError for a shard that cannot be read, is damaged, or holds samples that are not whole.
     """
     shard = Path(shard)
 
@@ -82,14 +86,14 @@ def index_shard(shard: Path, warn: Report = _print_warning) -> int:
 
     found = walk_shard(shard, report)
     rows = np.empty(len(found), _rows(found.key.dtype.itemsize))
-    for name in rows.dtype.names:
+    for name in rows.dtype.names or ():
         rows[name] = getattr(found, name)
     about = (MAGIC, VERSION, found.tar_size, len(found), found.key.dtype.itemsize)
-    header = HEADER.pack(*about, _whole_checksum(about, rows))
+    header = HEADER.pack(*about, _whole_checksum(about, rows.data))
     path = sidecar(shard)
     with write_atomically(path) as temporary, temporary.open("wb") as file:
         file.write(header)
-        file.write(rows)
+        file.write(rows.data)
     return len(found)
 
 
@@ -98,23 +102,32 @@ def _rows(key_bytes: int) -> np.dtype:
     return np.dtype([*numbers, ("key", f"S{key_bytes}")])
 
 
-def _whole_checksum(about: tuple, rows: np.ndarray | memoryview) -> int:
+def _whole_checksum(about: tuple, rows: memoryview) -> int:
     digest = xxhash.xxh3_64(HEADER.pack(*about, 0))
     digest.update(rows)
     return digest.intdigest()
 
 
 class Index:
-    """All samples of some shards, numbered 0..n-1 in shard and tar order.
+    """All samples of some shards, numbered 0..n-1 in the order of the shards and of their tars.
 
-    shards: paths. lengths [shards] int64: samples of each. identity: SHA-256 over shard names,
-    sizes, labels and keys, which names the data in reports. Columns [n], by number of the sample:
-    offset (uint64), size (uint32), header, content (checksums, uint32), label, shard (int32).
+    Attributes:
+        shards: The paths of the shards.
+        lengths: The number of samples of each shard, int64 [shards].
+        identity: The SHA-256 over shard names, sizes, labels and keys, which names the data in
+            reports.
 
-    28 bytes a sample (36 MB for ImageNet) in one block of memory, which worker processes share,
-    however they are started. Keys stay in the sidecars until asked for. Reading is safe from
-    several threads and after a fork.
+    The columns are attributes, too. They take 28 bytes for each sample (36 MB for ImageNet) in one
+    block of memory, which worker processes share, however they are started. Keys stay in the
+    sidecars until they are asked for. Reading is safe in several threads and after a fork.
     """
+
+    offset: np.ndarray  # [n] uint64: first byte of the image in its shard
+    size: np.ndarray  # [n] uint32: bytes of the image
+    header: np.ndarray  # [n] uint32: CRC-32 of the tar header of the image
+    content: np.ndarray  # [n] uint32: `checksum` of the bytes of the image
+    label: np.ndarray  # [n] int32
+    shard: np.ndarray  # [n] int32: the number of the shard
 
     def __init__(self, shards: Sequence[Path], parts: Sequence[ShardIndex], identity: str) -> None:
         self.shards = tuple(shards)
@@ -137,8 +150,8 @@ class Index:
             start = end
 
     def __getstate__(self) -> dict:
-        # Multiprocessing hands tensors on as shared memory. It would move this one there in place
-        # and leave the columns pointing at nothing: move it first, into a new block.
+        # Multiprocessing passes tensors on as shared memory. It would move this one there in place
+        # and leave the columns pointing at nothing. So it is moved first, into a new block.
         if not self._memory.is_shared():
             self._memory = torch.empty_like(self._memory).share_memory_().copy_(self._memory)
             self._lay_columns()
@@ -152,10 +165,10 @@ class Index:
         return len(self.offset)
 
     def read(self, sample: int) -> memoryview:
-        """The encoded image of one sample.
+        """Return the encoded image of one sample.
 
-        Raises DataError if the shard cannot be read or is not the one that was indexed, BadImage
-        if it is, and the bytes of the image are not those that were indexed.
+        Raises DataError if the shard cannot be read or is not the one that was indexed. Raises
+        BadImage if only the bytes of the image differ from those that were indexed.
         """
         shard = self.shards[self.shard[sample]]
         size, start = int(self.size[sample]), int(self.offset[sample]) - BLOCK
@@ -181,7 +194,7 @@ class Index:
         return data[BLOCK:]
 
     def announce(self, samples: Iterable[int]) -> None:
-        """Tell the system that these will be read soon, so that it fetches them side by side."""
+        """Tell the system that these images will be read soon, so that it fetches them together."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
         for sample in samples:
@@ -193,10 +206,12 @@ class Index:
             os.posix_fadvise(shard, start, size, os.POSIX_FADV_WILLNEED)
 
     def name(self, sample: int) -> str:
-        """SHARD: the image of sample 'KEY', for messages."""
+        """Return "SHARD: the image of sample 'KEY'", for messages."""
         return f"{self.shards[self.shard[sample]]}: the image of sample {self.key(sample)!r}"
 
-    def _read_error(self, sample: int, shard: Path, data: bytes, error: OSError | None):
+    def _read_error(
+        self, sample: int, shard: Path, data: bytes, error: OSError | None
+    ) -> DataError:
         try:
             name = repr(self.key(sample))
         except (DataError, IndexError):  # the sidecar was changed, too
@@ -213,12 +228,12 @@ class Index:
         )
 
     def key(self, sample: int) -> str:
-        """The key of one sample."""
+        """Return the key of one sample."""
         number = int(self.shard[sample])
         return str(self._keys(number)[sample - int(self.lengths[:number].sum())], "utf-8")
 
     def keys(self) -> list[str]:
-        """The keys of all samples, read from the sidecars: some 100 MB for ImageNet."""
+        """Return the keys of all samples from the sidecars; ImageNet's take some 100 MB."""
         return [str(k, "utf-8") for s in range(len(self.shards)) for k in self._keys(s)]
 
     def _keys(self, number: int) -> np.ndarray:
@@ -234,9 +249,9 @@ def _header_name(data: bytes) -> str:
 
 
 class _Descriptor:
-    """An open file that closes itself when the cache and the last reader have let it go."""
+    """An open file, which is closed when neither the cache nor a reader uses it any more."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
@@ -252,9 +267,9 @@ def _open(path: Path) -> _Descriptor:
 def load_index(shards: Sequence[Path], classes: int | None = None) -> Index:
     """Join the sidecars of `shards`, in the order given.
 
-    Raises DataError if a shard or its sidecar is missing or damaged, if a shard is not the size it
-    had when it was indexed, if a label lies outside [0, classes) (not checked for None), or if two
-    samples have the same key.
+    `classes` is the number of classes; None leaves labels unchecked. Raises DataError if a shard or
+    its sidecar is missing or damaged, if the size of a shard changed after it was indexed, if a
+    label lies outside [0, classes), or if two samples have the same key.
     """
     shards = tuple(Path(shard) for shard in shards)
     if not shards:
@@ -313,13 +328,14 @@ def _load_sidecar(shard: Path) -> ShardIndex:
     rows = np.frombuffer(stored, _rows(key_bytes), samples, HEADER.size)
     if (wrong := _impossible(rows, tar_size)) is not None:
         raise DataError(f"{sidecar(shard)} describes what no shard holds: {wrong}. {again}")
-    return ShardIndex(tar_size=recorded, **{name: rows[name] for name in rows.dtype.names})
+    return ShardIndex(tar_size=recorded, **{name: rows[name] for name in rows.dtype.names or ()})
 
 
 def _impossible(rows: np.ndarray, tar_size: int) -> str | None:
-    """What a sidecar says that cannot be so, whoever wrote it; None if all can be.
+    """Return what a sidecar says that no shard can hold, or None.
 
-    Sizes come out of the file: a read has to stay inside of the shard, and within memory.
+    Offsets and sizes come from the file, so a read has to stay inside the shard and fit into
+    memory.
     """
     if not len(rows):
         return "no samples"
@@ -353,7 +369,10 @@ def _check_labels(shard: Path, part: ShardIndex, classes: int) -> None:
 
 
 def _check_keys(shards: tuple[Path, ...], parts: list[ShardIndex]) -> None:
-    """Every key once. Sorting hashes takes a tenth of the time of sorting keys."""
+    """Raise DataError if a key occurs twice.
+
+    Hashes are sorted first, which takes a tenth of the time of sorting keys.
+    """
     hashes = np.sort(np.concatenate([_hashes(part.key) for part in parts]))
     if (hashes[1:] != hashes[:-1]).all():
         return
@@ -372,7 +391,10 @@ def _check_keys(shards: tuple[Path, ...], parts: list[ShardIndex]) -> None:
 
 
 def _hashes(keys: np.ndarray) -> np.ndarray:
-    """A 64-bit number for each of the keys [n] S; the same for a key stored in more bytes."""
+    """Return a 64-bit number [n] for each of the keys [n] S.
+
+    The number of a key does not depend on the width in which the keys are stored.
+    """
     width = -(-keys.dtype.itemsize // 8)
     words = keys.astype(f"S{8 * width}").view("<u8").reshape(len(keys), width)
     hashes = np.zeros(len(keys), np.uint64)
