@@ -5,8 +5,8 @@ A FIFO would make a reader wait for ever, and a device may never end.
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from flatcal_dist.data.errors import DataError
 
@@ -40,7 +40,7 @@ def check_regular(path: Path) -> os.stat_result:
     return about
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading.
 
     Raises NotRegular for anything else, and OSError where `open` does.
