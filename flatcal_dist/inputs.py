@@ -57,12 +57,12 @@ from flatcal_dist.objectives import Objective
 from flatcal_dist.ranks.distributed import on_all_ranks
 from flatcal_dist.urls import public
 
-LABEL_BYTES = 8  # of a label, and of the number of a sample
+LABEL_BYTES = 8  # bytes of a label, and of the number of a sample
 STATISTICS_SAMPLES = 8192  # 10^3 to 10^4 are enough (Wu and Johnson, 2021, arXiv 2105.07576)
-DOWNLOAD_ROUND = 60  # seconds; far below the time after which a collective gives up
+DOWNLOAD_ROUND = 60  # seconds; far below the timeout of a collective
 
 HOW_TO_PREPARE = """
-Prepare ImageNet once, as WebDataset shards, from its archives or trees of one folder a class:
+Prepare ImageNet once, as WebDataset shards, from its archives or from trees of one folder a class:
   flatcal shard ILSVRC2012_img_train.tar data/imagenet --split train
   flatcal shard ILSVRC2012_img_val.tar   data/imagenet --split validation
 or name shards that you have, by pattern or directory, after `flatcal index SHARDS`:
@@ -84,9 +84,17 @@ def prepare(data: DataConfig) -> None:
 
 
 def open_index(data: DataConfig, split: str, classes: int) -> Index:
-    """The index of the shards that `data.train` or `data.validation` names. Raises DataError.
+    """Return the index of the shards that `data.train` or `data.validation` names.
 
     Shards from URLs have to be in the cache already (see `download`).
+
+    Args:
+        data: The configuration of the data.
+        split: "train" or "validation".
+        classes: The number of classes; labels have to lie in [0, classes).
+
+    Raises:
+        DataError: No shards are named, or they cannot be used.
     """
     pattern = getattr(data, split)
     if pattern is None:
@@ -108,8 +116,8 @@ def open_index(data: DataConfig, split: str, classes: int) -> Index:
 def check_classes(data: DataConfig) -> None:
     """Raise DataError if two of the shards that a run reads count different classes.
 
-    Known of shards that `flatcal shard` made of folders or archives. Folders that are plain numbers
-    are class numbers, and fit anything.
+    Only shards that `flatcal shard` made from folders or archives tell their classes. Folders that
+    are plain numbers are numbers of classes, and fit anything.
     """
     found: dict[str, list[str]] = {}
     for pattern, split in ((data.train, "train"), (data.validation, "validation")):
@@ -128,7 +136,10 @@ def check_classes(data: DataConfig) -> None:
 
 
 def agree_on_decoder(data: DataConfig) -> None:
-    """Called by all ranks. Raises FailedTogether unless they have the decoder, and the same."""
+    """Check that all ranks have the decoder, and the same version of it.
+
+    All ranks call this function. Raises FailedTogether if they do not.
+    """
     mine = on_all_ranks(lambda: describe_decoder(data.decoder))
     found = sorted(set(gather_object([mine])))
 
@@ -143,26 +154,27 @@ def agree_on_decoder(data: DataConfig) -> None:
 
 
 def open_training(data: DataConfig, classes: int) -> Index | Stream:
-    """The training data, by the reader that `data.reader` asks for. Raises DataError."""
-    if not streams(data):
+    """Return the training data, opened by the reader that `data.reader` names. Raises DataError."""
+    if data.train is None or not streams(data):
         return open_index(data, "train", classes)
     cache = _cache(data, "data.train") if data.cache else None
     return open_stream(data.train, "train", classes, access(data), data.epoch_samples, cache)
 
 
 def streams(data: DataConfig) -> bool:
-    """Whether training reads its shards from front to back."""
+    """Tell whether training reads its shards from front to back."""
     if data.train is None:
         return False
     return data.reader == "streaming" or (data.reader == "auto" and remote(data.train))
 
 
 def remote(pattern: str | list[str]) -> bool:
-    """Whether any of these shards is a URL or a command."""
+    """Tell whether any of these shards is a URL or a command."""
     return any(is_remote(one) for one in ([pattern] if isinstance(pattern, str) else pattern))
 
 
 def access(data: DataConfig) -> Access:
+    """Return how patient readers are, and what they may open."""
     return Access(
         stall_timeout=data.stall_timeout, retries=data.retries, allow_pipe=data.allow_pipe
     )
@@ -171,7 +183,7 @@ def access(data: DataConfig) -> Access:
 def _cache(data: DataConfig, key: str) -> ShardCache:
     if data.cache is None:
         raise DataError(
-            f"{key} is read in any order, which shards from URLs allow only once they are here: "
+            f"{key} is read in any order, so its shards have to be downloaded from their URLs: "
             "name a directory for them, data.cache=DIRECTORY."
         )
     limit = data.cache_limit << 30 if data.cache_limit else None
@@ -184,10 +196,19 @@ def download(
     *splits: str,
     alive: Callable[[], None] = lambda: None,
 ) -> None:
-    """Bring shards from URLs that will be read in any order into the cache, and index them.
+    """Download shards from URLs that will be read in any order into the cache, and index them.
 
-    All ranks take part, each beginning with its own share; in rounds, so that none waits in a
-    collective for as long as a download takes. `alive` is called after each. Raises FailedTogether.
+    All ranks take part, and each begins with another share. They work in rounds, so that no rank
+    waits in a collective for as long as a download takes.
+
+    Args:
+        data: The configuration of the data.
+        accelerator: All its ranks take part.
+        splits: "train", "validation" or both.
+        alive: It is called after each round.
+
+    Raises:
+        FailedTogether: A shard could not be downloaded.
     """
     todo = on_all_ranks(lambda: _to_download(data, splits))
     first = len(todo) * accelerator.process_index // accelerator.num_processes
@@ -224,7 +245,7 @@ def _to_download(
 
 
 def promise(train: Index | Stream) -> str:
-    """What may be relied on in the order of the training data, in words."""
+    """Say in words what a run may rely on in the order of the training data."""
     if isinstance(train, Stream):
         return train.promise
     return (
@@ -234,14 +255,24 @@ def promise(train: Index | Stream) -> str:
 
 
 def micro_batch_size(data: DataConfig, world_size: int) -> int:
-    """Images per forward pass on a rank: as configured, or a rank's whole share."""
+    """Return the number of images of a forward pass: as configured, or the share of a rank."""
     return data.micro_batch_size or -(-data.global_batch_size // world_size)
 
 
 def batch_arithmetic(
     config: Config, world_size: int, images: int | None, objective: Objective | None = None
 ) -> str:
-    """How the global batch is made up, in words; `images` of the training data, where known."""
+    """Say in words how the global batch is made up.
+
+    Args:
+        config: The configuration.
+        world_size: The number of ranks.
+        images: The number of training images, where it is known.
+        objective: The objective, if it compares pairs of images.
+
+    Raises:
+        DataError: The batch cannot be cut into pairs, or the data is smaller than a batch.
+    """
     data, train = config.data, config.train
     size = data.global_batch_size
     count = micro_batch_count(size, micro_batch_size(data, world_size), world_size)
@@ -271,9 +302,10 @@ def batch_arithmetic(
 
 
 def check_room(config: Config) -> str:
-    """Called by all ranks: the shared memory that loader workers need on this machine, in words.
+    """Say in words how much shared memory loader workers need on this machine.
 
-    Raises FailedTogether if less is free on any machine: workers would die of it later.
+    All ranks call this function. Raises FailedTogether if any machine has less free, because
+    workers would die of it later.
     """
     machines = gather_object([socket.gethostname()])
     here = machines.count(socket.gethostname())
@@ -421,14 +453,16 @@ def evaluation_batches(
 
 
 def normalization(data: DataConfig) -> Normalize:
+    """Return the layer that normalizes batches."""
     return Normalize(data.mean, data.std)
 
 
 def augmentation(data: DataConfig) -> Augmentation:
+    """Return how images are cut and varied."""
     return Augmentation(
         kind=data.augmentation,
-        scale=tuple(data.crop_scale),
-        ratio=tuple(data.crop_ratio),
+        scale=(data.crop_scale[0], data.crop_scale[1]),
+        ratio=(data.crop_ratio[0], data.crop_ratio[1]),
         flip=data.flip,
         interpolation=data.interpolation,
         crop_pct=data.crop_pct,
