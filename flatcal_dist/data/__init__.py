@@ -33,7 +33,8 @@ from flatcal_dist.data.making.digits import prepare_digits
 from flatcal_dist.data.making.image_folder import image_folder
 from flatcal_dist.data.making.sharding import prepare_shards
 from flatcal_dist.data.order import Position, sample_seed, steps_per_epoch
-from flatcal_dist.data.shards.index import Index, index_shard, load_index
+from flatcal_dist.data.shards.index import Index, load_index
+from flatcal_dist.data.shards.sidecars import index_shard
 from flatcal_dist.data.shards.writing import Sample, expand, write_shards
 
 __all__ = [

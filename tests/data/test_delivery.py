@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from conftest import train_on
 
-from flatcal_dist import inputs
+from flatcal_dist import batch_sizes
 from flatcal_dist.config import load
 from flatcal_dist.data import Augmentation, DataError, training_transform
 from flatcal_dist.ranks.distributed import FailedTogether
@@ -154,9 +154,11 @@ def test_room_is_computed_and_checked(monkeypatch):
         ["data.workers=4", "data.micro_batch_size=256", "evaluate.batch_size=128"],
     )
     mebibytes = 10 * (256 + 128) * 150_544 / 2**20
-    assert f"up to {mebibytes:,.1f} MiB of batches in shared memory" in inputs.check_room(config)
-    monkeypatch.setattr(inputs, "free_room", lambda: 64 << 20)
+    assert f"up to {mebibytes:,.1f} MiB of batches in shared memory" in batch_sizes.check_room(
+        config
+    )
+    monkeypatch.setattr(batch_sizes, "free_room", lambda: 64 << 20)
     with pytest.raises(FailedTogether, match=r"/dev/shm has 64\.0 MiB free.*--shm-size=8g"):
-        inputs.check_room(config)
-    monkeypatch.setattr(inputs, "free_room", lambda: None)  # a system without /dev/shm
-    inputs.check_room(config)
+        batch_sizes.check_room(config)
+    monkeypatch.setattr(batch_sizes, "free_room", lambda: None)  # a system without /dev/shm
+    batch_sizes.check_room(config)

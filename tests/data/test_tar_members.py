@@ -19,8 +19,8 @@ from flatcal_dist.data.loading.pieces import Piece, read_piece
 from flatcal_dist.data.making.archives import ilsvrc_archive
 from flatcal_dist.data.making.validation import validate_shards
 from flatcal_dist.data.shards.access import Access
-from flatcal_dist.data.shards.index import sidecar
 from flatcal_dist.data.shards.listing import open_stream
+from flatcal_dist.data.shards.sidecars import sidecar
 from flatcal_dist.data.shards.tar_stream import read_samples
 from tests.support.web import serving
 

@@ -9,17 +9,14 @@ writes the missing shards. PREFIX-SPLIT.sha256 is for `sha256sum -c` and `flatca
 import hashlib
 import io
 import itertools
-import json
 import os
 import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import PIL
@@ -29,13 +26,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.making.parallel import in_parallel
+from flatcal_dist.data.making.plans import Plan, planned, refuse_other_plan
 from flatcal_dist.data.making.sources import Source
 from flatcal_dist.data.order import shuffled
-from flatcal_dist.data.shards.index import index_shard, load_index, sidecar
+from flatcal_dist.data.shards.index import load_index
+from flatcal_dist.data.shards.sidecars import index_shard, sidecar
 from flatcal_dist.data.shards.writing import (
     Sample,
     add_to_info,
-    locked,
     refuse_other_shards,
     write_checksums,
     write_shard,
@@ -45,7 +43,6 @@ from flatcal_dist.files import WriteError
 QUALITY = 90  # for JPEGs that are encoded again, unless another quality is asked for
 SHARD_BYTES = 150_000_000  # bytes of images; files of this size are read at full speed
 FEWEST_SHARDS, FEWEST_IMAGES = 32, 64
-Plan = dict[str, Any]  # the content of PREFIX-SPLIT.plan.json
 OVERHEAD = 4096  # bytes that a sample takes beside its image: headers, label, json, padding
 
 
@@ -136,8 +133,8 @@ def prepare_shards(
         raise WriteError(destination, error) from None
     plan = _plan(source, split, count, seed, encoding)
     refuse_other_shards(destination, split, paths)
-    _refuse_other_plan(destination, name, split)
-    with _planned(destination, name, plan) as alone:
+    refuse_other_plan(destination, name, split)
+    with planned(destination, name, plan) as alone:
         if alone:  # what killed runs have left
             for path in destination.glob(f".{escape(name)}-*"):
                 path.unlink(missing_ok=True)
@@ -192,88 +189,6 @@ def _plan(source: Source, split: str, count: int, seed: int, encoding: Encoding)
         "source": source.identity(),
         "classes": list(source.classes),
     }
-
-
-def _refuse_other_plan(directory: Path, name: str, split: str) -> None:
-    """Raise DataError if the directory holds other shards of the split, which would be hidden."""
-    for path in sorted({*directory.glob("*.plan.json")} - {directory / f"{name}.plan.json"}):
-        other = path.name.removesuffix(".plan.json")
-        if other.endswith(f"-{split}") and any(directory.glob(f"{escape(other)}-[0-9]*.tar")):
-            raise DataError(
-                f"{directory} already holds shards {other!r} of split {split!r}: with "
-                f"{name!r} beside them, readers would see only one of the two. Delete them "
-                f"and {path.name}, or choose another directory."
-            )
-
-
-@contextmanager
-def _planned(directory: Path, name: str, plan: Plan) -> Iterator[bool]:
-    """Write the plan, or compare it with the one that is there, and hold a lock until the end.
-
-    Yields whether the file system has locks. Raises DataError if there is another plan, or if
-    another process holds the lock.
-    """
-    path = directory / f"{name}.plan.json"
-    old = sorted(directory.glob(f"{escape(name)}-[0-9]*.tar"))
-    if old and not path.exists():
-        raise DataError(
-            f"{directory} already holds {len(old)} shards of {name!r} ({old[0].name}, ...) without "
-            "a plan, so what they hold is not known. Delete them or choose another directory."
-        )
-    with ExitStack() as stack:
-        path.touch()
-        try:
-            alone = stack.enter_context(locked(path, wait=False))
-        except BlockingIOError as error:
-            raise DataError(
-                f"Another `flatcal shard` is writing {name!r} into {directory}. Wait for its end."
-            ) from error
-        if old:
-            _compare(path, plan)
-        else:
-            for other in sorted({*directory.glob("*.plan.json")} - {path}):
-                _compare_classes(other, path, plan)
-            path.write_text(json.dumps(plan, indent=1) + "\n")
-        yield alone
-
-
-def _compare(path: Path, plan: Plan) -> None:
-    try:
-        old = _flat(json.loads(path.read_text()))
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read ({error}). Delete it and its shards.") from error
-    new = _flat(plan)
-    different = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    if different:
-        told = [
-            f"{key} was {old.get(key)}, is {new.get(key)}"
-            if len(f"{old.get(key)}{new.get(key)}") < 60
-            else f"{key} differs"
-            for key in different
-        ]
-        raise DataError(
-            f"{path.parent} holds shards of {path.name.removesuffix('.plan.json')!r} that were "
-            f"planned otherwise: {'; '.join(told)}. Use the same source and options, delete those "
-            f"shards and {path.name}, or choose another directory."
-        )
-
-
-def _compare_classes(other: Path, path: Path, plan: Plan) -> None:
-    """Raise DataError if another split has other classes: its evaluation would be wrong."""
-    theirs = json.loads(other.read_text())["classes"]
-    odd = sorted(set(theirs) ^ set(plan["classes"]))
-    if odd and other.name.rpartition("-")[0] == path.name.rpartition("-")[0]:
-        raise DataError(
-            f"This source has {len(plan['classes'])} classes, but {other.name} in {other.parent} "
-            f"has {len(theirs)}: {odd[0]!r} is only in one of them ({len(odd)} such classes), so "
-            "equal labels would mean different classes. Complete the source, or choose another "
-            "directory."
-        )
-
-
-def _flat(plan: Plan) -> dict[str, Any]:
-    source = {f"source {key}": value for key, value in plan["source"].items()}
-    return {**source, **{key: value for key, value in plan.items() if key != "source"}}
 
 
 def _is_done(shard: Path, source: Source, part: np.ndarray) -> bool:

@@ -24,9 +24,10 @@ from flatcal_dist.data.images.decode import MAX_PIXELS, decode
 from flatcal_dist.data.making.findings import Validation
 from flatcal_dist.data.making.parallel import in_parallel
 from flatcal_dist.data.order import shuffled
-from flatcal_dist.data.shards.index import load_index, sidecar
+from flatcal_dist.data.shards.index import load_index
 from flatcal_dist.data.shards.info import LARGEST_INFO, read_info
 from flatcal_dist.data.shards.regular import open_regular, read_regular
+from flatcal_dist.data.shards.sidecars import sidecar
 from flatcal_dist.data.shards.walk import Problem, Report, ShardIndex, walk_shard
 
 ORIENTATION = 0x0112  # EXIF tag

@@ -20,10 +20,10 @@ from typing import BinaryIO
 
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.shards.access import Access
-from flatcal_dist.data.shards.index import sidecar
 from flatcal_dist.data.shards.members import BLOCK
 from flatcal_dist.data.shards.regular import open_regular
 from flatcal_dist.data.shards.remote import RemoteFile
+from flatcal_dist.data.shards.sidecars import sidecar
 from flatcal_dist.data.shards.writing import locked
 from flatcal_dist.files import read_json, sync_directory, write_json
 from flatcal_dist.urls import base_name, identity

@@ -1,14 +1,11 @@
-"""Indexes beside shards, which make random-access arrays of samples out of WebDataset tars.
+"""Random access to the samples of WebDataset tars.
 
-`index_shard` reads one tar once and writes `SHARD.tar.index` beside it. This sidecar holds a header
-(`HEADER`) and a row for each sample (`_rows`). `load_index` joins the sidecars of many shards into
-an `Index`, whose `read` is one `pread` for each image. The tar stays untouched, so any reader of
-WebDataset shards still reads it.
+`load_index` joins the sidecars of many shards (sidecars.py) into an `Index`, whose `read` is one
+`pread` for each image. The tars stay untouched, so any reader of WebDataset shards still reads
+them.
 
-Four kinds of damage are noticed:
+Damage is noticed before training uses it:
 
-- A shard whose size changed after it was indexed is refused when the index is loaded.
-- A sidecar that does not match its checksum is refused when the index is loaded.
 - Another shard of the same size is refused at the first read, because the tar header in front of
   every image must have the recorded checksum.
 - Flipped bits in an image are a `BadImage`, because the image must have its recorded checksum, too.
@@ -18,8 +15,6 @@ Four kinds of damage are noticed:
 import errno
 import hashlib
 import os
-import struct
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -29,83 +24,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
 
 from flatcal_dist.data.errors import BadImage, DataError
-from flatcal_dist.data.shards.members import BLOCK, LONGEST_NAME
-from flatcal_dist.data.shards.regular import check_regular, read_regular
-from flatcal_dist.data.shards.samples import LARGEST_MEMBER
+from flatcal_dist.data.shards.members import BLOCK
+from flatcal_dist.data.shards.sidecars import COLUMNS, load_sidecar
 from flatcal_dist.data.shards.walk import (
-    WARNINGS,
-    Problem,
-    Report,
     ShardIndex,
     checksum,
-    walk_shard,
 )
-from flatcal_dist.files import write_atomically
 
-VERSION = 2
-MAGIC = b"flatcal "
-# MAGIC; version, bytes of the tar, samples, bytes of a key; XXH3 of these and of the rows
-HEADER = struct.Struct("<8s4QQ")
-COLUMNS = {
-    "offset": "u8",
-    "size": "u4",
-    "header": "u4",
-    "content": "u4",
-    "label": "i4",
-    "shard": "i4",
-}
+ALL_COLUMNS = {**COLUMNS, "shard": "i4"}
 READERS = 16  # threads that load sidecars; on network disks most of the time is waiting
-LARGEST_SIDECAR = 4 << 30  # bytes; a shard of 1,281,167 images has one of some 60 MB
 DESCRIPTORS = 512  # open shards per process; the usual limit for all files is 1024
-
-
-def sidecar(shard: Path) -> Path:
-    """Return the path of the index of `shard`."""
-    return shard.with_name(shard.name + ".index")
-
-
-def _print_warning(problem: Problem) -> None:
-    print(f"warning: {problem.text}", file=sys.stderr)
-
-
-def index_shard(shard: Path, warn: Report = _print_warning) -> int:
-    """Write the sidecar of `shard` and return the number of its samples.
-
-    The sidecar appears whole, by rename. `warn` is called for members that are left out. Raises
-    DataError for a shard that cannot be read, is damaged, or holds samples that are not whole.
-    """
-    shard = Path(shard)
-
-    def report(problem: Problem) -> None:
-        if problem.kind not in WARNINGS:
-            raise DataError(problem.text)
-        warn(problem)
-
-    found = walk_shard(shard, report)
-    rows = np.empty(len(found), _rows(found.key.dtype.itemsize))
-    for name in rows.dtype.names or ():
-        rows[name] = getattr(found, name)
-    about = (MAGIC, VERSION, found.tar_size, len(found), found.key.dtype.itemsize)
-    header = HEADER.pack(*about, _whole_checksum(about, rows.data))
-    path = sidecar(shard)
-    with write_atomically(path) as temporary, temporary.open("wb") as file:
-        file.write(header)
-        file.write(rows.data)
-    return len(found)
-
-
-def _rows(key_bytes: int) -> np.dtype:
-    numbers = [(name, f"<{kind}") for name, kind in COLUMNS.items() if name != "shard"]
-    return np.dtype([*numbers, ("key", f"S{key_bytes}")])
-
-
-def _whole_checksum(about: tuple, rows: memoryview) -> int:
-    digest = xxhash.xxh3_64(HEADER.pack(*about, 0))
-    digest.update(rows)
-    return digest.intdigest()
 
 
 class Index:
@@ -134,17 +64,16 @@ class Index:
         self.identity = identity
         self.lengths = np.array([len(part) for part in parts], np.int64)
         samples = int(self.lengths.sum())
-        row = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())
+        row = sum(np.dtype(kind).itemsize for kind in ALL_COLUMNS.values())
         self._memory = torch.empty(row * samples, dtype=torch.uint8)
         self._lay_columns()
         for name in COLUMNS:
-            if name != "shard":
-                np.concatenate([getattr(part, name) for part in parts], out=getattr(self, name))
+            np.concatenate([getattr(part, name) for part in parts], out=getattr(self, name))
         self.shard[:] = np.repeat(np.arange(len(shards)), self.lengths)
 
     def _lay_columns(self) -> None:
         memory, samples, start = self._memory.numpy(), int(self.lengths.sum()), 0
-        for name, kind in COLUMNS.items():
+        for name, kind in ALL_COLUMNS.items():
             end = start + np.dtype(kind).itemsize * samples
             setattr(self, name, memory[start:end].view(kind))
             start = end
@@ -155,7 +84,7 @@ class Index:
         if not self._memory.is_shared():
             self._memory = torch.empty_like(self._memory).share_memory_().copy_(self._memory)
             self._lay_columns()
-        return {name: value for name, value in vars(self).items() if name not in COLUMNS}
+        return {name: value for name, value in vars(self).items() if name not in ALL_COLUMNS}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
@@ -237,7 +166,7 @@ class Index:
         return [str(k, "utf-8") for s in range(len(self.shards)) for k in self._keys(s)]
 
     def _keys(self, number: int) -> np.ndarray:
-        return _load_sidecar(self.shards[number]).key
+        return load_sidecar(self.shards[number]).key
 
 
 def _header_name(data: bytes) -> str:
@@ -275,7 +204,7 @@ def load_index(shards: Sequence[Path], classes: int | None = None) -> Index:
     if not shards:
         raise DataError("No shards were given. Name a directory or pattern that holds some.")
     with ThreadPoolExecutor(READERS) as pool:
-        parts = list(pool.map(_load_sidecar, shards))
+        parts = list(pool.map(load_sidecar, shards))
     digest = hashlib.sha256()
     for shard, part in zip(shards, parts, strict=True):
         if classes is not None:
@@ -285,75 +214,6 @@ def load_index(shards: Sequence[Path], classes: int | None = None) -> Index:
         digest.update(b"\0".join(part.key.tolist()))
     _check_keys(shards, parts)
     return Index(shards, parts, digest.hexdigest())
-
-
-def _load_sidecar(shard: Path) -> ShardIndex:
-    again = f"Run `flatcal index {shard.parent}`."
-    try:
-        tar_size = check_regular(shard).st_size
-    except FileNotFoundError:
-        raise DataError(f"{shard}: no such shard. Check the pattern or the directory.") from None
-    except OSError as error:
-        raise DataError(f"{shard} cannot be read ({error.strerror or error}).") from error
-    try:
-        stored = read_regular(sidecar(shard), LARGEST_SIDECAR)
-    except FileNotFoundError:
-        raise DataError(
-            f"{shard} has no index: expected {sidecar(shard).name} beside it. {again}"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{sidecar(shard)} cannot be read ({error}). {again}") from error
-    if len(stored) < HEADER.size or not stored.startswith(MAGIC):
-        raise DataError(f"{sidecar(shard)} is cut short or no index at all. {again}")
-    *about, expected = HEADER.unpack_from(stored)
-    _, version, recorded, samples, key_bytes = about
-    if version != VERSION:
-        raise DataError(
-            f"{sidecar(shard)} has format {version}, expected {VERSION}: another version of "
-            f"this program wrote it. {again}"
-        )
-    if _whole_checksum(tuple(about), memoryview(stored)[HEADER.size :]) != expected:
-        raise DataError(f"{sidecar(shard)} is damaged (its checksum differs). {again}")
-    if tar_size != recorded:
-        raise DataError(
-            f"{shard} has {tar_size} bytes, but had {recorded} when it was indexed: the index is "
-            f"stale, or the shard was not copied whole. {again}"
-        )
-    expected_size = HEADER.size + samples * (_rows(0).itemsize + key_bytes)
-    if not 0 < key_bytes <= LONGEST_NAME or len(stored) != expected_size:
-        raise DataError(
-            f"{sidecar(shard)} does not hold the {samples:,} samples with keys of {key_bytes:,} "
-            f"bytes that it announces. {again}"
-        )
-    rows = np.frombuffer(stored, _rows(key_bytes), samples, HEADER.size)
-    if (wrong := _impossible(rows, tar_size)) is not None:
-        raise DataError(f"{sidecar(shard)} describes what no shard holds: {wrong}. {again}")
-    return ShardIndex(tar_size=recorded, **{name: rows[name] for name in rows.dtype.names or ()})
-
-
-def _impossible(rows: np.ndarray, tar_size: int) -> str | None:
-    """Return what a sidecar says that no shard can hold, or None.
-
-    Offsets and sizes come from the file, so a read has to stay inside the shard and fit into
-    memory.
-    """
-    if not len(rows):
-        return "no samples"
-    offset, size = rows["offset"], rows["size"]
-    outside = (offset < BLOCK) | (offset > tar_size) | (size > tar_size - offset)
-    for name, bad in (
-        ("an image outside of the tar", outside),
-        ("an empty image", size == 0),
-        (f"an image of more than {LARGEST_MEMBER:,} bytes", size > LARGEST_MEMBER),
-        ("an empty key", rows["key"] == b""),
-    ):
-        if bad.any():
-            return f"{name}, sample number {int(np.flatnonzero(bad)[0])}"
-    try:
-        b"\0".join(rows["key"].tolist()).decode()
-    except UnicodeDecodeError:
-        return "a key that is not UTF-8"
-    return None
 
 
 def _check_labels(shard: Path, part: ShardIndex, classes: int) -> None:

@@ -24,10 +24,10 @@ import webdataset
 from braceexpand import braceexpand
 
 from flatcal_dist.data.errors import DataError
-from flatcal_dist.data.shards.index import index_shard
 from flatcal_dist.data.shards.info import LARGEST_INFO, read_info
 from flatcal_dist.data.shards.regular import read_regular
 from flatcal_dist.data.shards.samples import IMAGES
+from flatcal_dist.data.shards.sidecars import index_shard
 from flatcal_dist.files import expanded, write_atomically, write_json, write_text
 from flatcal_dist.patterns import too_many_names
 
