@@ -137,7 +137,7 @@ def index(arguments: argparse.Namespace) -> None:
 def _index(path: Path) -> tuple[int, str, list["Problem"]]:
     """Images of a shard, why it has no index, and warnings: its errors are its own."""
     from flatcal_dist.data import DataError
-    from flatcal_dist.data.shards.index import index_shard
+    from flatcal_dist.data.shards.sidecars import index_shard
 
     warnings: list[Problem] = []
     try:

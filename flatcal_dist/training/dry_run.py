@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from flatcal_dist import inputs
+from flatcal_dist import batch_sizes, inputs
 from flatcal_dist.config import Config
 from flatcal_dist.data import DataError
 from flatcal_dist.data.order import micro_batch_count, micro_batches, rank_share
@@ -32,8 +32,8 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
 
     say = accelerator.print
     objective = config.objective.build()
-    say(inputs.batch_arithmetic(config, accelerator.num_processes, _images(config), objective))
-    say(inputs.check_room(config))
+    say(batch_sizes.batch_arithmetic(config, accelerator.num_processes, _images(config), objective))
+    say(batch_sizes.check_room(config))
     step = build_step(config, accelerator)
     module = step.engine.module
     sizes = _micro_batch_sizes(config, accelerator)
@@ -88,7 +88,7 @@ def _images(config: Config) -> int | None:
 def _micro_batch_sizes(config: Config, accelerator: Accelerator) -> list[int]:
     """This rank's micro-batches as in the run, but few and small ones on a CPU."""
     data, world_size = config.data, accelerator.num_processes
-    micro = inputs.micro_batch_size(data, world_size)
+    micro = batch_sizes.micro_batch_size(data, world_size)
     count = micro_batch_count(data.global_batch_size, micro, world_size)
     share = rank_share(
         torch.arange(data.global_batch_size).numpy(), accelerator.process_index, world_size

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from flatcal_dist import inputs
+from flatcal_dist import batch_sizes, inputs
 from flatcal_dist.averaging.average import Average
 from flatcal_dist.checkpoints import format as checkpoint
 from flatcal_dist.checkpoints.format import Progress
@@ -75,7 +75,7 @@ def run(
     inputs.agree_on_decoder(config.data)
     objective = on_all_ranks(config.objective.build)
     on_all_ranks(partial(refuse_unfit, objective, config, train, accelerator.num_processes))
-    inputs.check_room(config)
+    batch_sizes.check_room(config)
     step = build_step(config, accelerator)
     trainer = Trainer(config, directory, accelerator, train, validation, step)
     trainer.watchdog = watchdog
@@ -381,7 +381,8 @@ class Trainer:
         at = f", going on after step {self.done}" if self.done else ""
         say(f"run directory: {self.directory.path}{at}")
         say(inputs.promise(self.train))
-        say(inputs.batch_arithmetic(self.config, self.accelerator.num_processes, len(self.train)))
+        ranks = self.accelerator.num_processes
+        say(batch_sizes.batch_arithmetic(self.config, ranks, len(self.train)))
 
     def _record(self, phase: str) -> None:
         if self.main:

@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from flatcal_dist import inputs
+from flatcal_dist import batch_sizes, inputs
 from flatcal_dist.averaging.average import Average
 from flatcal_dist.checkpoints import format as checkpoint
 from flatcal_dist.checkpoints import resharding
@@ -141,7 +141,7 @@ def enter(
 
 def _readers(config: Config, world_size: int) -> dict[str, int]:
     """What the order of a stream depends on besides the seed."""
-    size = inputs.micro_batch_size(config.data, world_size)
+    size = batch_sizes.micro_batch_size(config.data, world_size)
     return {"ranks": world_size, "workers": config.data.workers, "micro_batch_size": size}
 
 
