@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 
@@ -28,13 +29,16 @@ sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
 
 from flatcal_dist import config as configuration  # noqa: E402
 from flatcal_dist.arguments import whole_number  # noqa: E402
-from flatcal_dist.config import Config, ConfigError  # noqa: E402
+from flatcal_dist.errors import ConfigError  # noqa: E402
 from flatcal_dist.files import read_bytes, write_json, write_text  # noqa: E402
 from flatcal_dist.printing import never_fail  # noqa: E402
 from flatcal_dist.runs.directory import RunDirectory, RunError  # noqa: E402
 from flatcal_dist.runs.environment import code_version  # noqa: E402
 from flatcal_dist.runs.sweep import Element, elements, load_sweep  # noqa: E402
 from flatcal_dist.urls import hide  # noqa: E402
+
+if TYPE_CHECKING:
+    from flatcal_dist.config import Config
 
 CODE = ("flatcal_dist", "recipes", "configs", "launch", "pyproject.toml")
 
@@ -53,7 +57,7 @@ class Job:
 
     name: str
     directory: Path
-    config: Config
+    config: "Config"
     runs: Sequence[Path]
     elements: Sequence[Element] = ()
 

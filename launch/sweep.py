@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
 
 from flatcal_dist import config as configuration  # noqa: E402
 from flatcal_dist.arguments import whole_number  # noqa: E402
-from flatcal_dist.config import ConfigError  # noqa: E402
+from flatcal_dist.errors import ConfigError  # noqa: E402
 from flatcal_dist.files import csv_text, read_json, write_text  # noqa: E402
 from flatcal_dist.printing import never_fail  # noqa: E402
 from flatcal_dist.runs.directory import RunDirectory, RunError  # noqa: E402

@@ -40,7 +40,7 @@ class ChoiceSection(Section):
 
 
 class NoRule(Section):
-    """Plain training: there is no perturbation, and nothing to say of one."""
+    """Plain training, without a perturbation."""
 
     rule: Literal["none"] = "none"
     rho: ClassVar[float] = 0.0
@@ -103,7 +103,7 @@ class Perturbation(ChoiceSection):
 
 
 class Nothing(Section):
-    """No average, or no mixing."""
+    """The section chooses nothing."""
 
     name: Literal["none"] = "none"
 
@@ -111,7 +111,13 @@ class Nothing(Section):
         return None
 
 
+class NoAverage(Nothing):
+    """The weights are not averaged."""
+
+
 class NoMixing(Nothing):
+    """Images are not mixed."""
+
     def mixing(self, classes: int) -> None:
         return None
 
@@ -152,6 +158,6 @@ if TYPE_CHECKING:  # what all of them have
 else:
     SharpnessConfig = _one_of("rule", RULES, Perturbation, NoRule)
     ObjectiveConfig = _one_of("name", OBJECTIVES, NamedChoice)
-    AverageConfig = _one_of("name", AVERAGES, NamedChoice, Nothing)
+    AverageConfig = _one_of("name", AVERAGES, NamedChoice, NoAverage)
     MixingConfig = _one_of("name", MIXING, MixingSection, NoMixing)
     ScheduleConfig = _one_of("name", SCHEDULES, NamedChoice)

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from flatcal_dist.config.files import Layers
-from flatcal_dist.config.sections import Config
+from flatcal_dist.config.root import Config
 from flatcal_dist.errors import ConfigError
 
 

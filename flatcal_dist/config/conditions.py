@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flatcal_dist.config.files import Layers
-from flatcal_dist.config.sections import Config
+from flatcal_dist.config.root import Config
 from flatcal_dist.errors import ConfigError
 
 

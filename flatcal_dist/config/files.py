@@ -247,12 +247,19 @@ class Layers:
         return next(inner, None) or self.origin.get(key.rsplit(".", 1)[0])
 
 
-def read_layers(path: Path | None, overrides: Sequence[str]) -> Layers:
-    """What a file inherits, the file (None: no file), and the command line, in this order.
+def read_layers(path: Path | None, overrides: Sequence[str], recorded: bool = False) -> Layers:
+    """Read what a file inherits, the file and the command line, in this order.
+
+    Args:
+        path: The file; None for no file.
+        overrides: The words of the command line, each `key.sub=value`.
+        recorded: Whether a run wrote the file. A named pipe, which may never end, is refused then.
 
     Raises:
         ConfigError: A file cannot be read or inherits itself, or an override is not key.sub=value.
     """
+    if recorded and path is not None and path.is_fifo():
+        raise ConfigError(f"{path} is a named pipe: expected the file that the run wrote")
     layers = Layers()
     files = _files(path, ()) if path is not None else []
     for number, (name, values) in enumerate(files):

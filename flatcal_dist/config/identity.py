@@ -8,7 +8,7 @@ from typing import Any
 
 from flatcal_dist.config.choosing import CHOOSERS
 from flatcal_dist.config.files import dump_yaml, private_file
-from flatcal_dist.config.sections import Config
+from flatcal_dist.config.root import Config
 from flatcal_dist.files import write_text
 from flatcal_dist.urls import identified, public
 

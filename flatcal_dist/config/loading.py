@@ -12,7 +12,7 @@ from flatcal_dist.config.files import read_layers
 from flatcal_dist.config.identity import fingerprint
 from flatcal_dist.config.messages import explain
 from flatcal_dist.config.older import refuse_older, translate_older
-from flatcal_dist.config.sections import Config
+from flatcal_dist.config.root import Config
 from flatcal_dist.errors import ConfigError
 
 
@@ -29,9 +29,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), recorded: bool 
         ConfigError: The file cannot be read, a key is unknown or belongs to another choice, or a
             value does not fit.
     """
-    if recorded and path and Path(path).is_fifo():  # it may never end
-        raise ConfigError(f"{path} is a named pipe: expected the file that the run wrote")
-    layers = read_layers(Path(path) if path is not None else None, overrides)
+    layers = read_layers(Path(path) if path is not None else None, overrides, recorded)
     if recorded:
         translate_older(layers.values)
     else:

@@ -54,7 +54,7 @@ def explain(
         place = f" ({origin})" if origin else ""
         shown = SHOWN.repr(problem["input"])
         if kind == "extra_forbidden":
-            line = f"{_as_written(key)}: no such key{place}{_advice(key, names[-1], known)}"
+            line = f"{as_written(key)}: no such key{place}{_advice(key, names[-1], known)}"
         elif kind == "value_error":
             line = f"{key + ': ' if key else ''}{problem['ctx']['error']}{place}"
         elif kind in ("model_type", "model_attributes_type"):
@@ -70,7 +70,7 @@ def explain(
     return "\n".join(lines)
 
 
-def _as_written(key: str) -> str:
+def as_written(key: str) -> str:
     """A key as it is, or in quotes where one would not see what is wrong with it."""
     return key[:100] if re.fullmatch(r"[\w.+-]*", key, re.ASCII) else repr(key[:100])
 

@@ -1,22 +1,9 @@
-"""Every key of a configuration, with its type, bounds, default and meaning."""
+"""The keys of sections without a choice, except `data`: type, bounds, default and meaning."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from flatcal_dist.config.choice_sections import (
-    OBJECTIVES,
-    RULES,
-    AverageConfig,
-    MixingConfig,
-    NoMixing,
-    NoRule,
-    Nothing,
-    ObjectiveConfig,
-    ScheduleConfig,
-    SharpnessConfig,
-)
-from flatcal_dist.config.data_section import DataConfig
 from flatcal_dist.config.kinds import (
     MANY,
     Label,
@@ -205,43 +192,3 @@ class WandbConfig(Section):
         le=600,
         description="How many seconds the end of a run waits for W&B at most.",
     )
-
-
-class Config(Section):
-    """A whole configuration, section by section."""
-
-    run: RunConfig = RunConfig()
-    data: DataConfig = DataConfig()
-    mixing: MixingConfig = NoMixing()
-    model: ModelConfig = ModelConfig()
-    objective: ObjectiveConfig = Field({"name": "cross_entropy"}, validate_default=True)
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = Field({"name": "cosine"}, validate_default=True)
-    sharpness: SharpnessConfig = NoRule()
-    average: AverageConfig = Nothing()
-    train: TrainConfig = TrainConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    wandb: WandbConfig = WandbConfig()
-
-    @model_validator(mode="after")
-    def _combines(self) -> "Config":
-        rule, objective = RULES.get(self.sharpness.rule), OBJECTIVES[self.objective.name]
-        if rule is not None and rule.own_loss and self.objective.name != "cross_entropy":
-            raise ValueError(
-                f"sharpness.rule={rule.name} defines the loss itself, from hard labels: set "
-                f"objective.name=cross_entropy, or another rule than {rule.name}, such as sam"
-            )
-        if self.mixing.name != "none":
-            key = None
-            if rule is not None and rule.own_loss:
-                key = f"sharpness.rule={rule.name}"
-            elif objective.hard_labels:
-                key = f"objective.name={objective.name}"
-            if key:
-                raise ValueError(
-                    f"{key} is defined for hard labels only, and mixing makes soft ones: set "
-                    f"mixing.name=none, or choose another {key.partition('=')[0]}"
-                )
-        if self.train.keep_best and self.train.validate_every_epochs is None:
-            raise ValueError("train.keep_best needs validation: set train.validate_every_epochs")
-        return self

@@ -13,7 +13,7 @@ import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TextIO
 
 from pydantic import (
     BaseModel,
@@ -26,8 +26,11 @@ from pydantic import (
 )
 
 from flatcal_dist import config as configuration
-from flatcal_dist.config import Config, ConfigError
+from flatcal_dist.errors import ConfigError
 from flatcal_dist.files import open_to_append, read_bytes, read_json, write_json
+
+if TYPE_CHECKING:  # `flatcal status` needs no configuration, whose import takes seconds
+    from flatcal_dist.config import Config
 
 # What may lie in a run directory before the first start: launch/submit.py's, a request to stop, and
 # what a start that was killed, or had no room, left.
@@ -104,7 +107,7 @@ class RunDirectory:
         self.entered = False  # whether this start may write here
         self.lock: TextIO | None = None
 
-    def check(self, config: Config) -> None:
+    def check(self, config: "Config") -> None:
         """Whether this configuration may run here. Reads only. Raises RunError."""
         try:
             self._check(config)
@@ -114,7 +117,7 @@ class RunDirectory:
                 "permissions, or name another run.dir"
             ) from None
 
-    def _check(self, config: Config) -> None:
+    def _check(self, config: "Config") -> None:
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -225,7 +228,7 @@ class RunDirectory:
             if LEFTOVER.fullmatch(left.name) and not left.is_dir():
                 left.unlink(missing_ok=True)
 
-    def open(self, config: Config, environment: dict) -> State:
+    def open(self, config: "Config", environment: dict) -> State:
         """Enter the run (one rank does): claim it, write what describes it, count the start."""
         self.claim()
         state = self.state()

@@ -9,10 +9,6 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
-from flatcal_dist.data.images.decode import describe_decoder
-
 PACKAGES = (
     "flatcal_dist", "torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset",
     "wandb", "numpy", "scikit-learn", "pillow", "simplejpeg",
@@ -22,8 +18,12 @@ PACKAGES = (
 def describe_environment(decoder: str = "auto") -> dict:
     """Plain JSON: versions of Python and packages, git commit and change, host, devices, job.
 
-    decoder: as `data.decoder`; recorded is what it comes to here.
+    `decoder` is what `data.decoder` holds. The record names the decoder that is used here.
     """
+    import torch  # here, because launch/submit.py needs the rest of this module alone
+
+    from flatcal_dist.data.images.decode import describe_decoder
+
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

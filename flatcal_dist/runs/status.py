@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.cells import cell_len
 from rich.console import Console
 
-from flatcal_dist import config as configuration
-from flatcal_dist.runs.directory import RunDirectory, RunError
+from flatcal_dist.config.files import read_layers
+from flatcal_dist.config.older import translate_older
+from flatcal_dist.config.sections import TrainConfig
+from flatcal_dist.runs.directory import RunDirectory, RunError, in_words
 from flatcal_dist.tracking.tracker import read_metrics
 
 
@@ -100,8 +103,17 @@ def _is_dead(directory: RunDirectory, queued: str | None) -> bool:
 
 
 def _total_steps(directory: RunDirectory, last: dict[str, float]) -> int | None:
-    """Of the whole run; steps of an epoch follow from the last record, which knows both."""
-    train = configuration.load(directory.config_file, recorded=True).train
+    """Return the number of steps of the whole run, or None if it is not known yet.
+
+    The number of steps in an epoch follows from the last record, which names both. Only the section
+    `train` is validated: the others need torch, whose import takes seconds.
+    """
+    layers = read_layers(directory.config_file, (), recorded=True)
+    translate_older(layers.values)
+    try:
+        train = TrainConfig.model_validate(layers.values.get("train", {}))
+    except ValidationError as error:
+        raise RunError(f"{directory.config_file}: the section train: {in_words(error)}") from None
     if train.max_steps:
         return train.max_steps
     epoch, step = last.get("epoch"), last.get("step")

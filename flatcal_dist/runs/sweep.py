@@ -29,16 +29,19 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, ValidationError
 
 from flatcal_dist import config as configuration
-from flatcal_dist.config import Config, ConfigError, Section, choosing, conditions, fingerprint
 from flatcal_dist.config.files import as_override
-from flatcal_dist.config.kinds import PathText
+from flatcal_dist.config.kinds import PathText, Section
+from flatcal_dist.errors import ConfigError
 from flatcal_dist.files import expanded, read_bytes
 from flatcal_dist.urls import identified, public
+
+if TYPE_CHECKING:  # its import takes seconds, and only loading needs it
+    from flatcal_dist.config import Config
 
 FROM_SWEEP = ("run.dir", "run.axes", "wandb.name")  # each run has its own
 TAKEN = ("code", "comparison", "logs", "slurm", "summary.csv")  # beside the runs
@@ -98,7 +101,7 @@ class Element:
     point: dict[str, Any]
     run: Path
     overrides: tuple[str, ...]
-    config: Config
+    config: "Config"
 
     @property
     def arguments(self) -> list[str]:
@@ -173,6 +176,8 @@ def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[
 
 def _read_ones(sweep: Sweep, overrides: list[str]) -> list[str]:
     """Without those that a choice in the grid leaves unread: plain training has no gamma."""
+    from flatcal_dist.config import choosing, conditions
+
     try:
         config = configuration.load(sweep.base, overrides, recorded=True)
     except ConfigError:
@@ -284,7 +289,11 @@ def _refuse_twins(found: list[Element]) -> None:
     """Two runs of one name would share a directory; two of one configuration are one run."""
     for what, key, hint in (
         ("are called", lambda e: e.name, ""),
-        ("compute", lambda e: fingerprint(e.config), "; leave one of them out by `exclude`"),
+        (
+            "compute",
+            lambda e: configuration.fingerprint(e.config),
+            "; leave one of them out by `exclude`",
+        ),
     ):
         seen: dict[str, Element] = {}
         for element in found:

@@ -10,21 +10,23 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flatcal_dist.config import Config
 from flatcal_dist.files import WriteError, open_to_append, read_bytes
 from flatcal_dist.tracking.wandb_sink import WandbSink
+
+if TYPE_CHECKING:
+    from flatcal_dist.config import Config
 
 
 class Tracker:
     """Opened by rank 0 of a run; any other rank has one that does nothing (`active` False)."""
 
     def __init__(
-        self, config: Config, path: Path, total_steps: int, start: int, active: bool
+        self, config: "Config", path: Path, total_steps: int, start: int, active: bool
     ) -> None:
         self.active = active
         if not active:
@@ -113,7 +115,7 @@ class Tracker:
         with suppress(OSError):  # the terminal was closed: the run is not about it
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _start_wandb(self, config: Config, path: Path) -> WandbSink | None:
+    def _start_wandb(self, config: "Config", path: Path) -> WandbSink | None:
         try:
             return WandbSink(path, config.wandb.mode, config.wandb.finish_seconds)
         except OSError as error:  # a sink can never fail a run
