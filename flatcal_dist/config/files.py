@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -48,7 +48,7 @@ class _Loader(yaml.SafeLoader):
     """The core schema, with merge keys; each key is a word, and is written once."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012  (none of YAML 1.1's)
-    yaml_constructors: dict = {  # noqa: RUF012
+    yaml_constructors: ClassVar[dict] = {
         tag: construct
         for tag, construct in yaml.SafeLoader.yaml_constructors.items()
         if tag is None or tag.rsplit(":", 1)[1] in ("null", "bool", "str", "seq", "map")
@@ -56,7 +56,7 @@ class _Loader(yaml.SafeLoader):
 
     depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise _TooMuch
@@ -65,7 +65,8 @@ class _Loader(yaml.SafeLoader):
         finally:
             self.depth -= 1
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    # types-PyYAML takes the anchor for a dict; PyYAML passes its name.
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:

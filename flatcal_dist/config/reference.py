@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from flatcal_dist.config.choosing import CHOOSERS, Chooser, keys
+from flatcal_dist.config.choosing import CHOOSERS, Chooser, keys, sections_of
 from flatcal_dist.config.conditions import CONDITIONS
 from flatcal_dist.config.files import as_override
 from flatcal_dist.config.messages import as_written, nearest
@@ -81,11 +81,11 @@ def entries(key: str | None = None) -> list[Entry]:
 
 
 def _all() -> Iterator[Entry]:
-    for name, found in Config.model_fields.items():
+    for name in Config.model_fields:
         if name in CHOOSERS:
             yield from _of_choice(CHOOSERS[name])
-        elif isinstance(found.annotation, type) and issubclass(found.annotation, BaseModel):
-            yield from _of_section(name, found.annotation)
+        else:
+            yield from _of_section(name, *sections_of(name))
 
 
 def _of_section(name: str, section: type[BaseModel]) -> Iterator[Entry]:

@@ -48,6 +48,9 @@ DIRECTORIES = ("checkpoints", "report", "wandb")
 LOCK_PATIENCE = 5.0  # seconds; a job that was just killed may take as long to be gone
 
 
+Phase = Literal["running", "preempted", "finished", "failed"]
+
+
 class RunError(RuntimeError):
     """A run directory that cannot be used as asked; the message says how to go on."""
 
@@ -62,7 +65,7 @@ class State:
 
     __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    phase: Literal["running", "preempted", "finished", "failed"] = "running"
+    phase: Phase = "running"
     epoch: NonNegativeInt = 0
     step: NonNegativeInt = 0
     restarts: NonNegativeInt = 0
@@ -104,7 +107,7 @@ class RunDirectory:
         self.report = self.path / "report"
         self.wandb_id_file = self.path / "wandb_id"
         self.stop_file = self.path / "STOP"
-        self.entered = False  # whether this start may write here
+        self.entered = False  # whether this start may record how it ends
         self.lock: TextIO | None = None
 
     def check(self, config: "Config") -> None:
@@ -239,7 +242,15 @@ class RunDirectory:
         write_json(self.path / "environment.json", environment)
         state.phase, state.cause = "running", None
         self.write(state)
+        self.enter()
         return state
+
+    def enter(self) -> None:
+        """Let this process record how this start of the run ends. Every rank calls it.
+
+        Before that `fail` and `interrupt` record nothing: the directory may belong to another job.
+        """
+        self.entered = True
 
     def _lock(self) -> None:
         """Hold the directory until this process ends, however it ends."""
@@ -333,14 +344,16 @@ class RunDirectory:
         return state is not None and state.phase != "running"
 
     def fail(self, cause: str, rank: int) -> str:
-        """Record a failure; the first rank to do so keeps its word. Returns the first cause."""
+        """Record a failure unless another rank has already recorded one. Return the first cause."""
         return self._end("failed", cause, f"rank {rank}: {cause}")
 
     def interrupt(self, cause: str) -> str:
-        """Record that the run was asked to stop, by any rank; unless it has ended before."""
+        """Record that the run was asked to stop, unless it has ended before. Return the cause."""
         return self._end("preempted", cause, cause)
 
-    def _end(self, phase: str, cause: str, recorded: str) -> str:
+    def _end(self, phase: Phase, cause: str, recorded: str) -> str:
+        if not self.entered:
+            return cause
         state = self.state()
         if state is None:
             return recorded
