@@ -25,65 +25,40 @@ def add_commands(commands: "argparse._SubParsersAction") -> None:
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("directories", nargs="*", type=Path, metavar="RUN", help="runs, or RUN/checkpoints/step_N")
-    add(
-        "--model",
-        metavar="NAME",
-        help="a network of timm, timm:NAME, torchvision:NAME or mlp; without RUN",
-    )
-    add(
-        "--weights",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="safetensors or state_dict; by default the weights that the library publishes",
-    )
-    add(
-        "--weights-key",
-        metavar="NAME",
-        help="which weights of the file to take, such as state_dict_ema; by default those that "
-        "were trained, not their average",
-    )
-    add(
-        "--data",
-        action="append",
-        default=[],
-        metavar="[NAME=]DATA",
+    _network_arguments(parser)
+    add("--data", action="append", default=[], metavar="[NAME=]DATA",
         help="shards or an ImageFolder tree; may be repeated; by default the run's. The first "
         "clean data set gives the temperature to the others. Some NAMEs say what the data has to "
         "be: imagenet, imagenet_v2, imagenet_a, imagenet_r, imagenet_sketch, imagenet_c, or "
-        "imagenet_c_generated to corrupt clean images",
-    )
-    add(
-        "--corruptions",
-        metavar="LIST",
-        help="corruptions of ImageNet-C: fog,snow; or common, extra, all",
-    )
+        "imagenet_c_generated to corrupt clean images")  # fmt: skip
+    add("--corruptions", metavar="LIST",
+        help="corruptions of ImageNet-C: fog,snow; or common, extra, all")  # fmt: skip
     add("--severities", metavar="LIST", help="severities of ImageNet-C: 1,3,5; by default all five")
     add("--real", type=Path, metavar="FILE", help="ReaL labels; by default those that timm ships")
-    add(
-        "--confidence",
-        metavar="LIST",
+    add("--confidence", metavar="LIST",
         help="scores to compute besides those from logits, such as trust_score,mc_dropout (a wrong "
-        "name lists all), or none; by default what evaluate.confidence says",
-    )
-    add(
-        "--ensemble",
-        action="store_true",
-        help="write one report on the networks of all RUNs together",
-    )
+        "name lists all), or none; by default what evaluate.confidence says")  # fmt: skip
+    add("--ensemble", action="store_true",
+        help="write one report on the networks of all RUNs together")  # fmt: skip
     add("--save-logits", action="store_true", help="write logits.npz of the clean images as well")
     add("--output", type=Path, metavar="DIR", help="by default RUN/report")
-    add(
-        "--set",
-        dest="overrides",
-        nargs="*",
-        default=[],
-        metavar="key.sub=value",
-        help="with --model: configuration keys, such as model.num_classes=100",
-    )
     _origin(parser)
     parser.set_defaults(run=evaluate)
+
+
+def _network_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a network of no run."""
+    add = parser.add_argument
+    add("--model", metavar="NAME",
+        help="a network of timm, timm:NAME, torchvision:NAME or mlp; without RUN")  # fmt: skip
+    add("--weights", type=Path, nargs="+", default=[], metavar="FILE",
+        help="safetensors or state_dict; by default the weights that the library publishes"
+        )  # fmt: skip
+    add("--weights-key", metavar="NAME",
+        help="which weights of the file to take, such as state_dict_ema; by default those that "
+        "were trained, not their average")  # fmt: skip
+    add("--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value",
+        help="with --model: configuration keys, such as model.num_classes=100")  # fmt: skip
 
 
 def report_arguments(parser: argparse.ArgumentParser) -> None:

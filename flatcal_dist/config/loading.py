@@ -1,4 +1,4 @@
-"""From files and overrides to a valid configuration."""
+"""How files and overrides become a valid configuration."""
 
 import re
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), recorded: bool 
     Args:
         path: The file; None for the defaults.
         overrides: Values that win over those of the file.
-        recorded: Whether it is the file of a run that has begun. Keys of earlier versions are then
+        recorded: Whether a run that has begun wrote the file. Keys of earlier versions are then
             translated, and values that it does not read are passed over.
 
     Raises:
@@ -50,5 +50,5 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), recorded: bool 
 
 
 def _word(text: str) -> str:
-    """A part of a directory's name; a configuration read from a pipe has an odd one."""
+    """Return a part of a directory's name, without letters that only odd file names have."""
     return re.sub(r"[^\w.+-]+", "_", text)

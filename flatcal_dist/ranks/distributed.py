@@ -94,32 +94,40 @@ def start(
             ],
         )
     except (RuntimeError, ValueError, OSError) as error:  # DistErrors of torch are RuntimeErrors
-        if misread := _misread(error):
-            raise LaunchError(
-                f"Accelerate does not start: {error}. It stands in the environment as "
-                f"{', '.join(misread)}: mend it, or `unset {' '.join(misread)}`"
-            ) from error
-        if launch.world_size > 1:
-            raise LaunchError(_not_joined(launch, error)) from error
-        variables = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
-        if not variables:
+        if (why := _not_started(launch, error)) is None:
             raise
-        raise LaunchError(
-            f"Accelerate does not start: {error}. It reads {', '.join(variables)} from the "
-            "environment: `unset` those that are left over"
-        ) from error
-    if accelerator.num_processes != launch.world_size:
+        raise LaunchError(why) from error
+    found = accelerator.num_processes
+    if found != launch.world_size:
         raise LaunchError(
             f"the launcher was asked for {launch.world_size} processes, but this one found itself "
-            f"among {accelerator.num_processes}; check the launcher's configuration against "
+            f"among {found}; check the launcher's configuration against "
             f"configs/accelerate/*_{engine}.yaml"
         )
-    if world_size not in (None, accelerator.num_processes):
+    if world_size not in (None, found):
         raise LaunchError(
-            f"run.world_size={world_size}, but {accelerator.num_processes} processes run; launch "
-            "as many as the configuration wants, or set run.world_size=null"
+            f"run.world_size={world_size}, but {found} processes run; launch as many as the "
+            "configuration wants, or set run.world_size=null"
         )
     return accelerator
+
+
+def _not_started(launch: Launch, error: Exception) -> str | None:
+    """Return why Accelerate does not start and what to do, or None if the error says enough."""
+    if misread := _misread(error):
+        return (
+            f"Accelerate does not start: {error}. It stands in the environment as "
+            f"{', '.join(misread)}: mend it, or `unset {' '.join(misread)}`"
+        )
+    if launch.world_size > 1:
+        return _not_joined(launch, error)
+    variables = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
+    if not variables:
+        return None
+    return (
+        f"Accelerate does not start: {error}. It reads {', '.join(variables)} from the "
+        "environment: `unset` those that are left over"
+    )
 
 
 def _misread(error: Exception) -> list[str]:
