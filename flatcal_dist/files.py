@@ -87,7 +87,16 @@ def write_atomically(path: Path, private: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, private: bool = False) -> None:
-    """Write a text file, whole or not at all. Raises WriteError."""
+    """Write a text file, whole or not at all.
+
+    Args:
+        path: The file.
+        text: What it will hold.
+        private: Whether only its owner may read it.
+
+    Raises:
+        WriteError: The file system refuses.
+    """
     with write_atomically(path, private) as temporary:
         # A message may hold a name that is no UTF-8. In JSON this becomes an escape.
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))

@@ -109,7 +109,16 @@ def sections(kind: str, grid: list[str]) -> dict[str, list[Any]]:
 def workspace(
     kind: str, title: str, name: str | None, grid: list[str], entity: str, project: str
 ) -> ws.Workspace:
-    """Return a workspace. `name` is the run or the sweep to show; None shows the whole project."""
+    """Return a workspace.
+
+    Args:
+        kind: A key of KINDS.
+        title: The title of the workspace.
+        name: The run or the sweep to show; None shows the whole project.
+        grid: The keys that differ in a sweep.
+        entity: The user or team; "" if nothing is sent.
+        project: The project in W&B.
+    """
     runs = ws.RunsetSettings(
         query=name if kind == "run" and name else "",
         filters=_of_group(name) if kind == "sweep" else "",
@@ -131,7 +140,10 @@ def workspace(
 def report(
     kind: str, title: str, name: str | None, grid: list[str], entity: str, project: str
 ) -> wr.Report:
-    """The same panels as a report. With an entity W&B's server is asked for the project."""
+    """Return a report with the same panels, from the same arguments as `workspace`.
+
+    With an entity, the server is asked for the project.
+    """
     where = {"entity": entity, "project": project} if entity else {}
     runs = wr.Runset(
         **where,
@@ -147,8 +159,10 @@ def report(
 
 
 def _of_group(name: str) -> str:
-    """A filter for the runs of a group. The library parses it as text, and changes `<` and `=` in
-    it also within quotation marks: so these and all other signs are written as escapes.
+    """Return a filter for the runs of a group.
+
+    The library parses it as text, and changes `<` and `=` even within quotation marks. So these and
+    all other signs are written as escapes.
     """
     letters = (c if c.isascii() and c.isalnum() else f"\\U{ord(c):08x}" for c in name)
     return f"Metric('Group') == '{''.join(letters)}'"

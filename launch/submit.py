@@ -1,4 +1,4 @@
-"""Submit a run or a sweep to SLURM, and the evaluation and comparison that follow it.
+r"""Submit a run or a sweep to SLURM, and the evaluation and comparison that follow it.
 
     python launch/submit.py --nodes 4 --time 24:00:00 --config configs/imagenet/resnet50_csam.yaml \
         data.train=/data/train data.validation=/data/validation run.dir=/runs/csam
@@ -112,7 +112,7 @@ def _run(arguments: argparse.Namespace) -> Job:
 
 def _sweep(arguments: argparse.Namespace) -> Job:
     if arguments.config:
-        raise SubmitError("--config is for one run: a sweep's file names its own `base`")
+        raise SubmitError("--config is for one run: the file of a sweep names its `base`")
     sweep = load_sweep(arguments.sweep)
     directory = _directory(sweep.directory)
     found = [
@@ -307,7 +307,7 @@ def submit(job: Job, scripts: Sequence[str]) -> None:
     for name in scripts:
         options = []
         if previous is not None:
-            each = job.elements and name == "evaluate.sh"  # as soon as its own run is done
+            each = job.elements and name == "evaluate.sh"  # as soon as its run is done
             options = [
                 f"--dependency={'aftercorr' if each else 'afterok'}:{previous}",
                 "--kill-on-invalid-dep=yes",
@@ -369,12 +369,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="the configuration of one run")
-    add(
-        "--sweep",
-        type=Path,
-        metavar="FILE",
-        help="a sweep: a job array with one element for each run",
-    )
+    add("--sweep", type=Path, metavar="FILE", help="a sweep: a job array with all of its runs")
     add("--recipe", default="imagenet_csam", help="any recipe runs any configuration")
     add("--launcher", choices=("srun", "accelerate", "torchrun", "deepspeed"), default="srun",
         help="what starts the ranks; srun starts each of them as one task")  # fmt: skip

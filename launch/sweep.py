@@ -45,7 +45,7 @@ PATIENCE = 300.0  # seconds that a run may take to write a checkpoint and stop
 
 
 class Jobs:
-    """The runs under way. A signal sets `stopping`, and is passed to each of them once."""
+    """The runs that are running. A signal sets `stopping`, and is passed to each of them once."""
 
     def __init__(self, sweep: Sweep, arguments: argparse.Namespace) -> None:
         self.sweep, self.arguments = sweep, arguments
@@ -63,7 +63,7 @@ class Jobs:
                 element = waiting.pop(0)
                 try:
                     self._start(element)
-                except OSError as error:  # no room for its log, say
+                except OSError as error:  # there may be no room for its log
                     self.failed.append(element)
                     print(f"[{element.index}] {element.name}: not started: {error}", flush=True)
             time.sleep(0.2)
@@ -110,7 +110,7 @@ class Jobs:
             return
         self.stopping, self.deadline = True, time.monotonic() + PATIENCE
         with contextlib.suppress(OSError):
-            os.write(1, b"stopping: runs under way save a checkpoint; the same command goes on\n")
+            os.write(1, b"stopping: running runs save a checkpoint; the same command goes on\n")
         self._signal(signal.SIGINT)
 
     def _signal(self, number: int) -> None:
@@ -163,7 +163,13 @@ def _as_told(sweep: Sweep, arguments: argparse.Namespace) -> Sweep:
 
 
 def command(sweep: Sweep, element: Element, arguments: argparse.Namespace) -> list[str]:
-    """Return the command that a user would type for this run."""
+    """Return the command that a user would type for a run.
+
+    Args:
+        sweep: The sweep.
+        element: The run.
+        arguments: The command line of this program.
+    """
     options = ["--config", sweep.base, *element.arguments]
     if any(hide(word) != word for word in options):
         # Everybody on the machine can read the words of a command.

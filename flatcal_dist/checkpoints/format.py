@@ -9,12 +9,9 @@ its .metadata and DeepSpeed its states, so neither is used.
 """
 
 import errno
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,9 +19,9 @@ from typing import IO, Any, ClassVar, cast
 
 import torch
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
-from typing_extensions import Buffer
 
 from flatcal_dist.averaging.average import Average
+from flatcal_dist.checkpoints.hashed_files import HashedFile, write_hashed, write_json_hashed
 from flatcal_dist.files import read_bytes, read_json, sync_directory
 from flatcal_dist.networks.weights import sha256
 from flatcal_dist.runs.directory import RunError, in_words
@@ -98,14 +95,20 @@ def state_of(step: SharpnessAwareStep, average: Average | None = None) -> dict[s
 
 
 def write_part(beside: Path, rank: int, state: dict[str, Any]) -> None:
-    """Write the part of this rank durably into the unfinished checkpoint `beside`."""
+    """Write the part of a rank durably into an unfinished checkpoint.
+
+    Args:
+        beside: The directory of the unfinished checkpoint.
+        rank: The rank.
+        state: What `state_of` returned on this rank.
+    """
     beside.mkdir(exist_ok=True)
 
     def save(file: HashedFile) -> None:
         torch.save(state, cast(IO[bytes], file))  # which calls only `write` and `flush`
 
-    written = _write(beside / f"state_{rank:05d}.pt", save)
-    _write_json(beside / f"state_{rank:05d}.json", written)
+    written = write_hashed(beside / f"state_{rank:05d}.pt", save)
+    write_json_hashed(beside / f"state_{rank:05d}.json", written)
 
 
 def publish(beside: Path, progress: Progress, keep: int, keep_best: str | None = None) -> Path:
@@ -132,8 +135,8 @@ def publish(beside: Path, progress: Progress, keep: int, keep_best: str | None =
             )
         manifest[f"state_{rank:05d}.pt"] = json.loads(record.read_text())
         record.unlink()
-    manifest["progress.json"] = _write_json(beside / "progress.json", asdict(progress))
-    _write_json(beside / "manifest.json", manifest)
+    manifest["progress.json"] = write_json_hashed(beside / "progress.json", asdict(progress))
+    write_json_hashed(beside / "manifest.json", manifest)
     sync_directory(beside)
     beside.rename(target)
     sync_directory(directory)
@@ -152,7 +155,7 @@ def _drop_old(directory: Path, step: int, keep: int, keep_best: str | None) -> N
 
 
 def _score(path: Path, keep_best: str | None) -> float | None:
-    """Return a figure of which more is better, or None for a checkpoint without it."""
+    """Return a figure (a larger one is better), or None for a checkpoint without it."""
     if keep_best is None:
         return None
     try:
@@ -348,49 +351,3 @@ def fill_objective(
             f"training cannot go on from {path}: {error}. Go on with the objective and the data "
             "that it was trained with, or begin another run"
         ) from None
-
-
-class HashedFile:
-    """A new file written by plain system calls. Its bytes are counted and hashed."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        self.sha256 = hashlib.sha256()
-        self.size = 0
-        self.error: OSError | None = None
-
-    def write(self, data: Buffer) -> int:
-        view = memoryview(data).cast("B")
-        self.sha256.update(view)
-        length = len(view)
-        try:
-            while view:
-                view = view[os.write(self.descriptor, view) :]
-        except OSError as error:
-            self.error = error
-            raise
-        self.size += length
-        return length
-
-    def flush(self) -> None:
-        """Do nothing: nothing is held back. torch.save calls it."""
-
-
-def _write(path: Path, fill: Callable[[HashedFile], Any]) -> dict[str, Any]:
-    """Write a file durably. Return its size and SHA-256."""
-    file = HashedFile(path)
-    try:
-        fill(file)
-        os.fsync(file.descriptor)
-    except RuntimeError:
-        if file.error:  # torch.save says of it only that a position is unexpected
-            raise file.error from None
-        raise
-    finally:
-        os.close(file.descriptor)
-    return {"size": file.size, "sha256": file.sha256.hexdigest()}
-
-
-def _write_json(path: Path, value: Any) -> dict[str, Any]:
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    return _write(path, lambda file: file.write(text.encode()))

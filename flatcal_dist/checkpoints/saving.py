@@ -40,6 +40,8 @@ class Save:
     thread: threading.Thread | None = None
 
     def in_background(self, work: Callable[[], Any]) -> None:
+        """Do some work in a thread, and record how it ends."""
+
         def run() -> None:
             try:
                 work()
@@ -51,10 +53,12 @@ class Save:
         self.thread.start()
 
     def join(self) -> None:
+        """Wait for the thread."""
         if self.thread is not None:
             self.thread.join()
 
     def raise_error(self) -> None:
+        """Raise CheckpointError if the work failed."""
         if self.error is not None:
             raise CheckpointError(
                 f"the checkpoint of step {self.progress.step} could not be written "
@@ -159,7 +163,7 @@ class Staging:
 
     def __init__(self) -> None:
         self.buffers: dict[tuple, Tensor] = {}
-        self.pinned = False  # whether copies are still under way when `copy_` returns
+        self.pinned = False  # whether `copy_` returns before its copy is done
 
     def copy(self, state: Any) -> Any:
         """Return the same nest of dicts and lists, with copies of its tensors on the CPU."""

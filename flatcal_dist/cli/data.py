@@ -67,6 +67,7 @@ def validate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def shard(arguments: argparse.Namespace) -> None:
+    """Write shards from a source, or go on with writing them."""
     from flatcal_dist.data import prepare_digits, prepare_shards
     from flatcal_dist.data.making.sharding import Encoding
 
@@ -122,6 +123,7 @@ def _source(arguments: argparse.Namespace) -> "Source":
 
 
 def index(arguments: argparse.Namespace) -> None:
+    """Index shards. All of them are tried before an error is raised."""
     from flatcal_dist.data import expand
     from flatcal_dist.data.making.parallel import in_parallel
 
@@ -155,6 +157,7 @@ def _index(path: Path) -> tuple[int, str, list["Problem"]]:
 
 
 def validate(arguments: argparse.Namespace) -> None:
+    """Print what is wrong with shards, and exit with 1 if there are errors."""
     from rich.console import Console
 
     from flatcal_dist.data import expand

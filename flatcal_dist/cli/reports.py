@@ -105,6 +105,7 @@ def _origin(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    """Evaluate runs or a network. Raises ValueError for options that do not go together."""
     from flatcal_dist.calibration.records.class_list import read_class_names
     from flatcal_dist.evaluation.job import Wanted, evaluate_model, evaluate_runs
     from flatcal_dist.evaluation.provenance import Provenance
@@ -160,6 +161,7 @@ def _severities(text: str | None) -> list[int] | None:
 
 
 def report(arguments: argparse.Namespace) -> None:
+    """Write the page of a run again, or the report on a file of scores."""
     from flatcal_dist.calibration.report.writing import render_report
 
     of_file = ("output", "method", "seed", "classes", "labels", "scores")
@@ -213,6 +215,7 @@ def _report_on_file(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
+    """Write the comparison of runs."""
     from flatcal_dist.calibration.comparison.writing import write_comparison
 
     refuse_no_directory(arguments.output)
@@ -221,6 +224,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
+    """Write the weights of a checkpoint as one file."""
     from flatcal_dist.checkpoints.resharding import export
 
     path = export(arguments.directory, arguments.file, arguments.checkpoint)

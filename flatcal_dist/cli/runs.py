@@ -36,6 +36,7 @@ def sync_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def status(arguments: argparse.Namespace) -> None:
+    """Print the status of runs, and exit with 1 if one cannot be read."""
     from flatcal_dist.runs import status as states
 
     found = states.status(arguments.directories)
@@ -48,6 +49,7 @@ def status(arguments: argparse.Namespace) -> None:
 
 
 def sync(arguments: argparse.Namespace) -> None:
+    """Send runs to W&B."""
     from flatcal_dist.tracking.wandb_sync import sync as send
 
     send(arguments.directories, arguments.dry_run, arguments.minutes)

@@ -23,6 +23,7 @@ def config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config(arguments: argparse.Namespace) -> None:
+    """Print keys of a configuration, or write all of them into a Markdown file."""
     from flatcal_dist.config import reference
 
     if arguments.markdown is None:
@@ -35,6 +36,7 @@ def config(arguments: argparse.Namespace) -> None:
 
 
 def environment(arguments: argparse.Namespace) -> None:
+    """Print what runs here as JSON."""
     from flatcal_dist.runs.environment import describe_environment
 
     print(json.dumps(describe_environment(), indent=1))

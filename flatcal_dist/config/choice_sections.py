@@ -82,7 +82,7 @@ class Perturbation(ChoiceSection):
         "each node (node), or groups of N consecutive ranks (N).",
     )
     per_micro_batch: bool = Field(
-        False, description="Whether each micro-batch has a perturbation of its own."
+        False, description="Whether each micro-batch has another perturbation."
     )
     allow_other_samples: bool = Field(
         False,
@@ -131,6 +131,8 @@ class NoMixing(Nothing):
 
 
 class MixingSection(ChoiceSection):
+    """A way to mix images."""
+
     name: str
 
     def mixing(self, classes: int) -> Mixing:
@@ -139,6 +141,8 @@ class MixingSection(ChoiceSection):
 
 
 class NamedChoice(ChoiceSection):
+    """A choice by `name`: an objective, an average or a schedule."""
+
     name: str
 
 

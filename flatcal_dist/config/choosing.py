@@ -3,8 +3,8 @@
     inherits: csam.yaml            # sharpness: {rule: csam, rho: 0.1, gamma: 2}
     sharpness: {rule: sam}         # rho stays, gamma is CSAM's and is set aside
 
-A file that others inherit may hold the keys of its own choice. A key that is given together with
-the choice, or after it, was meant to be read: where it is not, it is refused.
+A file that others inherit may hold the keys of the choice that it makes. A key that is given
+together with the choice, or after it, was meant to be read. If it is not read, it is refused.
 """
 
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ CHOOSERS = _choosers()
 
 
 def keys() -> Iterator[str]:
-    """Yield every key that there is, with its section: those of all choices, each once."""
+    """Yield every dotted key once, also those of all choices."""
     for name in Config.model_fields:
         for key in dict.fromkeys(key for one in sections_of(name) for key in one.model_fields):
             yield f"{name}.{key}"

@@ -18,6 +18,8 @@ WEEK = 7 * 24 * 60.0  # minutes
 
 
 class RunConfig(Section):
+    """Which run it is, where it lies, and its seed."""
+
     dir: PathText | None = Field(
         None, description="The run directory. Default: runs/NAME-HASH, which follows from the rest."
     )
@@ -43,6 +45,8 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
+    """The network."""
+
     name: Text = Field(
         "resnet50",
         description="The network: 'mlp', a network of timm, or torchvision:NAME.",
@@ -57,6 +61,8 @@ class ModelConfig(Section):
 
 
 class OptimizerConfig(Section):
+    """The base optimizer, and the peak of its learning rate."""
+
     name: Text = Field(
         "sgd", description="The optimizer: 'sgd' (without Nesterov), or any of timm's."
     )
@@ -85,6 +91,8 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
+    """How long and how training goes, what it saves, and when it stops."""
+
     engine: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
         "ddp",
         description="Who holds the weights: every rank (ddp), or parts of them (ZeRO's stages, "
@@ -152,6 +160,8 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
+    """The evaluation at the end."""
+
     at_end: bool = Field(
         True, description="Whether to evaluate and write the report when training ends."
     )
@@ -169,6 +179,8 @@ class EvaluateConfig(Section):
 
 
 class WandbConfig(Section):
+    """Weights & Biases."""
+
     mode: Literal["offline", "online", "disabled"] = Field(
         "offline",
         description="Whether W&B is used. online: also offline, where W&B cannot be reached.",
@@ -178,7 +190,7 @@ class WandbConfig(Section):
     )
     name: Label | None = Field(None, description="The name of the run in W&B.")
     group: Label | None = Field(
-        None, description="Runs of one group are shown together. A sweep sets its own name."
+        None, description="Runs of one group are shown together. By default a sweep sets its name."
     )
     tags: list[Annotated[Text, Field(max_length=64)]] = Field(
         [], max_length=1000, description="Words by which W&B finds the run."

@@ -35,7 +35,7 @@ T = TypeVar("T")
 # A collective without an answer fails after this time, instead of waiting for ever.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
-# What gloo and NCCL say when the process at the other end is no more.
+# What gloo and NCCL say when the process at the other end has ended.
 LOST = (
     "Connection closed by peer",
     "Connection reset by peer",

@@ -103,6 +103,8 @@ def in_words(error: Exception) -> str:
 
 
 class RunDirectory:
+    """The directory of one run: its files, its lock and its recorded state."""
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.config_file = self.path / "config.yaml"
@@ -335,7 +337,7 @@ class RunDirectory:
             )
 
     def wandb_id(self) -> str | None:
-        """Return the id of the W&B run, or None if there is none or the file holds none."""
+        """Return the id of the W&B run, or None without a valid one."""
         found = _words(self.wandb_id_file)
         return found if re.fullmatch(r"[\w-]{1,64}", found, re.ASCII) else None
 

@@ -52,6 +52,8 @@ Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w+-]*$", max_length=64)]
 
 
 class Sweep(Section):
+    """The file of a sweep."""
+
     name: str = Field(
         pattern=r"^[\w+-][\w.+-]*$",
         max_length=100,

@@ -102,6 +102,7 @@ class Tracker:
             )
 
     def close(self, exit_code: int = 0) -> None:
+        """Close the file, and end the W&B run with this exit code."""
         if not self.active:
             return
         self.active = False

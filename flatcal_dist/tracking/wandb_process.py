@@ -143,7 +143,13 @@ class Follower:
 
 
 def start(directory: Path, config: Config, mode: Mode) -> Any:
-    """Return the one W&B run of this directory, which keeps its id. Raises what W&B raises."""
+    """Return the one W&B run of a run directory, which keeps its id. Raises what W&B raises.
+
+    Args:
+        directory: The run directory.
+        config: The configuration of the run.
+        mode: The mode of W&B.
+    """
     # Artifacts are staged beside the run, whose disk is meant for such things, not under HOME.
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
         os.environ.setdefault(name, str((directory / "wandb/data").resolve()))
@@ -182,7 +188,13 @@ def start(directory: Path, config: Config, mode: Mode) -> Any:
 
 
 def follow(directory: Path, mode: Mode, code: int | None) -> None:
-    """Send every record until the training process ends, or says with which `code` it ends."""
+    """Send every record until the training process ends, or orders the end.
+
+    Args:
+        directory: The run directory.
+        mode: The mode of W&B.
+        code: The exit code of training, if training has ended already.
+    """
     config = configuration.load(directory / "config.yaml", recorded=True)
     order = Order(config.wandb.finish_seconds, code)
     try:
@@ -261,4 +273,4 @@ if __name__ == "__main__":
         say(f"W&B failed: {_first_line(error)}")
         print(hide(traceback.format_exc()), file=sys.stderr)
         sys.stderr.flush()
-        os._exit(1)  # not by way of W&B's own handlers, which may wait for what is no more
+        os._exit(1)  # handlers of W&B may wait for processes that have ended

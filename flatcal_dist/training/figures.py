@@ -44,9 +44,11 @@ class Speed:
         self.since = self.waiting_since = time.monotonic()
 
     def waits_for_data(self) -> None:
+        """Say that a step waits for its data from now on."""
         self.waiting_since = time.monotonic()
 
     def has_data(self) -> None:
+        """Say that the data of the step is there."""
         self.waited += time.monotonic() - self.waiting_since
 
     def read(self, samples: int) -> dict[str, float]:

@@ -113,7 +113,7 @@ class Trainer:
             self.tracker.close(exit_code=1)
             raise
         except BaseException as error:
-            if isinstance(error, FailedTogether):  # all ranks are here: a save under way can end
+            if isinstance(error, FailedTogether):  # all ranks are here, so a save in flight can end
                 with suppress(FailedTogether):
                     self.saver.finish()
             self.tracker.close(exit_code=1)

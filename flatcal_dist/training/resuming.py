@@ -236,7 +236,7 @@ def load(path: Path, setup: Setup) -> list[str]:
         return []
     resharding.load(path, step, progress, average)
     before = f"{progress.world_size} ranks of {progress.engine}"
-    return [f"the checkpoint, of {before}, was cut anew for {ranks} of {engine}"]
+    return [f"the checkpoint, of {before}, was cut for {ranks} ranks of {engine}"]
 
 
 def _read(path: Path, number: int, step: SharpnessAwareStep) -> dict[str, Any]:

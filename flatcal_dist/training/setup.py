@@ -99,7 +99,7 @@ def prepare(
 def _open_data(
     config: Config, accelerator: Accelerator, watchdog: Watchdog
 ) -> tuple[Index | Stream, Index]:
-    """Return training and validation data, of which shards are written or downloaded first."""
+    """Return training and validation data. Shards are written or downloaded first if need be."""
 
     def make_digits() -> None:
         if accelerator.is_main_process:

@@ -35,6 +35,7 @@ class Watchdog:
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def beat(self) -> None:
+        """Say that this rank is alive."""
         self.silent = 0.0
 
     def rest(self) -> None:
