@@ -196,6 +196,8 @@ def as_markdown() -> str:
     for section, group in itertools.groupby(entries(), lambda entry: entry.section):
         found = list(group)
         parts.append(f"### {section}\n")
+        if section not in CHOOSERS:
+            parts.append(f"{_first_line(*sections_of(section))}\n")
         for name, text in found[0].choices.items():
             parts.append(f"* `{found[0].key.partition('.')[2]}: {name}`: {text}")
         if found[0].choices:

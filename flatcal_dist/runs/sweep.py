@@ -250,7 +250,7 @@ def _check(sweep: Sweep, path: Path) -> None:
 
 
 def _refuse_two_writers(sweep: Sweep, path: Path) -> set[str]:
-    """The keys that axes and grid set. Raises ConfigError if two of them set the same."""
+    """Return the keys that axes and grid set. Raises ConfigError if two of them set the same."""
     writers = {f"grid.{key}": {key} for key in sweep.grid}
     writers |= {
         f"axes.{axis}": {key for bundle in places.values() for key in bundle}
