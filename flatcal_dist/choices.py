@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic import Field as Key
 
 T = TypeVar("T")
-Keys = dict[str, tuple[Any, Any]]  # annotation and default by name
+Keys = dict[str, Any]  # a pair of annotation and default by name, for create_model
 
 
 def found_in(package: str, base: type[T]) -> dict[str, type[T]]:
@@ -67,7 +67,8 @@ def _default(field: Field) -> Any:
 
 def check(choice: object, error: type[Exception] = ValueError) -> None:
     """Raise `error` for the first field whose value does not fit its declared type and bounds."""
-    model = _model(type(choice))
+    kind: type = type(choice)
+    model = _model(kind)
     try:
         model.model_validate({name: getattr(choice, name) for name in model.model_fields})
     except ValidationError as problems:

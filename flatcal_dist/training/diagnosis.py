@@ -1,4 +1,4 @@
-"""After many steps without a finite gradient: which layer, in which pass, is where it begins."""
+"""Find the layer and the pass in which values become not finite, after many skipped steps."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Whether a run's data can give an objective what it needs."""
+"""Whether the data of a run has what an objective needs."""
 
 from flatcal_dist import batch_sizes
 from flatcal_dist.config import Config
@@ -21,7 +21,7 @@ def refuse_unfit(
         world_size: The number of ranks.
 
     Raises:
-        DataError: They have not; the remedy is named.
+        DataError: They lack something; the message names the remedy.
     """
     name = f"objective.name={objective.name}"
     if isinstance(train, Stream) and objective.pairs == "same_class":

@@ -49,7 +49,7 @@ def test_unknown_names_and_options_are_refused():
         build("mlp", 10, 3, 32, {"widht": 1})
     with pytest.raises(ValueError, match=r"optimizer\.name=sgdd is not one of timm's"):
         build_optimizer(OptimizerConfig(name="sgdd"), nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"optimizer\.options\.lr: .* keys of their own"):
+    with pytest.raises(ValueError, match=r"optimizer\.options\.lr: .* are other keys"):
         build_optimizer(OptimizerConfig(options={"lr": 1}), nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"optimizer.options.beta: adamw takes .*betas"):
         build_optimizer(OptimizerConfig(name="adamw", options={"beta": 1}), nn.Linear(2, 2))
