@@ -17,7 +17,7 @@ from flatcal_dist.calibration.calibrators.of_logits import is_fitted
 from flatcal_dist.calibration.metrics.entries import COMPARED, METRICS
 from flatcal_dist.calibration.metrics.entry import Metric
 from flatcal_dist.calibration.records.records import Records
-from flatcal_dist.calibration.report.about import About
+from flatcal_dist.calibration.report.about import SYMBOLS, About
 from flatcal_dist.calibration.report.model import Report, Side
 from flatcal_dist.calibration.statistics import decisions
 from flatcal_dist.calibration.statistics.bootstrap import Bootstrap, mcnemar
@@ -93,9 +93,11 @@ def _setting(run: Run) -> str:
     The data are the same for all runs of a comparison, however they are called.
     """
     about = run.about
-    keys = ("model", "method", "rho", "gamma", "image_size")
+    # 1 and 1.0 are one setting: older files hold the one, newer ones the other.
+    settings = {k: v if isinstance(v, str) else float(v) for k, v in about.settings.items()}
+    known = [about.model, about.method, settings, about.image_size]
     rest = {k: v for k, v in about.configuration.items() if k not in ("run", "wandb")}
-    return json.dumps([[getattr(about, k) for k in keys], rest], sort_keys=True, default=str)
+    return json.dumps([known, rest], sort_keys=True, default=str)
 
 
 def _method_name(run: Run, with_model: bool) -> str:
@@ -103,11 +105,7 @@ def _method_name(run: Run, with_model: bool) -> str:
     if about.method is None:
         return run.name
     parts = [about.model if with_model else None, about.method]
-    parts += [
-        f"{symbol} = {value}"
-        for symbol, value in (("ρ", about.rho), ("γ", about.gamma))
-        if value is not None
-    ]
+    parts += [f"{SYMBOLS.get(key, key)} = {value}" for key, value in about.settings.items()]
     return ", ".join(p for p in parts if p)
 
 

@@ -24,6 +24,7 @@ from flatcal_dist.calibration.metrics.entries import COMPARED, METRICS
 from flatcal_dist.calibration.pages import frame as page
 from flatcal_dist.calibration.pages.display import duration, enumerate_names, number, percent
 from flatcal_dist.calibration.pages.drawing import Curve
+from flatcal_dist.calibration.report.about import settings_text
 from flatcal_dist.calibration.report.writing import read_report
 from flatcal_dist.calibration.report_page import figures
 from flatcal_dist.calibration.report_page.page import run_title
@@ -212,7 +213,7 @@ def _row(run: Run) -> dict[str, Any]:
         "title": run_title(about),
         **{
             key: getattr(about, key)
-            for key in ("model", "method", "rho", "gamma", "seed", "checkpoint")
+            for key in ("model", "method", "settings", "seed", "checkpoint")
         },
         **{key: m.value(key) for key in COMPARED},
         "temperature": m.temperature,
@@ -245,7 +246,8 @@ def _csv(comparison: dict[str, Any]) -> str:
     endings = (("", "value"), ("_low", "low"), ("_high", "high"))
     rows = []
     for run in comparison["runs"]:
-        row = {k: v for k, v in run.items() if not isinstance(v, dict) and k != "mcnemar"}
+        row = run | {"settings": settings_text(run["settings"])}
+        row = {k: v for k, v in row.items() if not isinstance(v, dict) and k != "mcnemar"}
         for key in COMPARED:
             d = run["difference"].get(key, {})
             row |= {f"{key}_difference{ending}": d.get(name) for ending, name in endings}
@@ -267,6 +269,7 @@ def _write_page(
         figures=_figures(methods, output / "figures"),
         known=lambda value: "unknown" if value is None else value,
         usable=is_fitted,
+        settings_text=settings_text,
         seconds={run["run"]: duration(run["training_seconds"]) for run in comparison["runs"]},
         grouped=len(methods) < len(runs),
         over_seeds=any(d["before"]["accuracy"]["over_seeds"] for d in comparison["differences"]),

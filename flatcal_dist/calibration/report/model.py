@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, WithJsonSchema, create_model
+from pydantic import Field, ValidationError, WithJsonSchema, create_model, field_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from flatcal_dist.calibration.metrics.entries import METRICS
@@ -130,6 +130,17 @@ class Report(Side, _Head):
     about: About
 
     SIDES: ClassVar = ("before", "after")
+
+    @field_validator("about", mode="before")
+    @classmethod
+    def _with_settings(cls, about: Any) -> Any:
+        """Move rho and gamma of a file of an earlier version to the settings."""
+        if not isinstance(about, dict) or not {"rho", "gamma"} & about.keys():
+            return about
+        rest = dict(about)
+        older = {key: rest.pop(key, None) for key in ("rho", "gamma")}
+        moved = {key: value for key, value in older.items() if value is not None}
+        return rest | {"settings": moved | rest.get("settings", {})}
 
     def side(self, name: str) -> Side:
         """`before` temperature scaling, or `after` it."""

@@ -11,7 +11,7 @@ from flatcal_dist.calibration.calibrators.of_logits import is_fitted
 from flatcal_dist.calibration.pages import frame as page
 from flatcal_dist.calibration.pages.display import counted, duration, number, percent, temperature
 from flatcal_dist.calibration.pages.drawing import Curve
-from flatcal_dist.calibration.report.about import About
+from flatcal_dist.calibration.report.about import SYMBOLS, About
 from flatcal_dist.calibration.report.confident_errors import read_thumbnails
 from flatcal_dist.calibration.report.model import Report
 from flatcal_dist.calibration.report_page import describe, figures
@@ -226,8 +226,7 @@ def _facts(m: Report) -> list[tuple[str, str]]:
     facts = [
         ("Model", about.model),
         ("Method", about.method or UNKNOWN),
-        ("ρ", about.rho),
-        ("γ", about.gamma),
+        *((SYMBOLS.get(key, key), value) for key, value in about.settings.items()),
         ("Training seed", UNKNOWN if about.seed is None else about.seed),
         ("Origin", about.origin),
         ("Data", about.data),
