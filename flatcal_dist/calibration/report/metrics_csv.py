@@ -1,4 +1,4 @@
-"""metrics.csv: one row that stands below those of timm's results files."""
+"""metrics.csv: one row whose first columns are those of timm's results files."""
 
 from typing import Any
 
