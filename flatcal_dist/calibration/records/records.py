@@ -80,7 +80,8 @@ class Records:
     """One record per image, sorted by id.
 
     Images under shift (`source.temperature_from`) have the temperatures and folds of the clean
-    images.
+    images. A version of a clean image is scored by the temperature of its fold, and any other image
+    by the overall temperature.
 
     Args:
         id: The ids, unique strings [N].
@@ -172,41 +173,29 @@ class Records:
             logits: The logits [N, K].
             expected: The number of images in the data set.
             folds: The number of folds for cross-fitting.
-            hold_out: The share of the images that is fitted on and gets no record. None: fits are
-                cross-fitted.
+            hold_out: The share of the images that is fitted on and gets no record, if any.
             seed: The seed of the folds, or of the hold-out.
-            clean: For images under shift, the same network's records of the clean images. An image
-                that is among the clean ones is scored by the temperature of its fold, and any other
-                by the overall temperature.
+            clean: For images under shift, the same network's records of the clean images.
             source: Which images these are.
             real_labels: The ReaL labels of each image, which may be none, in the order of the ids.
             scores: The values [N], by key, of scores that need more than logits.
 
         Raises:
-            ValueError: The number of images is not the expected one, an id occurs twice (padding of
-                a distributed loader was not removed), logits are not finite, or labels are out of
-                range.
+            ValueError: The number of images is not the expected one, an id occurs twice, logits are
+                not finite, or labels are out of range.
         """
         names = image_ids(ids, len(np.asarray(logits)))
         z, y = logits_and_labels(logits, labels, names)
         _refuse_other_numbers(len(names), expected, real_labels)
         computed = _computed(scores or {}, len(z))
-        order = np.argsort(names, kind="stable")  # so that no result depends on ranks or workers
-        names, y = names[order], y[order]
-        if (np.diff(order) != 1).any():  # a copy of 50,000 x 1,000 logits takes 200 MB
-            z = z[order]
+        order, names, z, y = _sorted(names, z, y)
         if clean is None:
-            held_out = None if hold_out is None else HoldOut(hold_out, seed)
-            split = held_out or CrossFit(folds, seed)
-            fit = fit_out_of_sample("temperature", names.tolist(), z, y, split)
-            tuning = tune(names.tolist(), z, y, held_out or HoldOut(seed=seed))
+            fit, tuning = _fitted(names.tolist(), z, y, hold_out, folds, seed)
         else:
             fit, tuning = clean.temperature_fit(), clean.tuning
             folds, seed = len(clean.fold_temperatures), clean.fold_seed
             source = _shifted(source, clean.source, z, y)
         kept = fit.may_score(names.tolist())
-        if not kept.any():
-            raise ValueError("the hold-out takes all images: none is left to score")
         if not kept.all():
             order, names, z, y = order[kept], names[kept], z[kept], y[kept]
         found = cls._scored(names, z, y, fit, tuning)
@@ -227,6 +216,8 @@ class Records:
         cls, names: StringArray, z: np.ndarray, y: IntArray, fit: OutOfSample, tuning: Tuning
     ) -> "Records":
         """The records of images that `fit` may score, as far as they follow from the logits."""
+        if not len(names):
+            raise ValueError("the hold-out takes all images: none is left to score")
         ids = names.tolist()
         sums = ClasswiseSums(z.shape[1]), ClasswiseSums(z.shape[1])
         before = score_images(z, y, classwise=sums[0])
@@ -349,6 +340,25 @@ def _refuse_other_numbers(
         )
     if real_labels is not None and len(real_labels) != images:
         raise ValueError(f"there are ReaL labels of {len(real_labels)} images, but {images} images")
+
+
+def _sorted(
+    names: StringArray, z: np.ndarray, y: IntArray
+) -> tuple[IntArray, StringArray, np.ndarray, IntArray]:
+    """The images sorted by id, so that no result depends on ranks or workers; and their places."""
+    order = np.argsort(names, kind="stable")
+    if (np.diff(order) != 1).any():  # a copy of 50,000 x 1,000 logits takes 200 MB
+        z = z[order]
+    return order, names[order], z, y[order]
+
+
+def _fitted(
+    ids: list[str], z: np.ndarray, y: IntArray, share: float | None, folds: int, seed: int
+) -> tuple[OutOfSample, Tuning]:
+    """The temperatures of a hold-out of a share of the images, or of folds if share is None."""
+    held_out = None if share is None else HoldOut(share, seed)
+    fit = fit_out_of_sample("temperature", ids, z, y, held_out or CrossFit(folds, seed))
+    return fit, tune(ids, z, y, held_out or HoldOut(seed=seed))
 
 
 def _shifted(source: Source, clean: Source, z: np.ndarray, y: IntArray) -> Source:

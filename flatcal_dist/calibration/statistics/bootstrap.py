@@ -94,7 +94,13 @@ class Bootstrap:
 
 
 def weights(images: int, resamples: int, seed: int) -> Iterator[FloatArray]:
-    """Yield how often each image is drawn [N]: first once each, then for each resample."""
+    """Yield how often each image is drawn [N]: first once each, then for each resample.
+
+    Args:
+        images: The number of images.
+        resamples: The number of resamples.
+        seed: The seed of the draws.
+    """
     positive_integer(resamples, "resamples")
     keep_memory()
     yield np.ones(images)
