@@ -1,9 +1,6 @@
 """The real recipe on every engine: the same run, resumed, verified, or refused."""
 
 import json
-import os
-import re
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -11,9 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from flatcal_dist.data import prepare_digits
-from tests.support.launching import ROOT, digits, launch
-from tests.support.ranks import on_ranks
-from tests.support.reference import CLOSE, far, make_batch, make_network, make_optimizer
+from tests.support.launching import digits, launch
 
 ENGINES = ("zero1", "zero2", "zero3", "fsdp2")
 
@@ -126,34 +121,3 @@ def test_the_verification_on_every_engine(engine, fault, tmp_path):
         launcher=f"cpu_{engine}",
     )
     assert (done.returncode == 0) == (fault is None), done.stdout
-
-
-BLOCKS = re.findall(
-    r"```python\n(# [^\n]*loop\n.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL
-)
-
-
-@pytest.mark.parametrize("number", range(3))
-def test_the_loops_of_the_readme(number):
-    """The very lines, on the same batches: plain on one process, the others on two."""
-    assert len(BLOCKS) == 3
-    expected = on_ranks(1, _run_block, BLOCKS[0])[0]
-    full = on_ranks(1 if number == 0 else 2, _run_block, BLOCKS[number])[0]
-    assert far(full, expected) < CLOSE
-
-
-def _run_block(rank, world_size, block):
-    network = make_network()
-    batches = [
-        tuple(t.tensor_split(world_size)[rank] for t in make_batch(number)) for number in range(4)
-    ]
-    names = {"model": network, "optimizer": make_optimizer(network), "loader": batches}
-    os.environ |= {
-        "ACCELERATE_USE_CPU": "true",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-    }
-    exec(textwrap.dedent(block), names)
-    return names["step"].engine.full_weights()  # whole on rank 0
