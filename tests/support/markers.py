@@ -7,8 +7,11 @@ the tests that one of these names.
 
 import inspect
 import multiprocessing
+import pty
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -16,7 +19,8 @@ import pytest
 
 from tests.support import cluster, jobs, ranks
 
-STARTERS = (ranks.FORKING, jobs.Job, subprocess, multiprocessing)
+STARTERS = (ranks.FORKING, jobs.Job, subprocess, multiprocessing, pty)
+TESTS = str(Path(__file__).parents[1])
 
 
 def needs(item: pytest.Item) -> Iterator[str]:
@@ -48,7 +52,8 @@ def _visit(one: Any, seen: dict[int, Any]) -> None:
         return
     seen[id(one)] = one
     one = inspect.unwrap(one) if callable(one) else one
-    if not str(getattr(one, "__module__", "")).startswith("tests."):
+    module = sys.modules.get(str(getattr(one, "__module__", "")))
+    if not str(getattr(module, "__file__", "")).startswith(TESTS):
         return
     if isinstance(one, type):
         for attribute in vars(one).values():
