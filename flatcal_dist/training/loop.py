@@ -97,6 +97,7 @@ class Trainer:
         self.validated: tuple[int, dict[str, float]] = (0, {})  # at which step, what
         self.traffic: dict[str, int] = {}
         self.speed = Speed()
+        self.rho = 0.0  # of the next step
 
     def run(self) -> Phase:
         """Train to the end or until asked to stop, then evaluate and report."""
