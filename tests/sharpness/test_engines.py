@@ -1,6 +1,9 @@
 """The real recipe on every engine: the same run, resumed, verified, or refused."""
 
 import json
+import os
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from flatcal_dist.data import prepare_digits
-from tests.support.launching import digits, launch
+from tests.support.launching import ROOT, digits, launch
+from tests.support.ranks import on_ranks
+from tests.support.reference import CLOSE, far, make_batch, make_network, make_optimizer
 
 ENGINES = ("zero1", "zero2", "zero3", "fsdp2")
 
