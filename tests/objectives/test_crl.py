@@ -163,7 +163,7 @@ def test_what_it_cannot_use_is_refused():
     objective.begin(5, "cpu")
     with pytest.raises(ValueError, match=r"told of 5 samples.*the numbers 4 to 5"):
         objective(torch.zeros(2, 3), Targets(labels, torch.tensor([4, 5])))
-    with pytest.raises(StepError, match="MomentumSAM makes none"):
+    with pytest.raises(StepError, match="MomentumSAM makes no such pass"):
         make_step(MomentumSAM(0.1))
     with pytest.raises(StepError, match="with forward= the step sees no targets"):
         make_step()([sorted_batch(0)], forward=lambda model, batch: model(batch[0]).sum(1))
