@@ -66,8 +66,8 @@ Passes = Callable[[int], Iterable]  # workers -> batches of one pass
 
 def write_images(root: Path, count: int) -> None:
     """The same JPEGs as shards and as an ImageFolder tree."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/data"))
-    from photographs import encoded, photograph
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from tests.support.photographs import encoded, photograph
 
     samples = []
     for number in range(count):

@@ -133,19 +133,39 @@ def steps_per_epoch(samples: int, global_batch_size: int) -> int:
 
 
 def global_batch(order: np.ndarray, step: int, size: int) -> np.ndarray:
-    """Return the samples [size] of one step of an epoch."""
+    """Return the samples [size] of one step of an epoch.
+
+    Args:
+        order: The permutation of all samples.
+        step: The number of the step in the epoch, from 0.
+        size: The number of samples of a global batch.
+    """
     return order[step * size : (step + 1) * size]
 
 
 def rank_share(batch: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """Return the contiguous share of one rank. Shares differ by one sample at most."""
+    """Return the contiguous share of one rank. Shares differ by one sample at most.
+
+    Args:
+        batch: The samples of a global batch.
+        rank: The number of the rank.
+        world_size: The number of ranks.
+    """
     return np.array_split(batch, world_size)[rank]
 
 
 def micro_batch_count(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
     """Return the number of micro-batches of an optimizer step, which is the same on every rank.
 
-    The largest share decides. Raises DataError if a rank would be left with an empty micro-batch.
+    The largest share decides.
+
+    Args:
+        global_batch_size: The number of samples of an optimizer step, over all ranks.
+        micro_batch_size: The most samples of a forward pass on a rank.
+        world_size: The number of ranks.
+
+    Raises:
+        DataError: A rank would be left with an empty micro-batch.
     """
     largest = -(-global_batch_size // world_size)
     smallest = global_batch_size // world_size
@@ -188,7 +208,13 @@ def evaluation_batches(
 
 
 def sample_seed(seed: int, epoch: int, sample: int) -> int:
-    """Return a well-mixed 64-bit seed for the augmentation of one sample in one epoch."""
+    """Return a well-mixed 64-bit seed for the augmentation of one sample in one epoch.
+
+    Args:
+        seed: The seed of the run.
+        epoch: The number of the epoch, from 0.
+        sample: The number of the sample.
+    """
     return _mix(_mix(_mix(seed) ^ epoch) ^ sample)
 
 

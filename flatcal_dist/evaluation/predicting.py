@@ -171,9 +171,17 @@ def gathered(prediction: Prediction) -> Prediction:
 
 
 def check_sources(config: Config, module: nn.Module, scores: Sequence[Score]) -> None:
-    """Raise ConfigError if the network or the configuration lacks what a score needs.
+    """Check that the network and the configuration have what scores need.
 
     Only the first forward pass shows whether a network has features.
+
+    Args:
+        config: The configuration of the network.
+        module: The network, or an `Ensemble`.
+        scores: The scores.
+
+    Raises:
+        ConfigError: Something is missing.
     """
     for score in scores:
         if score.needs in ("features", "passes") and isinstance(module, Ensemble):

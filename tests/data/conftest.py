@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,13 @@ from flatcal_dist.data import (
 from flatcal_dist.data.images.decode import MAX_PIXELS
 from flatcal_dist.data.images.transforms import Training
 from flatcal_dist.data.loading.delivery import Batches
+from flatcal_dist.data.shards.access import Access
 from tests.support.photographs import write_photographs
+from tests.support.web import Web, serving
+
+QUICK = Access(stall_timeout=60, retries=3, backoff=0.01)  # a busy machine is no bad connection
+ALERT = Access(stall_timeout=1, retries=3, backoff=0.01)  # where silence is meant
+EVEN, PATTERN = 8, "e-train-{0000..0011}.tar"  # 12 shards of 8: they divide among 1, 2, 3, 4, 6, 12
 
 
 def png(seed: int, height: int = 12, width: int = 10) -> bytes:
@@ -97,3 +103,31 @@ def tar(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 shards of 8 samples: see PATTERN. Leave them as they are."""
+    directory = tmp_path_factory.mktemp("even")
+    write_shards(make_samples(96), directory, "e-train", split="train", samples_per_shard=EVEN)
+    return directory
+
+
+@pytest.fixture
+def web(even: Path) -> Iterator[Web]:
+    """A web server with the shards of `even`."""
+    with serving(even) as served:
+        yield served
+
+
+@pytest.fixture
+def own_web(tmp_path: Path) -> Iterator[Web]:
+    """A web server with what the test writes into tmp_path."""
+    with serving(tmp_path) as served:
+        yield served
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """22 small photographs in two classes, to be changed."""
+    return write_photographs(tmp_path / "tree", classes=2, images_per_class=10)

@@ -2,7 +2,6 @@
 
 import io
 import os
-import random
 import subprocess
 import tarfile
 import threading
@@ -11,10 +10,22 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import make_samples, png
+from tar_blocks import (
+    END,
+    IMAGES,
+    by_index,
+    by_stream,
+    checked,
+    findings,
+    header,
+    link,
+    member,
+    pair,
+    pax,
+)
 
 from flatcal_dist.cli import main
-from flatcal_dist.data import DataError, index_shard, load_index, write_shards
+from flatcal_dist.data import DataError, index_shard, load_index
 from flatcal_dist.data.loading.pieces import Piece, read_piece
 from flatcal_dist.data.making.archives import ilsvrc_archive
 from flatcal_dist.data.making.validation import validate_shards
@@ -23,47 +34,6 @@ from flatcal_dist.data.shards.listing import open_stream
 from flatcal_dist.data.shards.sidecars import sidecar
 from flatcal_dist.data.shards.tar_stream import read_samples
 from tests.support.web import serving
-
-IMAGES = [png(i) for i in range(8)]
-Streamed = list[tuple[str, bytes, int]]
-
-
-def header(name: str, size: int = 0, kind: bytes = b"0", link: str = "", **more: object) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size, info.type, info.linkname = size, kind, link
-    for key, value in more.items():
-        setattr(info, key, value)
-    return info.tobuf(tarfile.GNU_FORMAT)
-
-
-def padded(data: bytes) -> bytes:
-    return data + bytes(-len(data) % 512)
-
-
-def member(name: str, data: bytes, kind: bytes = b"0", link: str = "") -> bytes:
-    return header(name, len(data), kind, link) + padded(data)
-
-
-def pair(key: str, number: int) -> bytes:
-    """A sample: its label is its number."""
-    return member(f"{key}.png", IMAGES[number]) + member(f"{key}.cls", str(number).encode())
-
-
-def link(name: str, target: str, kind: bytes = tarfile.LNKTYPE) -> bytes:
-    return header(name, 0, kind, target)
-
-
-def pax(records: bytes, kind: bytes = b"x", size: int | None = None) -> bytes:
-    return header("pax", len(records) if size is None else size, kind) + padded(records)
-
-
-def checked(block: bytes) -> bytes:
-    """A header block with the checksum that it should have."""
-    total = sum(block[:148]) + 8 * 32 + sum(block[156:])
-    return block[:148] + b"%06o\0 " % total + block[156:]
-
-
-END = bytes(1024)
 
 
 @pytest.fixture
@@ -74,22 +44,6 @@ def shard(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-def by_index(path: Path) -> Streamed:
-    index_shard(path)
-    index = load_index([path])
-    return [(index.key(i), bytes(index.read(i)), int(index.label[i])) for i in range(len(index))]
-
-
-def by_stream(path: Path) -> Streamed:
-    with path.open("rb") as file:
-        return list(read_samples(file, str(path), 100))
-
-
-def findings(path: Path) -> dict[str, int]:
-    found = validate_shards([path], decode_images=None).findings.values()
-    return {f.kind: f.count for f in found if f.kind not in ("index missing", "image not JPEG")}
 
 
 # Links
@@ -343,93 +297,3 @@ def test_zeros_without_end_after_the_tar(shard):
         file.truncate(1 << 40)
     with pytest.raises(DataError, match="bytes of zeros follow the end-of-archive mark"):
         within(20, lambda: index_shard(path))
-
-
-# Fuzz
-
-
-def _mutated(whole: bytes, generator: random.Random) -> bytes:
-    """A tar after one accident or attack: of bytes, blocks, header fields or length."""
-    data = bytearray(whole)
-    headers = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"]
-    at = generator.choice(headers)
-    kind = generator.randrange(8)
-    if kind == 0:  # bytes anywhere
-        for _ in range(generator.randrange(1, 20)):
-            data[generator.randrange(len(data))] = generator.randrange(256)
-    elif kind == 1:  # the end
-        del data[generator.randrange(len(data)) :]
-    elif kind == 2:  # a block more, less or twice
-        block = generator.randrange(len(data) // 512) * 512
-        data[block : block + generator.choice([0, 512])] = bytes(
-            generator.randrange(256) for _ in range(generator.choice([0, 512]))
-        )
-    else:  # a header that is right but for a field
-        block = data[at : at + 512]
-        start, stop = generator.choice(
-            [(0, 100), (100, 108), (124, 136), (136, 148), (156, 157), (157, 257), (257, 265),
-             (345, 500), (386, 512), (482, 483)]
-        )  # fmt: skip
-        width = stop - start
-        block[start:stop] = generator.choice(
-            [
-                bytes(generator.randrange(256) for _ in range(width)),
-                (b"%o" % generator.randrange(1 << 33)).ljust(width, b"\0")[:width],
-                (b"\x80" + generator.randbytes(8)).rjust(width, b"\0")[:width],
-                (b"\xff" * width),
-                generator.choice([b"x", b"g", b"L", b"K", b"S", b"1", b"2", b"5", b"7", b"V"])
-                * width,
-                bytes(width),
-            ]
-        )
-        data[at : at + 512] = checked(bytes(block))
-    return bytes(data)
-
-
-def refused_or(read: Callable[[Path], Streamed], path: Path) -> Streamed | None:
-    """What a reader returns; None where it refuses the shard by name."""
-    try:
-        return read(path)
-    except DataError as error:
-        if str(path) not in str(error):
-            raise
-        return None
-
-
-def test_mutated_tars_are_read_rightly_or_refused(tmp_path, monkeypatch):
-    """400 accidents: what readers return was in the tar, both say the same, and neither hangs.
-
-    Whatever is wrong is a DataError that names the shard. A stream that ends well has the index's
-    samples, unless a member passed its checksum with another name or size: then both have that.
-    """
-    monkeypatch.setattr("flatcal_dist.data.shards.tar_stream.TOLD", 0)
-    samples = make_samples(3)
-    plain = write_shards(samples, tmp_path / "p", "x", split="x", samples_per_shard=3)[0]
-    other = io.BytesIO()
-    with tarfile.open(fileobj=other, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for number in range(3):
-            for suffix, data in (("png", IMAGES[number]), ("cls", b"%d" % number)):
-                info = tarfile.TarInfo(f"{'n' * 120}é{number}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    wholes = [
-        plain.read_bytes(),
-        other.getvalue(),
-        pair("a", 1) + link("b.png", "a.png") + member("b.cls", b"2") + pair("c", 3) + END,
-    ]
-    generator = random.Random(0)
-    path, good = tmp_path / "t-train-0000.tar", tmp_path / "z-train-0001.tar"
-    good.write_bytes(pair("z", 4) + END)
-    outcomes = {"read": 0, "refused": 0}
-    for number in range(400):
-        path.write_bytes(_mutated(wholes[number % 3], generator))
-        indexed, streamed = refused_or(by_index, path), refused_or(by_stream, path)
-        if indexed is not None and all(0 <= label < 100 for _, _, label in indexed):
-            assert streamed == indexed, number
-        if streamed is not None:
-            assert streamed == (indexed or []), number
-        if number % 4 == 0:
-            result = validate_shards([path, good], decode_images=0)
-            assert result.images == len(indexed or []) + 1 or (indexed is None and result.errors)
-        outcomes["read" if indexed is not None else "refused"] += 1
-    assert min(outcomes.values()) > 50, outcomes

@@ -32,7 +32,7 @@ from flatcal_dist.ranks import distributed
 from flatcal_dist.ranks.distributed import FailedTogether
 from flatcal_dist.training.build import build_step
 from tests.calibration.test_records import assert_same
-from tests.evaluation.test_reporting import join
+from tests.evaluation.small_networks import join
 from tests.support.ranks import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:no finite temperature")

@@ -27,6 +27,7 @@ class Finding:
 
     @property
     def severity(self) -> str:
+        """Either "warning" or "error"."""
         return "warning" if self.kind in WARNINGS else "error"
 
 
@@ -54,6 +55,7 @@ class Validation:
 
     @property
     def errors(self) -> int:
+        """The number of all errors."""
         return sum(f.count for f in self.findings.values() if f.severity == "error")
 
     def sorted(self) -> list[Finding]:

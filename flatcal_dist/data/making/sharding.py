@@ -61,6 +61,7 @@ class Encoding:
 
     @property
     def copies(self) -> bool:
+        """Whether images are copied as they are."""
         return self.max_edge is None and self.quality is None
 
     def encode(self, data: bytes) -> bytes | None:

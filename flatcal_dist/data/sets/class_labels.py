@@ -41,7 +41,16 @@ def numbers_of_folders(folders: Sequence[str], root: Path) -> np.ndarray:
 
 
 def check_count(root: Path, folders: Sequence[str], classes: int) -> None:
-    """Raise DataError unless there is one folder for each class."""
+    """Check that there is one folder for each class.
+
+    Args:
+        root: The directory of the folders.
+        folders: Their names.
+        classes: The number of classes.
+
+    Raises:
+        DataError: There are more or fewer folders.
+    """
     if len(folders) != classes:
         raise DataError(
             f"{root} holds {len(folders)} class folders ({folders[0]}, ...), and the network has "

@@ -161,7 +161,13 @@ class Forward:
 
 
 def part(file: Source, start: int, size: int) -> bytes:
-    """Return bytes that have been passed already. The place in the file does not change."""
+    """Return bytes that have been passed already. The place in the file does not change.
+
+    Args:
+        file: The file or stream.
+        start: The first byte.
+        size: The number of bytes.
+    """
     if isinstance(file, Rereadable):
         return file.part(start, size)
     here = file.tell()

@@ -51,6 +51,7 @@ class RemoteFile:
         self._waited, self._came = 0.0, 0  # seconds inside of reads, and bytes that they gave
 
     def read(self, size: int = CHUNK) -> bytes:
+        """Return up to `size` bytes, and none only at the end."""
         while True:
             try:
                 source = self._source or self._connect()
@@ -83,6 +84,7 @@ class RemoteFile:
         return b"".join(parts)
 
     def close(self) -> None:
+        """Close the connection. Reading opens another one."""
         source, self._source = self._source, None
         if source is not None:
             with suppress(OSError, urllib3.exceptions.HTTPError):

@@ -192,7 +192,16 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def refuse_other_shards(directory: Path, split: str, shards: Sequence[Path]) -> None:
-    """Raise DataError if `_info.json` lists other shards of `split` that are there."""
+    """Refuse a split that has other shards.
+
+    Args:
+        directory: Where `_info.json` lies.
+        split: The name of the split.
+        shards: The shards that will be written.
+
+    Raises:
+        DataError: `_info.json` lists other shards of the split that are there.
+    """
     info = directory / "_info.json"
     if not info.exists():
         return
