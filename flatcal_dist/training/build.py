@@ -1,4 +1,4 @@
-"""Build network, engine, rule and step of a configuration."""
+"""From a configuration to network, engine, rule and step: where an engine is chosen."""
 
 from collections.abc import Callable
 
@@ -26,9 +26,9 @@ def build_step(
     accelerator: Accelerator,
     wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
 ) -> SharpnessAwareStep:
-    """Return the step of a configuration, with the same initial weights on every rank.
+    """Network, engine and step of a configuration, the same initial weights on every rank.
 
-    `wrap` is applied to the network before the engine gets it.
+    wrap: what to put around the network before an engine gets it.
     """
     torch.manual_seed(config.run.seed)
     data, model, sharpness = config.data, config.model, config.sharpness
