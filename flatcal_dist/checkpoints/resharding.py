@@ -122,8 +122,7 @@ def load(
     with torch.no_grad():
         for name, master in masters.items():
             master.copy_(_cut(whole.weights[name], pieces[name]).view(master.shape))
-        network = getattr(engine, "named", engine.module)  # without torch.compile's prefix
-        set_buffers(network, whole.rest, engine.device)
+        set_buffers(engine.named, whole.rest, engine.device)
     engine.load_optimizer(optimizer, whole.groups)
     engine.set_loss_scale(whole.loss_scale)
     engine.rewritten()

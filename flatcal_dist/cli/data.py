@@ -145,7 +145,7 @@ def _index(path: Path) -> tuple[int, str, list["Problem"]]:
     An error is returned, not raised, so that one shard does not stop the others.
     """
     from flatcal_dist.data import DataError
-    from flatcal_dist.data.shards.index import index_shard
+    from flatcal_dist.data.shards.sidecars import index_shard
 
     warnings: list[Problem] = []
     try:

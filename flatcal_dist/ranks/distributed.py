@@ -27,6 +27,7 @@ from flatcal_dist.ranks.launcher import (
 )
 from flatcal_dist.ranks.signals import ignore_signals
 from flatcal_dist.runs.directory import RunDirectory
+from flatcal_dist.sharpness.engines.registry import ENGINES, PLUGINS, launched_engine
 from flatcal_dist.urls import hide
 from flatcal_dist.warning_lines import print_warnings_plainly
 
@@ -74,8 +75,7 @@ def start(
     print_warnings_plainly()
     # torch >= 2.13 asks for a new name, which Accelerate does not pass on yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    # Only replicated weights are cast by autocast; the other engines keep low-precision copies.
-    mixed = {"fp32": "no"}.get(precision, precision) if engine == "ddp" else "no"
+    mixed = {"fp32": "no"}.get(precision, precision) if ENGINES[engine].autocasts else "no"
     _refuse_other_launch(engine, precision)
     settle(os.environ, launch)
     cpu = not torch.accelerator.is_available()
@@ -169,25 +169,23 @@ def _refuse_other_launch(engine: str, precision: str) -> None:
             "(ACCELERATE_MIXED_PRECISION in the environment), the configuration "
             f"has '{mixed}'; drop it from the launcher, train.precision decides"
         )
-    launched = _launched_engine()
-    if under_accelerate and "RANK" in os.environ and launched != engine:
+    named = launched_engine(os.environ)
+    if under_accelerate and "RANK" in os.environ and named is None:
+        keys = {key for plugin in PLUGINS for key in (plugin.switch, plugin.key)}
+        found = ", ".join(f"{key}={os.environ[key]}" for key in sorted(keys & set(os.environ)))
         raise LaunchError(
-            f"`accelerate launch` was asked for {launched}, the configuration has "
+            f"`accelerate launch` was asked for a plugin that no engine here uses ({found}): "
+            f"launch with configs/accelerate/*_{engine}.yaml"
+        )
+    if under_accelerate and "RANK" in os.environ and named != engine:
+        raise LaunchError(
+            f"`accelerate launch` was asked for {named}, the configuration has "
             f"train.engine={engine}: launch with configs/accelerate/*_{engine}.yaml, or set "
-            f"train.engine={launched}"
+            f"train.engine={named}"
         )
     # This package drives the engines. Accelerate only starts processes, and wraps for DDP.
-    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
-        os.environ.pop(variable, None)
-
-
-def _launched_engine() -> str:
-    """What the configuration of `accelerate launch` asks for, by our names."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '')}"
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        return f"fsdp{os.environ.get('FSDP_VERSION', '1')}"
-    return "ddp"
+    for plugin in PLUGINS:
+        os.environ.pop(plugin.switch, None)
 
 
 def on_all_ranks(work: Callable[[], T]) -> T:

@@ -10,13 +10,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from flatcal_dist import inputs
+from flatcal_dist import batch_sizes, inputs
 from flatcal_dist.config import Config
 from flatcal_dist.data import DataError
 from flatcal_dist.data.order import micro_batch_count, micro_batches, rank_share
 from flatcal_dist.networks.registry import in_evaluation_mode
 from flatcal_dist.objectives import Targets
 from flatcal_dist.sharpness import SharpnessAwareStep
+from flatcal_dist.sharpness.engines.registry import ENGINES
 from flatcal_dist.training.build import build_step
 
 STEPS = 2
@@ -31,8 +32,8 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
 
     say = accelerator.print
     objective = config.objective.build()
-    say(inputs.batch_arithmetic(config, accelerator.num_processes, _images(config), objective))
-    say(inputs.check_room(config))
+    say(batch_sizes.batch_arithmetic(config, accelerator.num_processes, _images(config), objective))
+    say(batch_sizes.check_room(config))
     step = build_step(config, accelerator)
     module = step.engine.module
     sizes = _micro_batch_sizes(config, accelerator)
@@ -84,7 +85,7 @@ def _images(config: Config) -> int | None:
 def _micro_batch_sizes(config: Config, accelerator: Accelerator) -> list[int]:
     """Return the sizes of this rank's micro-batches, which are few and small on a CPU."""
     data, world_size = config.data, accelerator.num_processes
-    micro = inputs.micro_batch_size(data, world_size)
+    micro = batch_sizes.micro_batch_size(data, world_size)
     count = micro_batch_count(data.global_batch_size, micro, world_size)
     share = rank_share(
         torch.arange(data.global_batch_size).numpy(), accelerator.process_index, world_size
@@ -116,8 +117,7 @@ def memory_in_words(step: SharpnessAwareStep, engine: str) -> str:
     """Say how much memory weights, gradients, optimizer state and the backup take on one rank."""
     weights = sum(w.numel() * w.element_size() for w in step.engine.module.parameters())
     state = sum(t.numel() * t.element_size() for t in _tensors(step.engine.optimizer.state))
-    # ZeRO goes back to its master copy.
-    needs_backup = step.rule is not None and not engine.startswith("zero")
+    needs_backup = step.rule is not None and not ENGINES[engine].has_master
     backup = weights if needs_backup else 0
     text = (
         f"memory per rank: weights {weights / 2**20:,.1f} MiB, gradients the same, optimizer state "

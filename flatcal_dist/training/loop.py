@@ -23,6 +23,7 @@ from flatcal_dist.evaluation import reporting as evaluation
 from flatcal_dist.ranks.distributed import FailedTogether, on_all_ranks
 from flatcal_dist.runs.directory import Phase, RunDirectory
 from flatcal_dist.sharpness import StepResult
+from flatcal_dist.sharpness.engines.registry import ENGINES
 from flatcal_dist.training import finishing, resuming
 from flatcal_dist.training.build import samples_per_perturbation
 from flatcal_dist.training.diagnosis import explain_divergence
@@ -95,6 +96,7 @@ class Trainer:
         self.stopped_by: str | None = None
         self.validated: tuple[int, dict[str, float]] = (0, {})  # at which step, what
         self.traffic: dict[str, int] = {}
+        self.rho = setup.config.sharpness.rho  # of the present step
         self.speed = Speed()
 
     def run(self) -> Phase:
@@ -143,6 +145,8 @@ class Trainer:
                 take = partial(
                     self.step,
                     [self.setup.on_device(batch) for batch in micro_batches],
+                    at=self.done,
+                    rho=self.rho,
                     samples=self.batch_size,
                     stop=request.asked,
                     measure=measured_at(self.step.rule, self.done, every, self.total_steps),
@@ -200,8 +204,7 @@ class Trainer:
         """Set the learning rate and rho of this step, which follow from its number."""
         self.setup.schedule.step_update(self.done)
         rate = self.engine.optimizer.param_groups[0]["lr"]
-        self.step.rho = self.config.sharpness.rho_at(rate / self.config.optimizer.learning_rate)
-        self.step.taken = self.done
+        self.rho = self.config.sharpness.rho_at(rate / self.config.optimizer.learning_rate)
 
     def _after_step(self, result: StepResult) -> None:
         train = self.config.train
@@ -213,7 +216,7 @@ class Trainer:
         if self.done % train.log_every_steps == 0 or self.done == self.total_steps:
             self._log(result)
         elif result.cosine is not None:  # the regular record's own step has no perturbation
-            self.tracker.log(self.done, sharpness_figures(result, self.step.rho))
+            self.tracker.log(self.done, sharpness_figures(result, self.rho))
         epoch, left = divmod(self.done, self.epoch_steps)
         end = self.done == self.total_steps
         whole_epoch = left == 0
@@ -249,7 +252,7 @@ class Trainer:
         self.traffic = {}
         if self.config.train.precision == "fp16":
             values["optim/loss_scale"] = result.loss_scale
-        self.tracker.log(self.done, values | sharpness_figures(result, self.step.rho))
+        self.tracker.log(self.done, values | sharpness_figures(result, self.rho))
         self._record("running")
         left = (self.total_steps - self.done) * speed["perf/step_seconds"]
         text = f"loss {result.loss:.4f}"
@@ -289,7 +292,7 @@ class Trainer:
             ),
             engine=self.config.train.engine,
             world_size=self.accelerator.num_processes,
-            sharded=self.config.train.engine != "ddp",
+            sharded=ENGINES[self.config.train.engine].sharded,
             seconds=time.monotonic() - self.started,
             skipped=self.skipped,
             validation=self.validated[1] if self.validated[0] == self.done else {},

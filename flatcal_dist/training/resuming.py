@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flatcal_dist import inputs
+from flatcal_dist import batch_sizes, inputs
 from flatcal_dist.checkpoints import format as checkpoint
 from flatcal_dist.checkpoints import resharding
 from flatcal_dist.checkpoints.saving import Saver
@@ -98,7 +98,7 @@ def _announce(setup: Setup, tracker: Tracker, done: int, remarks: list[str]) -> 
     tracker.say(f"run directory: {setup.directory.path}{at}")
     tracker.say(inputs.promise(setup.train))
     ranks = setup.accelerator.num_processes
-    tracker.say(inputs.batch_arithmetic(setup.config, ranks, len(setup.train)))
+    tracker.say(batch_sizes.batch_arithmetic(setup.config, ranks, len(setup.train)))
 
 
 def find(setup: Setup) -> tuple[Path | None, list[str]]:
@@ -213,7 +213,7 @@ def enter(setup: Setup, found: Path | None) -> tuple[State | None, list[str]]:
 
 def _readers(config: Config, world_size: int) -> dict[str, int]:
     """Return what the order of a stream depends on besides the seed."""
-    size = inputs.micro_batch_size(config.data, world_size)
+    size = batch_sizes.micro_batch_size(config.data, world_size)
     return {"ranks": world_size, "workers": config.data.workers, "micro_batch_size": size}
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from accelerate import Accelerator
 from timm.scheduler.scheduler import Scheduler
 
-from flatcal_dist import inputs
+from flatcal_dist import batch_sizes, inputs
 from flatcal_dist.averaging.average import Average
 from flatcal_dist.config import Config
 from flatcal_dist.data import Index, steps_per_epoch
@@ -78,7 +78,7 @@ def prepare(
     train, validation = _open_data(config, accelerator, watchdog)
     objective = on_all_ranks(config.objective.build)
     on_all_ranks(partial(refuse_unfit, objective, config, train, accelerator.num_processes))
-    inputs.check_room(config)
+    batch_sizes.check_room(config)
     step = build_step(config, accelerator)
     epoch_steps = steps_per_epoch(len(train), config.data.global_batch_size)
     total_steps = config.train.max_steps or config.train.epochs * epoch_steps
