@@ -1,4 +1,5 @@
 """Calibration and failure prediction: metrics, calibrators, records, statistics, report.
 
-Needs numpy, scipy, scikit-learn, matplotlib, jinja2 and pyarrow; never torch.
+This package needs numpy, scipy, scikit-learn, matplotlib, jinja2 and pyarrow. It imports torch only
+to read a file of PyTorch.
 """

@@ -1,4 +1,4 @@
-"""What every function of this package accepts; the errors say what was expected."""
+"""Checks of the arguments that most functions of `calibration` take. Errors say what to mend."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,15 +11,22 @@ IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 StringArray = np.ndarray[tuple[int, ...], np.dtype[np.str_]]
 
-LARGEST_LOGIT = 1e100  # beyond it differences, and their products with 1/T, overflow
+LARGEST_LOGIT = 1e100  # larger logits overflow in differences and in products with 1/T
 
 
 def confidence_and_correct(
     confidence: ArrayLike, correct: ArrayLike, *, probability: bool = True
 ) -> tuple[FloatArray, BoolArray]:
-    """Return confidence as float64 [N] and correct as bool [N], or raise ValueError.
+    """Return confidence as float64 [N] and correct as bool [N].
 
-    `probability=False` accepts any finite score (ranking metrics need only an order).
+    Args:
+        confidence: The confidence of each image.
+        correct: Which images are right, bool or 0/1.
+        probability: Whether confidence must lie in [0, 1]. Metrics of ranking need an order alone,
+            and take any finite score.
+
+    Raises:
+        ValueError: Shapes, lengths or values do not fit, or there is no image.
     """
     c = np.asarray(confidence, dtype=np.float64)
     a = np.asarray(correct)
@@ -49,11 +56,16 @@ def confidence_and_correct(
 def logits_and_labels(
     logits: ArrayLike, labels: ArrayLike, ids: ArrayLike | None = None
 ) -> tuple[np.ndarray, IntArray]:
-    """Return logits [N, K] in their own floating dtype and labels as int64 [N].
+    """Return logits [N, K] in the floating dtype that they have, and labels as int64 [N].
 
-    Raises ValueError for wrong shapes, an empty input, NaN or infinite logits (or such beyond
-    `LARGEST_LOGIT`), and labels that are not integers in 0..K-1; it calls images by their ids
-    where these are given.
+    Args:
+        logits: The logits [N, K], with K >= 2.
+        labels: The labels [N], integers in 0..K-1.
+        ids: The ids of the images [N], by which errors call them.
+
+    Raises:
+        ValueError: Shapes do not fit, there is no image, logits are NaN, infinite or beyond
+            `LARGEST_LOGIT`, or labels are not integers in 0..K-1.
     """
     z, y = np.asarray(logits), np.asarray(labels)
     if z.ndim != 2 or z.shape[1] < 2:
@@ -66,7 +78,7 @@ def logits_and_labels(
         raise ValueError(f"logits must be real numbers, got dtype {z.dtype}")
     if z.dtype.kind != "f":
         z = z.astype(np.float64)
-    # A NaN shows in the largest of its row, and no [N, K] mask is needed.
+    # A NaN shows in the largest value of its row, so that no mask [N, K] is needed.
     high, low = z.max(axis=1).astype(np.float64), z.min(axis=1).astype(np.float64)
     bad = np.flatnonzero(~(np.isfinite(high) & np.isfinite(low)))
     if len(bad):
@@ -87,7 +99,7 @@ def logits_and_labels(
 
 
 def image_ids(ids: Sequence[str], images: int) -> StringArray:
-    """Return ids as N strings, or raise ValueError if their number is wrong or one occurs twice."""
+    """Return ids as N strings. ValueError if their number is wrong or one occurs twice."""
     names = np.array([str(i) for i in ids], dtype=np.str_)
     if len(names) != images:
         raise ValueError(f"ids and logits must have equal lengths, got {len(names)} and {images}")
@@ -95,14 +107,14 @@ def image_ids(ids: Sequence[str], images: int) -> StringArray:
         repeated = sorted(name for name, n in Counter(names.tolist()).items() if n > 1)
         raise ValueError(
             f"ids must be unique, but {len(repeated)} ids occur more than once, first "
-            f"{repeated[0]!r}: drop the padding of the distributed loader, and name every image "
-            "once, or it would be counted twice and fitted on while scored"
+            f"{repeated[0]!r}. Drop the padding of the distributed loader and give every image one "
+            "id. Otherwise an image counts twice, and is scored by a fit that has seen it"
         )
     return names
 
 
 def positive_integer(value: int, name: str) -> int:
-    """Return value, or raise ValueError unless it is an integer >= 1."""
+    """Return value as an integer. ValueError unless it is a whole number of at least 1."""
     if int(value) != value or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
     return int(value)

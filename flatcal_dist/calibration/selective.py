@@ -1,3 +1,3 @@
-"""The name that users import failure-prediction metrics by; they live in `metrics.selective`."""
+"""Metrics of failure prediction under a short name for users, see `metrics.selective`."""
 
 from flatcal_dist.calibration.metrics.selective import *  # noqa: F403

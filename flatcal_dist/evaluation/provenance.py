@@ -1,14 +1,16 @@
 """What is known of an evaluated network: how it was trained, on what it was evaluated, by what."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
-from flatcal_dist.calibration.report.summary import About
+from flatcal_dist.calibration.report.about import About, Setting
 from flatcal_dist.config import Config, method_of
+from flatcal_dist.config.choice_sections import ChoiceSection, Perturbation
+from flatcal_dist.config.kinds import Section
 from flatcal_dist.data.sets.variants import DataSet
 from flatcal_dist.networks.registry import parameter_count
 from flatcal_dist.networks.weight_files import INDEX
@@ -26,33 +28,37 @@ EVALUATED_DATA = {
     "crop_pct",
     "decoder",
 }
+# Keys that change nothing at these values: every step, every epoch, every pair of images.
+NEUTRAL = {"every": 1, "every_epochs": 1, "probability": 1.0}
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a network was trained, as far as that is known; by default nothing is.
+    """How a network was trained, as far as that is known. By default nothing is known.
 
-    method: as `config.method_of` names it. seconds: of training. configuration: the run's own.
-    Nothing of an evaluation's configuration tells how the weights came about, so it stands for none
-    of these.
+    The configuration of an evaluation does not tell how the weights were trained, so no field is
+    taken from it.
+
+    Args:
+        method: The method, as `config.method_of` names it.
+        settings: The numbers of the method, as `settings_of` returns them.
+        seed: The seed of the training.
+        seconds: How long the training took.
+        configuration: The configuration of the training run.
     """
 
     method: str | None = None
-    rho: float | None = None
-    gamma: float | None = None
+    settings: dict[str, Setting] = field(default_factory=dict)
     seed: int | None = None
     seconds: float | None = None
     configuration: Config | None = None
 
     @classmethod
     def of_run(cls, config: Config, seconds: float | None) -> "Provenance":
-        """Of a network that this configuration trained."""
-        sharpness = config.sharpness
-        plain = sharpness.rule == "none"
+        """Return the provenance of a network that this configuration trained."""
         return cls(
             method=method_of(config),
-            rho=None if plain else sharpness.rho,
-            gamma=getattr(sharpness, "gamma", None),
+            settings=settings_of(config),
             seed=config.run.seed,
             seconds=seconds,
             configuration=config,
@@ -60,6 +66,37 @@ class Provenance:
 
 
 UNKNOWN = Provenance()
+
+
+def settings_of(config: Config) -> dict[str, Setting]:
+    """Return the numbers of a method: `{"rho": 0.05, "gamma": 1.0, "swa.start": 0.75}`.
+
+    They are the numeric keys of the rule, objective, average and mixing that the configuration
+    chooses. A key of the rule stands alone. Any other key follows the name of its choice, because
+    two choices can have the same key. Keys that change nothing at their value are left out.
+    """
+    rule = config.sharpness
+    settings = _numbers(rule)
+    if isinstance(rule, Perturbation):
+        settings |= {"rho_min": rule.rho_min} if rule.rho_schedule != "constant" else {}
+        settings |= {"scope": rule.scope} if rule.scope != "global" else {}
+    for section in (config.objective, config.average, config.mixing):
+        settings |= {f"{section.name}.{key}": value for key, value in _numbers(section).items()}
+    return settings
+
+
+def _numbers(section: Section) -> dict[str, Setting]:
+    """The numeric keys of what a section chooses; none where it chooses nothing."""
+    if not isinstance(section, ChoiceSection):
+        return {}
+    values = {one.name: getattr(section, one.name) for one in fields(section.choice) if one.init}
+    return {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and NEUTRAL.get(key) != value
+    }
 
 
 def describe(
@@ -71,14 +108,25 @@ def describe(
     weights_file: Path | None,
     trained: Provenance,
 ) -> About:
-    """What the report says of itself; called by one rank, reads the weights file."""
+    """Return what a report says about the network and the images.
+
+    One rank alone calls this function, because it reads the weights file.
+
+    Args:
+        config: The configuration of the evaluation.
+        module: The network with its weights.
+        data: The evaluated images.
+        accelerator: The ranks of the evaluation.
+        title: The title of the report.
+        weights_file: The file of the weights. None: the hash is computed from the network.
+        trained: How the network was trained.
+    """
     identity, known = data.identity, trained.configuration
     return About(
         title=title,
         model=config.model.name,
         method=trained.method,
-        rho=trained.rho,
-        gamma=trained.gamma,
+        settings=trained.settings,
         seed=trained.seed,
         data=f"{shown(data.variant.path)} ({identity[:16]})",
         data_identity=identity,
@@ -99,13 +147,13 @@ def describe(
 
 
 def _checkpoint(weights_file: Path | None, module: nn.Module) -> str:
-    if weights_file is None or weights_file.name.endswith(INDEX):  # which holds names alone
+    if weights_file is None or weights_file.name.endswith(INDEX):  # an index holds names alone
         return weights_hash(module)
     return sha256(weights_file)
 
 
 def _of_evaluation(config: Config) -> dict[str, Any]:
-    """What of a configuration decides the logits of a network that it did not train."""
+    """The part of a configuration that decides the logits of a network from elsewhere."""
     data = config.data.model_dump(include=EVALUATED_DATA)
     evaluate = {"folds": config.evaluate.folds}
     return {"model": config.model.model_dump(), "data": data, "evaluate": evaluate}

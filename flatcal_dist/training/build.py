@@ -1,4 +1,4 @@
-"""From a configuration to network, engine, rule and step."""
+"""Build network, engine, rule and step of a configuration."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,9 +25,9 @@ def build_step(
     accelerator: Accelerator,
     wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
 ) -> SharpnessAwareStep:
-    """Network, engine and step of a configuration, the same initial weights on every rank.
+    """Return the step of a configuration, with the same initial weights on every rank.
 
-    wrap: what to put around the network before an engine gets it.
+    `wrap` is applied to the network before the engine gets it.
     """
     torch.manual_seed(config.run.seed)
     data, model, sharpness = config.data, config.model, config.sharpness

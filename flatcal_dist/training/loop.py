@@ -98,6 +98,7 @@ class Trainer:
         self.traffic: dict[str, int] = {}
         self.rho = setup.config.sharpness.rho  # of the present step
         self.speed = Speed()
+        self.rho = 0.0  # of the next step
 
     def run(self) -> Phase:
         """Train to the end or until asked to stop, then evaluate and report."""

@@ -176,6 +176,32 @@ def test_other_settings_are_no_seeds(runs: list[Path], tmp_path: Path) -> None:
     assert [m["name"] for m in c["methods"]] == ["sgd_0", "sgd_2"]
 
 
+@pytest.mark.usefixtures("without_figures")
+def test_runs_are_pooled_where_method_settings_and_configuration_agree(tmp_path: Path) -> None:
+    """Each run but the second differs from the first by one thing beside the seed."""
+    name, swa = "sam+swa", {"rho": 0.05, "swa.start": 0.75}
+    told = [
+        (name, swa, 0.1),
+        (name, {"rho": 0.05, "swa.start": 0.75}, 0.1),
+        ("sam+ema", swa, 0.1),
+        (name, {"rho": 0.05, "swa.start": 0.5}, 0.1),
+        (name, {"rho": 0.05}, 0.1),
+        (name, swa, 0.2),
+    ]
+    runs = [
+        write_run(tmp_path / f"run_{seed}", method, seed, learning_rate=rate, settings=settings)
+        for seed, (method, settings, rate) in enumerate(told)
+    ]
+    c = write_comparison(runs, tmp_path / "out", resamples=5)
+    pooled = [method["runs"] for method in c["methods"]]
+    assert pooled == [["run_0", "run_1"], ["run_2"], ["run_3"], ["run_4"], ["run_5"]]
+    names = [method["name"] for method in c["methods"]]
+    assert names[1] == "sam+ema, ρ = 0.05, swa.start = 0.75"
+    assert names[0] == "sam+swa, ρ = 0.05, swa.start = 0.75 (run_0)"
+    rows = list(csv.DictReader((tmp_path / "out/comparison.csv").read_text().splitlines()))
+    assert rows[3]["settings"] == "ρ 0.05, swa.start 0.5"
+
+
 def test_one_method_alone(runs: list[Path], tmp_path: Path) -> None:
     c = write_comparison(runs[:2], tmp_path, resamples=20)
     assert c["differences"] == []

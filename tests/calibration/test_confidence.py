@@ -157,8 +157,8 @@ def test_the_list_of_scores() -> None:
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("trust", "no confidence score is called 'trust'; those to ask for are trust_score, mah"),
-        ("energy", "energy is in every report, and needs no request"),
+        ("trust", "no confidence score is called 'trust'; you can ask for trust_score, mah"),
+        ("energy", "every report holds energy, so it needs no request"),
         ("ensemble_agreement", "--ensemble` computes it"),
     ],
 )

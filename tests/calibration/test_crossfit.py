@@ -96,7 +96,7 @@ def test_unseen_images_get_the_overall_fit_and_corrupted_ones_that_of_their_sour
     known = fit.temperatures(IDS[:50])
     expected = [fit.per_fold[f].temperature for f in fold_of(IDS[:50])]
     assert known.tolist() == expected
-    with pytest.raises(ValueError, match="vector is more than a temperature"):
+    with pytest.raises(ValueError, match="VectorScaling is more than a temperature"):
         fit_out_of_sample("vector", IDS, LOGITS, LABELS).temperatures(IDS)
 
 

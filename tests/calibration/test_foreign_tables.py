@@ -171,7 +171,7 @@ REFUSED = {
     "NaN labels": ({"logits": Z, "labels": np.full(N, np.nan)}, "NaN or infinite"),
     "complex": ({"logits": Z + 1j, "labels": Y}, "must hold numbers"),
     "rows of pixels": ({"logits": Z, "labels": Y, "image_id": np.arange(N) // 6},
-                       "names 4 images in 24 rows: a row has to be one image"),
+                       "names 4 images in 24 rows: a row must be one image"),
     "ambiguous ensemble": ({"logits": np.ones((N, 3, K)) * Z[:, None], "labels": Y},
                            "save it as"),
     "no labels": ({"logits": Z}, "expected one of label"),

@@ -36,7 +36,7 @@ def test_a_probability_of_zero_is_no_answer_for_the_label_only(tmp_path):
     assert records.before.brier[:2] == pytest.approx([0.5, 2 * 0.8**2], abs=1e-12)
     assert records.id[0] == "row_0000000"
     np.savez(tmp_path / "q.npz", labels=np.tile([0, 2], 5), probs=p)
-    with pytest.raises(ValueError, match="own label of 5 images has the probability 0"):
+    with pytest.raises(ValueError, match="the label of 5 images has the probability 0"):
         read_file(tmp_path / "q.npz")
 
 
@@ -167,7 +167,7 @@ def test_unsigned_labels_do_not_pass_a_probability_of_zero(tmp_path):
     p[0] = np.eye(K)[(Y[0] + 1) % K]
     for kind in (np.uint8, np.uint16, np.int32, np.float64):
         np.savez(tmp_path / "a.npz", probabilities=p, labels=Y.astype(kind))
-        with pytest.raises(ValueError, match="own label of 1 image has the probability 0"):
+        with pytest.raises(ValueError, match="the label of 1 image has the probability 0"):
             read_file(tmp_path / "a.npz")
 
 

@@ -1,5 +1,6 @@
 """metrics.json as a model: its schema, files of earlier versions, and files that it refuses."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from flatcal_dist.calibration.comparison.writing import write_comparison
 from flatcal_dist.calibration.metrics.entries import GROUPS, METRICS, STATISTICS
 from flatcal_dist.calibration.report import model
+from flatcal_dist.calibration.report.metrics_csv import metrics_csv
 from flatcal_dist.calibration.report.summary import About
 from flatcal_dist.calibration.report.writing import render_report, write_report
 from tests.support.synthetic import make_records
@@ -71,6 +73,31 @@ def test_report_of_before_a_metric_was_there_is_rendered_and_compared(
     (tmp_path / "run_0" / "index.html").unlink()
     render_report(tmp_path / "run_0")
     assert "KS error" in (tmp_path / "run_0" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("older", "settings"),
+    [
+        ({"rho": 0.05, "gamma": 0.5}, {"rho": 0.05, "gamma": 0.5}),
+        ({"rho": 0.05, "gamma": None}, {"rho": 0.05}),
+        ({"rho": None, "gamma": None}, {}),
+    ],
+)
+def test_rho_and_gamma_of_older_files_are_settings(
+    older: dict, settings: dict, reports: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(reports, tmp_path, dirs_exist_ok=True)
+
+    def with_columns(m: dict) -> None:
+        del m["about"]["settings"]
+        m["about"] |= older
+
+    changed(tmp_path / "run_0", with_columns)
+    m = model.read_metrics(tmp_path / "run_0" / "metrics.json")
+    assert m.about.settings == settings
+    (row,) = csv.DictReader(metrics_csv(m).splitlines())
+    assert row["settings"] == ", ".join(f"{key} {value}" for key, value in settings.items())
+    assert not {"rho", "gamma"} & row.keys()
 
 
 @pytest.mark.parametrize(

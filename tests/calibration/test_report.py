@@ -27,8 +27,7 @@ from tests.support.synthetic import make_logits, make_records
 ABOUT = About(
     model="resnet<18>",
     method="csam",
-    rho=0.05,
-    gamma=0.5,
+    settings={"rho": 0.05, "gamma": 0.5, "swa.start": 0.75},
     seed=3,
     data="digits & more",
     image_size=32,

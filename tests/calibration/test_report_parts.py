@@ -312,7 +312,8 @@ def test_heat_map_has_every_corruption(whole: Path) -> None:
 
 def test_a_run_called_like_a_formula_is_a_text_in_spreadsheets():
     name = "=cmd|' /C calc'!A0"
-    _, row = _csv({"runs": [{"run": name, "nll": -0.5, "difference": {}}]}).splitlines()
+    run = {"run": name, "settings": {}, "nll": -0.5, "difference": {}}
+    _, row = _csv({"runs": [run]}).splitlines()
     assert row.startswith(f"'{name},-0.5,")
 
 

@@ -1,4 +1,4 @@
-"""What is fitted on held-out images to make confidence match accuracy."""
+"""Calibrators, which are fitted on held-out images and make confidence match accuracy."""
 
 from flatcal_dist.calibration.calibrators.crossfit import (
     CrossFit,

@@ -1,15 +1,16 @@
 """Calibrators that never score an image with a fit that saw it.
 
-`fit_out_of_sample` is the only way from a calibrator's name to scores, and what it returns knows
-the ids it was fitted on: with cross-fitting it answers for one of them with the fit of the other
-folds, with a hold-out it refuses. Images it has not seen, such as those of a shifted data set, are
-scored with the fit on everything; corrupted versions of seen images go by the id of their source.
+`fit_out_of_sample` is the only way from the name of a calibrator to scores. Its result knows the
+ids that it was fitted on. With cross-fitting, it scores such an image by the fit of the other
+folds. With a hold-out, it refuses such an image. Images that it has not seen, such as those of a
+shifted data set, are scored by the fit on all images. A corrupted version of an image goes by the
+id of the image.
 """
 
 import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,6 +19,7 @@ from flatcal_dist.calibration.calibrators.of_confidence import TopLabelHistogram
 from flatcal_dist.calibration.calibrators.of_logits import (
     EnsembleTemperatureScaling,
     Identity,
+    LogitCalibrator,
     TemperatureScaling,
     VectorScaling,
 )
@@ -29,26 +31,21 @@ from flatcal_dist.calibration.checks import (
     logits_and_labels,
     positive_integer,
 )
-from flatcal_dist.calibration.softmax import ImageScores, Scores, score_images
+from flatcal_dist.calibration.softmax import ImageScores, Scores, joined, score_images
 
-CALIBRATORS = {
+OF_LOGITS: dict[str, type[LogitCalibrator]] = {
     "identity": Identity,
     "temperature": TemperatureScaling,
     "ensemble_temperature": EnsembleTemperatureScaling,
     "vector": VectorScaling,
+}
+OF_CONFIDENCE: dict[str, type[TopLabelIsotonic | TopLabelHistogram]] = {
     "isotonic": TopLabelIsotonic,
     "histogram": TopLabelHistogram,
 }
-OF_CONFIDENCE = ("isotonic", "histogram")
-MOVES_ANSWERS = ("vector",)  # the others keep the argmax, and so the accuracy
-Fit = (
-    Identity
-    | TemperatureScaling
-    | EnsembleTemperatureScaling
-    | VectorScaling
-    | TopLabelIsotonic
-    | TopLabelHistogram
-)
+CALIBRATORS = (*OF_LOGITS, *OF_CONFIDENCE)
+MOVES_ANSWERS = ("vector",)  # all others keep the predicted class, and so the accuracy
+Fit = LogitCalibrator | TopLabelIsotonic | TopLabelHistogram
 
 
 def _hash(ids: Sequence[str], seed: int) -> list[int]:
@@ -58,14 +55,20 @@ def _hash(ids: Sequence[str], seed: int) -> list[int]:
 
 
 def fold_of(ids: Sequence[str], folds: int = 5, seed: int = 0) -> IntArray:
-    """Fold of each id: SHA-256 of seed and id, modulo folds."""
+    """Return the fold of each image [N]: SHA-256 of seed and id, modulo the number of folds.
+
+    Args:
+        ids: The ids of the images [N].
+        folds: The number of folds.
+        seed: The seed. Another seed makes other folds.
+    """
     positive_integer(folds, "folds")
     return np.array([h % folds for h in _hash(ids, seed)], dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class CrossFit:
-    """Every image is scored by a fit on the other folds; folds go by the hash of the id."""
+    """Folds by the hash of the id. Each image is scored by a fit on the other folds."""
 
     folds: int = 5
     seed: int = 0
@@ -77,7 +80,7 @@ class CrossFit:
 
 @dataclass(frozen=True)
 class HoldOut:
-    """A share of the images, by the hash of the id, is fitted on and the rest is scored."""
+    """A split by the hash of the id. A share of the images is fitted on, and the rest is scored."""
 
     share: float = 0.2
     seed: int = 0
@@ -87,7 +90,7 @@ class HoldOut:
             raise ValueError(f"share must lie between 0 and 1, got {self.share}")
 
     def chosen(self, ids: Sequence[str]) -> BoolArray:
-        """Which images [N] are fitted on."""
+        """Return which images [N] are fitted on."""
         return np.array([h < self.share * 2**64 for h in _hash(ids, self.seed)], dtype=np.bool_)
 
 
@@ -96,11 +99,15 @@ FIVE_FOLDS, A_FIFTH = CrossFit(), HoldOut()
 
 @dataclass(frozen=True)
 class OutOfSample:
-    """A fitted calibrator together with what it saw.
+    """A fitted calibrator together with the images that it was fitted on.
 
-    overall: fitted on all that may be fitted on, for images never seen. per_fold: for
-    cross-fitting, the fit on the other folds; None for a fold without images; empty for a
-    hold-out. seen: the ids fitted on.
+    Args:
+        name: The name of the calibrator, one of `CALIBRATORS`.
+        split: How images were split.
+        overall: The fit on all images that may be fitted on. It scores images that were not seen.
+        per_fold: The fit on the other folds, for each fold. None for a fold without images. The
+            tuple is empty for a hold-out.
+        seen: The ids of the images that were fitted on.
     """
 
     name: str
@@ -110,16 +117,22 @@ class OutOfSample:
     seen: frozenset[str]
 
     def may_score(self, ids: Sequence[str]) -> BoolArray:
-        """Which of the images [N] `score` accepts: with cross-fitting all, else the unseen ones."""
-        if self.per_fold:
+        """Return which images [N] `score` accepts.
+
+        With cross-fitting, it accepts all images. With a hold-out, it accepts images not seen.
+        """
+        if isinstance(self.split, CrossFit):
             return np.ones(len(ids), dtype=np.bool_)
         return np.array([str(i) not in self.seen for i in ids], dtype=np.bool_)
 
     def fit_of(self, ids: Sequence[str]) -> IntArray:
-        """Index into `per_fold` of the fit for each image [N], -1 for the overall one."""
+        """Return the place in `per_fold` of each image's fit [N]; -1 means the overall fit.
+
+        ValueError after a hold-out for an image that was fitted on.
+        """
         names = [str(i) for i in ids]
         seen = np.array([i in self.seen for i in names], dtype=np.bool_)
-        if not self.per_fold:
+        if isinstance(self.split, HoldOut):
             if seen.any():
                 raise ValueError(
                     f"{int(seen.sum())} images were fitted on, first {names[seen.argmax()]!r}: "
@@ -128,49 +141,74 @@ class OutOfSample:
             return np.full(len(names), -1)
         return np.where(seen, fold_of(names, self.split.folds, self.split.seed), -1)
 
+    @property
+    def scaling(self) -> TemperatureScaling:
+        """The overall fit. ValueError unless it is a temperature."""
+        return _scaling(self.overall)
+
+    @property
+    def fold_temperatures(self) -> tuple[float | None, ...]:
+        """The temperature of each fold. ValueError unless the fits are temperatures."""
+        return tuple(None if fit is None else _scaling(fit).temperature for fit in self.per_fold)
+
     def temperatures(self, ids: Sequence[str]) -> FloatArray:
-        """The temperature [N] by which each image's logits are divided; of "temperature" alone."""
-        if self.name != "temperature":
-            raise ValueError(f"{self.name} is more than a temperature")
-        fits = (*self.per_fold, self.overall)
-        table = np.array([np.nan if fit is None else fit.temperature for fit in fits])
+        """Return the temperature that divides each image's logits [N].
+
+        ValueError unless the fits are temperatures.
+        """
+        found = (*self.fold_temperatures, self.scaling.temperature)
+        table = np.array([np.nan if t is None else t for t in found])
         return table[self.fit_of(ids)]
 
     def score(self, ids: Sequence[str], logits: ArrayLike, labels: ArrayLike) -> Scores:
-        """Scores of logits [N, K] against labels [N], each by a fit that has not seen the image.
+        """Score each image by a fit that has not seen it.
 
-        ids: of the images, or of the images that they were made from; they may repeat. ValueError
-        for what `checks.logits_and_labels` refuses, and after a hold-out for images fitted on.
+        Args:
+            ids: The ids of the images [N], or of the images that they were made from. They may
+                repeat.
+            logits: The logits [N, K].
+            labels: The labels int [N].
+
+        Raises:
+            ValueError: `checks.logits_and_labels` refuses the input, or, after a hold-out, an image
+                was fitted on.
         """
         z, y = logits_and_labels(logits, labels)
         if len(ids) != len(z):
             raise ValueError(f"ids and logits must have equal lengths, got {len(ids)}, {len(z)}")
         which = self.fit_of(ids)
         correct = z.argmax(axis=1) == y
-        parts: list[tuple[IntArray, Scores]] = []
+        places, parts = [], []
         for f in np.unique(which):
             rows = np.flatnonzero(which == f)
             fit = (*self.per_fold, self.overall)[f]
+            if fit is None:
+                raise ValueError(f"fold {f} has images to score, and had none when it was fitted")
             chosen = z if len(rows) == len(z) else z[rows]
             scored = _score(fit, chosen, y[rows])
-            if self.name not in MOVES_ANSWERS:  # in exact arithmetic, so not in rounded either
-                scored = Scores(correct[rows], *list(vars(scored).values())[1:])
-            parts.append((rows, scored))
-        order = np.argsort(np.concatenate([rows for rows, _ in parts]), kind="stable")
-        columns = zip(*(vars(scores).values() for _, scores in parts), strict=True)
-        return Scores(*(None if c[0] is None else np.concatenate(c)[order] for c in columns))
+            if self.name not in MOVES_ANSWERS:  # rounding must not move answers either
+                scored = replace(scored, correct=correct[rows])
+            places.append(rows)
+            parts.append(scored)
+        return joined(parts).take(np.argsort(np.concatenate(places), kind="stable"))
+
+
+def _scaling(fit: Fit) -> TemperatureScaling:
+    if not isinstance(fit, TemperatureScaling):
+        raise ValueError(f"{type(fit).__name__} is more than a temperature")
+    return fit
 
 
 def _fit(name: str, z: np.ndarray, y: IntArray, start: Fit | None = None) -> Fit:
-    calibrator = CALIBRATORS[name]()
-    if name not in OF_CONFIDENCE:
-        return calibrator.fit(z, y, start)
+    if name in OF_LOGITS:
+        first = start if isinstance(start, LogitCalibrator) else None
+        return OF_LOGITS[name]().fit(z, y, first)
     images = score_images(z, y)
-    return calibrator.fit(images.confidence, images.correct)
+    return OF_CONFIDENCE[name]().fit(images.confidence, images.correct)
 
 
 def _score(fit: Fit, z: np.ndarray, y: IntArray) -> Scores:
-    if not isinstance(fit, TopLabelIsotonic | TopLabelHistogram):
+    if isinstance(fit, LogitCalibrator):
         return score_images(z, y, transform=fit.transform).scores()
     return _mended(fit, score_images(z, y))
 
@@ -187,11 +225,21 @@ def fit_out_of_sample(
     labels: ArrayLike,
     split: CrossFit | HoldOut = FIVE_FOLDS,
 ) -> OutOfSample:
-    """Fit one of `CALIBRATORS` on logits [N, K] and labels [N] of the images `ids` (N, unique).
+    """Fit a calibrator so that no image is scored by a fit that has seen it.
 
-    Where a fold or a hold-out leaves no image to fit on, nothing is changed by calibration there,
-    with a RuntimeWarning. ValueError for an unknown name, repeated ids, and what
-    `checks.logits_and_labels` refuses.
+    If a fold or a hold-out leaves no image to fit on, calibration changes nothing there, and a
+    RuntimeWarning says so.
+
+    Args:
+        name: The name of the calibrator, one of `CALIBRATORS`.
+        ids: The ids of the images [N], each of them once.
+        logits: The logits [N, K].
+        labels: The labels int [N].
+        split: How images are split.
+
+    Raises:
+        ValueError: The name is unknown, an id repeats, or `checks.logits_and_labels` refuses the
+            input.
     """
     if name not in CALIBRATORS:
         raise ValueError(f"no calibrator is called {name!r}; there are {', '.join(CALIBRATORS)}")
@@ -214,8 +262,9 @@ def fit_out_of_sample(
             _warn_of_few()
             per_fold.append(_unchanged(name))
         else:
-            # The overall fit knows the labels held out, but only shortens the search: a convex
-            # optimum, rounded beyond the error of the search, is the same from everywhere.
+            # The overall fit has seen the labels that are held out, but only shortens the search.
+            # The optimum is convex and rounded well above the error of the search. So it is the
+            # same wherever the search begins.
             rows = np.flatnonzero(~held_out)
             per_fold.append(_fit(name, z[rows], y[rows], overall))
     return OutOfSample(name, split, overall, tuple(per_fold), frozenset(names))
@@ -246,13 +295,24 @@ def compare_calibrators(
     ),
     split: CrossFit | HoldOut = FIVE_FOLDS,
 ) -> tuple[BoolArray, dict[str, Scores]]:
-    """Out-of-sample scores of several calibrators on the same images.
+    """Score the same images with several calibrators, out of sample.
 
-    Returns which images [N] are scored (all with cross-fitting), and their scores by name.
+    Args:
+        ids: The ids of the images [N], each of them once.
+        logits: The logits [N, K].
+        labels: The labels int [N].
+        names: The names of the calibrators, from `CALIBRATORS`.
+        split: How images are split.
+
+    Returns:
+        Which images [N] are scored (all of them with cross-fitting), and their scores by name.
+
+    Raises:
+        ValueError: As in `fit_out_of_sample`, or the hold-out leaves no image to score.
     """
     z, y = logits_and_labels(logits, labels)
     names_of = image_ids(ids, len(z)).tolist()
-    kept = np.ones(len(z), np.bool_)
+    kept: BoolArray = np.ones(len(z), np.bool_)
     if isinstance(split, HoldOut):
         kept = ~split.chosen(names_of)
         if not kept.any():

@@ -1,8 +1,8 @@
-"""Calibrators of the confidence alone: they mend how sure the network says it is of its answer,
-and say nothing of the other classes. The answers, and so the accuracy, stay.
+"""Calibrators of the confidence alone.
 
-Both have `fit(confidence [N], correct [N])`, which returns the calibrator itself, and
-`transform(confidence [N]) -> [N]`. Equal outputs are ties: a ranking by them is coarser.
+They change how sure the network says it is of its answer, and say nothing about the other classes.
+The answers stay, and so does the accuracy. Many images get the same calibrated confidence. Such
+images are ties, so that a ranking by it is coarser.
 """
 
 from typing import Self
@@ -18,7 +18,7 @@ from flatcal_dist.calibration.metrics.corp import isotonic_curve
 class TopLabelIsotonic:
     """The rising step function from confidence to accuracy with the least squared error.
 
-    Between two confidences seen in fitting it is interpolated, beyond them it is constant.
+    It is interpolated between the confidences of the fit, and constant beyond them.
     Source: Zadrozny and Elkan, Transforming classifier scores (KDD 2002), applied to the
     predicted class alone as in Gupta and Ramdas, Top-label calibration (ICLR 2022).
     """
@@ -28,19 +28,21 @@ class TopLabelIsotonic:
         self.accuracy: FloatArray | None = None
 
     def fit(self, confidence: ArrayLike, correct: ArrayLike) -> Self:
+        """Fit on confidence [N] and correct [N], and return the calibrator itself."""
         curve = isotonic_curve(confidence, correct)
         self.confidence, self.accuracy = curve.confidence, curve.accuracy
         return self
 
     def transform(self, confidence: ArrayLike) -> FloatArray:
-        if self.confidence is None:
+        """Return the calibrated confidence [N]. RuntimeError before `fit`."""
+        if self.confidence is None or self.accuracy is None:
             raise RuntimeError("fit before transforming: call fit(confidence, correct)")
         c = np.asarray(confidence, dtype=np.float64)
         return np.interp(c, self.confidence, self.accuracy)
 
 
 class TopLabelHistogram:
-    """The accuracy of each of `bins` bins of equal mass, ties kept together.
+    """The accuracy of each of `bins` bins of equal mass. Ties share a bin.
 
     Source: Zadrozny and Elkan (ICML 2001), for the predicted class alone as in Gupta and Ramdas
     (ICLR 2022).
@@ -52,6 +54,7 @@ class TopLabelHistogram:
         self.accuracy: FloatArray | None = None
 
     def fit(self, confidence: ArrayLike, correct: ArrayLike) -> Self:
+        """Fit on confidence [N] and correct [N], and return the calibrator itself."""
         c, a = confidence_and_correct(confidence, correct)
         self.edges = equal_mass_edges(c, self.bins)
         index = np.searchsorted(self.edges, c, side="left")
@@ -59,7 +62,8 @@ class TopLabelHistogram:
         return self
 
     def transform(self, confidence: ArrayLike) -> FloatArray:
-        if self.edges is None:
+        """Return the calibrated confidence [N]. RuntimeError before `fit`."""
+        if self.edges is None or self.accuracy is None:
             raise RuntimeError("fit before transforming: call fit(confidence, correct)")
         c = np.asarray(confidence, dtype=np.float64)
         return self.accuracy[np.searchsorted(self.edges, c, side="left")]

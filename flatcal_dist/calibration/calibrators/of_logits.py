@@ -1,13 +1,11 @@
-"""Calibrators of the logits, fitted after training. Temperature T divides the logits: T > 1 means
-that the network was over-confident.
+"""Calibrators of the logits, which are fitted after training.
 
-Every calibrator has `fit(logits [N, K], labels [N], start=None)`, which returns the calibrator
-itself (`start`: another of its kind, already fitted, from which the search begins), and
-`transform(logits) -> [N, K]` float64, whose softmax is calibrated. What may be scored with which
-fit is the business of `crossfit`.
+A temperature T divides the logits. T > 1 means that the network was over-confident. `crossfit`
+decides which images a fit may score.
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from typing import Self
 
 import numpy as np
@@ -21,77 +19,96 @@ BOUNDS = (1e-3, 1e3)  # temperatures that a fit may return
 
 
 def is_fitted(temperature: float) -> bool:
-    """Whether a fit found this temperature, and did not run to the end of its range."""
+    """Return whether a fit found this temperature. If not, it ran to the end of its range."""
     return temperature not in BOUNDS
 
 
-class Identity:
+class LogitCalibrator(ABC):
+    """A function of the logits that is fitted on some images and applied to others."""
+
+    @abstractmethod
+    def fit(self, logits: ArrayLike, labels: ArrayLike, start: Self | None = None) -> Self:
+        """Fit on logits and labels, and return the calibrator itself.
+
+        Args:
+            logits: The logits [N, K].
+            labels: The labels int [N].
+            start: A fitted calibrator of this kind, from which the search begins.
+
+        Raises:
+            ValueError: `checks.logits_and_labels` refuses the input.
+        """
+
+    @abstractmethod
+    def transform(self, logits: ArrayLike) -> FloatArray:
+        """Return float64 logits [N, K] whose softmax is calibrated. RuntimeError before `fit`."""
+
+
+class Identity(LogitCalibrator):
     """The network as it is."""
 
     def fit(self, logits: ArrayLike, labels: ArrayLike, start: Self | None = None) -> Self:
-        """Check logits and labels; there is nothing to fit."""
         logits_and_labels(logits, labels)
         return self
 
     def transform(self, logits: ArrayLike) -> FloatArray:
-        """The logits in float64."""
         return np.asarray(logits, dtype=np.float64)
 
 
-class TemperatureScaling:
-    """softmax(z / T), T the minimiser of the NLL.
+class TemperatureScaling(LogitCalibrator):
+    """softmax(z / T), where T minimises the NLL.
 
-    The NLL is convex in b = 1/T; the zero of its slope, mean(E_p[z] - z_label), is found in
-    u = log b by Newton's method inside a shrinking bracket, with bisection where a step leaves it.
+    The NLL is convex in b = 1/T. Newton's method in u = log b finds the zero of its slope,
+    mean(E_p[z] - z_label), inside a shrinking bracket. A step that would leave the bracket is
+    replaced by a bisection. There is no finite optimum if every label has the largest logit, or if
+    labels score below the average class. T is then clamped to `BOUNDS` with a RuntimeWarning.
     Source: Guo et al., On Calibration of Modern Neural Networks (ICML 2017), section 4.2.
 
-    temperature: T, None before `fit`. standard_error: of log T over images, None where T is
-    clamped or there is one image.
+    Attributes:
+        standard_error: The standard error of log T over images. None if T is clamped, or if there
+            is one image.
     """
 
-    def __init__(self) -> None:
-        self.temperature: float | None = None
+    def __init__(self, temperature: float | None = None) -> None:
+        self._temperature = temperature
         self.standard_error: float | None = None
+
+    @property
+    def temperature(self) -> float:
+        """The temperature T. RuntimeError before `fit`."""
+        if self._temperature is None:
+            raise RuntimeError("fit the temperature before transforming: call fit(logits, labels)")
+        return self._temperature
 
     @classmethod
     def at(cls, temperature: float) -> Self:
-        """With a temperature that is known."""
-        scaling = cls()
-        scaling.temperature = temperature
-        return scaling
+        """Return a scaling by a known temperature."""
+        return cls(temperature)
 
     def fit(self, logits: ArrayLike, labels: ArrayLike, start: Self | None = None) -> Self:
-        """Fit on logits [N, K] and labels [N].
-
-        Where there is no finite optimum (every label has the largest logit, or the labels
-        score below the average class) T is clamped to `BOUNDS` with a RuntimeWarning. ValueError
-        for what `checks.logits_and_labels` refuses.
-        """
         z, y = logits_and_labels(logits, labels)
         z_label = z[np.arange(len(z)), y].astype(np.float64)
         high = z.max(axis=1)
         self.standard_error = None
         if (high == z.min(axis=1)).all():
-            self.temperature = 1.0  # every temperature gives the uniform distribution
+            self._temperature = 1.0  # every temperature gives the uniform distribution
         elif (z_label == high).all():
-            self.temperature = _clamp(BOUNDS[0], "every label already has the largest logit")
+            self._temperature = _clamp(BOUNDS[0], "every label already has the largest logit")
         elif (z.mean(axis=1, dtype=np.float64) - z_label).mean() >= 0:
-            self.temperature = _clamp(BOUNDS[1], "the labels score no higher than other classes")
+            self._temperature = _clamp(BOUNDS[1], "the labels score no higher than other classes")
         else:
             first = 1.0 if start is None else start.temperature
             temperature, self.standard_error = _solve(z, y, first)
-            # Rounded well above the error of the search, the result cannot tell where it began.
-            self.temperature = temperature if start is None else float(f"{temperature:.10e}")
+            # The result is rounded well above the error of the search. So it does not depend on
+            # where the search began.
+            self._temperature = temperature if start is None else float(f"{temperature:.10e}")
         return self
 
     def transform(self, logits: ArrayLike) -> FloatArray:
-        """logits / T, float64; RuntimeError before `fit`."""
-        if self.temperature is None:
-            raise RuntimeError("fit the temperature before transforming: call fit(logits, labels)")
         return np.asarray(logits, dtype=np.float64) / self.temperature
 
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of T over images, by the sandwich variance of log T."""
+        """Return the 95 % interval of T over images, by the sandwich variance of log T."""
         if self.standard_error is None:
             return None
         factor = float(np.exp(1.959964 * self.standard_error))
@@ -121,7 +138,7 @@ def _solve(z: np.ndarray, y: IntArray, start: float) -> tuple[float, float | Non
         if not newton:
             target = (low + high) / 2
         moved, u = abs(target - u), target
-        # A Newton step squares the error, so that the last one needs no check.
+        # A Newton step squares the error, so that the last step needs no check.
         if moved < (1e-8 if newton else 1e-12):
             break
     if min(u + np.log(BOUNDS[1]), -np.log(BOUNDS[0]) - u) < 1e-9:
@@ -133,8 +150,9 @@ def _solve(z: np.ndarray, y: IntArray, start: float) -> tuple[float, float | Non
 
 
 def _slope(z: np.ndarray, y: IntArray, inverse: float) -> tuple[float, float, float]:
-    """Means of E_p[z] - z_label and Var_p[z], the derivatives of the NLL in 1/T, and of the
-    square of the first.
+    """The first and second derivative of the NLL in 1/T, and the mean square of its summands.
+
+    They are the means of E_p[z] - z_label, of Var_p[z], and of the square of the former.
     """
     slope = curvature = squares = 0.0
     for rows in chunks(*z.shape):
@@ -151,23 +169,26 @@ def _slope(z: np.ndarray, y: IntArray, inverse: float) -> tuple[float, float, fl
     return slope / len(z), curvature / len(z), squares / len(z)
 
 
-class EnsembleTemperatureScaling:
-    """w_0 softmax(z / T) + w_1 softmax(z) + w_2 / K with weights that are positive and sum to 1.
+class EnsembleTemperatureScaling(LogitCalibrator):
+    """w_0 softmax(z / T) + w_1 softmax(z) + w_2 / K, with positive weights that sum to 1.
 
-    T is that of `TemperatureScaling`; the weights minimise the NLL, in which they are convex (the
-    authors' squared error lowers ECE further, at the price of a worse NLL). Keeps the argmax.
-    Source: Zhang, Kailkhura and Han, Mix-n-Match (ICML 2020), section 3.1.
+    `TemperatureScaling` fits T. The weights minimise the NLL, which is convex in them. The squared
+    error that the authors minimise lowers ECE further and makes the NLL worse. The predicted class
+    stays the same. Source: Zhang, Kailkhura and Han, Mix-n-Match (ICML 2020), section 3.1.
     """
 
     def __init__(self) -> None:
-        self.temperature: float | None = None
+        self.scaling = TemperatureScaling()
         self.weights: FloatArray | None = None
 
+    @property
+    def temperature(self) -> float:
+        """The temperature T. RuntimeError before `fit`."""
+        return self.scaling.temperature
+
     def fit(self, logits: ArrayLike, labels: ArrayLike, start: Self | None = None) -> Self:
-        """Fit on logits [N, K] and labels [N]; errors and warnings as in `TemperatureScaling`."""
         z, y = logits_and_labels(logits, labels)
-        first = None if start is None else TemperatureScaling.at(start.temperature)
-        self.temperature = TemperatureScaling().fit(z, y, first).temperature
+        self.scaling.fit(z, y, None if start is None else start.scaling)
         parts = []
         for rows in chunks(*z.shape):
             chunk, label = z[rows].astype(np.float64), y[rows]
@@ -179,18 +200,18 @@ class EnsembleTemperatureScaling:
         return self
 
     def transform(self, logits: ArrayLike) -> FloatArray:
-        """Logarithms of the mixture's probabilities; RuntimeError before `fit`."""
         if self.weights is None:
             raise RuntimeError("fit the weights before transforming: call fit(logits, labels)")
         z = np.asarray(logits, dtype=np.float64)
-        scaled, plain, uniform = np.log(self.weights)  # none is 0: the bound is 1e-12
+        scaled, plain, uniform = np.log(self.weights)  # weights are at least 1e-12
         mixed = np.logaddexp(log_softmax(z / self.temperature) + scaled, log_softmax(z) + plain)
         return np.logaddexp(mixed, uniform - np.log(z.shape[1]))
 
 
 def _mixture(p: FloatArray) -> FloatArray:
-    """Weights [J] >= 0, summing to 1, of the mixture sum_j w_j p_j that has the least NLL; p [N, J]
-    holds the probabilities of the labels.
+    """The weights [J] >= 0, which sum to 1, of the mixture sum_j w_j p_j with the least NLL.
+
+    `p` [N, J] holds the probabilities of the labels.
     """
     p = np.maximum(p, np.finfo(np.float64).tiny)
 
@@ -212,29 +233,32 @@ def _mixture(p: FloatArray) -> FloatArray:
     return weights / weights.sum()
 
 
-class VectorScaling:
-    """softmax(z w / T + b) with a factor w [K] and a bias b [K] per class, kept near 1 and 0.
+class VectorScaling(LogitCalibrator):
+    """softmax(z w / T + b), with a factor w [K] near 1 and a bias b [K] near 0 per class.
 
-    Minimises mean NLL + (|w - 1|^2 + |b|^2) / (2 N sd^2): a normal prior of standard deviation
-    `sd`, without which 1,000 classes of 40 images each are over-fitted. T is that of
-    `TemperatureScaling`. May change the argmax. Source: Guo et al. (ICML 2017), section 4.2, with
-    the bias; the penalty is ours.
+    `TemperatureScaling` fits T. The fit of w and b minimises the mean NLL plus
+    (|w - 1|^2 + |b|^2) / (2 N sd^2), a normal prior of standard deviation `sd`. Without the prior,
+    1,000 classes of 40 images each are over-fitted. The predicted class may change. Source: Guo et
+    al. (ICML 2017), section 4.2, with the bias. The penalty is an addition.
     """
 
     def __init__(self, sd: float = 0.1) -> None:
         if not sd > 0:
             raise ValueError(f"sd must be positive, got {sd}")
         self.sd = sd
-        self.temperature: float | None = None
+        self.scaling = TemperatureScaling()
         self.weight: FloatArray | None = None
         self.bias: FloatArray | None = None
 
+    @property
+    def temperature(self) -> float:
+        """The temperature T. RuntimeError before `fit`."""
+        return self.scaling.temperature
+
     def fit(self, logits: ArrayLike, labels: ArrayLike, start: Self | None = None) -> Self:
-        """Fit on logits [N, K] and labels [N]; errors and warnings as in `TemperatureScaling`."""
         z, y = logits_and_labels(logits, labels)
         classes = z.shape[1]
-        first = None if start is None else TemperatureScaling.at(start.temperature)
-        self.temperature = TemperatureScaling().fit(z, y, first).temperature
+        self.scaling.fit(z, y, None if start is None else start.scaling)
         found = minimize(
             lambda x: self._penalised(z, y, x),
             np.zeros(2 * classes),
@@ -265,8 +289,7 @@ class VectorScaling:
         return (loss + precision * (x @ x) / 2) / images, slope / images
 
     def transform(self, logits: ArrayLike) -> FloatArray:
-        """logits w / T + b, float64; RuntimeError before `fit`."""
-        if self.weight is None:
+        if self.weight is None or self.bias is None:
             raise RuntimeError("fit the weights before transforming: call fit(logits, labels)")
         z = np.asarray(logits, dtype=np.float64)
         return z * (self.weight / self.temperature) + self.bias

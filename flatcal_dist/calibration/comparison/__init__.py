@@ -1,1 +1,1 @@
-"""The comparison of several runs, by method and seed."""
+"""The comparison of several runs by method and seed."""

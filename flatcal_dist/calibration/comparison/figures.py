@@ -1,4 +1,4 @@
-"""Figures of several runs together; runs of one group share colour, marker and name."""
+"""Figures of several runs together. Runs of one method share colour, marker and name."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,10 @@ from flatcal_dist.calibration.report_page.figures import DIAGONAL, density_stren
 
 
 def draw_reliability_overlay(curves: Sequence[Curve], title: str) -> Figure:
-    """Smooth accuracy against confidence, one line per run, fading where images are few."""
+    """Draw accuracy against confidence by a kernel, one line per run.
+
+    A line fades where images are few.
+    """
     with style():
         figure = Figure(figsize=(4.6, 4.7), layout="constrained")
         axes = figure.subplots()
@@ -27,8 +30,10 @@ def draw_reliability_overlay(curves: Sequence[Curve], title: str) -> Figure:
             strong = [i for i in range(0, len(x), 12) if strength[i] == 1]
             marks = ([x[i] for i in strong], [y[i] for i in strong])
             axes.plot(*marks, color=c.colour, marker=c.marker, markersize=5, linestyle="none")
-            key = {"linestyle": c.dashes, "linewidth": width, "marker": c.marker, "markersize": 5}
-            axes.plot([], [], color=c.colour, label=c.label, **key)
+            axes.plot(
+                [], [], color=c.colour, label=c.label, linestyle=c.dashes, linewidth=width,
+                marker=c.marker, markersize=5,
+            )  # fmt: skip
         axes.set(xlim=(0, 1), ylim=(0, 1), title=title, xlabel="Confidence", ylabel="Accuracy")
         percent_axes(axes)
         figure.legend(loc="outside lower center", ncols=3)
@@ -36,21 +41,26 @@ def draw_reliability_overlay(curves: Sequence[Curve], title: str) -> Figure:
 
 
 def draw_scatter(curves: Sequence[Curve], key: str, title: str) -> Figure:
-    """A metric against accuracy, one mark per run and a cross at the mean of a group of several.
+    """Draw a metric against accuracy, with a mark per run and a cross at the mean of a method.
 
-    Bars are 95 % intervals over images; ECE has none, but a grey bar up to what a perfectly
-    calibrated network would stay below in 95 % of draws.
+    Bars are 95 % intervals over images. For ECE, a grey bar ends where a perfectly calibrated
+    network would stay below in 95 % of draws.
+
+    Args:
+        curves: The runs.
+        key: The metric.
+        title: The title.
     """
     metric = METRICS[key]
     with style():
         figure = Figure(figsize=(4.6, 4.7), layout="constrained")
         axes = figure.subplots()
         for c in curves:
-            x, y = c.side.accuracy, c.side.value(key)
+            x, y = c.side.accuracy, _value(c, key)
             for name, along in (("accuracy", "x"), (key, "y")):
                 ends = c.side.interval(name)
-                if ends.low is not None:
-                    span = [ends.low, ends.high]
+                if ends.ends is not None:
+                    span = list(ends.ends)
                     place = (span, [y, y]) if along == "x" else ([x, x], span)
                     axes.plot(*place, color=c.colour, linewidth=0.9, alpha=0.5)
             axes.scatter([x], [y], s=46, color=c.colour, marker=c.marker, zorder=3, label=c.label)
@@ -60,11 +70,12 @@ def draw_scatter(curves: Sequence[Curve], key: str, title: str) -> Figure:
         for series in {c.series for c in curves}:
             members = [c for c in curves if c.series == series]
             if len(members) > 1:
-                at = [np.mean([m.side.value(name) for m in members]) for name in ("accuracy", key)]
+                x, y = (
+                    float(np.mean([_value(m, name) for m in members])) for name in ("accuracy", key)
+                )
                 axes.scatter(
-                    *([v] for v in at), s=190, color=members[0].colour, marker="+",
-                    linewidth=2.2, zorder=4,
-                )  # fmt: skip
+                    [x], [y], s=190, color=members[0].colour, marker="+", linewidth=2.2, zorder=4
+                )
         axes.set(title=title, xlabel="Accuracy", ylabel=metric.name)
         axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
         percent_axes(axes, y=metric.unit.suffix == " %")
@@ -73,3 +84,9 @@ def draw_scatter(curves: Sequence[Curve], key: str, title: str) -> Figure:
         axes.locator_params(axis="x", nbins=5)
         figure.legend(loc="outside lower center", ncols=3)
         return figure
+
+
+def _value(curve: Curve, key: str) -> float:
+    """A metric, as NaN where it is undefined, which is not drawn."""
+    value = curve.side.value(key)
+    return np.nan if value is None else value

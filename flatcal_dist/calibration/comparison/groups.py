@@ -1,9 +1,9 @@
 """Methods and their training seeds: what several runs together allow to say.
 
-The bootstrap over images tells whether these networks differ; whether the methods do, only other
-seeds tell. A difference between methods is claimed where both agree, and in the words of the
-weaker one where there are too few seeds. All claims of a page are held to one level together, see
-`decisions`.
+The bootstrap over images tells whether networks differ. Only other seeds tell whether methods
+differ. A difference between methods is claimed if images and seeds agree. If there are too few
+seeds, the claim is about these networks alone. All claims of a page are held to one level together,
+see `decisions`.
 """
 
 import json
@@ -17,7 +17,7 @@ from flatcal_dist.calibration.calibrators.of_logits import is_fitted
 from flatcal_dist.calibration.metrics.entries import COMPARED, METRICS
 from flatcal_dist.calibration.metrics.entry import Metric
 from flatcal_dist.calibration.records.records import Records
-from flatcal_dist.calibration.report.about import About
+from flatcal_dist.calibration.report.about import SYMBOLS, About
 from flatcal_dist.calibration.report.model import Report, Side
 from flatcal_dist.calibration.statistics import decisions
 from flatcal_dist.calibration.statistics.bootstrap import Bootstrap, mcnemar
@@ -25,14 +25,21 @@ from flatcal_dist.calibration.statistics.intervals import beyond_zero
 from flatcal_dist.calibration.statistics.seeds import over_seeds, seed_difference
 
 SIDES = ("before", "after")
-REPEATED = ("after", "accuracy")  # the same comparison as before temperature scaling
-Place = tuple[int, int, str, str]  # of a difference: method, minus method; side; metric
-FEWEST_SEEDS = 3  # shared, from which on a difference has to hold over seeds as well
+REPEATED = ("after", "accuracy")  # temperature scaling does not change accuracy
+Place = tuple[int, int, str, str]  # the place of a difference: method, minus method, side, metric
+FEWEST_SEEDS = 3  # shared seeds from which on a difference must hold over seeds as well
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its name, its place among the runs, and what its report holds."""
+    """One run.
+
+    Args:
+        name: The name of the run.
+        place: The place among all runs.
+        metrics: The metrics of its report.
+        records: The records of its report.
+    """
 
     name: str
     place: int
@@ -41,29 +48,33 @@ class Run:
 
     @property
     def about(self) -> About:
+        """What was evaluated."""
         return self.metrics.about
 
     @property
     def seed(self) -> int | None:
+        """The training seed. None if it is not known."""
         return self.about.seed
 
     def side(self, side: str) -> Side:
+        """Return the figures `before` temperature scaling, or `after` it."""
         return self.metrics.side(side)
 
 
 @dataclass(frozen=True)
 class Method:
-    """Runs that differ by their seed alone; often a single one."""
+    """The runs that differ by their seed alone. Often it is one run."""
 
     name: str
     runs: tuple[Run, ...]
 
 
 def gather(runs: Sequence[Run]) -> list[Method]:
-    """The methods, in the order of their first runs.
+    """Return the methods in the order of their first runs.
 
-    Two runs of one configuration and one seed are no two seeds: they stay apart. So does a run
-    whose method or seed is not known, because nothing tells what it shares with others.
+    Runs are pooled if method, settings and the rest of the configuration agree, except for the
+    seed. Two runs of one configuration and one seed stay apart. A run whose method or seed is not
+    known stays apart, too, because nothing tells what it shares with other runs.
     """
     gathered: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
@@ -76,7 +87,7 @@ def gather(runs: Sequence[Run]) -> list[Method]:
         return [Method(members[0].name, tuple(members)) for members in groups]
     with_model = len({run.about.model for run in runs}) > 1
     names = [_method_name(members[0], with_model) for members in groups]
-    for i, members in enumerate(groups):  # alike in name but not in configuration
+    for i, members in enumerate(groups):  # methods of one name can differ in configuration
         if names.count(names[i]) > 1:
             names[i] = f"{names[i]} ({members[0].name})"
     return [Method(name, tuple(m)) for name, m in zip(names, groups, strict=True)]
@@ -88,14 +99,16 @@ def _other_seed(run: Run, other: Run) -> bool:
 
 
 def _setting(run: Run) -> str:
-    """What tells runs apart beyond their seed, as text.
+    """All that runs of one method share, as text.
 
-    The data are the same for all runs of a comparison, however they are called.
+    The name of the data is left out, because all runs of a comparison have the same data.
     """
     about = run.about
-    keys = ("model", "method", "rho", "gamma", "image_size")
+    # 1 and 1.0 are one setting: older files hold the one, newer ones the other.
+    settings = {k: v if isinstance(v, str) else float(v) for k, v in about.settings.items()}
+    known = [about.model, about.method, settings, about.image_size]
     rest = {k: v for k, v in about.configuration.items() if k not in ("run", "wandb")}
-    return json.dumps([[getattr(about, k) for k in keys], rest], sort_keys=True, default=str)
+    return json.dumps([known, rest], sort_keys=True, default=str)
 
 
 def _method_name(run: Run, with_model: bool) -> str:
@@ -103,16 +116,12 @@ def _method_name(run: Run, with_model: bool) -> str:
     if about.method is None:
         return run.name
     parts = [about.model if with_model else None, about.method]
-    parts += [
-        f"{symbol} = {value}"
-        for symbol, value in (("ρ", about.rho), ("γ", about.gamma))
-        if value is not None
-    ]
+    parts += [f"{SYMBOLS.get(key, key)} = {value}" for key, value in about.settings.items()]
     return ", ".join(p for p in parts if p)
 
 
 def summary(method: Method) -> dict[str, Any]:
-    """Name, runs, seeds, and mean and spread over seeds of every metric, on both sides."""
+    """Return name, runs and seeds of a method, and mean and spread of every metric over seeds."""
     return {
         "name": method.name,
         "runs": [run.name for run in method.runs],
@@ -134,12 +143,13 @@ def _temperature(run: Run) -> float | None:
 
 
 def differences(methods: Sequence[Method], samples: dict[str, Bootstrap]) -> dict[str, Any]:
-    """What tells the methods apart.
+    """Return how the methods differ.
 
-    `differences`: of every method but the first from the first. `best`: per side and metric the
-    method that is shown to be better than every other, or None. `family`: how many comparisons
-    `differences` holds, and how they are held to one level together. The pairs of all methods,
-    which `best` rests on, are a family of their own.
+    Returns:
+        differences: The differences of every method from the first one.
+        best: For each side and metric, the method that is shown to be better than every other, or
+            None. The pairs of all methods form another family of claims.
+        family: How many comparisons `differences` holds, and how they are held to one level.
     """
     against_first = [(i, 0) for i in range(1, len(methods))]
     all_pairs = [(i, j) for i in range(len(methods)) for j in range(i)]
@@ -183,8 +193,8 @@ def _all_differences(
 
 
 def _decided(found: dict[Place, dict[str, Any]]) -> dict[Place, dict[str, Any]]:
-    """These differences with what they show, decided as one family."""
-    # Temperature scaling changes no prediction: the accuracies after it are the same comparison.
+    """The differences with what they show, decided as one family."""
+    # Temperature scaling changes no prediction. The accuracies after it are the same comparison.
     family = [place for place in found if place[2:] != REPEATED]
     decided = {}
     adjusted = decisions.holm([found[place]["p_value"] for place in family])
@@ -201,13 +211,13 @@ def _decided(found: dict[Place, dict[str, Any]]) -> dict[Place, dict[str, Any]]:
 def _difference(
     both: Bootstrap, first: Method, second: Method, side: str, key: str
 ) -> dict[str, Any]:
-    """One difference with the larger p-value of images and, where there are enough, of seeds."""
+    """One difference, with the larger p-value of images and, if there are enough, of seeds."""
     seeds = _by_seed(first, second, side, key)
     p = decisions.difference_p_value(both, 0, 1, key)
     difference = both.difference(0, 1, key)
     mine, theirs = _compared_runs(first, second)
     if key == "accuracy" and p is not None and len(mine) == len(theirs) == 1:
-        # Resamples of the few images on which two networks differ are too sure of themselves.
+        # Two networks differ on few images. Resamples of these give too small a p-value.
         p = max(p, mcnemar(mine[0].records.correct, theirs[0].records.correct).mid_p)
     if p is not None and seeds is not None:
         agree = difference.value is not None and seeds["mean"] * difference.value > 0
@@ -216,26 +226,28 @@ def _difference(
 
 
 def _shared_seeds(first: Method, second: Method) -> list[int]:
-    seeds = [{run.seed for run in method.runs} - {None} for method in (first, second)]
-    return sorted(seeds[0] & seeds[1])
+    mine, theirs = (
+        {run.seed for run in method.runs if run.seed is not None} for method in (first, second)
+    )
+    return sorted(mine & theirs)
 
 
 def _compared_runs(first: Method, second: Method) -> tuple[list[Run], list[Run]]:
-    """The runs of the seeds that both have, so that like is held against like; else all runs."""
+    """The runs of the seeds that both methods have, or all runs if they share no seed."""
     shared = _shared_seeds(first, second)
     if not shared:
         return list(first.runs), list(second.runs)
-    by_seed = [{run.seed: run for run in method.runs} for method in (first, second)]
-    return tuple([runs[seed] for seed in shared] for runs in by_seed)
+    mine, theirs = ({run.seed: run for run in method.runs} for method in (first, second))
+    return [mine[seed] for seed in shared], [theirs[seed] for seed in shared]
 
 
 def _same_predictions(first: Method, second: Method) -> bool:
-    """Whether the runs that are compared are the same networks, to the last digit."""
+    """Whether the compared runs predict the same, to the last digit."""
     pairs = zip(*_compared_runs(first, second), strict=False)
     return bool(_shared_seeds(first, second)) and all(
         np.array_equal(a.records.prediction, b.records.prediction)
         and np.array_equal(a.records.before.log_confidence, b.records.before.log_confidence)
-        and np.array_equal(a.records.before.nll, b.records.before.nll)
+        and np.array_equal(a.records.before.column("nll"), b.records.before.column("nll"))
         for a, b in pairs
     )
 
@@ -253,7 +265,7 @@ def _means(samples: Bootstrap, *groups: Sequence[Run]) -> Bootstrap:
 
 
 def _by_seed(first: Method, second: Method, side: str, key: str) -> dict[str, Any] | None:
-    """The difference over shared seeds, None for fewer than three."""
+    """The difference over shared seeds. None for fewer than `FEWEST_SEEDS`."""
     values = [
         {run.seed: run.side(side).value(key) for run in m.runs if run.seed is not None}
         for m in (first, second)

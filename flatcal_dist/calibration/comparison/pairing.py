@@ -1,7 +1,8 @@
-"""How far two evaluations can be told to have seen the same images.
+"""How sure it is that two evaluations have seen the same images.
 
-An evaluation of ours knows the images by name, label and size. A file of logits from elsewhere
-knows them by name and label, where it has ids, and otherwise by the place of its rows alone.
+An evaluation by this package knows name, label and size of each image. A file of logits from
+elsewhere knows name and label of each image if it has ids. Otherwise it only knows the order of its
+rows.
 """
 
 import re
@@ -14,21 +15,21 @@ from scipy.stats import rankdata
 from flatcal_dist.calibration.records.records import Records
 
 KnownBy = Literal["images", "ids", "rows"]
-ROW = re.compile(r"row_\d+")  # how images without ids are called
-ENOUGH = 50  # images, from which on their scores can tell that rows do not belong together
-CHANCE = 3.0  # standard errors of a correlation that chance hardly reaches
+ROW = re.compile(r"row_\d+")  # the name of an image without an id
+ENOUGH = 50  # images from which on scores can tell that rows do not belong together
+CHANCE = 3.0  # standard errors that the correlation of unrelated rows hardly ever exceeds
 
 
 def known_by(ids: Sequence[str]) -> KnownBy:
-    """`rows` where every id only numbers a row of its file, else `ids`."""
+    """Return `rows` if every id only numbers a row of a file, else `ids`."""
     return "rows" if all(ROW.fullmatch(str(i)) for i in ids) else "ids"
 
 
 def agreement(first: Records, second: Records) -> float | None:
-    """Rank correlation of two networks' NLL of the same images, within the classes, -1 to 1.
+    """Return the rank correlation of two networks' NLL within the classes, -1 to 1.
 
-    Networks that saw the same images find mostly the same ones hard. About 0 speaks for rows in
-    another order, which labels alone cannot show. None where there are too few images to tell.
+    Two networks mostly find the same images hard. A correlation of about 0 is a sign of rows in
+    different orders, which labels alone cannot show. It is None if there are too few images.
     """
     columns = []
     for records in (first, second):
@@ -43,5 +44,5 @@ def agreement(first: Records, second: Records) -> float | None:
 
 
 def is_chance(correlation: float | None, images: int) -> bool:
-    """Whether rows in a random order could agree as much as that."""
+    """Return whether rows in a random order could agree as much."""
     return correlation is not None and correlation < CHANCE / np.sqrt(images)

@@ -1,4 +1,4 @@
-"""The main table of a comparison for a paper: `table.tex`; `comparison.csv` has every run."""
+"""The main table of a comparison for a paper, `table.tex`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +13,14 @@ WORDS = {"before": "As trained", "after": "After temperature scaling"}
 
 
 def table_tex(comparison: dict[str, Any], runs: Sequence[Report]) -> str:
-    """The methods by metrics, in LaTeX for a document that loads booktabs.
+    """Return a table of methods by metrics in LaTeX, for a document that loads booktabs.
 
-    A method of several seeds has its mean and sample standard deviation over them, one of a single
-    seed its value and the 95 % interval over images. What is shown to be best is bold.
+    A method of several seeds has mean and sample standard deviation over seeds. A method of one
+    seed has the value and the 95 % interval over images. What is shown to be best is bold.
 
     Args:
-        comparison: what comparison.json holds.
-        runs: the metrics.json of the first run of each method, for the intervals.
+        comparison: What comparison.json holds.
+        runs: The metrics of the first run of each method, for the intervals.
     """
     columns = [METRICS[key] for key in COMPARED]
     heads = " & ".join(latex(f"{c.name} {c.arrow}".strip()) for c in columns)

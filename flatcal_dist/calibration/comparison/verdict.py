@@ -1,4 +1,4 @@
-"""What a comparison says in words: a sentence per metric, then what the sentences rest on."""
+"""What a comparison says in words: a sentence per metric, and what the sentences rest on."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,13 +15,13 @@ from flatcal_dist.calibration.pages.display import (
 
 
 def verdict(comparison: dict[str, Any]) -> list[str]:
-    """One sentence per metric, as trained, then what the sentences rest on."""
+    """Return a sentence per metric, and a last text that says what the sentences rest on."""
     rows = comparison["differences"]
     if not rows:
         name = comparison["methods"][0]["name"]
         return [
-            f"All runs are seeds of one method ({name}): there is nothing to hold it against, but "
-            "its spread from one training to the next."
+            f"All runs are seeds of one method ({name}). There is no other method to compare it "
+            "with. The table shows its spread from one training to the next."
         ]
     sentences = [_sentence(METRICS[key], rows, "before") for key in COMPARED]
     after = (_sentence(METRICS[key], rows, "after") for key in ("nll", "ece"))

@@ -1,4 +1,4 @@
-"""Comparison of runs on the same images: paired differences, groups of seeds, one page."""
+"""Comparison of runs on the same images: paired differences, methods and seeds, one page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +24,7 @@ from flatcal_dist.calibration.metrics.entries import COMPARED, METRICS
 from flatcal_dist.calibration.pages import frame as page
 from flatcal_dist.calibration.pages.display import duration, enumerate_names, number, percent
 from flatcal_dist.calibration.pages.drawing import Curve
+from flatcal_dist.calibration.report.about import settings_text
 from flatcal_dist.calibration.report.writing import read_report
 from flatcal_dist.calibration.report_page import figures
 from flatcal_dist.calibration.report_page.page import run_title
@@ -38,12 +39,24 @@ SCHEMA_VERSION = 3
 def write_comparison(
     runs: Sequence[Path], output: Path, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Any]:
-    """Compare the reports of `runs` (run directories or report directories) into `output`.
+    """Compare the reports of several runs.
 
-    Runs that differ by their seed alone are one method; the method of the first run is the
-    baseline. Writes index.html (one file, needs no network), comparison.json, comparison.csv,
-    table.tex and figures; returns what comparison.json holds. ValueError if a run has no report, or
-    if the runs were not evaluated on the same images.
+    Runs that differ by their seed alone are one method. The method of the first run is the
+    baseline. This writes index.html (one file that needs no network), comparison.json,
+    comparison.csv, table.tex and figures.
+
+    Args:
+        runs: The run directories or report directories.
+        output: The folder of the comparison.
+        resamples: The number of resamples.
+        seed: The seed of the resamples.
+
+    Returns:
+        What comparison.json holds.
+
+    Raises:
+        ValueError: There are fewer than two runs, a run is given twice or has no report, or the
+            runs were not evaluated on the same images.
     """
     if len(runs) < 2:
         raise ValueError(f"a comparison needs at least two runs, got {len(runs)}")
@@ -104,7 +117,7 @@ def _conventions(resamples: int, seed: int) -> dict[str, Any]:
 def _load(paths: Sequence[Path]) -> list[Run]:
     folders = [Path(path) for path in paths]
     names = _names(folders)
-    runs = []
+    runs: list[Run] = []
     for name, path in zip(names, folders, strict=True):
         here = (path / "metrics.json").is_file() and (path / "records.parquet").is_file()
         folder = path if here else path / "report"
@@ -120,7 +133,7 @@ def _load(paths: Sequence[Path]) -> list[Run]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path; as many parts as it takes to tell them apart."""
+    """The last part of each path, or as many parts as it takes to tell the paths apart."""
     parts = [p.resolve().parts for p in folders]
     parts = [p[:-1] if p[-1] == "report" and len(p) > 2 else p for p in parts]
     if len(set(parts)) < len(parts):
@@ -153,7 +166,7 @@ def _refuse_other_images(baseline: Run, other: Run) -> None:
             f"{len(mine)} images (first {str(mine.id[differ[0]])!r}); evaluate both on the same "
             "data"
         )
-    identities = [run.about.data_identity for run in (baseline, other)]
+    identities = [str(run.about.data_identity) for run in (baseline, other)]
     known = {run.about.known_by for run in (baseline, other)}
     if known == {"images"} and identities[0] != identities[1]:
         raise ValueError(
@@ -165,13 +178,13 @@ def _refuse_other_images(baseline: Run, other: Run) -> None:
 
 
 def _pairing(runs: Sequence[Run]) -> dict[str, Any]:
-    """How the images of these runs were found to be the same ones, and what that is worth."""
+    """How the images of these runs were found to be the same, and how sure that is."""
     known = {run.about.known_by for run in runs}
     by = next(kind for kind in ("rows", "ids", "images") if kind in known)
     texts = {
         "images": "All runs saw the same images, by name, label and size in bytes.",
-        "ids": "Images are paired by their ids and have the same labels. Files of logits do not "
-        "tell more of the images, such as whether one network saw corrupted copies.",
+        "ids": "Images are paired by their ids and have the same labels. Files of logits tell "
+        "nothing else about the images, such as whether one network saw corrupted copies.",
         "rows": "Images are paired by their rows alone, because a file had no ids: if the rows of "
         "two files are in different orders, every difference and interval below is wrong, and "
         "equal labels in every row do not exclude that. Give each image an id.",
@@ -192,8 +205,10 @@ def _pairing(runs: Sequence[Run]) -> dict[str, Any]:
 def _rows(
     runs: Sequence[Run], methods: Sequence[Method], samples: Bootstrap
 ) -> list[dict[str, Any]]:
-    """One row per run, with its difference from the run of the baseline that has its seed."""
-    by_seed = {run.seed: run for run in methods[0].runs if run.seed is not None}
+    """One row per run, with its difference from the baseline's run of the same seed."""
+    by_seed: dict[int | None, Run] = {
+        run.seed: run for run in methods[0].runs if run.seed is not None
+    }
     of = {run.name: method for method in methods for run in method.runs}
     rows = []
     for run in runs:
@@ -212,7 +227,7 @@ def _row(run: Run) -> dict[str, Any]:
         "title": run_title(about),
         **{
             key: getattr(about, key)
-            for key in ("model", "method", "rho", "gamma", "seed", "checkpoint")
+            for key in ("model", "method", "settings", "seed", "checkpoint")
         },
         **{key: m.value(key) for key in COMPARED},
         "temperature": m.temperature,
@@ -241,11 +256,12 @@ def _run_difference(run: Run, against: Run, samples: Bootstrap) -> dict[str, Any
 
 
 def _csv(comparison: dict[str, Any]) -> str:
-    """One row per run, with its differences from the run it is held against."""
+    """One row per run, with its differences from the run that it is compared with."""
     endings = (("", "value"), ("_low", "low"), ("_high", "high"))
     rows = []
     for run in comparison["runs"]:
-        row = {k: v for k, v in run.items() if not isinstance(v, dict) and k != "mcnemar"}
+        row = run | {"settings": settings_text(run["settings"])}
+        row = {k: v for k, v in row.items() if not isinstance(v, dict) and k != "mcnemar"}
         for key in COMPARED:
             d = run["difference"].get(key, {})
             row |= {f"{key}_difference{ending}": d.get(name) for ending, name in endings}
@@ -267,6 +283,7 @@ def _write_page(
         figures=_figures(methods, output / "figures"),
         known=lambda value: "unknown" if value is None else value,
         usable=is_fitted,
+        settings_text=settings_text,
         seconds={run["run"]: duration(run["training_seconds"]) for run in comparison["runs"]},
         grouped=len(methods) < len(runs),
         over_seeds=any(d["before"]["accuracy"]["over_seeds"] for d in comparison["differences"]),
@@ -305,4 +322,5 @@ def _figures(methods: Sequence[Method], folder: Path) -> dict[str, Markup]:
 
 
 def _mean(method: Method, key: str) -> float:
-    return float(np.mean([run.metrics.value(key) for run in method.runs]))
+    values = [run.metrics.value(key) for run in method.runs]
+    return float(np.mean([np.nan if v is None else v for v in values]))

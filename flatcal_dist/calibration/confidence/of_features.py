@@ -1,7 +1,7 @@
 """Scores that compare the features of an image with those of training images.
 
-Features are what the last layer of a network makes its logits of. Distances are of features as
-they are, in float64.
+Features are the input of the last layer of a network. Distances are computed in float64 from the
+features as they are.
 """
 
 import numpy as np
@@ -9,19 +9,30 @@ from numpy.typing import ArrayLike
 from scipy.linalg import eigh
 from sklearn.neighbors import NearestNeighbors
 
-from flatcal_dist.calibration.checks import FloatArray, IntArray
-from flatcal_dist.calibration.confidence.score import Evidence, Reference, Score
+from flatcal_dist.calibration.checks import FloatArray
+from flatcal_dist.calibration.confidence.score import Evidence, Reference, Score, given
 
-SMALLEST = 1e-12  # distance, as in the code of Jiang et al.
+SMALLEST = 1e-12  # added to a distance, as in the code of Jiang et al.
 
 
 def trust_score(features: ArrayLike, prediction: ArrayLike, reference: Reference) -> FloatArray:
-    """Distance to the nearest training image of another class, over that of the predicted class.
+    """Return the trust score of each image [N].
 
-    Features [N, D] and predicted classes int [N] give [N]. No training image is filtered out
-    (alpha = 0). 0 where there is no training image of the predicted class. Source: Jiang et al., To
-    Trust Or Not To Trust A Classifier (NeurIPS 2018), section 3. ValueError if features are not
-    finite, differ in length, or there are fewer than two classes of training images.
+    It is the distance to the nearest training image of another class, divided by the distance to
+    the nearest training image of the predicted class. No training image is filtered out (alpha =
+    0). Source: Jiang et al., To Trust Or Not To Trust A Classifier (NeurIPS 2018), section 3.
+
+    Args:
+        features: The features of the images [N, D].
+        prediction: The predicted class of each image int [N].
+        reference: The training images.
+
+    Returns:
+        The scores [N]. 0 if there is no training image of the predicted class.
+
+    Raises:
+        ValueError: Features are not finite or differ in length, or training images are of fewer
+            than two classes.
     """
     x, y = _features(features, reference), np.asarray(prediction)
     classes = np.unique(reference.labels)
@@ -39,13 +50,15 @@ def trust_score(features: ArrayLike, prediction: ArrayLike, reference: Reference
 
 
 def mahalanobis(features: ArrayLike, reference: Reference) -> FloatArray:
-    """Minus the squared Mahalanobis distance to the nearest class mean; shape [N].
+    """Return minus the squared Mahalanobis distance of features [N, D] to the nearest class mean
+    [N].
 
-    The means are those of the training images of each class, and the covariance is shared: that of
-    all training images about the mean of their class. Directions in which the training images do
-    not differ are left out, as by scikit-learn's EmpiricalCovariance. Source: Lee et al., A Simple
-    Unified Framework for Detecting Out-of-Distribution Samples (NeurIPS 2018), section 2.1.
-    ValueError if features [N, D] are not finite or differ in length, or if training images of a
+    Each class has the mean of its training images. All classes share one covariance, that of the
+    training images about the mean of their class. Directions in which training images do not differ
+    are left out, as in scikit-learn's EmpiricalCovariance. Source: Lee et al., A Simple Unified
+    Framework for Detecting Out-of-Distribution Samples (NeurIPS 2018), section 2.1.
+
+    ValueError if features are not finite or differ in length, or if the training images of each
     class do not differ at all.
     """
     x = _features(features, reference)
@@ -54,12 +67,11 @@ def mahalanobis(features: ArrayLike, reference: Reference) -> FloatArray:
     means = np.stack([known[place == k].mean(axis=0) for k in range(len(classes))])
     known -= means[place]
     variances, directions = eigh(known.T @ known / len(known))
-    varies = (
-        variances > len(variances) * np.finfo(np.float64).eps * variances[-1]
-    )  # as pinvh has it
+    # The same threshold as in scipy.linalg.pinvh.
+    varies = variances > len(variances) * np.finfo(np.float64).eps * variances[-1]
     if not varies.any():
         raise ValueError("the features of all training images of a class are the same")
-    # In these directions, of variance 1 each, the distance is the plain one.
+    # Scaled to variance 1 in each direction, the distance is the Euclidean one.
     scaled = directions[:, varies] / np.sqrt(variances[varies])
     nearest = NearestNeighbors(n_neighbors=1).fit(means @ scaled)
     return -(nearest.kneighbors(x @ scaled)[0][:, 0] ** 2)
@@ -79,8 +91,8 @@ def _features(features: ArrayLike, reference: Reference) -> FloatArray:
 
 
 def _trust(evidence: Evidence) -> FloatArray:
-    prediction: IntArray = evidence.prediction
-    return trust_score(evidence.features, prediction, evidence.reference)
+    features, reference = given(evidence.features), given(evidence.reference)
+    return trust_score(features, given(evidence.prediction), reference)
 
 
 SCORES = (
@@ -98,6 +110,6 @@ SCORES = (
         "minus the Mahalanobis distance to the nearest class mean of training images",
         "Lee et al. (NeurIPS 2018), last features",
         "features",
-        lambda evidence: mahalanobis(evidence.features, evidence.reference),
+        lambda evidence: mahalanobis(given(evidence.features), given(evidence.reference)),
     ),
 )

@@ -1,4 +1,4 @@
-"""Confidence scores: what else than the largest probability can tell right answers from wrong."""
+"""Confidence scores that are computed from logits, and their comparison."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,21 +10,24 @@ from numpy.typing import ArrayLike
 from flatcal_dist.calibration.calibrators.crossfit import A_FIFTH, HoldOut
 from flatcal_dist.calibration.calibrators.of_logits import TemperatureScaling
 from flatcal_dist.calibration.checks import BoolArray, FloatArray, image_ids, logits_and_labels
-from flatcal_dist.calibration.confidence.score import Evidence, Score
+from flatcal_dist.calibration.confidence.score import Evidence, Score, given
 from flatcal_dist.calibration.metrics import selective
 from flatcal_dist.calibration.softmax import ImageScores, chunks, score_images
 from flatcal_dist.calibration.statistics.bootstrap import RESAMPLES, Interval, rank_bootstrap
 
-POWERS = tuple(range(1, 11))  # of the norm, tried in tuning
+POWERS = tuple(range(1, 11))  # powers of the norm that tuning tries
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What two of the scores take from images that they are not judged on.
+    """What two scores take from images on which they are not judged.
 
-    temperature: of "msp_temperature". power: p of "max_logit_pnorm", the one with the least AURC;
-    None where none beats the largest probability, which then stands in for it, as its authors
-    advise. images: how many of the images, chosen by `split`, were used.
+    Args:
+        temperature: The temperature of "msp_temperature".
+        power: The power p of "max_logit_pnorm" with the least AURC. None if no power beats the
+            largest probability, which then takes its place, as its authors advise.
+        images: The number of images that were used.
+        split: How these images were chosen.
     """
 
     temperature: float
@@ -34,16 +37,16 @@ class Tuning:
 
 
 def max_logit_pnorm(logits: ArrayLike, power: int) -> FloatArray:
-    """max_k (z_k - mean z) / |z - mean z|_p for each row of logits [N, K]; shape [N].
+    """Return max_k (z_k - mean z) / |z - mean z|_p for each row of logits [N, K]; shape [N].
 
-    0 where all logits are equal. Source: Cattelan and Silva, How to Fix a Broken Confidence
+    It is 0 if all logits are equal. Source: Cattelan and Silva, How to Fix a Broken Confidence
     Estimator (UAI 2024), section 4.
     """
     return _pnorms(np.asarray(logits), (power,))[0]
 
 
 def _pnorms(z: np.ndarray, powers: Sequence[int]) -> FloatArray:
-    """The score for each power, [P, N]."""
+    """The score for each power [P, N]."""
     found = np.zeros((len(powers), len(z)))
     for rows in chunks(*z.shape):
         centred = z[rows].astype(np.float64)
@@ -55,7 +58,7 @@ def _pnorms(z: np.ndarray, powers: Sequence[int]) -> FloatArray:
         scale = np.where(seen, largest, 1.0)
         centred /= scale[:, None]
         raised = np.ones_like(centred)
-        for power in range(1, max(powers) + 1):  # one product each is quicker than a power
+        for power in range(1, max(powers) + 1):  # a product is quicker than a power
             raised *= centred
             if power in powers:
                 norm = scale * np.where(seen, raised.sum(axis=1), 1.0) ** (1 / power)
@@ -64,11 +67,11 @@ def _pnorms(z: np.ndarray, powers: Sequence[int]) -> FloatArray:
 
 
 def logit_margin(logits: ArrayLike) -> FloatArray:
-    """Difference of the two largest of logits [N, K]; shape [N]. K is at least 2.
+    """Return the difference of the two largest logits [N, K] of each image; shape [N], K >= 2.
 
     It is the logarithm of the ratio of the two largest probabilities, and does not saturate.
     Source: Liang, Peng and Sun, Selective Classification Under Distribution Shifts (TMLR 2024),
-    where it is called the raw logit margin, RL_conf-M.
+    who call it the raw logit margin, RL_conf-M.
     """
     z = np.asarray(logits)
     found = np.empty(len(z))
@@ -84,7 +87,19 @@ def tune(
     labels: ArrayLike,
     split: HoldOut = A_FIFTH,
 ) -> Tuning:
-    """Choose temperature and power on the images `split` chooses; neutral if it chooses none."""
+    """Choose temperature and power on the images that `split` chooses.
+
+    If it chooses none, the temperature is 1 and there is no power.
+
+    Args:
+        ids: The ids of the images [N], each of them once.
+        logits: The logits [N, K].
+        labels: The labels int [N].
+        split: Chooses the images.
+
+    Raises:
+        ValueError: An id repeats, or `checks.logits_and_labels` refuses the input.
+    """
     z, y = logits_and_labels(logits, labels)
     rows = np.flatnonzero(split.chosen(image_ids(ids, len(z)).tolist()))
     if not len(rows):
@@ -96,28 +111,29 @@ def tune(
     beaten = risks[best] < selective.aurc(images.log_confidence, images.correct)
     scaling = TemperatureScaling()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # clamped: the few images ask for no T
+        warnings.simplefilter("ignore", RuntimeWarning)  # T is clamped if images are too few
         scaling.fit(z, y)
     temperature = 1.0 if scaling.standard_error is None else scaling.temperature
     return Tuning(temperature, POWERS[best] if beaten else None, len(rows), split)
 
 
 def _tempered(evidence: Evidence) -> FloatArray:
-    labels = np.zeros(len(evidence.logits), np.int64)
-    return score_images(evidence.logits, labels, evidence.tuning.temperature).log_confidence
+    logits = given(evidence.logits)
+    labels = np.zeros(len(logits), np.int64)
+    return score_images(logits, labels, given(evidence.tuning).temperature).log_confidence
 
 
 def _pnorm_or_msp(evidence: Evidence) -> FloatArray:
-    power = evidence.tuning.power
+    power = given(evidence.tuning).power
     if power is None:
-        return evidence.images.log_confidence
-    return max_logit_pnorm(evidence.logits, power)
+        return given(evidence.images).log_confidence
+    return max_logit_pnorm(given(evidence.logits), power)
 
 
-SCORES = (  # of logits; the first is what all others are compared to
+SCORES = (  # all others are compared to the first one
     Score(
         "msp", "MSP", "largest softmax probability", "Hendrycks and Gimpel (ICLR 2017)",
-        "probabilities", lambda e: e.images.log_confidence,
+        "probabilities", lambda e: given(e.images).log_confidence,
     ),
     Score(
         "msp_temperature", "MSP after temperature",
@@ -126,27 +142,28 @@ SCORES = (  # of logits; the first is what all others are compared to
     ),
     Score(
         "margin", "Margin", "difference of the two largest probabilities",
-        "Scheffer et al. (IDA 2001)", "probabilities", lambda e: e.images.margin,
+        "Scheffer et al. (IDA 2001)", "probabilities", lambda e: given(e.images).margin,
     ),
     Score(
         "logit_margin", "Logit margin", "difference of the two largest logits",
-        "Liang et al. (TMLR 2024)", "probabilities", lambda e: logit_margin(e.logits),
+        "Liang et al. (TMLR 2024)", "probabilities", lambda e: logit_margin(given(e.logits)),
     ),
     Score(
         "entropy", "Entropy", "minus the entropy of the probabilities",
-        "Lakshminarayanan et al. (NeurIPS 2017)", "probabilities", lambda e: -e.images.entropy,
+        "Lakshminarayanan et al. (NeurIPS 2017)", "probabilities",
+        lambda e: -given(e.images).entropy,
     ),
     Score(
         "doctor", "DOCTOR", "DOCTOR: sum of the squared probabilities",
-        "Granese et al. (NeurIPS 2021), D_alpha", "probabilities", lambda e: e.images.doctor,
+        "Granese et al. (NeurIPS 2021), D_alpha", "probabilities", lambda e: given(e.images).doctor,
     ),
     Score(
         "energy", "Energy", "minus the free energy: log sum exp of the logits",
-        "Liu et al. (NeurIPS 2020), T = 1", "logits", lambda e: e.images.energy,
+        "Liu et al. (NeurIPS 2020), T = 1", "logits", lambda e: given(e.images).energy,
     ),
     Score(
         "max_logit", "Max logit", "largest logit", "Hendrycks et al. (ICML 2022)",
-        "logits", lambda e: e.images.max_logit,
+        "logits", lambda e: given(e.images).max_logit,
     ),
     Score(
         "max_logit_pnorm", "MaxLogit-pNorm",
@@ -159,17 +176,25 @@ SCORES = (  # of logits; the first is what all others are compared to
 def confidence_scores(
     logits: np.ndarray, images: ImageScores, tuning: Tuning
 ) -> dict[str, FloatArray]:
-    """The scores of logits [N, K] that `images` tells of, by key; each [N], higher is surer."""
+    """Return all scores of logits by key, each [N].
+
+    Args:
+        logits: The logits [N, K].
+        images: What a softmax says about these logits.
+        tuning: What was tuned on images that are not judged.
+    """
     evidence = Evidence(logits=logits, images=images, tuning=tuning)
     return {score.key: score.compute(evidence) for score in SCORES}
 
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One score: failure prediction with intervals, and differences from the first score.
+    """Failure prediction by one score.
 
-    values: the metrics of `statistics.RANKS` by name. difference: score minus the first one, on
-    the same resamples; None for the first.
+    Args:
+        name: The key of the score.
+        values: The metrics of `entries.RANKS` by key, with intervals.
+        difference: The differences from the first score, on the same resamples. None for the first.
     """
 
     name: str
@@ -184,7 +209,14 @@ def score_table(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> list[ScoreRow]:
-    """Failure prediction by each of several scores [N] of the same images, in the order given."""
+    """Return failure prediction by each of several scores, in the given order.
+
+    Args:
+        scores: The scores of the same images [N], by key.
+        correct: Which images are right [N].
+        resamples: The number of resamples.
+        seed: The seed of the resamples.
+    """
     samples = rank_bootstrap(list(scores.values()), correct, resamples, seed)
     names = samples.statistics
     return [
@@ -199,7 +231,7 @@ def score_table(
 
 @dataclass(frozen=True)
 class ScoreComparison:
-    """The table, the tuning behind it, and how many images it judges."""
+    """A table of scores, what was tuned for it, and the number of images that it rests on."""
 
     rows: list[ScoreRow]
     tuning: Tuning
@@ -215,12 +247,21 @@ def compare_scores(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> ScoreComparison:
-    """Compare all scores of logits [N, K] with labels [N] of images `ids` (unique).
+    """Compare all scores of logits.
 
-    Temperature and power are tuned on the images that `split` holds out, and all scores are
-    judged on the same others. Besides the logits and a copy of the held-out share, nothing takes
-    more than a few MB. ValueError for what `checks.logits_and_labels` refuses, and if all images
-    are held out.
+    Temperature and power are tuned on the images that `split` holds out. All scores are judged on
+    the other images. Besides the logits and a copy of the held-out share, this takes a few MB.
+
+    Args:
+        ids: The ids of the images [N], each of them once.
+        logits: The logits [N, K].
+        labels: The labels int [N].
+        split: Chooses the images that are held out.
+        resamples: The number of resamples.
+        seed: The seed of the resamples.
+
+    Raises:
+        ValueError: `checks.logits_and_labels` refuses the input, or all images are held out.
     """
     z, y = logits_and_labels(logits, labels)
     tuning = tune(ids, z, y, split)
@@ -232,7 +273,7 @@ def compare_scores(
 
 
 def judged_images(ids: Sequence[str], tuning: Tuning) -> BoolArray:
-    """Which images [N] were not used in tuning. ValueError if none is left."""
+    """Return which images [N] were not used in tuning. ValueError if none is left."""
     judged = ~tuning.split.chosen([str(i) for i in ids])
     if not judged.any():
         raise ValueError(f"all {len(judged)} images were held out for tuning: none is left")

@@ -1,30 +1,30 @@
-"""Scores of several answers about one image: passes with dropout, or several networks."""
+"""Scores from several answers about one image: passes with dropout, or several networks."""
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import log_softmax, logsumexp
 
 from flatcal_dist.calibration.checks import FloatArray
-from flatcal_dist.calibration.confidence.score import Score
+from flatcal_dist.calibration.confidence.score import Score, given
 from flatcal_dist.calibration.softmax import score_images
 
-LOWEST = -1e6  # its exponential is 0, as that of all below
+LOWEST = -1e6  # the exponential of this number, and of all below it, is 0
 
 
 def mean_log_probabilities(logits: ArrayLike) -> FloatArray:
-    """Logarithms [N, K] of the mean over T answers of the probabilities of logits [T, N, K].
+    """Return the logarithms [N, K] of the mean probabilities of T answers with logits [T, N, K].
 
-    NaN for an image of which a logit is not finite.
+    They are NaN for an image with a logit that is not finite.
     """
     return _mean_log(_log_probabilities(logits))
 
 
 def entropy_of_mean(logits: ArrayLike) -> FloatArray:
-    """Entropy [N], nats, of the mean over T answers of the probabilities of logits [T, N, K].
+    """Return the entropy [N], in nats, of the mean probabilities of T answers [T, N, K].
 
-    NaN where a logit is not finite.
+    It is NaN for an image with a logit that is not finite.
     """
-    log_p = np.maximum(mean_log_probabilities(logits), LOWEST)
+    log_p: FloatArray = np.maximum(mean_log_probabilities(logits), LOWEST)
     known = np.isfinite(log_p).all(axis=1)
     found = np.full(len(log_p), np.nan)
     if known.any():
@@ -34,16 +34,17 @@ def entropy_of_mean(logits: ArrayLike) -> FloatArray:
 
 
 def disagreement(logits: ArrayLike) -> FloatArray:
-    """Mean divergence [N], nats, of T answers from their mean, of logits [T, N, K].
+    """Return the mean divergence [N], in nats, of T answers with logits [T, N, K] from their mean.
 
-    That is KL(p_t || mean p) averaged over t, which is also the mutual information of answer and
-    class: the entropy of the mean less the mean entropy. 0 where all agree, and NaN where a logit
-    is not finite.
+    It is KL(p_t || mean p), averaged over t. This equals the mutual information of answer and
+    class, which is the entropy of the mean less the mean entropy. It is 0 if all answers agree, and
+    NaN for an image with a logit that is not finite.
     """
     log_p = _log_probabilities(logits)
     log_q = _mean_log(log_p)
     apart = log_p - log_q
-    # p log(p / q) - p + q of each class has the same sum, and no term is lost in larger ones.
+    # p log(p / q) - p + q has the same sum over classes, and its terms are never negative. So no
+    # small term is lost in larger ones.
     terms = np.exp(log_q) * (apart * np.exp(apart) - np.expm1(apart))
     return np.maximum(terms.sum(axis=2).mean(axis=0), 0.0)
 
@@ -52,7 +53,7 @@ def _log_probabilities(logits: ArrayLike) -> FloatArray:
     z = np.asarray(logits, dtype=np.float64)
     if z.ndim != 3 or not z.shape[0]:
         raise ValueError(f"expected logits [T, N, K] of T >= 1 answers, got shape {list(z.shape)}")
-    finite = np.isfinite(z).all(axis=(0, 2))
+    finite = np.all(np.isfinite(z), axis=(0, 2))
     return log_softmax(np.where(finite[None, :, None], z, np.nan), axis=2)
 
 
@@ -67,7 +68,7 @@ SCORES = (
         "minus the entropy of the mean probabilities of several passes with dropout",
         "Gal and Ghahramani (ICML 2016)",
         "passes",
-        lambda evidence: -entropy_of_mean(evidence.passes),
+        lambda evidence: -entropy_of_mean(given(evidence.passes)),
     ),
     Score(
         "mc_dropout_agreement",
@@ -75,7 +76,7 @@ SCORES = (
         "minus the mutual information of dropout masks and class (BALD)",
         "Gal, Islam and Ghahramani (ICML 2017)",
         "passes",
-        lambda evidence: -disagreement(evidence.passes),
+        lambda evidence: -disagreement(given(evidence.passes)),
     ),
     Score(
         "ensemble_agreement",
@@ -83,6 +84,6 @@ SCORES = (
         "minus the mean divergence of the networks' probabilities from their mean",
         "Lakshminarayanan et al. (NeurIPS 2017)",
         "networks",
-        lambda evidence: -disagreement(evidence.networks),
+        lambda evidence: -disagreement(given(evidence.networks)),
     ),
 )

@@ -1,8 +1,8 @@
-"""What a score of confidence is, what it needs, and what it is computed from."""
+"""What a score of confidence is, and what it is computed from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
@@ -12,17 +12,22 @@ if TYPE_CHECKING:
     from flatcal_dist.calibration.confidence.of_logits import Tuning
     from flatcal_dist.calibration.softmax import ImageScores
 
-# probabilities: logits up to a constant of each image, so logarithms of probabilities will do.
-# logits: their own level too. features: of the images and of training images. passes: several,
-# with dropout. networks: several. A score of another kind, such as a head that was fitted, adds a
-# word here, a field to Evidence, and what fills the field to `predicting`.
+# What a score needs:
+#     probabilities   logits up to a constant per image; logarithms of probabilities will do
+#     logits          logits with the level that the network gives them
+#     features        features of the images and of training images
+#     passes          several passes with dropout
+#     networks        several networks
+# A score of another kind, such as a fitted head, needs a word here, a field in Evidence, and code
+# in `evaluation.predicting` that fills the field.
 Need = Literal["probabilities", "logits", "features", "passes", "networks"]
 OF_LOGITS: tuple[Need, ...] = ("probabilities", "logits")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Training images, to which others are compared: features [M, D] and labels int [M]."""
+    """Training images to which other images are compared: features [M, D] and labels int [M]."""
 
     features: FloatArray
     labels: IntArray
@@ -30,12 +35,17 @@ class Reference:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of N images; a field that no score asked for is None.
+    """What is known about N images. A field is None if no score asked for it.
 
-    logits [N, K], with what `images` tells of them and what was tuned on images that are not
-    judged. features [N, D] with the class predicted for each image [N] and the training images to
-    compare with. passes: logits [T, N, K] of T passes with dropout. networks: logits [M, N, K] of
-    M networks.
+    Args:
+        logits: The logits [N, K].
+        images: What a softmax says about these logits.
+        tuning: What was tuned on images that are not judged.
+        features: The features of the images [N, D].
+        prediction: The predicted class of each image [N].
+        reference: The training images to compare with.
+        passes: The logits of T passes with dropout [T, N, K].
+        networks: The logits of M networks [M, N, K].
     """
 
     logits: np.ndarray | None = None
@@ -48,20 +58,27 @@ class Evidence:
     networks: FloatArray | None = None
 
 
+def given(part: T | None) -> T:
+    """Return a part of the evidence. ValueError if it is missing."""
+    if part is None:
+        raise ValueError("the evidence lacks what this confidence score is computed from")
+    return part
+
+
 @dataclass(frozen=True)
 class Score:
-    """A score that ranks images by confidence: one value for each image, higher is surer.
+    """A score that ranks images by confidence. Higher values mean more confident.
 
-    Scores of logits are in every report, one of `networks` where there are several networks; all
-    others are computed where `evaluate.confidence` names them.
+    Every report holds the scores of logits. Scores that need several networks are computed for an
+    ensemble. All other scores are computed if `evaluate.confidence` names them.
 
     Args:
-        key: its name in records, metrics.json and the configuration.
-        name: its name on a page.
-        meaning: what it is, in a few words.
-        source: who proposed it, and where.
-        needs: what it is computed from.
-        compute: gives the values [N]; the fields of the evidence that it needs are there.
+        key: The name in records, metrics.json and the configuration.
+        name: The name on a page.
+        meaning: What the score is, in a few words.
+        source: Who proposed it, and where.
+        needs: What it is computed from.
+        compute: Computes the values [N] from the evidence.
     """
 
     key: str
@@ -73,5 +90,5 @@ class Score:
 
     @property
     def of_logits(self) -> bool:
-        """Whether logits are all that it needs."""
+        """Whether the score needs logits only."""
         return self.needs in OF_LOGITS

@@ -1,4 +1,4 @@
-"""The list of all scores of confidence, from which records, report and pages follow."""
+"""The list of all scores of confidence. Records, report and pages follow from it."""
 
 from collections.abc import Iterable
 
@@ -12,21 +12,21 @@ ON_REQUEST = tuple(s.key for s in SCORES if s.needs in ("features", "passes"))
 
 
 def requested(keys: Iterable[str]) -> tuple[Score, ...]:
-    """The scores that `evaluate.confidence` may name, in the order of the list.
+    """Return the scores that `evaluate.confidence` names, in the order of the list.
 
-    ValueError for a name that is not among them, and for one that needs no request.
+    ValueError for an unknown name, and for a score that needs no request.
     """
     wanted = list(keys)
     for key in wanted:
         if key in ON_REQUEST:
             continue
-        known = f"those to ask for are {', '.join(ON_REQUEST)}"
+        known = f"you can ask for {', '.join(ON_REQUEST)}"
         if key not in BY_KEY:
             raise ValueError(f"no confidence score is called {key!r}; {known}")
         if BY_KEY[key].of_logits:
-            raise ValueError(f"{key} is in every report, and needs no request; {known}")
+            raise ValueError(f"every report holds {key}, so it needs no request; {known}")
         raise ValueError(
-            f"{key} needs several networks: `flatcal evaluate RUN RUN ... --ensemble` computes it, "
-            f"and nothing else; {known}"
+            f"{key} needs several networks, and only `flatcal evaluate RUN RUN ... --ensemble` "
+            f"computes it; {known}"
         )
     return tuple(score for score in SCORES if score.key in wanted)

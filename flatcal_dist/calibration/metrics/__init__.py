@@ -1,4 +1,4 @@
-"""Calibration errors, proper scores and failure prediction: one entry for each metric."""
+"""Calibration errors, proper scores and failure prediction, with one entry for each metric."""
 
 from flatcal_dist.calibration.metrics.calibration_errors import (
     CalibrationNull,

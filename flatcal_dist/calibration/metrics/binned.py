@@ -1,13 +1,14 @@
-"""Calibration and failure prediction from sums: for every epoch, on any number of ranks.
+"""Calibration and failure prediction from sums, for every epoch and any number of ranks.
 
-What each rank knows is one float64 vector, `BinnedEvaluation.state`. Vectors of disjoint parts of
-the data add up to that of the whole, so that one all-reduce takes the place of gathering images;
-a rank that saw nothing adds zeros. Sums and the bins of ECE are exact. The rankings come from fine
-histograms of the confidence of correct and of wrong images: images in one cell count as ties, and
-how far that can be from the truth is computed and told.
+Each rank holds one float64 vector, `BinnedEvaluation.state`. The vectors of disjoint parts of the
+data add up to the vector of the whole. One all-reduce therefore replaces gathering the images, and
+a rank that saw no image adds zeros. Sums and the bins of ECE are exact. Rankings come from fine
+histograms of the confidence of correct and of wrong images. Images in one cell count as ties, and
+`BinnedFigures` tells how large the error can be.
 """
 
-from dataclasses import fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,35 +20,55 @@ from flatcal_dist.calibration.metrics.entries import METRICS, RANKS
 from flatcal_dist.calibration.metrics.entry import Sums
 from flatcal_dist.calibration.softmax import ImageScores, score_images
 
-# Cells are even in log(c / (1 - c)), which resolves confidences near 1 as finely as others.
+# Cells have equal width in log(c / (1 - c)), which resolves confidences near 1 as well as others.
 LOWEST, HIGHEST = -12.0, 100.0
 SUMS = ("images", "not_finite", "correct", "top5", "nll", "brier", "entropy", "entropy_correct")
 OF_METRICS = ("correct", "nll", "brier", "entropy", "entropy_correct")
 BIN_SUMS = ("images", "confidence", "correct")
-RUNNING = {key: metric for key, metric in METRICS.items() if metric.running is not None}
+RUNNING = {key: m.running for key, m in METRICS.items() if m.running is not None}
 BY_ORDER = tuple(key for key in RUNNING if key in RANKS)
 
-BinnedFigures = make_dataclass(
-    "BinnedFigures",
-    [("images", int), ("not_finite", int), ("top5_accuracy", float | None)]
-    + [(key, float | None) for key in RUNNING]
-    + [(f"{key}_error", float | None) for key in BY_ORDER],
-    frozen=True,
-    namespace={
-        "__doc__": """The same figures as the report's; rates are fractions, NLL and entropy nats.
+if TYPE_CHECKING:
 
-    Those of failure prediction are within `*_error` of the values of the images themselves, the
-    others exact to rounding. None where a value is undefined; all are, but the two counts, if the
-    logits of any image are not finite.
+    @dataclass(frozen=True)
+    class BinnedFigures:
+        """What a type checker sees of the figures: those that code names."""
+
+        images: int
+        not_finite: int
+        top5_accuracy: float | None
+        accuracy: float | None
+        nll: float | None
+        ece: float | None
+        auroc: float | None
+        aurc: float | None
+        auroc_error: float | None
+        aurc_error: float | None
+else:
+    BinnedFigures = make_dataclass(
+        "BinnedFigures",
+        [("images", int), ("not_finite", int), ("top5_accuracy", float | None)]
+        + [(key, float | None) for key in RUNNING]
+        + [(f"{key}_error", float | None) for key in BY_ORDER],
+        frozen=True,
+        namespace={
+            "__doc__": """The same figures as in the report. Rates are fractions; NLL and entropy
+    are in nats.
+
+    Figures of failure prediction lie within `*_error` of the values of the images themselves. All
+    others are exact to rounding. A figure is None where it is undefined. If the logits of any image
+    are not finite, all figures but the two counts are undefined.
     """
-    },
-)
+        },
+    )
 
 
 class BinnedEvaluation:
-    """Add batches, sum `state` over ranks, read `figures`.
+    """Evaluates a network from sums: add batches, sum `state` over ranks, call `figures`.
 
-    bins: of ECE, as in the report. cells: of the histograms of confidence.
+    Args:
+        bins: The number of bins of ECE, as in the report.
+        cells: The number of cells of the histograms of confidence.
     """
 
     def __init__(self, bins: int = 15, cells: int = 16384) -> None:
@@ -62,10 +83,10 @@ class BinnedEvaluation:
         return self.state[:a], self.state[a:b].reshape(-1, self.bins), self.state[b:].reshape(2, -1)
 
     def add(self, logits: ArrayLike, labels: ArrayLike) -> None:
-        """Add a batch: logits [n, K], labels int [n]; n may be 0.
+        """Add a batch of logits [n, K] and labels int [n]; n may be 0.
 
-        Images whose logits are NaN or infinite are counted as such and nowhere else. ValueError
-        for labels out of range and wrong shapes.
+        Images whose logits are NaN or infinite are only counted as such. ValueError for labels out
+        of range and for wrong shapes.
         """
         z, y = np.asarray(logits), np.asarray(labels)
         if z.ndim != 2 or y.shape != z.shape[:1]:
@@ -76,7 +97,7 @@ class BinnedEvaluation:
             self.add_scores(score_images(z[finite], y[finite]))
 
     def add_scores(self, images: ImageScores) -> None:
-        """Add images that are scored already."""
+        """Add images that have been scored."""
         sums, bins, histograms = self._parts()
         correct, entropy = images.correct, images.entropy
         sums += (
@@ -97,7 +118,7 @@ class BinnedEvaluation:
         return np.clip(place, 0, self.cells - 1).astype(np.int64)
 
     def figures(self) -> BinnedFigures | None:
-        """The figures of all images added; None if there are none."""
+        """Return the figures of all images that were added. None if there are none."""
         sums, bins, (right, wrong) = self._parts()
         total = dict(zip(SUMS, sums.tolist(), strict=True))
         n, broken = total["images"], total["not_finite"]
@@ -111,18 +132,20 @@ class BinnedEvaluation:
             Sums(images=n, gaps=bins[1] - bins[2], groups=groups, **sums_of)
             for groups in _groups(right[::-1], wrong[::-1])
         )
-        values = {key: metric.running(exact) for key, metric in RUNNING.items()}
+        values = {key: running(exact) for key, running in RUNNING.items()}
         errors = {}
         for key in BY_ORDER:
-            value, ends = values[key], [RUNNING[key].running(sums) for sums in extreme]
-            errors[f"{key}_error"] = None if value is None else max(abs(v - value) for v in ends)
+            value, ends = values[key], [RUNNING[key](sums) for sums in extreme]
+            errors[f"{key}_error"] = (
+                None if value is None else max(abs(v - value) for v in ends if v is not None)
+            )
         return BinnedFigures(int(n), 0, total["top5"] / n, **values, **errors)
 
 
 def _groups(
     right: FloatArray, wrong: FloatArray
 ) -> tuple[selective.TieGroups, selective.TieGroups, selective.TieGroups]:
-    """Cells as groups of ties; and within each cell all correct images first, all wrong ones first.
+    """The cells as groups of ties, with the correct images first, and with the wrong images first.
 
     Every order of the images that the cells allow lies between the last two.
     """

@@ -1,4 +1,4 @@
-"""Calibration of every class's probability, from sums that chunks and ranks can add up."""
+"""Calibration of every class's probability, from sums over parts of the data."""
 
 import numpy as np
 
@@ -8,8 +8,12 @@ from flatcal_dist.calibration.checks import FloatArray, IntArray, positive_integ
 class ClasswiseSums:
     """Count, probability and outcome per class and bin, for all entries and for large ones.
 
-    threshold: entries with p_k > threshold are also counted apart; None means 1 / classes.
-    `state` [2, 3, classes, bins] is all there is: the states of two parts of the data add up.
+    Everything is held in `state` [2, 3, classes, bins]. The states of two parts of the data add up.
+
+    Args:
+        classes: The number of classes.
+        bins: The number of right-closed bins of equal width.
+        threshold: Entries with p_k > threshold are also counted apart. Default: 1 / classes.
     """
 
     def __init__(self, classes: int, bins: int = 15, threshold: float | None = None) -> None:
@@ -21,10 +25,10 @@ class ClasswiseSums:
         self.state = np.zeros((2, 3, self.classes, self.bins))
 
     def add(self, probability: FloatArray, labels: IntArray) -> None:
-        """Count probabilities [n, K] (rows sum to 1) with labels [n]."""
+        """Count probabilities [n, K], whose rows sum to 1, with labels [n]."""
         n, classes = probability.shape
         edges = np.linspace(0.0, 1.0, self.bins + 1)
-        # Few of 1,000 probabilities are large: those are looked at one by one, and the first bin
+        # Few of 1,000 probabilities are large. These are looked at one by one, and the first bin
         # holds the rest.
         row, column = np.nonzero(probability > min(self.threshold, edges[1]))
         p, hit = probability[row, column], column == labels[row]
@@ -44,19 +48,21 @@ class ClasswiseSums:
 
     @property
     def per_class(self) -> FloatArray:
-        """Calibration error of each class's probability [K]: sum_m (n_mk / N) |gap_mk|."""
+        """The calibration error of each class's probability [K]: sum_m (n_mk / N) |gap_mk|."""
         count, p, hit = self.state[0]
         return np.abs(p - hit).sum(axis=1) / np.maximum(count.sum(axis=1), 1)
 
     @property
     def error(self) -> float:
-        """Classwise ECE: the mean over classes."""
+        """Classwise ECE, the mean over classes."""
         return float(self.per_class.mean())
 
     @property
     def thresholded_error(self) -> float | None:
-        """Classwise ECE over the entries above the threshold alone, each class weighted by its
-        own number of them; mean over the classes that have any, None if no class has.
+        """Classwise ECE over the entries above the threshold. None if there are none.
+
+        Each class is weighted by the number of such entries that it has, and the mean is over the
+        classes that have any.
         """
         count, p, hit = self.state[1]
         entries = count.sum(axis=1)

@@ -11,10 +11,12 @@ from flatcal_dist.calibration.checks import FloatArray, IntArray, confidence_and
 
 @dataclass(frozen=True)
 class IsotonicCurve:
-    """The best rising function from confidence to accuracy: values [G] at the G confidences seen.
+    """The best rising function from confidence to accuracy, at the G different confidences.
 
-    confidence rises; accuracy is the recalibrated one, constant over each pooled block; count is
-    the number of images at each confidence.
+    Args:
+        confidence: The confidences in rising order [G].
+        accuracy: The recalibrated accuracy [G], constant over each pooled block.
+        count: The number of images at each confidence [G].
     """
 
     confidence: FloatArray
@@ -24,11 +26,13 @@ class IsotonicCurve:
 
 @dataclass(frozen=True)
 class CorpDecomposition:
-    """score = miscalibration - discrimination + uncertainty, exactly.
+    """The parts of a score: score = miscalibration - discrimination + uncertainty, exactly.
 
-    score: top-label Brier score, mean (c - a)^2. miscalibration: what recalibration would save.
-    discrimination: what the recalibrated confidence saves against a constant one. uncertainty:
-    the score of the accuracy as constant confidence.
+    Args:
+        score: The top-label Brier score, the mean of (c - a)^2.
+        miscalibration: How much recalibration would lower the score.
+        discrimination: How much the recalibrated confidence lowers it against a constant one.
+        uncertainty: The score of a constant confidence that equals the accuracy.
     """
 
     score: float
@@ -38,7 +42,7 @@ class CorpDecomposition:
 
 
 def isotonic_curve(confidence: ArrayLike, correct: ArrayLike) -> IsotonicCurve:
-    """Isotonic regression of correct on confidence; equal confidences share one value."""
+    """Return the isotonic regression of correct on confidence. Equal confidences share a value."""
     c, a = confidence_and_correct(confidence, correct)
     values, inverse, count = np.unique(c, return_inverse=True, return_counts=True)
     share = np.bincount(inverse, weights=a) / count
@@ -47,7 +51,7 @@ def isotonic_curve(confidence: ArrayLike, correct: ArrayLike) -> IsotonicCurve:
 
 
 def corp_decomposition(confidence: ArrayLike, correct: ArrayLike) -> CorpDecomposition:
-    """CORP decomposition of the top-label Brier score.
+    """Return the CORP decomposition of the top-label Brier score.
 
     Source: Dimitriadis, Gneiting and Jordan, Stable reliability diagrams for probabilistic
     classifiers (PNAS 2021), equation 4.

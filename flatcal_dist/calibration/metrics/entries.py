@@ -1,7 +1,7 @@
 """All metrics, one entry each, in the order of every table.
 
-To add a metric, write its entry in the file of its group, beside the function that computes it.
-Report, bootstrap, page, CSV, schema, comparison and dashboard take it from there.
+To add a metric, write its entry in the file of its group. Report, bootstrap, page, CSV, schema,
+comparison and dashboard follow from the entry.
 """
 
 from flatcal_dist.calibration.metrics.entries_calibration import CALIBRATION_ERRORS

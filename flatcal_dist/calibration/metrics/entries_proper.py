@@ -18,7 +18,7 @@ PROPER_SCORES = (
     Metric(
         "nll", "NLL", PLAIN, "lower",
         "Negative log-likelihood of the label, nats; rewards accuracy and calibration.",
-        value=lambda e: float(e.scores.nll.mean()),
+        value=lambda e: float(e.scores.column("nll").mean()),
         statistic=Function(lambda s: s.mean("nll"), of_outcomes=False),
         source="Good, Rational decisions (JRSS B 1952)",
         limits=(0.0, None),
@@ -28,7 +28,7 @@ PROPER_SCORES = (
     Metric(
         "brier", "Brier score", PLAIN, "lower",
         "Squared error of all class probabilities, 0 to 2.",
-        value=lambda e: float(e.scores.brier.mean()),
+        value=lambda e: float(e.scores.column("brier").mean()),
         statistic=Function(lambda s: s.mean("brier"), of_outcomes=False),
         source="Brier (1950)",
         limits=(0.0, 2.0),
@@ -44,14 +44,14 @@ PROPER_SCORES = (
     ),
     Metric(
         "corp_discrimination", "CORP discrimination", PLAIN, "higher",
-        "What the recalibrated confidence saves of the answer's Brier score, against a constant.",
+        "How much the recalibrated confidence lowers the answer's Brier score, against a constant.",
         value=lambda e: e.corp.discrimination,
         source="Dimitriadis, Gneiting and Jordan (PNAS 2021)",
         listed=False,
     ),
     Metric(
         "corp_uncertainty", "CORP uncertainty", PLAIN, None,
-        "The answer's Brier score of a constant confidence, the accuracy.",
+        "The answer's Brier score if every confidence were the accuracy.",
         value=lambda e: e.corp.uncertainty,
         source="Dimitriadis, Gneiting and Jordan (PNAS 2021)",
         listed=False,
@@ -74,29 +74,29 @@ def _tied_share(e: Evaluated) -> float:
 
 ENTROPIES = (
     Metric(
-        "mean_entropy", "Entropy", PLAIN, None, "Of the predicted classes, nats.",
-        value=lambda e: float(e.scores.entropy.mean()),
+        "mean_entropy", "Entropy", PLAIN, None, "Mean entropy of the predicted classes, nats.",
+        value=lambda e: float(e.scores.column("entropy").mean()),
         statistic=Function(lambda s: s.mean("entropy"), of_outcomes=False),
         limits=(0.0, None),
         running=lambda s: s.entropy / s.images,
     ),
     Metric(
         "mean_entropy_correct", "… of correct images", PLAIN, None, "",
-        value=lambda e: _mean(e.scores.entropy[e.correct]),
+        value=lambda e: _mean(e.scores.column("entropy")[e.correct]),
         statistic=Function(lambda s: s.entropy_of(correct=True), of_outcomes=False),
         limits=(0.0, None), may_lack=True,
         running=lambda s: _share(s.entropy_correct, s.correct),
     ),
     Metric(
         "mean_entropy_wrong", "… of wrong images", PLAIN, None, "",
-        value=lambda e: _mean(e.scores.entropy[~e.correct]),
+        value=lambda e: _mean(e.scores.column("entropy")[~e.correct]),
         statistic=Function(lambda s: s.entropy_of(correct=False), of_outcomes=False),
         limits=(0.0, None), may_lack=True,
         running=lambda s: _share(s.entropy - s.entropy_correct, s.images - s.correct),
     ),
     Metric(
         "tied_images", "Tied images", PERCENT, None,
-        "Share of the images whose confidence another image has too.",
+        "Share of the images whose confidence equals that of another image.",
         value=_tied_share,
         listed=False,
     ),

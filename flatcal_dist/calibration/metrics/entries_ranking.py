@@ -1,4 +1,4 @@
-"""The entries of failure prediction: how confidence sorts right answers from wrong ones."""
+"""The entries of failure prediction: how well confidence separates right answers from wrong."""
 
 import numpy as np
 
@@ -83,7 +83,7 @@ FAILURE_PREDICTION = (
     ),
     Metric(
         "aupr_success_trapezoid", "AUPR success, trapezoids", PERCENT, "higher",
-        "As several papers print it.",
+        "AUPR success as several papers print it.",
         value=lambda e: selective.aupr_success(
             e.scores.log_confidence, e.correct, "trapezoid"
         ),
@@ -91,7 +91,7 @@ FAILURE_PREDICTION = (
     ),
     Metric(
         "eaurc_continuous", "E-AURC × 1000, continuous optimum", THOUSANDTHS, "lower",
-        "As papers print it.",
+        "E-AURC as papers print it.",
         value=lambda e: selective.eaurc(e.scores.log_confidence, e.correct, "continuous"),
         source="Geifman et al. (ICLR 2019), equation 2",
         limits=(None, None), listed=False,

@@ -1,4 +1,4 @@
-"""What one entry says of a metric; `entries` lists them, and all else follows from that list."""
+"""What an entry says about a metric. `entries` lists all metrics."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,10 +15,13 @@ from flatcal_dist.calibration.statistics.resampled import Statistic
 
 @dataclass(frozen=True)
 class Evaluated:
-    """All images with one set of scores: what a metric is a function of.
+    """All images with one set of scores. A metric is a function of it.
 
-    bins: of ECE and its relatives. classwise: by key the metrics of all probabilities, which are
-    summed up while the logits are there; empty where they were not.
+    Args:
+        scores: The scores of the images.
+        bins: The number of bins of ECE and related metrics.
+        classwise: The metrics of all probabilities, by key. They are summed up while the logits are
+            there; the mapping is empty otherwise.
     """
 
     scores: Scores
@@ -27,28 +30,38 @@ class Evaluated:
 
     @cached_property
     def confidence(self) -> FloatArray:
+        """The confidence of each image [N]."""
         return self.scores.confidence
 
     @property
     def correct(self) -> BoolArray:
+        """Which images are right [N]."""
         return self.scores.correct
 
     @cached_property
     def groups(self) -> TieGroups:
+        """The images grouped by equal confidence."""
         return tie_groups(self.scores.log_confidence, self.scores.correct)
 
     @cached_property
     def corp(self) -> CorpDecomposition:
+        """The CORP decomposition of the confidence."""
         return corp_decomposition(self.confidence, self.correct)
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What validation adds up over batches and ranks, instead of gathering images.
+    """Sums that validation adds up over batches and ranks, so that it gathers no images.
 
-    images and correct: how many; nll, brier, entropy, and entropy_correct (of correct images):
-    sums over images. gaps: sums of confidence minus correctness in the bins of ECE. groups: images
-    by cells of confidence, which count as ties.
+    Args:
+        images: The number of images.
+        correct: The number of correct images.
+        nll: The sum of the negative log-likelihood.
+        brier: The sum of the Brier score.
+        entropy: The sum of the entropy.
+        entropy_correct: The sum of the entropy of correct images.
+        gaps: The sum of confidence minus correctness in each bin of ECE.
+        groups: The images by cells of confidence. Images of one cell count as ties.
     """
 
     images: float
@@ -63,22 +76,24 @@ class Sums:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: its value and interval, what it is called, and how it is to be read.
+    """One metric: how it is computed, named and read.
 
     Args:
-        key: its name in metrics.json, in every table and, with a prefix, in W&B.
-        name: its name for readers.
-        unit: how its values are printed.
-        better: which values are better; None where neither are.
-        meaning: what it tells, for the table of the page.
-        value: its value on all images, None where undefined.
-        statistic: its value on resamples, and its interval; None: it has no interval.
-        source: the paper that defines it.
-        running: its value from sums, while training validates; None: it is not followed there.
-        limits: the least and largest value that it can have; None: no limit.
-        may_lack: whether it can be undefined.
-        compared: whether comparisons of runs test it.
-        listed: whether the page and its tables show it, or metrics.json and metrics.csv alone.
+        key: The name in metrics.json, in every table and, with a prefix, in W&B.
+        name: The name for readers.
+        unit: How values are printed.
+        better: Which values are better. None: neither high nor low ones.
+        meaning: What the metric tells, for the table of the page.
+        value: Computes the value on all images. None where it is undefined.
+        statistic: Computes the value on resamples and the interval. None: there is no interval.
+        source: The paper that defines the metric.
+        running: Computes the value from sums, in validation during training. None: validation
+            does not compute it.
+        limits: The least and the largest possible value. None: there is no limit.
+        may_lack: Whether the metric can be undefined.
+        compared: Whether comparisons of runs test it.
+        listed: Whether the page and its tables show it. If not, only metrics.json and metrics.csv
+            hold it.
     """
 
     key: str
@@ -97,6 +112,7 @@ class Metric:
 
     @property
     def arrow(self) -> str:
+        """An arrow that shows which values are better."""
         return {"higher": "↑", "lower": "↓", "zero": "→\u00a00", None: ""}[self.better]
 
     @property
@@ -106,7 +122,7 @@ class Metric:
         return words.get(self.better, f"{self.better} is better")
 
     def judge(self, difference: float) -> str:
-        """`better` or `worse`; `higher` or `lower` of what is neither."""
+        """Return `better` or `worse`, or `higher` or `lower` for a metric without a direction."""
         direction = "higher" if difference > 0 else "lower"
         if self.better not in ("higher", "lower"):
             return direction
@@ -115,11 +131,12 @@ class Metric:
 
 @dataclass(frozen=True)
 class Group:
-    """Metrics that stand together in tables, in their order."""
+    """Metrics that stand together in tables."""
 
     name: str
     metrics: tuple[Metric, ...]
 
     @property
     def listed(self) -> tuple[Metric, ...]:
+        """The metrics that the page shows."""
         return tuple(metric for metric in self.metrics if metric.listed)

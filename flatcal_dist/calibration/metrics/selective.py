@@ -1,12 +1,14 @@
-"""Selective prediction (failure prediction): how well confidence sorts correct from wrong.
+"""Selective prediction (failure prediction): how well confidence separates correct from wrong.
 
-Every function takes a score [N], higher meaning more confident, and `correct` [N] (bool or 0/1).
-Only the order of the scores counts, so any finite score will do; log-confidence is the one that
-does not saturate. Images of equal score form one group and their order never matters: what
-depends on it is its expectation over random order. `None` where a value is undefined (AUROC when
-every prediction is correct). ValueError for empty input, unequal lengths, NaN.
+Every function takes a score [N], where higher means more confident, and `correct` [N] (bool or
+0/1). Only the order of the scores counts, so that any finite score will do. The logarithm of the
+confidence is the score that does not saturate. Images of equal score form one group, and a value
+that depends on the order within a group is its expectation over random order. A value is None where
+it is undefined, such as AUROC if every prediction is correct. All functions raise ValueError for
+empty input, unequal lengths and NaN.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -19,11 +21,13 @@ from flatcal_dist.calibration.checks import FloatArray, IntArray, confidence_and
 
 @dataclass(frozen=True)
 class TieGroups:
-    """Images grouped by equal score, most confident first: how many, and how many are wrong.
+    """Images grouped by equal score, most confident first.
 
-    accepted, accepted_errors [G]: images accepted after each group, and the wrong ones of them,
-    as whole numbers in float64. A bootstrap resample is another pair over the same groups, in
-    which groups may be empty; a histogram of scores is one, too.
+    Groups can be empty, as in a resample of the bootstrap or in a histogram of scores.
+
+    Args:
+        accepted: The number of images up to each group [G], whole numbers in float64.
+        accepted_errors: The number of wrong images up to each group [G].
     """
 
     accepted: FloatArray
@@ -31,33 +35,40 @@ class TieGroups:
 
     @classmethod
     def of(cls, size: ArrayLike, errors: ArrayLike) -> "TieGroups":
-        """From the number of images and of wrong ones in each group."""
+        """Return groups from the number of images and of wrong images in each."""
         return cls(np.cumsum(size, dtype=np.float64), np.cumsum(errors, dtype=np.float64))
 
     @cached_property
     def size(self) -> FloatArray:
+        """The number of images in each group [G]."""
         return _steps(self.accepted)
 
     @cached_property
     def errors(self) -> FloatArray:
+        """The number of wrong images in each group [G]."""
         return _steps(self.accepted_errors)
 
     @cached_property
     def images(self) -> int:
+        """The number of images."""
         return int(self.accepted[-1])
 
     @cached_property
     def wrong(self) -> int:
+        """The number of wrong images."""
         return int(self.accepted_errors[-1])
 
     @property
     def right(self) -> int:
+        """The number of correct images."""
         return self.images - self.wrong
 
     @cached_property
     def aurc(self) -> float:
-        """In a group of m images, g wrong, after N images, E wrong, the expected sum of risks is
-        sum_j (E + j g/m)/(N + j) = g + (H_{N+m} - H_N)(E - N g/m).
+        """AURC in expectation over the order within groups.
+
+        For a group of m images, g of them wrong, that follows N images, E of them wrong, the
+        expected sum of risks is sum_j (E + j g/m)/(N + j) = g + (H_{N+m} - H_N)(E - N g/m).
         """
         if len(self.size) == self.images and (self.size == 1).all():
             return float((self.accepted_errors / self.accepted).mean())
@@ -69,7 +80,7 @@ class TieGroups:
 
 
 def tie_groups(confidence: ArrayLike, correct: ArrayLike) -> TieGroups:
-    """Sort by falling score and gather equal scores."""
+    """Return the images sorted by falling score and grouped by equal score."""
     c, a = confidence_and_correct(confidence, correct, probability=False)
     order, starts = tie_order(c)
     ends = np.append(starts[1:], len(c)) - 1
@@ -77,7 +88,7 @@ def tie_groups(confidence: ArrayLike, correct: ArrayLike) -> TieGroups:
 
 
 def tie_order(confidence: FloatArray) -> tuple[IntArray, IntArray]:
-    """Order by falling score, and where in that order each group of equal scores starts."""
+    """Return the order by falling score, and where each group of equal scores starts in it."""
     order = np.argsort(-confidence, kind="stable")
     sorted_scores = confidence[order]
     return order, np.flatnonzero(np.append(True, sorted_scores[1:] != sorted_scores[:-1]))
@@ -97,20 +108,23 @@ def _steps(running: FloatArray) -> FloatArray:
 
 
 def groups_aurc(groups: TieGroups) -> float:
+    """Return AURC, see `aurc`."""
     return groups.aurc
 
 
 def optimal_aurc(images: int, wrong: int) -> float:
-    """AURC when every correct image stands before every wrong one."""
+    """Return the AURC of an order in which every correct image stands before every wrong one."""
     right = images - wrong
     return float((wrong - right * (_harmonic(images)[images] - _harmonic(images)[right])) / images)
 
 
 def groups_eaurc(groups: TieGroups) -> float:
+    """Return E-AURC with the exact optimum, see `eaurc`."""
     return groups.aurc - optimal_aurc(groups.images, groups.wrong)
 
 
 def groups_naurc(groups: TieGroups) -> float | None:
+    """Return NAURC, see `naurc`."""
     best = optimal_aurc(groups.images, groups.wrong)
     chance = groups.wrong / groups.images
     if groups.wrong == 0 or groups.right == 0:
@@ -119,11 +133,13 @@ def groups_naurc(groups: TieGroups) -> float | None:
 
 
 def groups_augrc(groups: TieGroups) -> float:
+    """Return AUGRC, see `augrc`."""
     area = groups.size @ (2 * groups.accepted_errors - groups.errors) / 2
     return float(area / groups.images**2)
 
 
 def groups_auroc(groups: TieGroups) -> float | None:
+    """Return AUROC, see `auroc`."""
     wrong, right = groups.wrong, groups.right
     if wrong == 0 or right == 0:
         return None
@@ -132,6 +148,7 @@ def groups_auroc(groups: TieGroups) -> float | None:
 
 
 def groups_fpr_at_95_tpr(groups: TieGroups) -> float | None:
+    """Return FPR at 95 % TPR, see `fpr_at_95_tpr`."""
     if groups.wrong == 0 or groups.right == 0:
         return None
     # In whole numbers, so that a rate of exactly 95 % is not lost to rounding.
@@ -140,12 +157,12 @@ def groups_fpr_at_95_tpr(groups: TieGroups) -> float | None:
 
 
 def _found_success(groups: TieGroups) -> tuple[FloatArray, FloatArray]:
-    """Correct images found and images seen, from the surest on."""
+    """Correct images found and images seen, beginning with the most confident group."""
     return groups.accepted - groups.accepted_errors, groups.accepted
 
 
 def _found_error(groups: TieGroups) -> tuple[FloatArray, FloatArray]:
-    """Wrong images found and images seen, from the least sure on."""
+    """Wrong images found and images seen, beginning with the least confident group."""
     found = groups.wrong - groups.accepted_errors + groups.errors
     seen = groups.images - groups.accepted + groups.size
     return found[::-1], seen[::-1]
@@ -166,15 +183,17 @@ def _trapezoid_precision(found: FloatArray, seen: FloatArray) -> float | None:
 
 
 def groups_aupr_success(groups: TieGroups) -> float | None:
+    """Return the average precision of correct images, see `aupr_success`."""
     return _average_precision(*_found_success(groups))
 
 
 def groups_aupr_error(groups: TieGroups) -> float | None:
+    """Return the average precision of wrong images, see `aupr_error`."""
     return _average_precision(*_found_error(groups))
 
 
 def groups_risk_at_coverage(groups: TieGroups, coverage: float) -> float:
-    """Risk of the ceil(coverage N) most confident images, in expectation over ties."""
+    """Return the risk at a coverage, see `risk_at_coverage`."""
     k = max(1, int(np.ceil(coverage * groups.images - 1e-9)))
     g = int(np.searchsorted(groups.accepted, k))
     missing = groups.accepted[g] - k
@@ -183,7 +202,7 @@ def groups_risk_at_coverage(groups: TieGroups, coverage: float) -> float:
 
 
 def groups_coverage_at_risk(groups: TieGroups, risk: float) -> float:
-    """Largest coverage that a threshold can give at no more than this risk; 0.0 if none can."""
+    """Return the coverage at a risk, see `coverage_at_risk`."""
     allowed = (groups.accepted_errors <= (risk + 1e-12) * groups.accepted) & (groups.accepted > 0)
     if not allowed.any():
         return 0.0
@@ -191,10 +210,10 @@ def groups_coverage_at_risk(groups: TieGroups, risk: float) -> float:
 
 
 def aurc(confidence: ArrayLike, correct: ArrayLike) -> float:
-    """AURC = 1/N sum_k r_k, r_k the share of wrong ones among the k most confident images.
+    """Return AURC = 1/N sum_k r_k, with the share r_k of wrong among the k most confident images.
 
-    In [0, 1], lower is better; papers print it times 1,000. Source: Geifman et al., Bias-Reduced
-    Uncertainty Estimation (ICLR 2019), section 3.
+    It lies in [0, 1], and lower is better. Papers print it times 1,000. Source: Geifman et al.,
+    Bias-Reduced Uncertainty Estimation (ICLR 2019), section 3.
     """
     return groups_aurc(tie_groups(confidence, correct))
 
@@ -204,10 +223,15 @@ def eaurc(
     correct: ArrayLike,
     optimum: Literal["exact", "continuous"] = "exact",
 ) -> float:
-    """E-AURC = AURC minus that of an oracle that ranks every wrong image last.
+    """Return E-AURC: AURC minus the AURC of an oracle that ranks every wrong image last.
 
-    optimum: "exact" for N images, or "continuous", err + (1 - err) log(1 - err), as papers print
-    it. Source: Geifman et al. (ICLR 2019), equation 2.
+    Source: Geifman et al. (ICLR 2019), equation 2.
+
+    Args:
+        confidence: The score of each image [N]; higher means more confident.
+        correct: Which images are right [N], bool or 0/1.
+        optimum: How the AURC of the oracle is computed. exact: for N images. continuous: by
+            err + (1 - err) log(1 - err), as papers print it.
     """
     groups = tie_groups(confidence, correct)
     if optimum == "exact":
@@ -220,33 +244,40 @@ def eaurc(
 
 
 def naurc(confidence: ArrayLike, correct: ArrayLike) -> float | None:
-    """NAURC = (AURC - AURC*) / (err - AURC*): 0 for the oracle, 1 for a random order; None if all
-    are correct or all wrong. Compares networks of unlike accuracy. AURC* is the exact optimum.
-    Source: Cattelan and Silva, How to Fix a Broken Confidence Estimator (UAI 2024), equation 9.
+    """Return NAURC = (AURC - AURC*) / (err - AURC*), with the exact optimum AURC*.
+
+    It is 0 for the oracle and 1 for a random order, and it compares networks of unlike accuracy. It
+    is None if all images are correct, or all wrong. Source: Cattelan and Silva, How to Fix a Broken
+    Confidence Estimator (UAI 2024), equation 9.
     """
     return groups_naurc(tie_groups(confidence, correct))
 
 
 def augrc(confidence: ArrayLike, correct: ArrayLike) -> float:
-    """AUGRC: area under (coverage, share of all images that are accepted and wrong), trapezoidal.
+    """Return AUGRC, the mean over coverages of the share of all images that are accepted and wrong.
 
-    Equals (1 - AUROC) acc err + err^2 / 2, ties included. Source: Traub et al., Overcoming Common
-    Flaws in the Evaluation of Selective Classification Systems (NeurIPS 2024), section 4.
+    It is an area by trapezoids, and equals (1 - AUROC) acc err + err^2 / 2, ties included. Source:
+    Traub et al., Overcoming Common Flaws in the Evaluation of Selective Classification Systems
+    (NeurIPS 2024), section 4.
     """
     return groups_augrc(tie_groups(confidence, correct))
 
 
 def auroc(confidence: ArrayLike, correct: ArrayLike) -> float | None:
-    """Probability that a correct image outranks a wrong one, ties counting half; None if all are
-    correct or all wrong. Source: Hendrycks and Gimpel (ICLR 2017), section 2.
+    """Return AUROC, the probability that a correct image outranks a wrong one.
+
+    Ties count half. It is None if all images are correct, or all wrong. Source: Hendrycks and
+    Gimpel (ICLR 2017), section 2.
     """
     return groups_auroc(tie_groups(confidence, correct))
 
 
 def fpr_at_95_tpr(confidence: ArrayLike, correct: ArrayLike) -> float | None:
-    """Least share of wrong images accepted by a threshold that accepts >= 95 % of correct ones.
+    """Return the least share of wrong images that pass a threshold which 95 % of correct ones pass.
 
-    Thresholds stand between tie groups and none is dropped. None if all are correct or all wrong.
+    Thresholds lie between groups of ties, and all of them are tried. It is None if all images are
+    correct, or all wrong. Source: Liang et al., Enhancing the reliability of out-of-distribution
+    image detection in neural networks (ICLR 2018), section 4.
     """
     return groups_fpr_at_95_tpr(tie_groups(confidence, correct))
 
@@ -256,10 +287,18 @@ def aupr_success(
     correct: ArrayLike,
     method: Literal["average_precision", "trapezoid"] = "average_precision",
 ) -> float | None:
-    """Area under precision-recall, correct being positive; None if all are wrong.
+    """Return the area under the precision-recall curve for finding correct images.
 
-    "average_precision" is the step sum (no optimistic interpolation); "trapezoid" what several
-    failure-prediction papers print. Source: Hendrycks and Gimpel (ICLR 2017), section 2.
+    Source: Hendrycks and Gimpel (ICLR 2017), section 2.
+
+    Args:
+        confidence: The score of each image [N]; higher means more confident.
+        correct: Which images are right [N], bool or 0/1.
+        method: How the area is computed. average_precision: a sum of steps, without optimistic
+            interpolation. trapezoid: as several papers on failure prediction print it.
+
+    Returns:
+        The area. None if all images are wrong.
     """
     groups = tie_groups(confidence, correct)
     return _area(method)(*_found_success(groups))
@@ -270,14 +309,23 @@ def aupr_error(
     correct: ArrayLike,
     method: Literal["average_precision", "trapezoid"] = "average_precision",
 ) -> float | None:
-    """Area under precision-recall, wrong being positive and low scores first; None if all are
-    correct. Options as in `aupr_success`.
+    """Return the area under the precision-recall curve for finding wrong images, low scores first.
+
+    Source: Hendrycks and Gimpel (ICLR 2017), section 2.
+
+    Args:
+        confidence: The score of each image [N]; higher means more confident.
+        correct: Which images are right [N], bool or 0/1.
+        method: How the area is computed, see `aupr_success`.
+
+    Returns:
+        The area. None if all images are correct.
     """
     groups = tie_groups(confidence, correct)
     return _area(method)(*_found_error(groups))
 
 
-def _area(method: str):
+def _area(method: str) -> Callable[[FloatArray, FloatArray], float | None]:
     areas = {"average_precision": _average_precision, "trapezoid": _trapezoid_precision}
     if method not in areas:
         raise ValueError(f"method must be one of {sorted(areas)}, got {method!r}")
@@ -285,30 +333,54 @@ def _area(method: str):
 
 
 def risk_coverage_curve(confidence: ArrayLike, correct: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """Coverage and risk [G] at every threshold, rising in coverage and ending at coverage 1.
+    """Return coverage [G] and risk [G] at every threshold, from the least coverage to coverage 1.
 
-    One point per group of equal scores: only whole groups can be accepted.
+    There is one point per group of equal scores, because a threshold accepts whole groups only.
     """
     groups = tie_groups(confidence, correct)
     return groups.accepted / groups.images, groups.accepted_errors / groups.accepted
 
 
 def risk_at_coverage(confidence: ArrayLike, correct: ArrayLike, coverage: float) -> float:
-    """Risk of the ceil(coverage N) most confident images, in expectation over ties."""
+    """Return the risk of the ceil(coverage N) most confident images, in expectation over ties.
+
+    Args:
+        confidence: The score of each image [N]; higher means more confident.
+        correct: Which images are right [N], bool or 0/1.
+        coverage: The share of the images that is answered, in (0, 1].
+    """
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage must lie in (0, 1], got {coverage}")
     return groups_risk_at_coverage(tie_groups(confidence, correct), coverage)
 
 
 def coverage_at_risk(confidence: ArrayLike, correct: ArrayLike, risk: float) -> float:
-    """Largest coverage that a threshold can give at no more than this risk; 0.0 if none can."""
+    """Return the largest coverage of a threshold whose risk does not exceed `risk`.
+
+    Args:
+        confidence: The score of each image [N]; higher means more confident.
+        correct: Which images are right [N], bool or 0/1.
+        risk: The largest share of wrong answers, in [0, 1].
+
+    Returns:
+        The coverage. 0.0 if no threshold has so low a risk.
+    """
     if not 0 <= risk <= 1:
         raise ValueError(f"risk must lie in [0, 1], got {risk}")
     return groups_coverage_at_risk(tie_groups(confidence, correct), risk)
 
 
 def threshold_at_risk(confidence: ArrayLike, correct: ArrayLike, risk: float) -> float | None:
-    """The score from which images are answered at `coverage_at_risk`; None if none are."""
+    """Return the least score that is answered at `coverage_at_risk`.
+
+    Args:
+        confidence: The score of each image [N]; higher means more confident.
+        correct: Which images are right [N], bool or 0/1.
+        risk: The largest share of wrong answers, in [0, 1].
+
+    Returns:
+        The score. None if no image is answered.
+    """
     score, _ = confidence_and_correct(confidence, correct, probability=False)
     accepted = round(coverage_at_risk(confidence, correct, risk) * len(score))
     return float(np.sort(score)[-accepted]) if accepted else None

@@ -1,9 +1,9 @@
 """Smooth calibration error as the authors' package relplot computes it.
 
-It is here so that values compare with published ones. It differs from the definition in `smooth`:
-images at exactly 0 or 1 have no mirror image, so that they count half (a network whose confidences
-saturate gets another value); the kernel ends half a unit from its centre; and the fixed point is
-searched by ten bisections from 1, to one part in a thousand.
+It allows to compare values with published ones. It differs from the definition in `smooth` in three
+ways. Images at exactly 0 or 1 have no mirror image and count half, which changes the value of a
+network whose confidences saturate. The kernel ends half a unit from its centre. Ten bisections from
+1 find the fixed point, to one part in a thousand.
 """
 
 import numpy as np
@@ -14,7 +14,8 @@ from flatcal_dist.calibration.checks import BoolArray, FloatArray, confidence_an
 
 
 def smooth_calibration_error_relplot(confidence: ArrayLike, correct: ArrayLike) -> float:
-    """smECE [0, 1] as in relplot 1.0.3 (Apple, 2025), the code of Blasiok and Nakkiran (ICLR 2024).
+    """Return smECE in [0, 1] as in relplot 1.0.3 (Apple, 2025), the code of Blasiok and Nakkiran
+    (ICLR 2024).
 
     Raises ValueError for empty input, unequal lengths, and confidences outside [0, 1].
     """
@@ -27,7 +28,13 @@ def smooth_calibration_error_relplot(confidence: ArrayLike, correct: ArrayLike) 
 
 
 def relplot_error_at(c: FloatArray, a: BoolArray, width: float) -> float:
-    """relplot's smECE_sigma at one kernel width."""
+    """Return relplot's smECE_sigma at one kernel width.
+
+    Args:
+        c: The confidences [N].
+        a: Which images are right [N].
+        width: The kernel width sigma.
+    """
     cells = int(max(1000, 10 / width))
     place = c * cells
     left = np.minimum(place.astype(np.int64), cells - 1)
@@ -37,7 +44,7 @@ def relplot_error_at(c: FloatArray, a: BoolArray, width: float) -> float:
         grid += np.bincount(left, weights=(1 - share) * weight, minlength=cells + 1)
         grid += np.bincount(left + 1, weights=share * weight, minlength=cells + 1)
     kernel = np.exp(-0.5 * (np.arange(-(cells // 2), cells // 2 + 1) / cells / width) ** 2)
-    # The end nodes are not repeated: what lies exactly there has no mirror image.
+    # The end nodes are not repeated, so that images exactly there have no mirror image.
     mirrored = np.concatenate([grids[:, :0:-1], grids, grids[:, -2::-1]], axis=1)
     size = next_fast_len(mirrored.shape[1] + len(kernel), real=True)
     smooth = irfft(rfft(mirrored, size) * rfft(kernel, size), size)

@@ -1,7 +1,7 @@
-"""Drawing without pyplot and without touching matplotlib's settings; SVG made fit for a page."""
+"""Drawing without pyplot and without a change of matplotlib's settings, and SVG for pages."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -16,6 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
+from flatcal_dist.calibration.checks import FloatArray
 from flatcal_dist.calibration.pages.palette import PALETTE, SERIES, light
 from flatcal_dist.calibration.report.model import Side
 from flatcal_dist.files import write_atomically
@@ -67,10 +68,17 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of an overlay: its side of `metrics.json`, its name, colour, dashes and marker.
+    """One line of an overlay, with its name, colour, dashes and marker.
 
-    Lines of one series (the seeds of a method) share all but the numbers; only the first is named.
-    Colour is never alone: series differ in marker, and in dashes where colours come round again.
+    Lines of one series, such as the seeds of a method, share all of these, and only the first line
+    is named. Series never differ by colour alone: they differ in marker, and in dashes where
+    colours repeat.
+
+    Args:
+        name: The name.
+        side: The figures that are drawn.
+        series: The number of the series.
+        named: Whether the legend names the line.
     """
 
     name: str
@@ -80,26 +88,37 @@ class Curve:
 
     @property
     def label(self) -> str:
-        """The name as matplotlib prints it: no mathematics, no hiding of a leading underscore."""
+        """The name for matplotlib, so that `$` and a leading underscore have no meaning."""
         return "\u200b" + self.name.replace("$", r"\$") if self.named else "_"
 
     @property
     def colour(self) -> str:
+        """The colour of the line."""
         return light(SERIES[self.series % len(SERIES)])
 
     @property
     def marker(self) -> str:
+        """The marker of the line."""
         return MARKERS[self.series % len(MARKERS)]
 
     @property
     def dashes(self) -> Any:
+        """The line style, in one of the forms that matplotlib takes."""
         return DASHES[self.series // len(SERIES) % len(DASHES)]
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> str:
-    """Write folder/name.png, .svg and .pdf, each whole or not at all; return the SVG text."""
+    """Write folder/name.png, .svg and .pdf, and return the text of the SVG.
+
+    Each file appears whole or not at all.
+
+    Args:
+        figure: The figure.
+        folder: The folder, which is made if it is missing.
+        name: The name of the files without a suffix.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    # Laid out once, by savefig, which draws twice for it; the other formats take the same layout.
+    # savefig lays the figure out, and draws twice for it. The other formats use the same layout.
     formats = {
         ".png": lambda file: figure.savefig(file, metadata={"Software": None}),
         ".svg": lambda file: FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None}),
@@ -115,7 +134,14 @@ def save_figure(figure: Figure, folder: Path, name: str) -> str:
 
 
 def inline_svg(svg: str, name: str, title: str, description: str) -> str:
-    """The SVG for a page: theme colours, ids of its own, a title, no outside references."""
+    """Return an SVG for a page: in theme colours, with unique ids and without outside references.
+
+    Args:
+        svg: The text that matplotlib wrote.
+        name: What its ids begin with.
+        title: The title, for readers who do not see the figure.
+        description: The description, for the same readers.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s(xmlns(:\w+)?|version|width|height)="[^"]*"', "", svg, count=5)
@@ -125,7 +151,7 @@ def inline_svg(svg: str, name: str, title: str, description: str) -> str:
     svg = svg.replace("url(#", f"url(#{name}-")
     for key, colour in PALETTE.items():
         svg = svg.replace(colour.light, f"var(--{key})")
-    # Text takes the page's typeface; sizes and anchors stay.
+    # Text has the typeface of the page. Sizes and anchors stay.
     svg = re.sub(r"(font: [^;\"]*?[\d.]+px) [^;\"]*", r"\1 var(--sans)", svg)
     labelled = f'<svg role="img" aria-labelledby="{name}-title {name}-description"'
     text = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-description">'
@@ -135,18 +161,30 @@ def inline_svg(svg: str, name: str, title: str, description: str) -> str:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Settings of our own, from matplotlib's defaults and not from the user's file."""
+    """Apply the style of this package to matplotlib's defaults, and not to the user's settings."""
     defaults = {k: v for k, v in mpl.rcParamsDefault.items() if not k.startswith("backend")}
-    with mpl.rc_context({**defaults, **STYLE}):
+    settings: dict[Any, Any] = {**defaults, **STYLE}  # newer matplotlib lists all keys in its types
+    with mpl.rc_context(settings):
         yield
 
 
 def faded_line(
-    axes: Axes, x: list[float], y: list[float], strength: list[float], **style: Any
+    axes: Axes,
+    x: Sequence[float] | FloatArray,
+    y: Sequence[float] | FloatArray,
+    strength: Sequence[float],
+    **style: Any,
 ) -> None:
-    """A line through x, y whose opacity follows `strength`, 0 to 1 at each point.
+    """Draw a line whose opacity varies.
 
-    Stretches of about one strength are one path, so that dashes and round ends stay whole.
+    Stretches of about equal strength are one path, so that dashes and round ends stay whole.
+
+    Args:
+        axes: Where the line is drawn.
+        x: The x coordinates [P].
+        y: The y coordinates [P].
+        strength: The opacity at each point [P], 0 to 1.
+        **style: What `Axes.plot` takes.
     """
     steps = [round(FADES * min(1.0, s)) for s in strength]
     start = 0
@@ -159,7 +197,13 @@ def faded_line(
 
 
 def percent_axes(axes: Axes, *, x: bool = True, y: bool = True) -> None:
-    """Print shares as per cent; a confidence axis has a tick every 20 %."""
+    """Print the shares on the axes in per cent. An axis from 0 to 1 has a tick every 20 %.
+
+    Args:
+        axes: The axes.
+        x: Whether the x axis shows shares.
+        y: Whether the y axis shows shares.
+    """
     if x:
         axes.xaxis.set_major_formatter(PERCENT)
         if tuple(axes.get_xlim()) == (0, 1):

@@ -15,7 +15,7 @@ from flatcal_dist.calibration.pages.palette import PALETTE
 
 
 def render(template: str, **values: Any) -> str:
-    """Render templates/<template> into one self-contained page."""
+    """Render templates/<template> into a page that needs no other file."""
     environment = Environment(
         loader=PackageLoader("flatcal_dist.calibration", "templates"),
         autoescape=select_autoescape(default=True, default_for_string=True),
@@ -44,9 +44,16 @@ def render(template: str, **values: Any) -> str:
 
 
 def figure(drawn: Figure, folder: Path, name: str, title: str, description: str) -> Markup:
-    """Save a figure as folder/name.png, .svg and .pdf; return it for the page.
+    """Save a figure as folder/name.png, .svg and .pdf, and return it for the page.
 
-    It has an alternative text. Its texts were escaped when the SVG was made: it is safe as it is.
+    Texts in the SVG are escaped, so that it is safe as it is.
+
+    Args:
+        drawn: The figure.
+        folder: The folder of the figures.
+        name: The name of the files without a suffix.
+        title: The title, for readers who do not see the figure.
+        description: The description, for the same readers.
     """
     svg = drawing.save_figure(drawn, folder, name)
     return Markup(drawing.inline_svg(svg, f"figure-{name.replace('_', '-')}", title, description))

@@ -1,8 +1,9 @@
 """The colours of figures and pages, in a light and a dark theme.
 
-Figures are drawn in the light colours; a page replaces each by its CSS variable, so that inlined
-figures follow the theme. The hues are those of Okabe and Ito, Color Universal Design (2008),
-lightened for the dark theme. Every light colour must be unique: it stands for its name.
+Figures are drawn in the light colours. A page replaces each light colour by its CSS variable, so
+that figures on the page follow the theme. The hues are those of Okabe and Ito, Color Universal
+Design (2008), lightened for the dark theme. Every light colour must be unique, because it stands
+for its name.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Colour:
+    """A colour in both themes, as `#rrggbb`."""
+
     light: str
     dark: str
 
@@ -27,7 +30,7 @@ PALETTE = {
     "amber": Colour("#b97d00", "#e6b450"),
     "sky": Colour("#3a9bd0", "#8accf2"),
 }
-STEPS = 6  # of each heat scale, beside the paper that stands for nothing
+STEPS = 6  # the steps of a heat scale, beside the paper, which stands for nothing
 
 
 def _mix(share: float, low: str, high: str) -> str:
@@ -36,7 +39,7 @@ def _mix(share: float, low: str, high: str) -> str:
 
 
 def _heat(name: str) -> dict[str, Colour]:
-    """Steps from the paper towards a colour, ending where text on them can still be read."""
+    """Steps from the paper towards a colour. Text can be read on all of them."""
     paper, full = PALETTE["paper"], PALETTE[name]
     return {
         f"{name}-{step}": Colour(
@@ -52,20 +55,20 @@ SERIES = ("blue", "vermillion", "green", "purple", "amber", "sky")
 
 
 def light(name: str) -> str:
-    """The colour a figure is drawn in."""
+    """Return the colour of this name in which figures are drawn."""
     return PALETTE[name].light
 
 
 def heat(share: float, name: str) -> str:
-    """The name of the colour of a share of 0 to 1 on the heat scale `vermillion` or `blue`."""
+    """Return the colour of a share of 0 to 1 on the heat scale `vermillion` or `blue`."""
     step = min(STEPS, max(0, round(STEPS * share)))
     return f"{name}-{step}" if step else "paper"
 
 
 def text_on(name: str) -> str:
-    """The name of the colour, `ink` or `paper`, in which text on this one is read best.
+    """Return the colour, `ink` or `paper`, in which text on this colour can be read best.
 
-    It is the one whose contrast is higher in that theme where it is lower.
+    The two are compared by the contrast in the theme where it is lower.
     """
     ground = PALETTE[name]
 
@@ -77,7 +80,7 @@ def text_on(name: str) -> str:
 
 
 def contrast(one: str, other: str) -> float:
-    """The contrast of two colours `#rrggbb`, 1 to 21. Source: WCAG 2.2, section 1.4.3."""
+    """Return the contrast of two colours, 1 to 21. Source: WCAG 2.2, section 1.4.3."""
     high, low = sorted((_luminance(one), _luminance(other)), reverse=True)
     return (high + 0.05) / (low + 0.05)
 

@@ -1,1 +1,1 @@
-"""What is kept of every evaluated image, and tables from elsewhere that become the same."""
+"""The records of evaluated images, and the import of files of logits from elsewhere."""

@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 def read_class_names(path: Path) -> list[str]:
-    """The names of K classes.
+    """Read the names of K classes.
 
-    A line each, if need be with the number before the name; or JSON: a list of names, or an object
-    from number to name or to [WordNet id, name], as Keras' imagenet_class_index.json. Raises
-    ValueError for anything else.
+    A text file has one name per line, and may have the number before the name. A JSON file holds a
+    list of names, or an object from number to name or to [WordNet id, name], as in Keras'
+    imagenet_class_index.json. ValueError for anything else.
     """
     path = Path(path)
     try:
@@ -22,8 +22,8 @@ def read_class_names(path: Path) -> list[str]:
         raise ValueError(f"{path} holds no names of classes: {error}") from None
     if len(names) < 2 or any(not name or len(name) > 500 for name in names):
         raise ValueError(
-            f"{path} holds no names of classes: expected a name for each class, one a line in the "
-            f"order of the classes' numbers, and found {len(names)} of them, or an empty one"
+            f"{path} holds no names of classes: expected one name per line, in the order of the "
+            f"classes' numbers, and found {len(names)} of them, or an empty one"
         )
     return names
 

@@ -1,12 +1,13 @@
-"""What columns mean, by their names: labels, ids, and the scores of the classes.
+"""The meaning of columns, by their names: labels, ids, and the scores of the classes.
 
-Names are compared without case, with any of . - and space as _, and without the name of a split
-(test_logits, labels_val). Earlier words of a list have the right of way. Understood are
+Case does not matter, and . - and space count as _. The name of a split may stand before or after a
+name (test_logits, labels_val). If several names of a list occur, the first one counts. These names
+are understood:
 
     labels          label, labels, target, targets; y_true, gt, ground_truth, class_id, ..., y
     ids             id, ids; image_id, image_path, filename, path, key, ...
     scores          logits; probabilities, probs, softmax, y_prob, ...; log_probs, log_softmax;
-                    of a kind that the name leaves open: scores, y_score, outputs, arr_0
+                    names that leave the kind open: scores, y_score, outputs, arr_0
     one class each  logit_0, prob_0, p0, class_0, 0; counted from 1: prob_1 to prob_K;
                     prob_cat, prob_dog
 """
@@ -47,7 +48,7 @@ OPEN = (
 KINDS = {"logits": LOGITS, "log-probabilities": LOG_PROBABILITIES, "probabilities": PROBABILITIES}
 CLASS_NAMES = ("class_names", "classes", "categories", "label_names")
 SPLITS = "train|test|val|valid|validation|eval|evaluation|dev"
-# After such a word stands no class: prob_max is a figure of the whole row.
+# These words name no class: prob_max is a figure of the whole row.
 FIGURES = {
     "max", "min", "mean", "std", "sum", "top1", "top_1", "top5", "top_5", "true", "label", "pred",
     "predicted", "correct", "target", "gt", "margin", "entropy", "y", "loss",
@@ -58,9 +59,12 @@ FIGURES = {
 class Found:
     """Where the scores are.
 
-    names: one array [N, K] or one column of a binary classifier, or a column per class. kind: one
-    of KINDS, None where the names leave it open. classes: their names where columns tell them.
-    first: number that the first column bears, 0 or 1; None for a whole array.
+    Args:
+        names: The name of one array [N, K] or of one column of a binary classifier, or the names of
+            a column per class.
+        kind: One of KINDS. None if the names leave it open.
+        classes: The names of the classes, if columns tell them.
+        first: The number of the first column, 0 or 1. None for a whole array.
     """
 
     names: list[str]
@@ -70,13 +74,13 @@ class Found:
 
 
 def plain(name: str) -> str:
-    """`testLogits` and `Test.Logits` as test_logits."""
+    """Return `testLogits` and `Test.Logits` as test_logits."""
     cut = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())
     return re.sub(r"[\s.\-/:\[\](){}_]+", "_", cut).strip("_").lower()
 
 
 def split_of(name: str) -> tuple[str, str | None]:
-    """`test_logits` and `logits_test` as (logits, test)."""
+    """Return `test_logits` and `logits_test` as (logits, test)."""
     name = plain(name)
     before = re.fullmatch(rf"({SPLITS})_(.+)", name)
     if before:
@@ -86,7 +90,13 @@ def split_of(name: str) -> tuple[str, str | None]:
 
 
 def first_of(names: Sequence[str], tiers: Sequence[Sequence[str]], split: str | None) -> list[str]:
-    """The names of the first tier that has any; those of this split, or of none."""
+    """Return the names that are in the first tier of which any name occurs.
+
+    Args:
+        names: The names of columns.
+        tiers: The words to look for. Words of an earlier tier come first.
+        split: The split. Names of this split come before names of no split.
+    """
     for words in tiers:
         for wanted in dict.fromkeys((split, None)):
             found = [n for n in names if split_of(n) in {(word, wanted) for word in words}]
@@ -96,7 +106,10 @@ def first_of(names: Sequence[str], tiers: Sequence[Sequence[str]], split: str | 
 
 
 def find_labels(names: Sequence[str], split: str | None) -> list[str]:
-    """The column of the labels, or the columns label_0, label_1, ... of one-hot labels."""
+    """Return the column of the labels, or the columns label_0, label_1, ... of one-hot labels.
+
+    ValueError if no name, or more than one, means labels.
+    """
     found = first_of(names, LABELS, split)
     if not found:
         numbered = _numbered(names, LABELS[0], split)
@@ -112,21 +125,21 @@ def find_labels(names: Sequence[str], split: str | None) -> list[str]:
 
 
 def find_ids(names: Sequence[str], split: str | None) -> list[str]:
-    """Columns that name images, the best first."""
+    """Return the columns that name images, the best one first."""
     return [name for tier in IDS for name in first_of(names, [tier], split)]
 
 
 def find_scores(names: Sequence[str], wanted: str | None) -> tuple[Found, str | None] | None:
-    """The scores and their split, or None where no name tells.
+    """Return the scores and their split. None if no name tells.
 
-    wanted: the kind that the user says they are, whatever their name. Raises ValueError if names
-    allow more than one reading.
+    `wanted` is the kind that the user names, which counts more than the name of a column.
+    ValueError if names allow more than one reading.
     """
     found: list[tuple[Found, str | None]] = []
     splits = dict.fromkeys([None, *(split_of(name)[1] for name in names)])
     for kind, words in (*KINDS.items(), (None, OPEN)):
         if kind is None and found:
-            break  # names that say what they are go before those that do not
+            break  # a name that tells the kind comes before names that leave it open
         for split in splits:
             whole = [n for n in names if split_of(n) in {(word, split) for word in words}]
             found += [(Found([name], kind), split) for name in whole]
@@ -156,17 +169,22 @@ def _no_scores(names: Sequence[str]) -> ValueError:
     return ValueError(
         "expected the scores either as logits or as probabilities, whole or a column per class "
         f"(logit_0, ... or probability_0, ...), and found {shortened(names)}; if columns "
-        "are called by the classes, give their names with --classes FILE"
+        "have the names of the classes, give these names with --classes FILE"
     )
 
 
 def scores_by_labels(
     names: Sequence[str], known: Collection[str], classes: Sequence[str] | None
 ) -> Found:
-    """Columns that are called by the classes alone: the names of the classes tell which.
+    """Return the scores of a file whose columns have the names of the classes.
 
-    known: columns that are labels or ids. classes: their names as the user gave them. Raises
-    ValueError where they are no columns.
+    Args:
+        names: The names of the columns.
+        known: The columns of labels and ids.
+        classes: The names of the classes, if the user gave them.
+
+    Raises:
+        ValueError: The classes are not known, or are no columns.
     """
     rest = [name for name in names if name not in known]
     if classes is not None and len(classes) > 1 and set(classes) <= set(rest):
@@ -175,7 +193,7 @@ def scores_by_labels(
 
 
 def _numbered(names: Sequence[str], words: Sequence[str], split: str | None) -> dict[int, str]:
-    """Columns WORD_NUMBER by number."""
+    """The columns WORD_NUMBER, by number."""
     either = "|".join(sorted(map(re.escape, words), key=len, reverse=True))
     found: dict[int, str] = {}
     for name in names:
@@ -199,7 +217,7 @@ def _in_order(numbered: dict[int, str]) -> tuple[list[str], int]:
 
 
 def _by_class(names: Sequence[str], words: Sequence[str]) -> dict[str, str]:
-    """Columns WORD_CLASS, such as prob_cat: class by column. Empty unless there are two."""
+    """The class of each column WORD_CLASS, such as prob_cat. Empty unless there are two."""
     either = "|".join(sorted((w.replace("_", "[_ .-]") for w in words), key=len, reverse=True))
     found = {}
     for name in names:
@@ -210,9 +228,9 @@ def _by_class(names: Sequence[str], words: Sequence[str]) -> dict[str, str]:
 
 
 def partner_stems(stem: str, words: Sequence[str]) -> set[str]:
-    """What a file of labels may be called beside logits_test.npy: labels_test, targets_test, ...
+    """Return the names of a file of labels beside logits_test.npy: labels_test, targets_test, ...
 
-    The file's own name has to say that it holds scores.
+    There are none if the name of the file does not say that it holds scores.
     """
     parts = plain(stem)
     every = sorted((w for group in (*KINDS.values(), OPEN) for w in group), key=len, reverse=True)
@@ -224,7 +242,7 @@ def partner_stems(stem: str, words: Sequence[str]) -> set[str]:
 
 
 def kind_of_stem(stem: str) -> str | None:
-    """The kind of scores that a file's name tells, such as resnet_logits_test."""
+    """Return the kind of scores that the name of a file tells, such as resnet_logits_test."""
     rest, found = f"_{plain(stem)}_", []
     for kind, words in KINDS.items():
         there = [word for word in words if f"_{word}_" in rest]
@@ -235,4 +253,5 @@ def kind_of_stem(stem: str) -> str | None:
 
 
 def shortened(names: Sequence[str]) -> str:
+    """Return the first names of a list as text."""
     return f"{', '.join(names[:8])}{', ...' * (len(names) > 8)}"

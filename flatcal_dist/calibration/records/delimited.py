@@ -1,8 +1,9 @@
-"""Text files of columns: encoding, separator, decimal sign and header as programs write them.
+"""Text files of columns, in the forms that programs write.
 
-UTF-8 or UTF-16, with or without a byte order mark; columns apart by comma, semicolon, tab, bar or
-spaces; decimal points, or decimal commas as in Excel's csv of many countries; a first line `sep=;`
-and comment lines before the header (numpy.savetxt writes the header itself as one).
+The text may be UTF-8 or UTF-16, with or without a byte order mark. Commas, semicolons, tabs, bars
+or spaces separate columns. Numbers have decimal points, or decimal commas as Excel writes them in
+many countries. A line `sep=;` and comments may stand before the header. numpy.savetxt writes the
+header as a comment.
 """
 
 import csv
@@ -23,12 +24,12 @@ BOMS = (
     (b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe\0\0", "utf-32-le"), (b"\0\0\xfe\xff", "utf-32-be"),
     (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"),
 )  # fmt: skip
-LOOKED_AT = 1 << 22  # bytes, in which the header has to end
-SAMPLE = 200  # rows, by which decimal commas are known
+LOOKED_AT = 1 << 22  # bytes in which the header must end
+SAMPLE = 200  # rows that are searched for decimal commas
 
 
 def read_delimited(data: bytes) -> Columns:
-    """The columns of a text file. Raises ValueError for what is no table with a header."""
+    """Return the columns of a text file. ValueError if it is no table with a header."""
     data, notes = _utf8(data)
     if b"\n" not in data:
         data = data.replace(b"\r", b"\n")
@@ -40,7 +41,7 @@ def read_delimited(data: bytes) -> Columns:
     if not body.strip():
         raise ValueError("it has a header line and no rows below it")
     if separator != ",":
-        notes.append(f"columns apart by {SEPARATORS.get(separator, 'spaces')}")
+        notes.append(f"columns separated by {SEPARATORS.get(separator, 'spaces')}")
 
     def get(wanted: Sequence[str], text: bool) -> list[np.ndarray]:
         places = [names.index(name) for name in wanted]
@@ -73,7 +74,7 @@ def read_delimited(data: bytes) -> Columns:
 
 @contextmanager
 def _by_name(names: Sequence[str]) -> Iterator[None]:
-    """Arrow counts columns; here a cell that is no number is told by its column's name."""
+    """Name the column of a cell that is no number. Arrow would give its place alone."""
     try:
         yield
     except pa.ArrowInvalid as error:
@@ -135,7 +136,7 @@ def _decoded(line: bytes) -> str:
 
 
 def _separator(header: str, row: str) -> str:
-    """The one that cuts header and first row into the most columns."""
+    """The separator that cuts header and first row into the most columns."""
     counts = {s: (len(_cells(header, s)), len(_cells(row, s))) for s in SEPARATORS}
     fits = {s: n for s, (n, m) in counts.items() if n > 1 and (n == m or not row.strip())}
     if fits:
@@ -165,7 +166,7 @@ def _refuse_headless(names: list[str]) -> None:
 
 
 def _decimal(body: bytes, separator: str, places: Sequence[int], names: Sequence[str]) -> str:
-    """Whether numbers in these columns are written with a comma or with a point."""
+    """The decimal sign of numbers in these columns, a comma or a point."""
     lines = [_decoded(line) for line in body[:LOOKED_AT].split(b"\n")[:SAMPLE]]
     rows = [_cells(line, separator) for line in lines]
     cells = [row[i] for row in rows for i in places if i < len(row)]

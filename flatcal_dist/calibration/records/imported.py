@@ -1,9 +1,9 @@
-"""Logits, probabilities or records of any network, from a file, so that it can get the report.
+"""Logits, probabilities or records of any network, from a file.
 
-A file holds labels [N] and scores of K classes: arrays, or a table with a row per image and a
-column per class; ids are taken where there are any. `tables` tells the formats, `column_names` the
-names that are understood, `score_arrays` the shapes. What a name leaves open values decide, and
-`understood` says what was taken for what. A report's records.parquet is read as it is.
+A file holds labels [N] and scores of K classes. They may be arrays, or a table with a row per image
+and a column per class. Ids are used if there are any. `tables` lists the formats, `column_names`
+the names, and `score_arrays` the shapes that are understood. Values decide what a name leaves open,
+and `Imported.understood` says how the file was read. A report's records.parquet is read as it is.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,13 @@ PREDICTIONS = ("pred", "prediction", "predicted", "y_pred", "predicted_class", "
 
 @dataclass(frozen=True)
 class Imported:
-    """Records of a file, and what was understood of it.
+    """The records of a file, and how it was read.
 
-    class_names: in the order of the classes, where the file or the user tells them. understood:
-    one line. warnings: what is likely to be a mistake.
+    Args:
+        records: The records.
+        class_names: The names of the classes in their order, if the file or the user tells them.
+        understood: How the file was read, in one line.
+        warnings: What is likely to be a mistake.
     """
 
     records: Records
@@ -40,10 +43,16 @@ class Imported:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a file says of N images and K classes, in the order of its rows.
+    """The scores of N images and K classes in a file, in the order of its rows.
 
-    ids [N] unique; labels [N] in 0..K-1; logits [N, K] finite; kind: what the file holds.
-    class_names, understood, warnings: as in `Imported`.
+    Args:
+        ids: The ids [N], each of them once.
+        labels: The labels [N], in 0..K-1.
+        logits: The logits [N, K], which are finite.
+        kind: What the file holds: logits, probabilities or log-probabilities.
+        class_names: The names of the classes, as in `Imported`.
+        understood: How the file was read, as in `Imported`.
+        warnings: What is likely to be a mistake.
     """
 
     ids: list[str]
@@ -56,7 +65,7 @@ class Scores:
 
 
 def read_file(path: Path) -> Records:
-    """The records of a file of logits, probabilities or records. Raises ValueError."""
+    """Return the records of a file of logits, probabilities or records. Errors: `import_file`."""
     return import_file(path).records
 
 
@@ -67,21 +76,21 @@ def import_file(
     labels: Path | None = None,
     scores: str | None = None,
 ) -> Imported:
-    """Read a file of logits, probabilities or records, of any of the formats of `tables`.
+    """Read a file of logits, probabilities or records, in any format of `tables`.
 
-    Probabilities become logits by their logarithm. One that is exactly 0 counts as the smallest
-    positive number; if it is the label's own, NLL would be infinite, and the file is refused.
-    Energy and the largest logit are lost in a softmax, and left out of the report.
+    The logarithms of probabilities are taken for logits. A probability of exactly 0 counts as the
+    smallest positive number. If it is the probability of the label, NLL would be infinite, and the
+    file is refused. A softmax loses energy and the largest logit, so the report leaves them out.
 
     Args:
-        path: the file.
-        classes: names of the classes in their order; labels and columns may go by them.
-        labels: another file that holds the labels, and ids if any.
-        scores: "logits" or "probabilities", whatever the name of the scores says.
+        path: The file.
+        classes: The names of the classes in their order. Labels and columns may use them.
+        labels: Another file that holds the labels, and possibly ids.
+        scores: "logits" or "probabilities", which counts more than the name of the scores.
 
     Raises:
-        ValueError: it cannot be read, or can be read in more than one way; the message names the
-            file and the nearest form that is understood.
+        ValueError: The file cannot be read, or can be read in more than one way. The message names
+            the file and the nearest form that is understood.
     """
     path = Path(path)
     if path.suffix.lower() == ".parquet" and _is_records(path):
@@ -99,7 +108,17 @@ def read_scores(
     labels: Path | None = None,
     scores: str | None = None,
 ) -> Scores:
-    """What a file holds, before anything is computed; arguments and errors as of `import_file`."""
+    """Return what a file holds, before anything is computed.
+
+    Args:
+        path: The file.
+        classes: The names of the classes, as in `import_file`.
+        labels: Another file that holds the labels, as in `import_file`.
+        scores: The kind of the scores, as in `import_file`.
+
+    Raises:
+        ValueError: As in `import_file`.
+    """
     columns = open_columns(path)
     other = None if labels is None else open_columns(labels)
     try:
@@ -118,7 +137,7 @@ def _is_records(path: Path) -> bool:
 
 
 class _Reading:
-    """One file on its way to records; collects what is understood."""
+    """Reads one file, and collects how it was read."""
 
     def __init__(
         self, path: Path, columns: Columns, other: Columns | None,
@@ -127,9 +146,12 @@ class _Reading:
         self.path, self.columns, self.other = path, columns, other
         self.classes = None if classes is None else list(classes)
         self.wanted = wanted
-        self.notes, self.warnings, self.used = list(columns.notes), [], []
+        self.notes = list(columns.notes)
+        self.warnings: list[str] = []
+        self.used: list[str] = []
 
     def read(self) -> Scores:
+        """Return what the file holds."""
         found = column_names.find_scores(self.columns.names, self.wanted)
         split = found[1] if found else None
         label_names, labels = self._labels(split)
@@ -168,13 +190,13 @@ class _Reading:
             return [f"{name} (--labels)" for name in names], label_arrays.labels(arrays)
         names = self.columns.names
         if not column_names.first_of(names, column_names.LABELS, split) and "arr_1" in names:
-            found = ["arr_1"]  # as numpy.savez calls what has no name
+            found = ["arr_1"]  # numpy.savez gives this name to an array without a name
         else:
             found = column_names.find_labels(names, split)
         return found, label_arrays.labels(self._get(found, text=True))
 
     def _scores_by_class(self, label_names: Sequence[str], labels: np.ndarray) -> Found:
-        """Scores whose columns are called by the classes alone: cat, dog."""
+        """Scores whose columns have the names of the classes, such as cat and dog."""
         names = self.columns.names
         known = {*label_names, *column_names.find_ids(names, None)}
         answers = set(labels.tolist()) if labels.dtype.kind in "UO" else set()
@@ -214,8 +236,8 @@ class _Reading:
         return None
 
     def _ids(self, split: str | None, images: int) -> list[str]:
-        for columns in (self.columns, self.other):
-            for name in column_names.find_ids(columns.names if columns else [], split):
+        for columns in (self.columns, *([] if self.other is None else [self.other])):
+            for name in column_names.find_ids(columns.names, split):
                 array = columns.get([name], True)[0]
                 if array.ndim == 2 and array.shape[1] == 1:
                     array = array[:, 0]
@@ -229,7 +251,7 @@ class _Reading:
                             f"{name} has shape {list(array.shape)}, expected [{images}] to match "
                             "the labels"
                         )
-                    continue  # image: pixels, perhaps
+                    continue  # a column `image` may hold pixels
                 ids = text_of(array, name)
                 missing = sum(not i.strip() for i in ids)
                 if missing:
@@ -248,8 +270,8 @@ class _Reading:
         count = len(ids) - len(set(ids))
         if count > len(ids) / 2:
             raise ValueError(
-                f"{name} names {counted(len(set(ids)), 'image')} in {len(ids):,} rows: a row has "
-                "to be one image with one answer, not a pixel, a box or a crop. Write a row "
+                f"{name} names {counted(len(set(ids)), 'image')} in {len(ids):,} rows: a row must "
+                "be one image with one answer, not a pixel, a box or a crop. Write a row "
                 "for each image"
             )
         return ids
@@ -262,7 +284,7 @@ class _Reading:
             try:
                 answers = label_arrays.labels(self.columns.get([name], True))
             except ValueError:
-                continue  # another figure under this name
+                continue  # the column holds something else
             if answers.dtype.kind == "U" or len(answers) != len(logits):
                 continue
             self.used.append(name)
@@ -287,7 +309,7 @@ class _Reading:
             *self.notes,
         ]
         if not any(note.startswith("ids from") for note in self.notes):
-            parts.append("no ids, images go by their rows")
+            parts.append("no ids, so images are named by their rows")
         if unused:
             parts.append(f"not used: {column_names.shortened([n or '(no name)' for n in unused])}")
         return "; ".join(parts)

@@ -1,6 +1,6 @@
-"""JSON as columns: an object of lists, a list of objects, an object per line.
+"""JSON as columns: an object of lists, a list of objects, or an object per line.
 
-Also as pandas writes it: an object of objects by row, or columns and data.
+The forms of pandas are also read: an object of objects by row, or columns and data.
 """
 
 import json
@@ -13,12 +13,12 @@ from flatcal_dist.calibration.records.tables import Columns, of_list
 
 
 def read_json(data: bytes) -> Columns:
-    """The columns of a JSON file. Raises ValueError for what is no table."""
+    """Return the columns of a JSON file. ValueError if it is no table."""
     return _columns(_parse(data.decode(json.detect_encoding(data))))
 
 
 def read_json_lines(data: bytes) -> Columns:
-    """The columns of a file with an object per line."""
+    """Return the columns of a file with an object per line. ValueError if it is no table."""
     return _columns(_parse_lines(data.decode(json.detect_encoding(data))))
 
 
@@ -60,7 +60,7 @@ def _parse(text: str) -> Any:
         return json.loads(text, object_pairs_hook=no_twins)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return _parse_lines(text)  # objects line by line under the name of json
+            return _parse_lines(text)  # a .json file can hold an object per line
         raise ValueError(f"it is no JSON: {error}") from None
 
 

@@ -1,7 +1,8 @@
 """Labels in the forms that people save, as class numbers.
 
-[N] class numbers of any type, names of classes, texts of digits, true and false of two classes;
-[N, 1]; one-hot [N, K], or K columns of it.
+Labels [N] may be class numbers of any type, names of classes, texts of digits, or true and false
+for two classes. They may have the shape [N, 1]. They may be one-hot, as one array [N, K] or K
+columns.
 """
 
 import re
@@ -19,7 +20,10 @@ SEGMENTATION = (
 
 
 def labels(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Labels [N]: int64, bool, or str where they are names. arrays: one, or one-hot columns."""
+    """Return labels [N] as int64, as bool, or as str if they are names.
+
+    `arrays` holds one array, or one-hot columns. ValueError for anything else.
+    """
     if len(arrays) > 1:
         return _one_hot(np.stack([_whole(labels([array])) for array in arrays], axis=1))
     (array,) = arrays
@@ -80,9 +84,16 @@ def _one_hot(array: np.ndarray) -> IntArray:
 def class_numbers(
     found: np.ndarray, classes: int, names: Sequence[str] | None, first: int | None
 ) -> tuple[IntArray, str | None]:
-    """Labels as class numbers 0..K-1, and what was understood, if anything.
+    """Return labels as class numbers 0..K-1, and a note on how they were read.
 
-    names: of the classes, which labels may be. first: the number of the first column of scores.
+    Args:
+        found: The labels [N], as `labels` returns them.
+        classes: The number of classes.
+        names: The names of the classes, which labels may use.
+        first: The number of the first column of scores.
+
+    Raises:
+        ValueError: Labels are out of range, or can be read in more than one way.
     """
     if found.dtype.kind == "U":
         return _by_name(found, classes, names)
@@ -99,7 +110,7 @@ def class_numbers(
     if first == 1 and classes == 2 and low == high == 1:
         raise ValueError(
             "all labels are 1, and the columns of scores count from 1: whether that is the first "
-            "class or the second is open. Call the columns prob_0 and prob_1, or by their classes"
+            "class or the second is open. Call the columns prob_0 and prob_1, or name the classes"
         )
     if first == 1 and classes == 2 and {low, high} <= {1, 2} and high == 2:
         return found - 1, "classes count from 1"

@@ -1,4 +1,4 @@
-"""The columns and settings of records.parquet, as this version, older and newer ones write them."""
+"""The columns and settings of records.parquet, in this version and in older and newer ones."""
 
 import json
 import warnings
@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from flatcal_dist.calibration.confidence.sources import SCORES
 
 METADATA_KEY = b"flatcal_dist.records"
-OF_SOFTMAX = ("log_confidence", "nll", "brier", "entropy")  # as scored before and after temperature
+OF_SOFTMAX = ("log_confidence", "nll", "brier", "entropy")  # for both sides of temperature scaling
 SIDES = ("", "_after_temperature")
-RANKING = "score_"  # before the keys of the confidence scores
+RANKING = "score_"  # stands before the key of a confidence score
 SETTINGS = (
     "classes",
     "temperature",
@@ -38,10 +38,10 @@ DERIVED = ("correct", *("confidence" + side for side in SIDES))  # for other rea
 
 
 def read_columns(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Columns [N] and settings of a file of records.
+    """Return the columns [N] and settings of a file of records.
 
-    Optional columns are there if the file has them. ValueError if the file is something else or
-    lacks a column or setting that is required; a RuntimeWarning names what is unknown and left out.
+    Optional columns are there if the file has them. A RuntimeWarning names what is unknown and left
+    out. ValueError if the file is something else, or lacks a required column or setting.
     """
     table = pq.read_table(path)
     metadata = (table.schema.metadata or {}).get(METADATA_KEY)
@@ -60,7 +60,16 @@ def read_columns(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def known_fields(path: Path, kind: type, stored: dict[str, Any]) -> dict[str, Any]:
-    """What of `stored` are fields of the dataclass `kind`; errors as of `read_columns`."""
+    """Return the stored values that are fields of a dataclass.
+
+    Args:
+        path: The file, for messages.
+        kind: The dataclass.
+        stored: The values by name.
+
+    Raises:
+        ValueError: A field without a default is missing.
+    """
     known = {field.name: field.default is MISSING for field in fields(kind)}
     missing = [name for name, required in known.items() if required and name not in stored]
     _refuse_missing(path, "settings", missing)

@@ -1,4 +1,4 @@
-"""One record per image: all that the report needs, without the logits."""
+"""One record per image, with all that the report needs, and without the logits."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,7 @@ from flatcal_dist.calibration.checks import (
     BoolArray,
     FloatArray,
     IntArray,
+    StringArray,
     image_ids,
     logits_and_labels,
 )
@@ -42,18 +43,24 @@ from flatcal_dist.files import write_atomically
 
 @dataclass(frozen=True)
 class Source:
-    """Which images these are, and what was done to them.
+    """Which images were evaluated, and what was done to them.
 
-    name: of the data set. kind: as in `data.variants`. classes: the network's classes among which
-    it had to choose (ImageNet-A and -R: 200 of them, all other logits left out before the softmax);
-    labels and predictions of the records number this list. None: all classes. corruption, severity:
-    of ImageNet-C. generated: the corruption was applied by us, not published as files.
-    temperature_from: name of the data whose temperature scales these records; None: their own,
-    cross-fitted. own_temperature, and its 95 % interval over images: fitted on all of these images,
-    with their labels; where temperature_from is set it is there to compare with, and scales
-    nothing. probabilities: only
-    the softmax was known, and logits are its logarithms: scores that need the logits' own level
-    say nothing.
+    Args:
+        name: The name of the data set.
+        kind: The kind of the data set, as in `data.sets.variants`.
+        classes: The classes from which the network had to choose, if not all of them. ImageNet-A
+            and -R have 200 of them, and other logits are left out before the softmax. Labels and
+            predictions of the records are places in this list.
+        corruption: The corruption of ImageNet-C.
+        severity: The severity of ImageNet-C.
+        generated: Whether this package applied the corruption. If not, published files were read.
+        temperature_from: The name of the data whose temperature scales these records. None: their
+            temperatures are cross-fitted on themselves.
+        own_temperature: The temperature that is fitted on all of these images, with their labels.
+            If temperature_from is set, it is there for comparison and scales nothing.
+        own_temperature_interval: Its 95 % interval over images.
+        probabilities: Whether only the softmax was known. Logits are then its logarithms, and
+            scores that need the level of the logits have no meaning.
     """
 
     name: str | None = None
@@ -72,22 +79,36 @@ class Source:
 class Records:
     """One record per image, sorted by id.
 
-    id: unique strings [N]. label, prediction, rank: int [N]; rank counts the classes placed
-    before the label, so rank 0 is correct. fold [N]: cross-fitting fold. before, after: scores
-    before and after temperature scaling, the latter with temperatures fitted without the image.
-    temperature: fitted on all images that may be fitted on; temperature_interval: its 95 %
-    interval over images. fold_temperatures: the one that scores each fold; empty where, instead,
-    `held_out` images were fitted on, which have no record. Of images under shift
-    (`source.temperature_from`) all of these are those of the clean images. real [N], or None
-    where there are no ReaL labels: 1 if the prediction is one of the image's ReaL labels, 0 if
-    not, -1 if the image has none and stays out of figures on ReaL.
-    ranking: confidence scores [N] by key, in the order of `confidence.sources.SCORES`: all scores
-    of logits, and those of other kinds that were computed. compared [N]: the images that `tuning`
-    did not use, on which they are to be compared. classwise: classwise and thresholded classwise
-    ECE, before and after. logits_dtype: of the logits as they came.
+    Images under shift (`source.temperature_from`) have the temperatures and folds of the clean
+    images. A version of a clean image is scored by the temperature of its fold, and any other image
+    by the overall temperature.
+
+    Args:
+        id: The ids, unique strings [N].
+        label: The labels int [N].
+        prediction: The predicted classes int [N].
+        rank: The number of classes before the label int [N]. Rank 0 is correct.
+        fold: The fold of each image int [N].
+        before: The scores before temperature scaling.
+        after: The scores after it, with temperatures that are fitted without the image.
+        ranking: The confidence scores [N] by key, in the order of `confidence.sources.SCORES`. They
+            hold all scores of logits, and scores of other kinds that were computed.
+        compared: The images [N] that `tuning` did not use. Confidence scores are compared on them.
+        tuning: What was tuned for confidence scores.
+        classes: The number of classes.
+        temperature: The temperature that is fitted on all images that may be fitted on.
+        temperature_interval: Its 95 % interval over images.
+        fold_temperatures: The temperature that scores each fold. It is empty after a hold-out.
+        fold_seed: The seed of the folds.
+        held_out: The number of images that were fitted on and have no record.
+        classwise: Classwise and thresholded classwise ECE, before and after.
+        logits_dtype: The dtype in which the logits came.
+        source: Which images were evaluated.
+        real: 1 if the prediction is a ReaL label of the image, 0 if not, -1 if the image has no
+            such label [N]. None if there are no ReaL labels.
     """
 
-    id: np.ndarray
+    id: StringArray
     label: IntArray
     prediction: IntArray
     rank: IntArray
@@ -113,15 +134,17 @@ class Records:
 
     @property
     def correct(self) -> BoolArray:
+        """Which images are right [N]."""
         return self.rank == 0
 
     @property
     def confidence(self) -> FloatArray:
+        """The confidence before temperature scaling [N]."""
         return self.before.confidence
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Keys of scores of logits that these records, being older, lack and could have."""
+        """The keys of scores of logits that these records lack because they are older."""
         level = not self.source.probabilities
         of_these = (s.key for s in SCORES if s.of_logits and (level or s.needs != "logits"))
         return tuple(key for key in of_these if key not in self.ranking)
@@ -142,97 +165,98 @@ class Records:
         real_labels: Sequence[Sequence[int]] | None = None,
         scores: Mapping[str, ArrayLike] | None = None,
     ) -> "Records":
-        """Build the records of logits [N, K] (floats), labels int [N] and ids [N].
+        """Build the records of logits.
 
-        expected: the number of images that the data set holds. ValueError if the number differs,
-        an id occurs twice (padding of a distributed loader was not removed), logits are not
-        finite or labels out of range. Seed and folds decide the cross-fitting folds; hold_out:
-        instead, the share of the images that is fitted on and left out of the records.
+        Args:
+            ids: The ids of the images [N], each of them once.
+            labels: The labels int [N].
+            logits: The logits [N, K].
+            expected: The number of images in the data set.
+            folds: The number of folds for cross-fitting.
+            hold_out: The share of the images that is fitted on and gets no record, if any.
+            seed: The seed of the folds, or of the hold-out.
+            clean: For images under shift, the same network's records of the clean images.
+            source: Which images these are.
+            real_labels: The ReaL labels of each image, which may be none, in the order of the ids.
+            scores: The values [N], by key, of scores that need more than logits.
 
-        clean: of images under shift, the same network's records of the clean ones, whose
-        temperatures are used (and whose folds): that of its fold for an image that is among the
-        clean ones (ImageNet-C), the overall one for any other. real_labels: per image the ReaL
-        labels, possibly none, in the same order as ids. scores: values [N] in that order of scores
-        that need more than logits, by their keys.
+        Raises:
+            ValueError: The number of images is not the expected one, an id occurs twice, logits are
+                not finite, or labels are out of range.
         """
-        z = np.asarray(logits)
-        names = image_ids(ids, len(z))
-        z, y = logits_and_labels(z, labels, names)
-        if expected is not None and len(names) != expected:
-            raise ValueError(
-                f"expected {expected} images, got {len(names)}: "
-                "every image must be evaluated exactly once, on whatever number of ranks"
-            )
-        if real_labels is not None and len(real_labels) != len(z):
-            raise ValueError(
-                f"there are ReaL labels of {len(real_labels)} images, but {len(z)} images"
-            )
+        names = image_ids(ids, len(np.asarray(logits)))
+        z, y = logits_and_labels(logits, labels, names)
+        _refuse_other_numbers(len(names), expected, real_labels)
         computed = _computed(scores or {}, len(z))
-        order = np.argsort(names, kind="stable")  # so that no result depends on ranks or workers
-        names, y = names[order], y[order]
-        if (np.diff(order) != 1).any():  # a copy of 50,000 x 1,000 logits is 200 MB
-            z = z[order]
+        order, names, z, y = _sorted(names, z, y)
         if clean is None:
-            split = HoldOut(hold_out, seed) if hold_out is not None else CrossFit(folds, seed)
-            fit = fit_out_of_sample("temperature", names.tolist(), z, y, split)
-            judged_apart = split if hold_out is not None else HoldOut(seed=seed)
-            tuning = tune(names.tolist(), z, y, judged_apart)
+            fit, tuning = _fitted(names.tolist(), z, y, hold_out, folds, seed)
         else:
             fit, tuning = clean.temperature_fit(), clean.tuning
             folds, seed = len(clean.fold_temperatures), clean.fold_seed
-            own = TemperatureScaling().fit(z, y)
-            source = replace(
-                source,
-                temperature_from=clean.source.name or "clean images",
-                own_temperature=own.temperature,
-                own_temperature_interval=own.interval(),
-            )
+            source = _shifted(source, clean.source, z, y)
         kept = fit.may_score(names.tolist())
-        if not kept.any():
-            raise ValueError("the hold-out takes all images: none is left to score")
         if not kept.all():
             order, names, z, y = order[kept], names[kept], z[kept], y[kept]
+        found = cls._scored(names, z, y, fit, tuning)
+        return replace(
+            found,
+            fold=fold_of(names.tolist(), folds, seed),
+            fold_seed=seed,
+            ranking=found.ranking | {key: values[order] for key, values in computed.items()},
+            temperature_interval=fit.scaling.interval() if clean is None else None,
+            held_out=int((~kept).sum()),
+            logits_dtype=str(np.asarray(logits).dtype),
+            source=source,
+            real=_real(real_labels, order, found.prediction),
+        )
+
+    @classmethod
+    def _scored(
+        cls, names: StringArray, z: np.ndarray, y: IntArray, fit: OutOfSample, tuning: Tuning
+    ) -> "Records":
+        """The records of images that `fit` may score, as far as they follow from the logits."""
+        if not len(names):
+            raise ValueError("the hold-out takes all images: none is left to score")
+        ids = names.tolist()
         sums = ClasswiseSums(z.shape[1]), ClasswiseSums(z.shape[1])
         before = score_images(z, y, classwise=sums[0])
-        # Dividing by T > 0 keeps the order of the classes; before rounding, so rank stays.
-        after = score_images(z, y, fit.temperatures(names.tolist()), classwise=sums[1])
+        # Dividing by T > 0 keeps the order of the classes, up to rounding. So the rank stays.
+        after = score_images(z, y, fit.temperatures(ids), classwise=sums[1])
         return cls(
             id=names,
             label=y,
             prediction=before.prediction,
             rank=before.rank,
-            fold=fold_of(names.tolist(), folds, seed),
+            fold=np.zeros(len(ids), np.int64),
             before=before.scores(),
             after=after.scores(before.correct),
-            ranking=confidence_scores(z, before, tuning)
-            | {key: values[order] for key, values in computed.items()},
-            compared=~tuning.split.chosen(names.tolist()),
+            ranking=confidence_scores(z, before, tuning),
+            compared=~tuning.split.chosen(ids),
             tuning=tuning,
             classes=z.shape[1],
-            temperature=fit.overall.temperature,
-            temperature_interval=fit.overall.interval() if clean is None else None,
-            fold_temperatures=tuple(None if f is None else f.temperature for f in fit.per_fold),
-            fold_seed=seed,
-            held_out=int((~kept).sum()),
+            temperature=fit.scaling.temperature,
+            temperature_interval=None,
+            fold_temperatures=fit.fold_temperatures,
+            fold_seed=fit.split.seed,
+            held_out=0,
             classwise={
                 "classwise_ece": sums[0].error,
                 "thresholded_classwise_ece": sums[0].thresholded_error,
                 "classwise_ece_after_temperature": sums[1].error,
                 "thresholded_classwise_ece_after_temperature": sums[1].thresholded_error,
             },
-            logits_dtype=str(np.asarray(logits).dtype),
-            source=source,
-            real=_real(real_labels, order, before.prediction),
+            logits_dtype=str(z.dtype),
         )
 
     def temperature_fit(self) -> OutOfSample:
-        """The temperatures, as what can score other images, such as shifted versions of these.
+        """Return the temperatures, to score other images, such as shifted versions of these.
 
-        ValueError unless they are cross-fitted on these images themselves.
+        ValueError unless the temperatures are cross-fitted on these images.
         """
         if not self.fold_temperatures or self.source.temperature_from is not None:
             raise ValueError(
-                "only records cross-fitted on their own images can calibrate others; "
+                "only records that are cross-fitted can calibrate other images; "
                 "evaluate the clean images without hold_out and clean"
             )
         per_fold = tuple(
@@ -243,7 +267,7 @@ class Records:
         return OutOfSample("temperature", split, overall, per_fold, frozenset(self.id.tolist()))
 
     def save(self, path: Path) -> None:
-        """Write parquet: one row per image, scalars only; appears whole or not at all."""
+        """Write a parquet file with one row per image, which appears whole or not at all."""
         columns = {
             "id": pa.array(self.id.tolist(), pa.string()),
             "label": self.label.astype(np.int32),
@@ -267,10 +291,11 @@ class Records:
 
     @classmethod
     def load(cls, path: Path) -> "Records":
-        """Read what `save` wrote, exactly; scores that an older version did not know stay away.
+        """Read exactly what `save` wrote.
 
-        What a newer version added is left out, with a RuntimeWarning that names it. ValueError if
-        the file is something else, or lacks more than scores.
+        Scores that an older version did not know are missing. What a newer version added is left
+        out, with a RuntimeWarning that names it. ValueError if the file is something else, or if it
+        lacks more than scores.
         """
         columns, settings = read_columns(Path(path))
         tuning, source = settings.pop("tuning"), settings.pop("source")
@@ -279,7 +304,7 @@ class Records:
             Scores(correct, *(columns[name + suffix] for name in OF_SOFTMAX))
             for suffix in ("", "_after_temperature")
         )
-        columns.setdefault(f"{RANKING}msp", before.log_confidence)  # what others are compared to
+        columns.setdefault(f"{RANKING}msp", before.log_confidence)  # others are compared to it
         settings["fold_temperatures"] = tuple(settings["fold_temperatures"])
         if settings["temperature_interval"] is not None:
             settings["temperature_interval"] = tuple(settings["temperature_interval"])
@@ -289,7 +314,11 @@ class Records:
         lists = {name: stored.get(name) for name in ("classes", "own_temperature_interval")}
         source = Source(**stored | {n: None if v is None else tuple(v) for n, v in lists.items()})
         return cls(
-            **{name: columns[name] for name in ("id", "label", "prediction", "rank", "fold")},
+            id=columns["id"],
+            label=columns["label"],
+            prediction=columns["prediction"],
+            rank=columns["rank"],
+            fold=columns["fold"],
             before=before,
             after=after,
             ranking={s.key: columns[RANKING + s.key] for s in SCORES if RANKING + s.key in columns},
@@ -301,8 +330,50 @@ class Records:
         )
 
 
+def _refuse_other_numbers(
+    images: int, expected: int | None, real_labels: Sequence[Sequence[int]] | None
+) -> None:
+    if expected is not None and images != expected:
+        raise ValueError(
+            f"expected {expected} images, got {images}: "
+            "every image must be evaluated exactly once, on any number of ranks"
+        )
+    if real_labels is not None and len(real_labels) != images:
+        raise ValueError(f"there are ReaL labels of {len(real_labels)} images, but {images} images")
+
+
+def _sorted(
+    names: StringArray, z: np.ndarray, y: IntArray
+) -> tuple[IntArray, StringArray, np.ndarray, IntArray]:
+    """The images sorted by id, so that no result depends on ranks or workers; and their places."""
+    order = np.argsort(names, kind="stable")
+    if (np.diff(order) != 1).any():  # a copy of 50,000 x 1,000 logits takes 200 MB
+        z = z[order]
+    return order, names[order], z, y[order]
+
+
+def _fitted(
+    ids: list[str], z: np.ndarray, y: IntArray, share: float | None, folds: int, seed: int
+) -> tuple[OutOfSample, Tuning]:
+    """The temperatures of a hold-out of a share of the images, or of folds if share is None."""
+    held_out = None if share is None else HoldOut(share, seed)
+    fit = fit_out_of_sample("temperature", ids, z, y, held_out or CrossFit(folds, seed))
+    return fit, tune(ids, z, y, held_out or HoldOut(seed=seed))
+
+
+def _shifted(source: Source, clean: Source, z: np.ndarray, y: IntArray) -> Source:
+    """The source of images under shift, with the temperature that they would need."""
+    own = TemperatureScaling().fit(z, y)
+    return replace(
+        source,
+        temperature_from=clean.name or "clean images",
+        own_temperature=own.temperature,
+        own_temperature_interval=own.interval(),
+    )
+
+
 def _computed(scores: Mapping[str, ArrayLike], images: int) -> dict[str, FloatArray]:
-    """The scores that need more than logits, checked and in the order of the list."""
+    """The scores that need more than logits, after checks and in the order of the list."""
     for key in scores:
         if key not in BY_KEY or BY_KEY[key].of_logits:
             known = ", ".join(score.key for score in SCORES if not score.of_logits)
@@ -319,7 +390,7 @@ def _computed(scores: Mapping[str, ArrayLike], images: int) -> dict[str, FloatAr
 def _real(
     labels: Sequence[Sequence[int]] | None, order: IntArray, prediction: IntArray
 ) -> IntArray | None:
-    """Whether each prediction is among its image's ReaL labels; -1 where there are none."""
+    """Whether each prediction is a ReaL label of its image; -1 if the image has none."""
     if labels is None:
         return None
     found = (

@@ -1,10 +1,11 @@
 """Arrays of scores in the shapes that people save, as scores [N, K].
 
-    [N, K]; [N, K, 1, 1]; [N] or [N, 1] of a binary classifier: class 1; [M, N, K] or [N, M, K] of M
-    members of an ensemble, whose probabilities are averaged
+    [N, K] or [N, K, 1, 1]      scores of K classes
+    [N] or [N, 1]               scores of class 1 of a binary classifier
+    [M, N, K] or [N, M, K]      M members of an ensemble, whose probabilities are averaged
 
-Where a name leaves open whether scores are probabilities, values that lie in 0..1 and sum to 1 are,
-and values beyond 0..1 are logits; anything else is refused.
+A name may leave open whether scores are probabilities. Values that lie in 0..1 and sum to 1 are
+then taken for probabilities, and values beyond 0..1 for logits. Anything else is refused.
 """
 
 import re
@@ -20,13 +21,20 @@ from flatcal_dist.calibration.records.column_names import Found
 from flatcal_dist.calibration.records.label_arrays import SEGMENTATION
 from flatcal_dist.calibration.records.tables import is_number, refuse_thousands, text_of
 
-OFF = 0.01  # how far sums of rounded probabilities may be from 1
-LOOK = 1000  # rows that are enough to tell what the others cannot be
+OFF = 0.01  # how far the sum of rounded probabilities may be from 1
+LOOK = 1000  # rows that are looked at first, because they mostly rule out a kind
 
 
 @dataclass(frozen=True)
 class Table:
-    """Scores [N, K] and their kind: logits, probabilities or log-probabilities."""
+    """Scores [N, K] and how they were read.
+
+    Args:
+        scores: The scores [N, K].
+        kind: logits, probabilities or log-probabilities.
+        notes: How the scores were read.
+        warnings: What is likely to be a mistake.
+    """
 
     scores: np.ndarray
     kind: str
@@ -35,7 +43,10 @@ class Table:
 
 
 def stacked(arrays: Sequence[np.ndarray], chosen: Found) -> np.ndarray:
-    """The scores as one array of numbers; a column of texts holds numbers or lists of them."""
+    """Return the scores as one array of numbers.
+
+    A column of texts may hold numbers, or lists of numbers. ValueError for anything else.
+    """
     if len(arrays) > 1:
         for array, name in zip(arrays, chosen.names, strict=True):
             if array.ndim != 1 or array.dtype.kind not in "biuf":
@@ -73,9 +84,16 @@ def _numbers(texts: list[str], name: str) -> FloatArray:
 
 
 def read(raw: np.ndarray, images: int, chosen: Found, wanted: str | None) -> Table:
-    """Scores [N, K] of an array in any of the shapes. images: the number of labels.
+    """Return the scores [N, K] of an array in any of the shapes.
 
-    wanted: the kind that the user says they are. Raises ValueError for other shapes and values.
+    Args:
+        raw: The array.
+        images: The number of labels.
+        chosen: Where the scores were found.
+        wanted: The kind that the user names.
+
+    Raises:
+        ValueError: Shape or values cannot be read, or can be read in more than one way.
     """
     kind, name = wanted or chosen.kind, chosen.names[0]
     array = raw
@@ -98,9 +116,9 @@ def read(raw: np.ndarray, images: int, chosen: Found, wanted: str | None) -> Tab
 
 
 def _kind(array: np.ndarray, kind: str | None, name: str) -> tuple[str, list[str], list[str]]:
-    """The kind of scores [N, K]: by their name, or else by their values."""
+    """The kind of scores [N, K], by their name or else by their values."""
     if not np.isfinite(array).all():
-        return kind or "logits", [], []  # refused later, by the image's name
+        return kind or "logits", [], []  # refused later, with the name of the image
     if kind is None:
         if np.isin(array[:LOOK], (0, 1)).all():
             raise ValueError(
@@ -114,7 +132,7 @@ def _kind(array: np.ndarray, kind: str | None, name: str) -> tuple[str, list[str
             return "logits", [f"{name} are logits by their values"], []
         raise ValueError(
             f"{name} may be logits or probabilities: they lie in 0..1 and do not sum to 1. Call "
-            "them logits, or say --scores logits; of a sigmoid per class there is no report"
+            "them logits, or say --scores logits. There is no report for a sigmoid per class"
         )
     if kind == "logits" and _sum_to_one(array, 1e-3):
         return kind, [], [
@@ -157,7 +175,7 @@ def _percent(array: np.ndarray, kind: str, notes: list[str]) -> np.ndarray:
 
 
 def _binary(array: np.ndarray, images: int, kind: str | None, chosen: Found) -> Table:
-    """One column of a binary classifier: of class 1, as a sigmoid gives it."""
+    """Scores of class 1 of a binary classifier, as a sigmoid returns them."""
     name = chosen.names[0]
     if len(array) != images:
         raise ValueError(f"labels must have shape [{len(array)}] to match {name}, got [{images}]")
@@ -170,7 +188,7 @@ def _binary(array: np.ndarray, images: int, kind: str | None, chosen: Found) -> 
     finite = np.isfinite(array).all()
     if kind is None and finite:
         if (array % 1 == 0).all():
-            raise ValueError(f"{name} holds whole numbers: answers, and no scores")
+            raise ValueError(f"{name} holds whole numbers, which are answers and no scores")
         kind = "probabilities" if array.min() >= 0 and array.max() <= 1 else "logits"
     if kind == "log-probabilities":
         array, kind = np.exp(array), "probabilities"
@@ -181,7 +199,7 @@ def _binary(array: np.ndarray, images: int, kind: str | None, chosen: Found) -> 
                 "probabilities must lie in 0..1; if these are logits, call them logits"
             )
         return Table(np.stack([1 - array, array], axis=1), kind, (note,))
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if finite and len(array) and array.min() >= 0 and array.max() <= 1:
         warnings = (
             f"the logits {name} all lie in 0..1, as probabilities do: if they are, say --scores "
@@ -228,7 +246,7 @@ def _ensemble(array: np.ndarray, images: int, kind: str | None, name: str) -> Ta
 
 
 def log_probabilities(p: np.ndarray) -> FloatArray:
-    """Logarithms of probabilities [N, K]. Raises ValueError unless they are that."""
+    """Return the logarithms of probabilities [N, K]. ValueError if they are no probabilities."""
     p = np.asarray(p, np.float64)
     if p.ndim != 2:
         raise ValueError(f"probabilities must have shape [N, K], got {p.shape}")
@@ -246,9 +264,10 @@ def log_probabilities(p: np.ndarray) -> FloatArray:
 
 
 def to_logits(table: Table, numbers: IntArray) -> np.ndarray:
-    """The scores as logits. numbers: the labels in 0..K-1.
+    """Return the scores as logits.
 
-    Raises ValueError if a label has the probability 0, which makes NLL infinite.
+    `numbers` [N] are the labels in 0..K-1. ValueError if a label has the probability 0, which would
+    make NLL infinite.
     """
     scores = table.scores
     if table.kind == "logits":
@@ -264,8 +283,7 @@ def to_logits(table: Table, numbers: IntArray) -> np.ndarray:
         logs = np.maximum(logs, np.log(np.finfo(np.float64).tiny))
     if own.any():
         raise ValueError(
-            f"the own label of {counted(int(own.sum()), 'image')} has the probability 0, so NLL is "
-            "infinite: "
-            "export logits, or probabilities that were not rounded"
+            f"the label of {counted(int(own.sum()), 'image')} has the probability 0, so NLL is "
+            "infinite: export logits, or probabilities that were not rounded"
         )
     return logs

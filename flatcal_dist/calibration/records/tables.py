@@ -1,12 +1,12 @@
-"""Files as named columns, whatever their format. What a column means is not decided here.
+"""Files of many formats as named columns. `column_names` decides what a column means.
 
-    npz, npy, pt, pth   arrays by name; one array alone takes its name from the file's name, and
-                        its partners from beside it: logits.npy goes with labels.npy, ids.npy
+    npz, npy, pt, pth   arrays by name; a single array has the name of its file, and labels and ids
+                        come from files beside it: labels.npy and ids.npy beside logits.npy
     parquet, feather    columns; lists of any kind are arrays of more dimensions
     csv, tsv, txt       see `delimited`; also compressed, as .csv.gz, .bz2 or .xz
     json, jsonl         an object of lists, a list of objects, or an object per line
 
-Nothing is unpickled: of PyTorch's files tensors alone are read.
+Nothing is unpickled. From files of PyTorch, only tensors are read.
 """
 
 import bz2
@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,11 @@ DAMAGED = (
 class Columns:
     """What a file holds, by name.
 
-    names: of its columns or arrays, in their order. get(names, text): these as arrays, whose first
-    axis usually counts images; with `text` as they were written where the format has no types.
-    notes: what was understood of the file's form.
+    Args:
+        names: The names of its columns or arrays, in their order.
+        get: Returns the arrays of some names. The first axis usually counts images. If its second
+            argument is true, and the format has no types, cells stay texts.
+        notes: How the file was read.
     """
 
     names: list[str]
@@ -52,11 +55,12 @@ class Columns:
 
 
 def of_arrays(arrays: dict[str, np.ndarray], notes: Sequence[str] = ()) -> Columns:
+    """Return arrays by name as columns."""
     return Columns(list(arrays), lambda names, text: [arrays[n] for n in names], tuple(notes))
 
 
 def open_columns(path: Path) -> Columns:
-    """The columns of a file. Raises ValueError, with the file's name, if it cannot be read."""
+    """Return the columns of a file. ValueError, with the name of the file, if it is unreadable."""
     path = Path(path)
     inner, unpack = path, None
     if path.suffix.lower() in COMPRESSED:
@@ -107,7 +111,8 @@ def _npz(path: Path) -> Columns:
     with np.load(path, allow_pickle=False) as file:
         if len(set(file.files)) < len(file.files):
             raise ValueError("the archive holds two arrays of one name")
-        return of_arrays({name: _no_objects(lambda n=name: file[n], name) for name in file.files})
+        names = file.files
+        return of_arrays({n: _no_objects(partial(file.__getitem__, n), n) for n in names})
 
 
 def _no_objects(read: Callable[[], Any], name: str) -> np.ndarray:
@@ -115,7 +120,7 @@ def _no_objects(read: Callable[[], Any], name: str) -> np.ndarray:
         array = read()
     except DAMAGED:
         raise
-    except Exception as error:  # of a damaged header numpy's parsers raise what they please
+    except Exception as error:  # for a damaged header, numpy raises errors of many kinds
         if "pickle" not in str(error):
             raise OSError(f"{name} is damaged: {_reason(error)}") from None
         raise ValueError(
@@ -129,8 +134,7 @@ def _no_objects(read: Callable[[], Any], name: str) -> np.ndarray:
 
 def _npy(path: Path) -> Columns:
     def read(file: Path) -> np.ndarray:
-        array = _no_objects(lambda: np.load(file, allow_pickle=False), file.name)
-        return array
+        return _no_objects(lambda: np.load(file, allow_pickle=False), file.name)
 
     array = read(path)
     if array.dtype.names:
@@ -139,7 +143,7 @@ def _npy(path: Path) -> Columns:
 
 
 def _with_partners(path: Path, array: np.ndarray, read: Callable[[Path], np.ndarray]) -> Columns:
-    """An array that is alone in its file, with the labels and ids that lie beside it."""
+    """An array that is alone in its file, with labels and ids from the files beside it."""
     from flatcal_dist.calibration.records.column_names import (
         IDS,
         LABELS,
@@ -188,7 +192,10 @@ def _pt(path: Path) -> Columns:
 
 
 def tensors(path: Path) -> Any:
-    """What a PyTorch file holds, tensors as arrays; half precisions become float32."""
+    """Return what a PyTorch file holds, with tensors as arrays. bfloat16 becomes float32.
+
+    ValueError if it holds more than tensors, OSError if it is damaged.
+    """
     import pickle
 
     import torch
@@ -202,7 +209,7 @@ def tensors(path: Path) -> Any:
         ) from None
     except FileNotFoundError:
         raise
-    except Exception:  # of damaged bytes the unpickler raises what it pleases
+    except Exception:  # for damaged bytes, the unpickler raises errors of many kinds
         raise OSError("it is damaged, or no file that torch.save wrote") from None
 
     def converted(value: Any) -> Any:
@@ -239,7 +246,7 @@ def _arrow(names: list[str], select: Callable[[Sequence[str]], pa.Table]) -> Col
 
 
 def _values(column: pa.Array, name: str) -> np.ndarray:
-    """A column [n, ...]; lists of equal lengths are further axes."""
+    """A column [n, ...], in which lists of equal lengths are further axes."""
     if isinstance(column, pa.FixedShapeTensorArray):
         return column.to_numpy_ndarray()
     if isinstance(column, pa.ExtensionArray):
@@ -264,7 +271,7 @@ def _values(column: pa.Array, name: str) -> np.ndarray:
 
 
 def of_list(values: Any, name: str) -> np.ndarray:
-    """Nested lists as an array. Numbers, texts and truth values are not mixed."""
+    """Return nested lists as an array. ValueError if numbers, texts or truth values are mixed."""
     kinds: set[type] = set()
     pending = [values]
     while pending:
@@ -288,7 +295,7 @@ def of_list(values: Any, name: str) -> np.ndarray:
 
 
 def text_of(values: np.ndarray, name: str) -> list[str]:
-    """A column as texts: bytes as UTF-8, whole numbers without a decimal point."""
+    """Return a column as texts: bytes as UTF-8, and whole numbers without a decimal point."""
     if values.ndim != 1:
         raise ValueError(f"{name} must have one entry per image, found shape {list(values.shape)}")
     texts = []
@@ -307,13 +314,14 @@ def text_of(values: np.ndarray, name: str) -> list[str]:
 
 
 def is_number(text: str) -> bool:
+    """Return whether a text is a number, with a decimal point or a decimal comma."""
     return re.fullmatch(r"\s*[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?\s*", text) is not None
 
 
 def refuse_thousands(texts: Iterable[str], name: str) -> None:
-    """Raise ValueError where 1,234 beside 892 may be a whole number, with its thousands apart.
+    """Raise ValueError if 1,234 beside 892 may be a whole number with a thousands separator.
 
-    A zero before the sign, or any other number of digits behind it, speaks for decimals.
+    A zero before the sign, or another number of digits after it, is a sign of decimals.
     """
     whole = grouped = ""
     for text in map(str.strip, texts):
@@ -325,8 +333,8 @@ def refuse_thousands(texts: Iterable[str], name: str) -> None:
             return
     if whole and grouped:
         raise ValueError(
-            f"column {name} holds {grouped} beside {whole}: whole numbers with their thousands "
-            "apart, or decimals, is open. Write numbers without thousands separators"
+            f"column {name} holds {grouped} beside {whole}: these may be whole numbers with a "
+            "thousands separator, or decimals. Write numbers without thousands separators"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a network does class by class: plain columns, one entry per class."""
+"""The figures of each class, in columns with one entry per class."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,20 +11,30 @@ from flatcal_dist.calibration.statistics.intervals import proportion_interval
 
 
 def class_numbers(records: Records) -> IntArray:
-    """The network's number of each class that labels and predictions of the records count."""
+    """Return the number that the network gives to each class of the records [K]."""
     chosen = records.source.classes
     return np.arange(records.classes) if chosen is None else np.array(chosen)
 
 
 def per_class(records: Records, names: Sequence[str] | None = None) -> dict[str, list[Any]]:
-    """Columns over the classes that have images, in the order of the classes.
+    """Return columns over the classes that have images, in the order of the classes.
 
-    class (the network's number), name (None where not known), images, correct: how many of them
-    the network gets right; accuracy of the class's images, their mean confidence and signed gap,
-    its interval (`gap_low`, `gap_high`: mean confidence minus Wilson's interval of the accuracy),
-    their mean NLL; answers: images answered with this class, and precision: the share of them that
-    are of this class (None without answers); confused_with: the most frequent wrong answer, None if
-    there is none, how many of the class's images get it (confused_images), and their share.
+    Returns:
+        class: The number that the network gives to the class.
+        name: The name of the class. None if it is not known.
+        images: The number of images of the class.
+        correct: How many of them are answered correctly.
+        accuracy: The share of them that is answered correctly.
+        mean_confidence: Their mean confidence.
+        signed_gap: Their mean confidence minus their accuracy.
+        gap_low: The lower end of the interval of the signed gap, by Wilson's interval of accuracy.
+        gap_high: The upper end of this interval.
+        nll: Their mean NLL.
+        answers: The number of images that are answered with this class.
+        precision: The share of these answers that is correct. None without answers.
+        confused_with: The most frequent wrong answer. None if there is none.
+        confused_images: How many images of the class get this wrong answer.
+        confused_share: The share of the class's images that gets it.
     """
     k, label, answer = records.classes, records.label, records.prediction
     images = np.bincount(label, minlength=k)
@@ -54,7 +64,7 @@ def per_class(records: Records, names: Sequence[str] | None = None) -> dict[str,
         "signed_gap": (confidence - accuracy).tolist(),
         "gap_low": (confidence - high[at]).tolist(),
         "gap_high": (confidence - low[at]).tolist(),
-        "nll": mean(records.before.nll).tolist(),
+        "nll": mean(records.before.column("nll")).tolist(),
         "answers": answers.tolist(),
         "precision": [None if np.isnan(v) else float(v) for v in precision],
         "confused_with": [None if i is None else number[i] for i in confused],
@@ -64,12 +74,15 @@ def per_class(records: Records, names: Sequence[str] | None = None) -> dict[str,
 
 
 def _most_confused(records: Records) -> tuple[dict[int, int], dict[int, int]]:
-    """Per true class its most frequent wrong answer (the lowest of equals), and how often."""
+    """The most frequent wrong answer of each true class, and how often it is given.
+
+    The lowest class counts where several are as frequent.
+    """
     wrong = ~records.correct
     pairs, counts = np.unique(
         np.stack([records.label[wrong], records.prediction[wrong]], axis=1),
         axis=0, return_counts=True,
     )  # fmt: skip
-    order = np.lexsort((-pairs[:, 1], counts))  # ascending: the last of a class stays
+    order = np.lexsort((-pairs[:, 1], counts))  # ascending: the last entry of a class counts
     best = {int(pairs[i, 0]): (int(pairs[i, 1]), int(counts[i])) for i in order}
     return {k: v[0] for k, v in best.items()}, {k: v[1] for k, v in best.items()}

@@ -1,4 +1,4 @@
-"""Which classes are taken for which: the confusion matrix, or its largest entries."""
+"""Which classes are taken for which: the confusion matrix and its largest entries."""
 
 from typing import Any
 
@@ -7,20 +7,20 @@ import numpy as np
 from flatcal_dist.calibration.records.records import Records
 from flatcal_dist.calibration.report.classes import class_numbers
 
-LARGEST_MATRIX = 30  # classes, beyond which a matrix cannot be read
-PAIRS = 20  # confusions listed
+LARGEST_MATRIX = 30  # classes; nobody can read a larger matrix
+PAIRS = 20  # the number of confusions that are listed
 
 
 def confusions(records: Records) -> dict[str, Any]:
-    """Counts of answers by true class.
+    """Count the answers by true class.
 
     Returns:
-        classes: the network's numbers of the classes, in the order of the matrix.
-        matrix: images of each class (row) by answer (column), None for more than `LARGEST_MATRIX`
-            classes.
-        pairs: the `PAIRS` most frequent confusions, each with label, answer, images, of (how many
-            images the label has) and back (how many of the answer's class were taken for the
-            label).
+        classes: The numbers that the network gives to the classes, in the order of the matrix.
+        matrix: The images of each class (row) by answer (column). None for more than
+            `LARGEST_MATRIX` classes.
+        pairs: The `PAIRS` most frequent confusions. Each holds label, answer and images, `of` (the
+            number of images of the label) and `back` (how many images of the answer's class were
+            taken for the label).
     """
     k, number = records.classes, class_numbers(records)
     cell = records.label * k + records.prediction

@@ -11,26 +11,31 @@ from flatcal_dist.calibration.softmax import Scores
 from flatcal_dist.calibration.statistics.intervals import LEVEL
 
 SMOOTH_POINTS = 101
-WIDTHS = (0.02, 0.06)  # of the kernel: a narrower one draws noise, a wider one bends the diagonal
+WIDTHS = (0.02, 0.06)  # a narrower kernel draws noise, and a wider kernel bends the diagonal
 HISTOGRAM_BINS = 40
 CURVE_POINTS = 500
 
 
 def smooth_reliability(confidence: FloatArray, correct: BoolArray, width: float) -> dict[str, Any]:
-    """Accuracy against confidence by a Gaussian kernel, reflected at 0 and 1.
+    """Compute accuracy against confidence by a Gaussian kernel that is reflected at 0 and 1.
 
-    width: of the kernel, such as smooth ECE finds; kept within `WIDTHS`.
+    Source: Blasiok and Nakkiran, Smooth ECE (ICLR 2024), section 4.
 
-    Returns lists over `confidence` from the smallest to the largest one seen, None where no image
-    lies near: `accuracy` (the Nadaraya-Watson estimate), and `calibrated_low`, `calibrated_high`:
-    the central 95 % of it for a perfectly calibrated network with these confidences (normal
-    approximation of the weighted sum of Bernoulli outcomes); and `images`, how many the estimate
-    rests on: of equal weights that would leave as much noise (Kish's effective number). Source:
-    Blasiok and Nakkiran, Smooth ECE (ICLR 2024), section 4.
+    Args:
+        confidence: The confidence of each image [N].
+        correct: Which images are right [N].
+        width: The width of the kernel, such as that of smooth ECE. It is kept within `WIDTHS`.
+
+    Returns:
+        Lists over `confidence`, from the smallest to the largest one, with None where no image lies
+        near. `accuracy` is the Nadaraya-Watson estimate. A perfectly calibrated network with these
+        confidences lies between `calibrated_low` and `calibrated_high` in 95 % of cases, by the
+        normal approximation. `images` is the number of images that the estimate rests on: as many
+        images of equal weight would leave as much noise (Kish's effective number).
     """
     width = float(np.clip(width, *WIDTHS))
     at = np.linspace(confidence.min(), confidence.max(), SMOOTH_POINTS)
-    # Images are gathered on a fine grid first, so that the cost does not grow with their number.
+    # Images are first gathered on a fine grid, so that the cost does not grow with their number.
     cells = max(1000, int(10 / width))
     place = np.minimum((confidence * cells).astype(np.int64), cells - 1)
     total, right, expected, spread = (
@@ -57,9 +62,9 @@ def smooth_reliability(confidence: FloatArray, correct: BoolArray, width: float)
 
 
 def confidence_histogram(scores: Scores) -> dict[str, Any]:
-    """Correct and wrong images in equal bins of confidence, and the mean confidence of each.
+    """Count correct and wrong images in equal bins of confidence, with the mean of each group.
 
-    `edges` has one entry more than the counts; a mean over no images is None.
+    `edges` has one entry more than the counts. A mean over no images is None.
     """
     edges = np.linspace(0, 1, HISTOGRAM_BINS + 1)
     right, wrong = (
@@ -75,10 +80,10 @@ def confidence_histogram(scores: Scores) -> dict[str, Any]:
 
 
 def risk_coverage(scores: Scores) -> dict[str, list[float]]:
-    """The risk-coverage curve at `CURVE_POINTS` thresholds at most.
+    """Return the risk-coverage curve at no more than `CURVE_POINTS` thresholds.
 
-    Half of them are spread evenly over coverage and half over its logarithm, because it is the
-    most confident images that a threshold is chosen among.
+    Half of them are spread evenly over coverage, and half over its logarithm, because thresholds
+    are chosen among the most confident images.
     """
     coverage, risk = selective.risk_coverage_curve(scores.log_confidence, scores.correct)
     if len(coverage) > CURVE_POINTS:

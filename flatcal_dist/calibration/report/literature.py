@@ -1,4 +1,4 @@
-"""Published figures for the same data and network, to read a report beside."""
+"""Published figures for the same data and network, which a page shows beside the report."""
 
 import csv
 import re
@@ -10,7 +10,7 @@ FIGURES = (
     "accuracy", "nll", "brier", "ece", "adaptive_ece", "nll_after_temperature",
     "ece_after_temperature", "aurc", "auroc", "fpr_at_95_tpr",
 )  # fmt: skip
-SIZES = {  # classes and images of each test set
+SIZES = {  # the number of classes and images of each test set
     "ImageNet": (1000, 50_000),
     "CIFAR-10": (10, 10_000),
     "CIFAR-100": (100, 10_000),
@@ -21,11 +21,17 @@ SIZES = {  # classes and images of each test set
 def references(
     model: str | None, data: str | None, classes: int, images: int
 ) -> list[dict[str, Any]]:
-    """Rows of literature.csv for this network and data; fractions, each with its source.
+    """Return the rows of literature.csv for this network and data, each with its source.
 
-    The data match where classes and images are those of the test set and, except for ImageNet,
-    which no other set is taken for, its name occurs in `data`. Training settings differ between
-    papers and from ours: `method` says what is known of them.
+    The data match if the numbers of classes and images are those of the test set and its name
+    occurs in `data`. For ImageNet the numbers suffice, because no other set has them. Training
+    settings differ between papers, and `method` says what is known about them. Rates are fractions.
+
+    Args:
+        model: The name of the network.
+        data: The name of the evaluated images.
+        classes: The number of classes.
+        images: The number of images.
     """
     rows = [
         row
@@ -55,5 +61,5 @@ def _row(line: dict[str, str]) -> dict[str, Any]:
 
 
 def _plain(text: str) -> str:
-    """Lower case, letters and digits alone."""
+    """The letters and digits of a text, in lower case."""
     return re.sub(r"[^a-z0-9]", "", text.lower())

@@ -1,4 +1,4 @@
-"""metrics.csv: one row that stands below those of timm's results files."""
+"""metrics.csv: one row whose first columns are those of timm's results files."""
 
 from typing import Any
 
@@ -6,11 +6,16 @@ from flatcal_dist.calibration.metrics.entries import METRICS
 from flatcal_dist.calibration.report.model import Report
 from flatcal_dist.files import csv_text
 
-ABOUT = ("method", "rho", "gamma", "seed", "data", "training_seconds")
+ABOUT = ("seed", "data", "training_seconds")
 
 
 def metrics_csv(m: Report) -> str:
-    """One row; leading columns as in timm's results files (per cent, millions), then ours."""
+    """Return one row below the names of its columns.
+
+    The first columns are those of timm's results files, in per cent and millions; ours follow. The
+    column `settings` holds all numbers of the method (`rho 0.05, gamma 1.0`). Files of earlier
+    versions have columns `rho` and `gamma` instead.
+    """
     about, count, top5 = m.about, m.about.parameters, m.top5_accuracy
     row: dict[str, Any] = {
         "model": about.model,
@@ -22,6 +27,8 @@ def metrics_csv(m: Report) -> str:
         "img_size": about.image_size,
         "crop_pct": about.crop_pct,
         "interpolation": about.interpolation,
+        "method": about.method,
+        "settings": ", ".join(f"{key} {value}" for key, value in about.settings.items()),
         **{key: getattr(about, key) for key in ABOUT},
         "images": m.images,
         "temperature": m.temperature,

@@ -1,15 +1,15 @@
-"""`metrics.json` as a model: a report is built, written and read through it.
+"""`metrics.json` as a model, through which a report is built, written and read.
 
-Its metrics are those of `entries`. `python -m flatcal_dist.calibration.report.model` writes its
-JSON schema, metrics.schema.json, anew.
+Its metrics follow from `entries`. `python -m flatcal_dist.calibration.report.model` writes the JSON
+schema, metrics.schema.json.
 """
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, WithJsonSchema, create_model
-from pydantic.json_schema import GenerateJsonSchema
+from pydantic import Field, ValidationError, WithJsonSchema, create_model, field_validator
+from pydantic.json_schema import GenerateJsonSchema, JsonDict
 
 from flatcal_dist.calibration.metrics.entries import METRICS
 from flatcal_dist.calibration.metrics.entry import Metric
@@ -22,6 +22,7 @@ from flatcal_dist.calibration.report.parts import (
     Confusions,
     Count,
     EceNull,
+    FilledBin,
     Histogram,
     Limits,
     Number,
@@ -42,7 +43,7 @@ SCHEMA = Path(__file__).with_name("metrics.schema.json")
 
 
 def _field(metric: Metric) -> tuple[Any, Any]:
-    """The type of a metric's key. A file that was written before the metric was there lacks it."""
+    """The type and default of a metric's key. A file older than the metric lacks the key."""
     names = ("minimum", "maximum")
     limits = {k: v for k, v in zip(names, metric.limits, strict=True) if v is not None}
     kind: Any = Annotated[float, WithJsonSchema({"type": "number"} | limits)]
@@ -50,20 +51,39 @@ def _field(metric: Metric) -> tuple[Any, Any]:
     described = ". ".join(part.rstrip(".") for part in parts if part) + "."
     return (
         kind | None if metric.may_lack else kind,
-        Field(None, description=described, json_schema_extra=lambda s: s.pop("default")),
+        Field(None, description=described, json_schema_extra=_without_default),
     )
 
 
-Figures = create_model(
-    "Figures",
-    __base__=Part,
-    __doc__="Every metric, by its key.",
-    **{key: _field(metric) for key, metric in METRICS.items()},
-)
+def _without_default(schema: JsonDict) -> None:
+    schema.pop("default")
+
+
+if TYPE_CHECKING:
+
+    class Figures(Part):
+        """What a type checker sees of the metrics: those that code names."""
+
+        accuracy: float
+        nll: float
+        mean_confidence: float
+        signed_gap: float
+        ece: float
+        aurc: float
+        auroc: float | None
+        coverage_at_95_accuracy: float
+        confidence_at_95_accuracy: float | None
+else:
+    Figures = create_model(
+        "Figures",
+        __base__=Part,
+        __doc__="Every metric, by its key.",
+        **{key: _field(metric) for key, metric in METRICS.items()},
+    )
 
 
 class Side(Figures):
-    """One set of scores: as trained, or after temperature scaling."""
+    """The figures of one set of scores: as trained, or after temperature scaling."""
 
     intervals: dict[str, Limits]
     ece_null: EceNull
@@ -74,27 +94,35 @@ class Side(Figures):
     operating_points: OperatingPoints
 
     def value(self, key: str) -> float | None:
-        """A metric; None where it is undefined, or the file is older than the metric."""
+        """Return a metric. None if it is undefined, or if the file is older than the metric."""
         if key not in METRICS:
             raise KeyError(key)
-        return getattr(self, key)
+        found: float | None = getattr(self, key)
+        return found
 
     def interval(self, key: str) -> Interval:
-        """A metric with its interval; ends None if it has none."""
+        """Return a metric with its interval, whose ends are None if there is no interval."""
         limits = self.intervals.get(key)
         if limits is None:
             return Interval(self.value(key), None, None)
         return Interval(self.value(key), limits.low, limits.high)
 
+    def filled_bins(self) -> list[FilledBin]:
+        """Return the bins that hold images."""
+        return [filled for filled in map(Bin.filled, self.bins) if filled is not None]
+
 
 class AfterTemperature(Side):
-    """The scores after temperature scaling; difference: after minus before, paired over images."""
+    """The figures after temperature scaling.
+
+    `difference` is after minus before, paired over images.
+    """
 
     difference: dict[str, Interval]
 
 
 class _Head(Part):
-    """What stands before the metrics."""
+    """The keys that stand before the metrics."""
 
     schema_version: Literal[3]
     images: Count
@@ -102,16 +130,16 @@ class _Head(Part):
     top5_accuracy: float | None
     source: Source
     real: dict[str, Number | None] | None = Field(
-        description="figures where any ReaL label counts as correct"
+        description="figures for which any ReaL label of an image counts as correct"
     )
     all_classes: AllClasses | None
 
 
 class Report(Side, _Head):
-    """metrics.json of a calibration report.
+    """The metrics.json of a calibration report.
 
-    Rates are fractions, NLL and entropy nats, null what is undefined. The top level holds the
-    network as trained. `conventions` says how each number is defined.
+    Rates are fractions. NLL and entropy are in nats. What is undefined is null. The top level holds
+    the network as trained. `conventions` says how each number is defined.
     """
 
     temperature: Positive
@@ -123,7 +151,7 @@ class Report(Side, _Head):
     confusions: Confusions
     confident_errors: list[ConfidentError]
     training: dict[str, list[Number | None]] | None = Field(
-        description="columns per validated epoch; null without a training log"
+        description="one column per figure, with a value per validated epoch; null without a log"
     )
     references: list[Reference]
     conventions: dict[str, Any]
@@ -131,22 +159,35 @@ class Report(Side, _Head):
 
     SIDES: ClassVar = ("before", "after")
 
+    @field_validator("about", mode="before")
+    @classmethod
+    def _with_settings(cls, about: Any) -> Any:
+        """Move rho and gamma of a file of an earlier version to the settings."""
+        if not isinstance(about, dict) or not {"rho", "gamma"} & about.keys():
+            return about
+        rest = dict(about)
+        older = {key: rest.pop(key, None) for key in ("rho", "gamma")}
+        moved = {key: value for key, value in older.items() if value is not None}
+        return rest | {"settings": moved | rest.get("settings", {})}
+
     def side(self, name: str) -> Side:
-        """`before` temperature scaling, or `after` it."""
-        return {"before": self, "after": self.after_temperature}[name]
+        """Return the figures `before` temperature scaling, or `after` it."""
+        sides: dict[str, Side] = {"before": self, "after": self.after_temperature}
+        return sides[name]
 
     def difference(self, key: str) -> Interval | None:
-        """What temperature scaling does to a metric; None where that was not tested."""
+        """Return how temperature scaling changes a metric. None if this was not tested."""
         return self.after_temperature.difference.get(key)
 
     def as_json(self) -> dict[str, Any]:
+        """Return what metrics.json holds."""
         return self.model_dump(mode="json")
 
 
 def read_metrics(path: Path) -> Report:
-    """A metrics.json, also of an earlier version of this package that knew fewer metrics.
+    """Read a metrics.json, also one of an earlier version of this package with fewer metrics.
 
-    ValueError in one line for a file that is damaged or of another version.
+    ValueError in one line for a file that is damaged or has another schema version.
     """
     try:
         m = json.loads(path.read_text(encoding="utf-8"))
@@ -164,20 +205,20 @@ def read_metrics(path: Path) -> Report:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ValueError(
-            f"{path} is no metrics.json that this version can read: {key}: {first['msg']} "
+            f"this version cannot read {path}: {key}: {first['msg']} "
             f"({error.error_count()} such keys); evaluate the run again"
         ) from None
 
 
 class _Untitled(GenerateJsonSchema):
-    """Titles would repeat each key."""
+    """A schema without titles, which would repeat each key."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of what a report writes."""
+    """Return the JSON schema of what a report writes."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **Report.model_json_schema(mode="serialization", schema_generator=_Untitled),

@@ -1,4 +1,4 @@
-"""What answering only the confident images gives: by accuracy wanted, and by threshold."""
+"""What is gained by answering only the confident images: by accuracy, threshold and cost."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,25 +12,29 @@ from flatcal_dist.calibration.softmax import Scores
 from flatcal_dist.calibration.statistics.intervals import LEVEL, proportion_interval
 
 ACCURACIES = (0.9, 0.95, 0.98, 0.99, 0.995)
-COSTS = (2, 5, 10, 20, 50, 100)  # of a wrong answer, where leaving one to a person costs 1
+COSTS = (2, 5, 10, 20, 50, 100)  # costs of a wrong answer, if an unanswered image costs 1
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 def operating_points(scores: Scores, fold: IntArray) -> dict[str, list[dict[str, Any]]]:
-    """Operating points of one set of scores [N]; `fold` [N] splits the images for the check.
+    """Return the operating points of one set of scores [N].
 
-    by_accuracy: for each accuracy wanted the largest coverage with at least that accuracy on these
-    images and the confidence from which images are answered. That threshold was chosen on the
-    images it is judged by, so `held_out` tells what comes of thresholds chosen on the other folds:
-    accuracy with Wilson's interval, and coverage. by_threshold: for each confidence the share of
-    images at or above it and their accuracy with Wilson's interval. None where nothing is answered.
+    `fold` [N] splits the images into folds. A threshold that was chosen on the images on which it
+    is judged looks too good. Therefore `held_out` applies to each fold the threshold that was
+    chosen on the other folds.
 
-    by_cost: for each cost of a wrong answer, where leaving an image to a person costs 1 and a right
-    answer nothing, the confidence c = 1 - 1 / cost from which on answering is cheaper, if
-    confidences are true (Chow, On optimum recognition error and reject tradeoff, IEEE Transactions
-    on Information Theory 1970), what is then answered, and the mean cost of an image with its 95 %
-    interval; held_out: the same of the threshold that was cheapest on the other folds, whatever
-    confidences mean; cost_of_all: of answering every image.
+    by_cost assumes that a right answer costs nothing and an unanswered image costs 1. If
+    confidences are true, answering is cheaper from the confidence 1 - 1 / cost on. Source: Chow, On
+    optimum recognition error and reject tradeoff (IEEE Transactions on Information Theory 1970).
+
+    Returns:
+        by_accuracy: For each wanted accuracy, the largest coverage that has it on these images, the
+            least confidence that is answered, and accuracy and coverage of held-out thresholds.
+        by_threshold: For each confidence, the share of images with this confidence or more, and
+            their accuracy with Wilson's interval, which is None if nothing is answered.
+        by_cost: For each cost of a wrong answer, what is answered by the threshold above, and the
+            mean cost per image with its 95 % interval. held_out does the same with the thresholds
+            that were cheapest on the other folds. cost_of_all is the cost of answering every image.
     """
     return {
         "by_accuracy": [_by_accuracy(scores, fold, wanted) for wanted in ACCURACIES],
@@ -44,15 +48,15 @@ def operating_points(scores: Scores, fold: IntArray) -> dict[str, list[dict[str,
 def _held_out(
     score: FloatArray, fold: IntArray, threshold_on: Callable[[BoolArray], float | None]
 ) -> BoolArray:
-    """Which images [N] are answered by the threshold that the images of the other folds give.
+    """Which images [N] are answered by thresholds that are chosen on the other folds.
 
-    threshold_on: The threshold chosen on a selection [N] of the images; None answers nothing.
+    `threshold_on` chooses a threshold on a selection [N] of the images. None answers nothing.
     """
     answered = np.zeros(len(score), bool)
     for f in np.unique(fold):
         here = fold == f
         if here.all():
-            continue  # nothing to choose a threshold on
+            continue  # no image is left to choose a threshold on
         threshold = threshold_on(~here)
         if threshold is not None:
             answered[here] = score[here] >= threshold
@@ -75,19 +79,28 @@ def _by_cost(scores: Scores, fold: IntArray, cost: float) -> dict[str, Any]:
 
 
 def cheapest_threshold(score: FloatArray, correct: BoolArray, cost: float) -> float:
-    """The score [N] from which on answering costs least; infinite where answering never pays."""
+    """Return the threshold on a score at which answering costs least.
+
+    Args:
+        score: The score of each image [N].
+        correct: Which images are right [N].
+        cost: The cost of a wrong answer, if an unanswered image costs 1.
+
+    Returns:
+        The least score that is answered. It is infinite if answering never pays.
+    """
     order, starts = selective.tie_order(score)
-    last = np.append(starts[1:], len(score)) - 1  # of each group of equal scores
+    last = np.append(starts[1:], len(score)) - 1  # the last image of each group of equal scores
     spent = cost * np.cumsum(~correct[order])[last] + (len(score) - 1 - last)
     least = int(np.argmin(spent))
     return float(score[order[last[least]]]) if spent[least] < len(score) else np.inf
 
 
 def _costing(scores: Scores, chosen: BoolArray, cost: float) -> dict[str, Any]:
-    """What is answered, and the mean cost of an image."""
+    """What is answered, and the mean cost per image."""
     spent = np.where(chosen, cost * ~scores.correct, 1.0)
     low = high = None
-    if spent.std() > 0:  # else nothing varies, which is no proof
+    if spent.std() > 0:  # if nothing varies, there is no interval
         half = ndtri((1 + LEVEL) / 2) * spent.std(ddof=1) / np.sqrt(len(spent))
         low, high = float(max(0.0, spent.mean() - half)), float(spent.mean() + half)
     found = {"cost": float(spent.mean()), "cost_low": low, "cost_high": high}

@@ -1,9 +1,10 @@
 """The parts of `metrics.json` beside the metrics: bins, curves, operating points, classes, errors.
 
-A limit of a number stands in the schema and is not enforced when a report is written: an evaluation
-must not be lost to an error of rounding.
+The schema states the limits of numbers. They are not enforced when a report is written, so that no
+evaluation is lost by an error of rounding.
 """
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
@@ -17,7 +18,7 @@ Number = int | float
 
 
 class Part(BaseModel):
-    """Attributes are keys of the file; others are refused."""
+    """A part whose attributes are keys of the file. Other keys are refused."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -28,14 +29,14 @@ class Part(BaseModel):
 
 
 class Limits(Part):
-    """95 % interval; null where undefined."""
+    """A 95 % interval. Its ends are null where there is none."""
 
     low: float | None
     high: float | None
 
 
 class EceNull(Part):
-    """ECE of a perfectly calibrated network with these confidences."""
+    """The ECE that a perfectly calibrated network shows with these confidences."""
 
     mean: Rate
     quantile_95: Rate
@@ -43,10 +44,29 @@ class EceNull(Part):
     resamples: Count
 
 
+@dataclass(frozen=True)
+class FilledBin:
+    """A bin that holds images, see `Bin`."""
+
+    low: float
+    high: float
+    count: int
+    mean_confidence: float
+    accuracy: float
+    calibrated_low: float
+    calibrated_high: float
+
+    @property
+    def gap(self) -> float:
+        """Mean confidence minus accuracy."""
+        return self.mean_confidence - self.accuracy
+
+
 class Bin(Part):
     """A right-closed bin of confidence.
 
-    calibrated_low, calibrated_high: the central 95 % of accuracies of a calibrated network.
+    A calibrated network shows an accuracy between calibrated_low and calibrated_high in 95 % of
+    draws.
     """
 
     low: Rate
@@ -57,9 +77,17 @@ class Bin(Part):
     calibrated_low: Rate | None
     calibrated_high: Rate | None
 
+    def filled(self) -> FilledBin | None:
+        """Return the bin with its figures. None if it is empty."""
+        confidence, accuracy = self.mean_confidence, self.accuracy
+        low, high = self.calibrated_low, self.calibrated_high
+        if confidence is None or accuracy is None or low is None or high is None:
+            return None
+        return FilledBin(self.low, self.high, self.count, confidence, accuracy, low, high)
+
 
 class SmoothCurve(Part):
-    """Accuracy against confidence by a kernel; images: how many each accuracy rests on."""
+    """Accuracy against confidence by a kernel. Each accuracy rests on so many `images`."""
 
     width: Positive
     confidence: list[Rate]
@@ -87,7 +115,7 @@ class RiskCoverage(Part):
 
 
 class Answered(Part):
-    """What is answered, and how well; low and high: Wilson's interval of the accuracy."""
+    """What is answered, and how well. low and high are the ends of Wilson's interval."""
 
     coverage: Rate
     images: Count
@@ -98,7 +126,7 @@ class Answered(Part):
 
 
 class Costing(Answered):
-    """What is answered, and the mean cost of an image with its interval."""
+    """What is answered, and the mean cost per image with its interval."""
 
     cost: Positive
     cost_low: Positive | None
@@ -106,7 +134,7 @@ class Costing(Answered):
 
 
 class ByAccuracy(Part):
-    """The largest coverage of an accuracy; confidence: from which on images are answered."""
+    """The largest coverage with an accuracy. Images of this confidence or more are answered."""
 
     accuracy_wanted: Rate
     coverage: Rate
@@ -119,7 +147,7 @@ class _At(Part):
 
 
 class ByThreshold(Answered, _At):
-    """What is answered from a confidence on."""
+    """What is answered if images of this confidence or more are."""
 
 
 class _AtCost(_At):
@@ -127,14 +155,14 @@ class _AtCost(_At):
 
 
 class ByCost(Costing, _AtCost):
-    """A wrong answer costs cost_of_error, an image left to a person 1."""
+    """What is answered if a wrong answer costs cost_of_error, and an unanswered image costs 1."""
 
     held_out: Costing
     cost_of_all: Positive
 
 
 class OperatingPoints(Part):
-    """What answering only the confident images gives, see `operating.operating_points`."""
+    """What is gained by answering only the confident images, see `operating.operating_points`."""
 
     by_accuracy: list[ByAccuracy]
     by_threshold: list[ByThreshold]
@@ -142,7 +170,7 @@ class OperatingPoints(Part):
 
 
 class ScoreRow(Part):
-    """Failure prediction by one confidence score; difference: from that of the first row."""
+    """Failure prediction by one confidence score, and the difference from the first row."""
 
     name: str
     meaning: str
@@ -152,13 +180,13 @@ class ScoreRow(Part):
 
 
 class ScoreTable(Part):
-    """Confidence scores on the images that none was tuned on."""
+    """Confidence scores on the images that no score was tuned on."""
 
     images: Count
     tuned_on: Count
     power: int | None
     temperature: Positive
-    missing: list[str] = []  # names of scores that the records do not hold
+    missing: list[str] = []  # names of scores that older records do not hold
     rows: list[ScoreRow]
 
 
@@ -183,7 +211,7 @@ class PerClass(Part):
 
 
 class Confusion(Part):
-    """How many of a label's images got an answer, and back: how many the other way round."""
+    """How many images `of` a label got an answer, and how many went `back`, the other way round."""
 
     label: Count
     answer: Count
@@ -193,7 +221,10 @@ class Confusion(Part):
 
 
 class Confusions(Part):
-    """Images by class (row) and answer (column), null for many classes; the most frequent pairs."""
+    """Images by class (row) and answer (column), and the most frequent pairs.
+
+    The matrix is null if there are many classes.
+    """
 
     classes: list[Count] | None
     matrix: list[list[Count]] | None
@@ -201,7 +232,7 @@ class Confusions(Part):
 
 
 class ConfidentError(Part):
-    """A wrong answer; consistent: is it among the ReaL labels, null where there are none."""
+    """A wrong answer. `consistent`: whether it is a ReaL label; null without ReaL labels."""
 
     id: str
     label: Count
@@ -232,7 +263,10 @@ class Reference(Part):
 
 
 class AllClasses(Part):
-    """A few figures of the same images among all classes of the network (ImageNet-A and -R)."""
+    """A few figures of the same images among all classes of the network.
+
+    Only ImageNet-A and -R, which hold images of some classes, have this part.
+    """
 
     classes: Count
     temperature: float

@@ -1,4 +1,4 @@
-"""From records to the numbers of `metrics.json`: plain JSON, None where undefined."""
+"""From records to the numbers of `metrics.json`. A number that is undefined is None."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -44,12 +44,20 @@ def summarize(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Report:
-    """All numbers of the report. Rates are fractions, NLL and entropy nats.
+    """Compute all numbers of the report. Rates are fractions. NLL and entropy are in nats.
 
-    The top level holds the network as it is; `after_temperature` the same keys after temperature
-    scaling, and `difference` (after minus before) with paired intervals. all_classes: of records
-    among a part of the network's classes, those of the same images among all. training: the records
-    of the run's metrics.jsonl.
+    The top level holds the network as trained. `after_temperature` holds the same keys after
+    temperature scaling, and `difference` (after minus before) with paired intervals.
+
+    Args:
+        records: The records of the evaluated images.
+        about: What was evaluated.
+        all_classes: The records of the same images among all classes of the network, if `records`
+            are among some of them.
+        training: The records of the run's metrics.jsonl.
+        bins: The number of bins of ECE and related metrics.
+        resamples: The number of resamples.
+        seed: The seed of the resamples.
     """
     about = _identified(about or About(), records)
     samples = bootstrap([records.before, records.after], resamples, seed, bins)
@@ -82,7 +90,7 @@ def summarize(
         if clean
         else [],
         "conventions": _conventions(records, bins, resamples, seed),
-        # Paths and such become text, tuples lists: what is returned is what is read again.
+        # Paths become text and tuples become lists, so that reading gives back what is returned.
         "about": json.loads(json.dumps(asdict(about), default=str)),
     }
     return Report.model_validate(written)
@@ -98,21 +106,23 @@ def _all_classes(records: Records) -> dict[str, Any]:
 
 
 def _identified(about: About, records: Records) -> About:
-    """With the identity of the images, from their ids and labels where nothing else is known."""
+    """Add the identity of the images. If it is not known, it follows from their ids and labels."""
     if about.data_identity is not None:
         return replace(about, known_by=about.known_by or "images")
-    labels = class_numbers(records)[records.label]
-    found = data_identity(records.id, labels)
-    return replace(about, data_identity=found, known_by=pairing.known_by(records.id))
+    ids, labels = records.id.tolist(), class_numbers(records)[records.label]
+    found = data_identity(ids, labels)
+    return replace(about, data_identity=found, known_by=pairing.known_by(ids))
 
 
 def point_metrics(
     scores: Scores, bins: int = 15, classwise: Mapping[str, float | None] | None = None
 ) -> dict[str, float | None]:
-    """Every metric of one set of scores, without intervals.
+    """Return every metric of one set of scores, without intervals.
 
-    classwise: the values of those metrics that need the probabilities of all classes, which are
-    None without it.
+    Args:
+        scores: The scores.
+        bins: The number of bins of ECE and related metrics.
+        classwise: The metrics that need the probabilities of all classes. They are None without it.
     """
     evaluated = Evaluated(scores, bins, classwise or {})
     return {key: metric.value(evaluated) for key, metric in METRICS.items()}
@@ -138,7 +148,7 @@ def _side(
             "resamples": null.resamples,
         },
         "bins": _bins(confidence, correct, bins, null),
-        "smooth_curve": curves.smooth_reliability(confidence, correct, point["smooth_ece"]),
+        "smooth_curve": curves.smooth_reliability(confidence, correct, point["smooth_ece"] or 0.0),
         "histogram": curves.confidence_histogram(scores),
         "risk_coverage": curves.risk_coverage(scores),
         "operating_points": operating_points(scores, records.fold),
@@ -164,7 +174,7 @@ def _bins(
 
 
 def _scores(records: Records, resamples: int, seed: int) -> dict[str, Any] | None:
-    """What other scores than the confidence rank by, on the images that none was tuned on."""
+    """Failure prediction by all scores, on the images that no score was tuned on."""
     judged = records.compared
     if not judged.any():
         return None

@@ -1,4 +1,4 @@
-"""What the metrics of a training run tell epoch by epoch, for the report."""
+"""The figures of each epoch of a training run, for the report."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +11,11 @@ COLUMNS = (
 
 
 def training_curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]] | None:
-    """Columns per validated epoch from the records of a metrics.jsonl; None if there are none.
+    """Return columns with an entry per validated epoch, from the records of a metrics.jsonl.
 
-    `epoch` [E] and those of `COLUMNS` that were logged as `val/NAME`, each [E], None where an
-    epoch lacks it. Of an epoch that was logged twice (a resumed run) the last record counts.
+    The columns are `epoch` [E] and all `COLUMNS` that were logged as `val/NAME`, each [E], with
+    None where an epoch lacks the figure. If a resumed run logged an epoch twice, the last record
+    counts. The result is None if no epoch was validated.
     """
     epochs: dict[float, Mapping[str, Any]] = {}
     for record in metrics:

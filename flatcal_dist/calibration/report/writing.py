@@ -1,4 +1,4 @@
-"""The report of one run: a page, metrics, records and figures, rendered from a few files."""
+"""The report of one run: a page, metrics, records and figures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,16 +28,24 @@ def write_report(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Report:
-    """Evaluate `records` and write the report into the folder `output`; return its metrics.
+    """Evaluate `records`, write the report into the folder `output`, and return its metrics.
 
-    Writes index.html (one file, needs no network), metrics.json, metrics.csv, table.csv, table.tex,
-    records.parquet, figures/*.png, *.svg, *.pdf and, with `image_of`, errors/*.jpg; each appears
-    whole or not at all. A shift.json that lies in the folder already becomes part of the page.
+    This writes index.html (one file that needs no network), metrics.json, metrics.csv, table.csv,
+    table.tex, records.parquet, figures/*.png, *.svg, *.pdf and, with `image_of`, errors/*.jpg. Each
+    file appears whole or not at all. If the folder holds a shift.json, the page shows it.
 
-    image_of: gives the encoded image of a record's id, or None; for pictures of the most confident
-    errors. training: the records of the run's metrics.jsonl, for the curves over epochs.
-    all_classes: where the records are among a part of the network's classes, those of the same
-    images among all of them.
+    Args:
+        records: The records of the evaluated images.
+        output: The folder of the report.
+        about: What was evaluated.
+        all_classes: The records of the same images among all classes of the network, if `records`
+            are among some of them.
+        image_of: Returns the encoded image of an id, or None. The page shows pictures of the most
+            confident errors.
+        training: The records of the run's metrics.jsonl, for the curves over epochs.
+        bins: The number of bins of ECE and related metrics.
+        resamples: The number of resamples.
+        seed: The seed of the resamples.
     """
     output = Path(output)
     m = summarize(
@@ -55,19 +63,23 @@ def write_report(
 
 
 def render_report(output: Path) -> None:
-    """Write index.html and the figures again from what lies in the report folder.
+    """Write index.html and the figures again from the files of a report folder.
 
-    Needs metrics.json and records.parquet; takes shift.json and errors/*.jpg where they are.
+    The folder must hold metrics.json and records.parquet. It may hold shift.json and errors/*.jpg.
     """
     m, _ = read_report(Path(output))
     _write_page(m, Path(output))
 
 
 def read_report(folder: Path) -> tuple[Report, Records]:
-    """The metrics and records of a report. ValueError if it is not whole or of another version."""
+    """Read the metrics and records of a report.
+
+    ValueError if a file is missing or has another schema version, or if the two do not belong
+    together.
+    """
     for name in ("metrics.json", "records.parquet"):
         if not (folder / name).is_file():
-            raise ValueError(f"no report in {folder}: {name} is missing; run `flatcal evaluate`")
+            raise ValueError(f"{folder} holds no report: {name} is missing; run `flatcal evaluate`")
     m = read_metrics(folder / "metrics.json")
     records = Records.load(folder / "records.parquet")
     if len(records) != m.images:

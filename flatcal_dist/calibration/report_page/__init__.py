@@ -1,1 +1,1 @@
-"""The page of a report: its table, pictures, and what they show in words."""
+"""The page of a report: its table, its figures, and what they show in words."""

@@ -1,4 +1,4 @@
-"""What each figure shows, in words, for those who do not see it."""
+"""What each figure shows, in words, for readers who do not see it."""
 
 from typing import Any
 
@@ -6,19 +6,20 @@ from flatcal_dist.calibration.pages.display import counted, number, percent, poi
 from flatcal_dist.calibration.report.model import Report, Side
 from flatcal_dist.calibration.report.parts import RiskCoverage
 
-NOTICED = 0.01  # share of the images below which a bin is not spoken of
+NOTICED = 0.01  # the share of the images below which a bin is not mentioned
 
 
 def reliability(side: Side) -> str:
-    filled = [b for b in side.bins if b.count]
-    gaps = [b.mean_confidence - b.accuracy for b in filled]
+    """Return what a reliability diagram shows."""
+    filled = side.filled_bins()
+    gaps = [b.gap for b in filled]
     outside = sum(not b.calibrated_low <= b.accuracy <= b.calibrated_high for b in filled)
     images = sum(b.count for b in filled)
     large = [(g, b) for g, b in zip(gaps, filled, strict=True) if b.count >= NOTICED * images]
     gap, worst = max(large, key=lambda pair: abs(pair[0]))
     return (
         f"Confidence exceeds accuracy in {sum(g > 0 for g in gaps)} of the {len(filled)} bins that "
-        f"hold images; {outside} lie outside of what a calibrated network would show. The largest "
+        f"hold images. {outside} lie outside of what a calibrated network would show. The largest "
         f"gap of a bin with 1 % of the images or more is {number(100 * gap, 1, sign=True)} points, "
         f"at confidences of {percent(worst.low, 0)} to {percent(worst.high, 0)}, with "
         f"{counted(worst.count, 'image')}. ECE {percent(side.ece)}, signed gap "
@@ -27,6 +28,7 @@ def reliability(side: Side) -> str:
 
 
 def confidence(side: Side) -> str:
+    """Return what a histogram of confidence shows."""
     h, parts = side.histogram, []
     groups = (("correct", h.correct, h.mean_correct), ("wrong", h.wrong, h.mean_wrong))
     for name, counts, mean in groups:
@@ -40,6 +42,7 @@ def confidence(side: Side) -> str:
 
 
 def risk_coverage(m: Report) -> str:
+    """Return what the risk-coverage curves of a report show."""
     after = m.after_temperature
     risks = ", ".join(
         f"{percent(_risk_at(m.risk_coverage, c), 1)} at {percent(c, 0)} coverage"
@@ -57,7 +60,8 @@ def _risk_at(curve: RiskCoverage, coverage: float) -> float:
 
 
 def confusions(m: Report) -> str:
-    pairs, k = m.confusions.pairs, len(m.confusions.classes)
+    """Return what a confusion matrix shows."""
+    pairs, k = m.confusions.pairs, len(m.confusions.classes or [])
     text = f"{k} classes by {k} answers; {percent(m.accuracy, 1)} of all images are right."
     if not pairs:
         return f"{text} No class is taken for another."
@@ -69,6 +73,7 @@ def confusions(m: Report) -> str:
 
 
 def training(curves: dict[str, list[Any]]) -> str:
+    """Return what curves over epochs show."""
     names = {
         "mean_entropy": "entropy", "mean_entropy_correct": "entropy of correct predictions",
         "mean_entropy_wrong": "entropy of wrong predictions", "accuracy": "accuracy",
@@ -84,6 +89,7 @@ def training(curves: dict[str, list[Any]]) -> str:
 
 
 def severity(group: dict[str, Any], clean: dict[str, Any]) -> str:
+    """Return what curves over severities show, from a GROUP and the clean ROW of shift.json."""
     worst = str(group["severities"][-1])
     here, there = clean["before"], group["before"]["by_severity"][worst]
     gaps = points(here["signed_gap"], there["signed_gap"])
@@ -96,6 +102,14 @@ def severity(group: dict[str, Any], clean: dict[str, Any]) -> str:
 
 
 def heat_map(group: dict[str, Any], rows: list[dict[str, Any]], key: str, side: str) -> str:
+    """Return what a heat map of corruptions and severities shows.
+
+    Args:
+        group: A GROUP of shift.json.
+        rows: The ROWs of its subsets.
+        key: The metric.
+        side: `before` temperature scaling, or `after` it.
+    """
     known = [(r[side][key], r) for r in rows if r[side][key] is not None]
     if not known:
         return "Not defined on these images."

@@ -13,25 +13,25 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 from flatcal_dist.calibration.pages.drawing import PERCENT, Curve, faded_line, percent_axes, style
 from flatcal_dist.calibration.pages.palette import heat, light, text_on
 from flatcal_dist.calibration.report.model import Side
-from flatcal_dist.calibration.report.parts import Bin, Histogram, SmoothCurve
+from flatcal_dist.calibration.report.parts import FilledBin, Histogram, SmoothCurve
 
-HEAT = ("blue", "vermillion")  # of right and of wrong answers
-FEW_NEAR = 30  # images, below which the smooth line fades: accuracy is then 0.2 wide or more
-DIAGONAL = {"color": light("muted"), "linewidth": 1, "linestyle": (0, (4, 3))}
+HEAT = ("blue", "vermillion")  # the heat scales of right and of wrong answers
+FEW_NEAR = 30  # images, below which the smooth line fades: its interval is then wider than 0.2
+DIAGONAL: dict[str, Any] = {"color": light("muted"), "linewidth": 1, "linestyle": (0, (4, 3))}
 
 
 def draw_reliability(side: Side, title: str) -> Figure:
-    """Reliability diagram: accuracy per bin, its gap to confidence, and what chance would allow.
+    """Draw a reliability diagram, with the images by confidence below it.
 
-    Bars are fainter the fewer images they hold; the outlined boxes hold 95 % of the accuracies
-    that a perfectly calibrated network would show. The line is the accuracy by a kernel instead of
-    bins, fading where few images lie, the band around the diagonal what chance would allow it.
-    Beneath: images by confidence.
+    Bars show the accuracy of each bin and its gap to confidence. Bars of few images are fainter.
+    Outlined boxes hold 95 % of the accuracies that a perfectly calibrated network would show. The
+    line is the accuracy by a kernel instead of bins, and fades where few images lie. The band
+    around the diagonal is what chance would allow this line.
     """
     with style():
         figure = Figure(figsize=(5.2, 6.5), layout="constrained")
         top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
-        filled = [b for b in side.bins if b.count]
+        filled = side.filled_bins()
         most = max(b.count for b in filled)
         for b in filled:
             _bar(top, b, strength=0.35 + 0.65 * np.sqrt(b.count / most))
@@ -54,11 +54,10 @@ def draw_reliability(side: Side, title: str) -> Figure:
         return figure
 
 
-def _bar(axes: Axes, b: Bin, strength: float) -> None:
+def _bar(axes: Axes, b: FilledBin, strength: float) -> None:
     left, width = b.low + 0.004, b.high - b.low - 0.008
-    gap = b.mean_confidence - b.accuracy
-    colour = light("vermillion" if gap > 0 else "green")
-    span = {"width": width, "align": "edge"}
+    colour = light("vermillion" if b.gap > 0 else "green")
+    span: dict[str, Any] = {"width": width, "align": "edge"}
     # A gap below the accuracy is cut out of the bar, so that colours never mix.
     low, high = sorted((b.accuracy, b.mean_confidence))
     axes.bar(left, low, color=light("blue"), alpha=0.75 * strength, **span)
@@ -66,7 +65,7 @@ def _bar(axes: Axes, b: Bin, strength: float) -> None:
     ends = [left, left + width]
     axes.plot(ends, [b.accuracy] * 2, color=light("blue"), linewidth=2.4, solid_capstyle="butt")
     expected = b.calibrated_high - b.calibrated_low
-    outline = {"facecolor": "none", "edgecolor": light("ink"), "linewidth": 0.7}
+    outline: dict[str, Any] = {"facecolor": "none", "edgecolor": light("ink"), "linewidth": 0.7}
     axes.bar(left, expected, bottom=b.calibrated_low, alpha=0.8 * strength, **outline, **span)
 
 
@@ -83,14 +82,17 @@ def _smooth(axes: Axes, curve: SmoothCurve) -> None:
 
 
 def density_strength(images: Sequence[float]) -> list[float]:
-    """How strongly a smooth line is drawn where it rests on so many images: fully from 30 on."""
+    """Return the opacity of a smooth line where it rests on so many images.
+
+    It is 1 from `FEW_NEAR` images on.
+    """
     return [min(1.0, (n / FEW_NEAR) ** 2) for n in images]
 
 
 def _square_root_axis(axes: Axes, most: float, least: float) -> None:
-    """Ticks for heights drawn as square roots of shares, which keep small groups visible.
+    """Set ticks for heights that are square roots of shares, which keep small groups visible.
 
-    least: the smallest tick, as a share of the largest height `most`.
+    `least` is the smallest tick, as a share of the largest height `most`.
     """
     steps = [s for s in (0.001, 0.01, 0.05, 0.2, 0.5) if least * most < s <= 1.1 * most]
     ticks = np.sqrt([0.0, *steps])
@@ -99,7 +101,7 @@ def _square_root_axis(axes: Axes, most: float, least: float) -> None:
 
 
 def _counts(axes: Axes, histogram: Histogram) -> None:
-    """Share of the images by confidence: correct ones upwards, wrong ones downwards."""
+    """Draw the share of the images by confidence: correct images upwards, wrong ones downwards."""
     edges = np.array(histogram.edges)
     images = sum(histogram.correct) + sum(histogram.wrong)
     right, wrong = (np.sqrt(np.array(getattr(histogram, k)) / images) for k in ("correct", "wrong"))
@@ -113,7 +115,10 @@ def _counts(axes: Axes, histogram: Histogram) -> None:
 
 
 def draw_confidence(side: Side, title: str) -> Figure:
-    """Distribution of confidence among correct and among wrong predictions, each summing to 1."""
+    """Draw the distribution of confidence among correct and among wrong predictions.
+
+    Each distribution sums to 1.
+    """
     with style():
         figure = Figure(figsize=(5.2, 3.5), layout="constrained")
         axes = figure.subplots()
@@ -133,7 +138,7 @@ def draw_confidence(side: Side, title: str) -> Figure:
 
 
 def _histogram(axes: Axes, histogram: Histogram, name: str, colour: str, line: Any) -> float:
-    """Draw one group; return the largest share of a bin."""
+    """Draw one group and return the largest share of a bin."""
     count, mean = np.array(getattr(histogram, name)), getattr(histogram, f"mean_{name}")
     share = count / count.sum()
     label = f"{name}: {count.sum():,}, mean {100 * mean:.1f} %"
@@ -146,11 +151,16 @@ def _histogram(axes: Axes, histogram: Histogram, name: str, colour: str, line: A
 
 
 def draw_risk_coverage(curves: Sequence[Curve], title: str, *, reference: bool) -> Figure:
-    """Risk among the most confident images against their share, one line per curve.
+    """Draw the risk among the most confident images against their share, one line per curve.
 
-    Left over all coverages, right both on logarithmic scales, for the most confident images.
-    reference: the curves belong to one run, before and after calibration; add the oracle (every
-    wrong image last) and random order.
+    The left panel shows all coverages. The right panel shows the most confident images on
+    logarithmic scales.
+
+    Args:
+        curves: The curves.
+        title: The title of the left panel.
+        reference: Whether the curves belong to one run, before and after calibration. The oracle
+            (every wrong image last) and a random order are then added.
     """
     with style():
         figure = Figure(figsize=(9.6, 4.4), layout="constrained")
@@ -186,7 +196,7 @@ def draw_risk_coverage(curves: Sequence[Curve], title: str, *, reference: bool) 
 
 
 def _least_risk(side: Side) -> float:
-    """The least risk of the curve above nothing, from 1 % coverage on."""
+    """The least risk above 0 of the curve, from 1 % coverage on."""
     curve = side.risk_coverage
     points = zip(curve.coverage, curve.risk, strict=True)
     return min((r for c, r in points if r > 0 and c >= 0.01), default=1.0)
@@ -195,7 +205,7 @@ def _least_risk(side: Side) -> float:
 def _risk_references(axes: Axes, error: float, named: bool) -> None:
     coverage = np.geomspace(0.002, 1, 401)
     oracle = np.maximum(0, coverage - (1 - error)) / coverage
-    grey = {"color": light("muted"), "linewidth": 1.3, "zorder": 1}
+    grey: dict[str, Any] = {"color": light("muted"), "linewidth": 1.3, "zorder": 1}
     axes.plot(coverage, oracle, label="oracle" if named else "_", **grey)
     ends, label = ([0.002, 1], [error] * 2), "random" if named else "_"
     axes.plot(*ends, linestyle=(0, (1, 2)), label=label, **grey)
@@ -214,7 +224,7 @@ RATES = (
 
 
 def draw_confusions(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
-    """Share of each class's images by answer, in per cent; right answers are framed."""
+    """Draw the share of each class's images by answer, in per cent."""
     counts = np.array(matrix)
     k, total = len(counts), np.maximum(counts.sum(axis=1, keepdims=True), 1)
     share = counts / total
@@ -246,7 +256,7 @@ def draw_confusions(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Fi
 
 
 def draw_training(curves: dict[str, list[Any]]) -> Figure:
-    """By epoch: entropy of all, correct and wrong predictions, where it was logged; and rates."""
+    """Draw figures by epoch: the entropy of predictions, if it was logged, and rates."""
     panels = [
         (lines, title)
         for lines, title in ((ENTROPIES, "Entropy of predictions, nats"), (RATES, "Rates"))

@@ -16,7 +16,7 @@ from flatcal_dist.calibration.report.model import Report
 from flatcal_dist.calibration.statistics.intervals import Interval
 from flatcal_dist.files import csv_text
 
-# What LaTeX reads as a command, and what of our signs a plain document cannot print.
+# What LaTeX reads as a command, and signs that a plain document cannot print.
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
     "%": r"\%", "_": r"\_", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
@@ -27,9 +27,9 @@ LATEX = {
 
 
 def table_csv(m: Report) -> str:
-    """One row per metric: both sides and their difference, each with its 95 % interval.
+    """Return a table with a row per metric: both sides and their difference, with intervals.
 
-    Rates are fractions and nothing is rounded, as in metrics.json.
+    As in metrics.json, rates are fractions and nothing is rounded.
     """
     columns = ("as_trained", "after_temperature", "change")
     ends = [f"{column}{end}" for column in columns for end in ("", "_low", "_high")]
@@ -47,7 +47,7 @@ def table_csv(m: Report) -> str:
 
 
 def table_tex(m: Report) -> str:
-    """The table in LaTeX, for a document that loads booktabs; nothing else is needed."""
+    """Return the table in LaTeX, for a document that loads booktabs."""
     rows = []
     for group in GROUPS:
         rows.append(rf"\multicolumn{{4}}{{l}}{{\textit{{{latex(group.name)}}}}} \\")
@@ -56,9 +56,9 @@ def table_tex(m: Report) -> str:
     about = m.about
     subject = about.title or about.model or "This network"
     caption = latex(
-        f"{subject}, {counted(m.images, 'image')}, {m.classes:,} classes. In brackets 95 % "
-        "intervals over images; those of errors of calibration are of the error without "
-        "what chance adds."
+        f"{subject}, {counted(m.images, 'image')}, {m.classes:,} classes. Brackets hold 95 % "
+        "intervals over images. For errors of calibration, they are intervals of the error "
+        "without what chance adds."
     )
     return "\n".join(
         [
@@ -104,5 +104,5 @@ def _cell(value: str, ends: str | None) -> str:
 
 
 def latex(text: str) -> str:
-    """Any text as LaTeX prints it."""
+    """Return a text so that LaTeX prints it as it is."""
     return "".join(LATEX.get(c, c) for c in text)

@@ -11,7 +11,7 @@ from flatcal_dist.calibration.calibrators.of_logits import is_fitted
 from flatcal_dist.calibration.pages import frame as page
 from flatcal_dist.calibration.pages.display import counted, duration, number, percent, temperature
 from flatcal_dist.calibration.pages.drawing import Curve
-from flatcal_dist.calibration.report.about import About
+from flatcal_dist.calibration.report.about import SYMBOLS, About
 from flatcal_dist.calibration.report.confident_errors import read_thumbnails
 from flatcal_dist.calibration.report.model import Report
 from flatcal_dist.calibration.report_page import describe, figures
@@ -19,7 +19,7 @@ from flatcal_dist.calibration.report_page.verdict import FEW_OF_A_CLASS, class_n
 from flatcal_dist.calibration.shift import figures as shift_figures
 
 SIDES = ("before", "after")
-FEW_OUTCOMES = 100  # images of the rarer outcome, see the table of coverage in this room's README
+FEW_OUTCOMES = 100  # images of the rarer outcome, see "How often intervals hold" in the README
 UNKNOWN = "unknown"
 KNOWN_BY = {
     "images": "names, labels and sizes",
@@ -29,7 +29,13 @@ KNOWN_BY = {
 
 
 def report_html(m: Report, shift: dict[str, Any] | None, folder: Path) -> str:
-    """The page; its figures are written into folder/figures on the way."""
+    """Return the page, and write its figures into folder/figures.
+
+    Args:
+        m: The metrics of the report.
+        shift: What shift.json holds, or None.
+        folder: The folder of the report.
+    """
     about = m.about
     stale = shift is not None and shift["clean"]["before"]["accuracy"] != m.accuracy
     if stale:
@@ -61,7 +67,7 @@ def report_html(m: Report, shift: dict[str, Any] | None, folder: Path) -> str:
 
 
 def _few_outcomes(m: Report) -> str | None:
-    """The images of the rarer outcome, in words, if they are too few for exact intervals."""
+    """The images of the rarer outcome in words, if they are too few for exact intervals."""
     right = round(m.accuracy * m.images)
     wrong = m.images - right
     if min(right, wrong) >= FEW_OUTCOMES:
@@ -71,7 +77,7 @@ def _few_outcomes(m: Report) -> str | None:
 
 
 def run_title(about: About) -> str:
-    """The title given, or the model and method."""
+    """Return the title of a report. Default: model and method."""
     if about.title:
         return about.title
     parts = [about.model, about.method and about.method.upper()]
@@ -102,7 +108,8 @@ def _figures(m: Report, folder: Path) -> dict[str, Markup]:
         "risk_coverage", "Risk-coverage curve", describe.risk_coverage(m),
     )  # fmt: skip
     if m.confusions.matrix is not None:
-        names = [class_name(m, k).removeprefix("class ") for k in m.confusions.classes]
+        classes = m.confusions.classes or []
+        names = [class_name(m, k).removeprefix("class ") for k in classes]
         drawn["confusions"] = page.figure(
             figures.draw_confusions(m.confusions.matrix, names), folder,
             "confusions", "Confusion matrix", describe.confusions(m),
@@ -116,7 +123,7 @@ def _figures(m: Report, folder: Path) -> dict[str, Markup]:
 
 
 def _shift_figures(shift: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Per set of corruptions its figures, and its rows by corruption and severity."""
+    """The figures of each set of corruptions, and its rows by corruption and severity."""
     drawn = []
     for i, group in enumerate(shift["corruptions"]):
         rows = [r for r in shift["sets"] if r["name"] == group["name"] and r["corruption"]]
@@ -143,7 +150,7 @@ def _shift_figures(shift: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 
 def _class_rows(m: Report) -> list[dict[str, Any]]:
-    """One dictionary per class, the most over-confident first; those of `few` images after all."""
+    """One dictionary per class, the most over-confident first, and classes of `few` images last."""
     table = m.per_class.model_dump()
     rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
     rows = [row | {"few": row["images"] < FEW_OF_A_CLASS} for row in rows]
@@ -154,7 +161,7 @@ def _class_rows(m: Report) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Tile:
-    """A key number: name, value, and a line beneath."""
+    """A key number: its name, its value, and a line below."""
 
     name: str
     value: str
@@ -163,10 +170,10 @@ class Tile:
 
 def _tiles(m: Report) -> list[Tile]:
     def between(name: str, factor: float, decimals: int, sign: bool = False) -> str:
-        interval = m.interval(name)
-        if interval.low is None:
+        ends = m.interval(name).ends
+        if ends is None:
             return "no interval"
-        low, high = (number(factor * v, decimals, sign) for v in (interval.low, interval.high))
+        low, high = (number(factor * v, decimals, sign) for v in ends)
         return f"{low} to {high}"
 
     chance = m.ece_null.mean
@@ -200,7 +207,7 @@ def _temperature_note(m: Report) -> str:
 
 
 def _identity(m: Report) -> str:
-    """The line above the title: what a reader has to know to quote the numbers."""
+    """The line above the title, which holds what a reader must know to quote the numbers."""
     about = m.about
     parts = [
         about.model,
@@ -214,9 +221,9 @@ def _identity(m: Report) -> str:
 
 
 def _facts(m: Report) -> list[tuple[str, str]]:
-    """What was evaluated, as name and value.
+    """What was evaluated, as names and values.
 
-    What is not known is left out, but for how the network was trained: nobody should take silence
+    What is not known is left out. Method and seed are always named, so that nobody takes silence
     for a default.
     """
     about = m.about
@@ -226,12 +233,11 @@ def _facts(m: Report) -> list[tuple[str, str]]:
     facts = [
         ("Model", about.model),
         ("Method", about.method or UNKNOWN),
-        ("ρ", about.rho),
-        ("γ", about.gamma),
+        *((SYMBOLS.get(key, key), value) for key, value in about.settings.items()),
         ("Training seed", UNKNOWN if about.seed is None else about.seed),
         ("Origin", about.origin),
         ("Data", about.data),
-        ("Identity of the data", f"{about.data_identity} ({KNOWN_BY[about.known_by]})"),
+        ("Identity of the data", _identity_of_data(about)),
         ("Kind of data", ", ".join(part for part in shift if part)),
         ("Images", f"{m.images:,}"),
         ("Classes", f"{m.classes:,}"),
@@ -247,3 +253,8 @@ def _facts(m: Report) -> list[tuple[str, str]]:
         *sorted(about.versions.items()),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+def _identity_of_data(about: About) -> str:
+    known_by = UNKNOWN if about.known_by is None else KNOWN_BY[about.known_by]
+    return f"{about.data_identity} ({known_by})"

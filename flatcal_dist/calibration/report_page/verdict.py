@@ -1,4 +1,4 @@
-"""The verdict of a report in plain language; every sentence follows from numbers and intervals."""
+"""The verdict of a report in plain language. Each sentence follows from numbers and intervals."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,26 +12,26 @@ from flatcal_dist.calibration.pages.display import (
     points,
     temperature,
 )
-from flatcal_dist.calibration.report.model import Report, Side
+from flatcal_dist.calibration.report.model import AfterTemperature, Report, Side
 from flatcal_dist.calibration.shift import verdict as shift_verdict
-from flatcal_dist.calibration.statistics.intervals import Interval
+from flatcal_dist.calibration.statistics.intervals import beyond_zero
 
 FEW_IMAGES = 50
 FEW_OF_A_KIND = 10
-FEW_OF_A_CLASS = 20  # images, below which single classes are not spoken of
-SHOWN = 0.05  # p-value below which miscalibration counts as shown
+FEW_OF_A_CLASS = 20  # images, below which a class is not mentioned
+SHOWN = 0.05  # the p-value below which miscalibration counts as shown
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A topic, and what the numbers allow to say of it."""
+    """A topic, and what the numbers say about it."""
 
     topic: str
     text: str
 
 
 def verdict(m: Report, shift: dict[str, Any] | None = None) -> list[Finding]:
-    """Findings of the metrics.json of one run (and its shift.json), the most important first."""
+    """Return what metrics.json and shift.json of a run allow to say, the most important first."""
     wrong = round(m.images * (1 - m.accuracy))
     if m.images < FEW_IMAGES:
         verb = "is" if m.images == 1 else "are"
@@ -63,23 +63,19 @@ def verdict(m: Report, shift: dict[str, Any] | None = None) -> list[Finding]:
     return findings + [Finding(topic, text) for topic, text in others if text]
 
 
-def _limits(interval: Interval) -> str:
-    _, low, high = points(interval.value, interval.low, interval.high)
-    return f"95 % interval {low} to {high}"
-
-
 def _gap(m: Report) -> str:
-    gap = m.interval("signed_gap")
-    if gap.low is None:
-        return f"Mean confidence minus accuracy is {points(gap.value)[0]} points."
-    if not gap.excludes_zero or round(100 * gap.value, MOST_IN_PROSE) == 0:
+    whole = m.interval("signed_gap").whole
+    if whole is None:
+        return f"Mean confidence minus accuracy is {points(m.signed_gap)[0]} points."
+    gap, *ends = whole
+    if not beyond_zero(*ends) or round(100 * gap, MOST_IN_PROSE) == 0:
+        value, low, high = points(gap, *ends)
         return (
             "Neither over- nor under-confidence is shown overall: mean confidence minus accuracy "
-            f"is {points(gap.value, gap.low, gap.high)[0]} points ({_limits(gap)})."
+            f"is {value} points (95 % interval {low} to {high})."
         )
-    word, size = ("over", 1) if gap.value > 0 else ("under", -1)
-    ends = sorted((size * gap.low, size * gap.high))
-    value, low, high = points(size * gap.value, *ends)
+    word, size = ("over", 1) if gap > 0 else ("under", -1)
+    value, low, high = points(size * gap, *sorted(size * end for end in ends))
     return (
         f"The network is {word}-confident by {value} points (95 % interval {low} to {high}): "
         f"its mean confidence is {percent(m.mean_confidence, 1)}, "
@@ -100,29 +96,22 @@ def _temperature(m: Report) -> list[str]:
     after, t = m.after_temperature, temperature(m.temperature)
     if not is_fitted(m.temperature):
         return [_no_temperature(m)]
-    nll, ece = (after.difference[name] for name in ("nll", "ece"))
-    if nll.excludes_zero:
-        low, high = sorted((abs(nll.low), abs(nll.high)))
-        verb = "lowers" if nll.value < 0 else "raises"
-        change = f"{verb} NLL by {number(abs(nll.value))} ({number(low)} to {number(high)})"
-    else:
-        change = "shows no change in NLL"
+    nll, ece = (after.difference[name].direction for name in ("nll", "ece"))
     ends = "from {} % to {} %".format(*points(m.ece, after.ece))
-    if ece.excludes_zero:
-        agree = nll.excludes_zero and (nll.value < 0) == (ece.value < 0)
-        verb = "lowers" if ece.value < 0 else "raises"
-        move = f" {'and' if agree else 'but'} {verb} ECE {ends}"
+    if ece:
+        verb = "lowers" if ece < 0 else "raises"
+        move = f" {'and' if nll == ece else 'but'} {verb} ECE {ends}"
     else:
         move = f"; ECE goes {ends}, no change shown"
     first = (
         f"Temperature scaling with T = {t}, fitted without the images it is scored on, "
-        f"{change}{move}{_left(after)}.{_gap_after(m)}"
+        f"{_nll_change(after)}{move}{_left(after)}.{_gap_after(m)}"
     )
-    if not (nll.excludes_zero and nll.value < 0):
-        if not nll.excludes_zero and ece.excludes_zero and ece.value < 0:
+    if nll >= 0:
+        if nll == 0 and ece < 0:
             return [first, f"Dividing the logits by {t} is shown to mend ECE and nothing else."]
         return [first, "There is no case here for changing the temperature."]
-    if ece.excludes_zero and ece.value > 0:
+    if ece > 0:
         return [
             first,
             f"The two disagree: dividing the logits by {t} pays where the probabilities of all "
@@ -132,12 +121,23 @@ def _temperature(m: Report) -> list[str]:
     return [first, f"Where confidences are used as probabilities, divide the logits by {t}."]
 
 
+def _nll_change(after: AfterTemperature) -> str:
+    """What temperature scaling does to NLL."""
+    change = after.difference["nll"]
+    if change.whole is None or not change.direction:
+        return "shows no change in NLL"
+    size, *ends = (abs(v) for v in change.whole)
+    low, high = sorted(ends)
+    verb = "lowers" if change.direction < 0 else "raises"
+    return f"{verb} NLL by {number(size)} ({number(low)} to {number(high)})"
+
+
 def _no_temperature(m: Report) -> str:
-    """Where the fit ran to the end of its range: what it returned must not be taken for advice."""
+    """What is said if the fit ran to the end of its range, so that nobody uses its result."""
     way = "lower" if m.temperature == BOUNDS[0] else "higher"
     return (
-        f"No temperature can be fitted: the {way}, the less NLL, to the end of the search. All "
-        "figures after temperature scaling are those of that end: use none of them."
+        f"No temperature can be fitted: NLL falls with a {way} temperature up to the end of the "
+        "search. All figures after temperature scaling belong to that end: use none of them."
     )
 
 
@@ -148,30 +148,30 @@ def _left(after: Side) -> str:
 
 
 def _gap_after(m: Report) -> str:
-    """What becomes of the signed gap, where it is shown to move."""
+    """What happens to the signed gap, if a change is shown."""
     change = m.after_temperature.difference["signed_gap"]
     if not change.excludes_zero:
         return ""
     after = m.after_temperature.interval("signed_gap")
-    ends = [number(100 * v, 1, sign=True) for v in (m.signed_gap, after.value)]
-    text = f" The gap of mean confidence to accuracy goes from {ends[0]} to {ends[1]} points"
-    if after.low is None:
+    gaps = (m.signed_gap, m.after_temperature.signed_gap)
+    was, now = (number(100 * v, 1, sign=True) for v in gaps)
+    text = f" The gap of mean confidence to accuracy goes from {was} to {now} points"
+    if after.ends is None:
         return f"{text}."
-    low, high = (number(100 * v, 1, sign=True) for v in (after.low, after.high))
+    low, high = (number(100 * v, 1, sign=True) for v in after.ends)
     return f"{text} ({low} to {high})."
 
 
 def _failure(m: Report) -> str:
     auroc = m.interval("auroc")
-    if auroc.value is None:
+    if m.auroc is None:
         kind = "correct" if m.accuracy == 1 else "wrong"
         return f"Every prediction is {kind}, so that failures cannot be told apart."
-    text = (
-        f"Confidence ranks a correct image above a wrong one in {percent(auroc.value, 1)} of pairs"
-    )
-    if auroc.low is not None:
-        text += f" ({percent(auroc.low, 1)} to {percent(auroc.high, 1)})"
-        if auroc.low <= 0.5 <= auroc.high:
+    text = f"Confidence ranks a correct image above a wrong one in {percent(m.auroc, 1)} of pairs"
+    if auroc.ends is not None:
+        low, high = auroc.ends
+        text += f" ({percent(low, 1)} to {percent(high, 1)})"
+        if low <= 0.5 <= high:
             text += ", which chance could do"
     coverage = m.coverage_at_95_accuracy
     if m.accuracy >= 0.95:
@@ -212,9 +212,9 @@ def _after_scaling(m: Report) -> str:
 
 
 def _classes(m: Report) -> str | None:
-    """The worst classes, of those that hold images enough; None where most of them do not.
+    """The worst classes among those with enough images. None if most classes have too few.
 
-    Each interval is wrong in one case of twenty, half of them on either side.
+    Each interval errs in one case of twenty, half of them on either side.
     """
     table = m.per_class
     number = len(table.number)
@@ -246,22 +246,23 @@ def _classes(m: Report) -> str | None:
 
 
 def _least_accurate(m: Report, enough: list[int]) -> str:
-    """The worst class, with what its images are taken for."""
+    """The class of the lowest accuracy, and what its images are taken for."""
     table = m.per_class
     i = min(enough, key=lambda j: (table.accuracy[j], j))
     if table.accuracy[i] == 1:
         return "No image of any of them is answered wrongly."
-    # Wilson's interval, from the one of the gap: mean confidence minus it.
+    # The interval of the gap is mean confidence minus Wilson's interval of the accuracy.
     low, high = (table.mean_confidence[i] - gap for gap in (table.gap_high[i], table.gap_low[i]))
     text = (
         f"The least accurate class is {class_name(m, table.number[i])}: "
         f"{percent(table.accuracy[i], 1)} of its {counted(table.images[i], 'image')} are "
         f"right ({percent(low, 1)} to {percent(high, 1)})"
     )
-    if table.confused_with[i] is None:
+    answer = table.confused_with[i]
+    if answer is None:
         return f"{text}."
-    other = class_name(m, table.confused_with[i])
-    return f"{text}; {percent(table.confused_share[i], 0)} are taken for {other}."
+    share = percent(table.confused_share[i], 0)
+    return f"{text}; {share} are taken for {class_name(m, answer)}."
 
 
 def _about(count: float) -> str:
@@ -269,7 +270,7 @@ def _about(count: float) -> str:
 
 
 def class_name(m: Report, number: int) -> str:
-    """The name of a class, or `class 7`."""
+    """Return the name of a class, or `class 7`."""
     names = m.about.class_names
     return names[number] if names and number < len(names) else f"class {number}"
 

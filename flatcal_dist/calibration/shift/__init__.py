@@ -1,1 +1,1 @@
-"""The report on shifted data: corruptions and other test sets."""
+"""The report on images under shift: corruptions and other test sets."""

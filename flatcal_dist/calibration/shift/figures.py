@@ -1,4 +1,4 @@
-"""Figures of a network under corruption, from a GROUP of shift.json and the clean ROW."""
+"""Figures of a network under corruption, from shift.json."""
 
 from typing import Any
 
@@ -16,11 +16,18 @@ CURVES = (
 )  # fmt: skip
 
 
-def draw_severity(group: dict[str, Any], rows: list[dict[str, Any]], clean: dict) -> Figure:
-    """Means over the corruptions against severity, 0 being clean, before and after temperature.
+def draw_severity(
+    group: dict[str, Any], rows: list[dict[str, Any]], clean: dict[str, Any]
+) -> Figure:
+    """Draw means over the corruptions against severity, where 0 means clean images.
 
-    Bars are 95 % intervals over images; the band spans the middle half of the corruptions, as
+    Bars are 95 % intervals over images. The band spans the middle half of the corruptions, as
     trained.
+
+    Args:
+        group: A GROUP of shift.json.
+        rows: The ROWs of its subsets.
+        clean: The ROW of the clean images.
     """
     with style():
         figure = Figure(figsize=(9.6, 5.6), layout="constrained")
@@ -53,7 +60,7 @@ def draw_severity(group: dict[str, Any], rows: list[dict[str, Any]], clean: dict
 def _intervals(
     axes: Axes, severities: list[int], sides: list[dict[str, Any]], key: str, colour: str
 ) -> None:
-    """A bar for each 95 % interval over images that is known."""
+    """Draw a bar for each 95 % interval over images."""
     for x, side in zip(severities, sides, strict=True):
         ends = side["intervals"][key]
         if ends["low"] is not None:
@@ -61,8 +68,9 @@ def _intervals(
 
 
 def _middle_half(
-    axes: Axes, group: dict[str, Any], rows: list[dict[str, Any]], clean: dict, key: str
+    axes: Axes, group: dict[str, Any], rows: list[dict[str, Any]], clean: dict[str, Any], key: str
 ) -> None:
+    """Draw a band over the middle half of the corruptions."""
     low, high = [clean["before"][key]], [clean["before"][key]]
     for severity in group["severities"]:
         values = [r["before"][key] for r in rows if r["severity"] == severity]
@@ -79,9 +87,17 @@ def _middle_half(
 def draw_heat_map(
     group: dict[str, Any], rows: list[dict[str, Any]], key: str, side: str, title: str
 ) -> Figure:
-    """One figure of every corruption and severity, in per cent or points; the darker, the larger.
+    """Draw a metric for every corruption and severity, in per cent or points. Large values are
+    dark.
 
-    A signed figure is orange where positive and blue where negative, on one scale for both sides.
+    A signed metric is orange if positive and blue if negative, on one scale for both sides.
+
+    Args:
+        group: A GROUP of shift.json.
+        rows: The ROWs of its subsets.
+        key: The metric.
+        side: `before` temperature scaling, or `after` it.
+        title: The title.
     """
     corruptions, severities = group["corruptions"], group["severities"]
     values = {(r["corruption"], r["severity"]): r[side][key] for r in rows}

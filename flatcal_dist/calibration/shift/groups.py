@@ -1,6 +1,7 @@
-"""Means over the corruptions and severities of ImageNet-C: a GROUP of `shift.json`, see `shift`."""
+"""Means over the corruptions and severities of ImageNet-C: a GROUP of shift.json, see `report`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ from flatcal_dist.calibration.metrics.entries import STATISTICS
 from flatcal_dist.calibration.shift.rows import FIGURES, SIDES, Measured, central, effect
 from flatcal_dist.calibration.statistics.bootstrap import Bootstrap
 
-# Top-1 error of AlexNet, averaged over the five severities of each corruption, by which ImageNet-C
-# is normalised: Hendrycks and Dietterich, Benchmarking Neural Network Robustness to Common
+# ImageNet-C is normalised by the top-1 error of AlexNet, averaged over the five severities of each
+# corruption: Hendrycks and Dietterich, Benchmarking Neural Network Robustness to Common
 # Corruptions and Perturbations (ICLR 2019); values as used by AugMix (Hendrycks et al., ICLR 2020).
 ALEXNET_ERROR = {
     "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640,
@@ -23,7 +24,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def group(subsets: Sequence[Measured]) -> dict[str, Any]:
-    """The GROUP of the subsets of one ImageNet-C set."""
+    """Return the GROUP of the subsets of one ImageNet-C set."""
     rows = [s.row for s in subsets]
     corruptions = list(dict.fromkeys(r["corruption"] for r in rows))
     severities = sorted({r["severity"] for r in rows})
@@ -44,24 +45,26 @@ def group(subsets: Sequence[Measured]) -> dict[str, Any]:
         "generated": rows[0]["generated"],
         "corruptions": corruptions,
         "severities": severities,
-        **{side: arranged(lambda s, side=side: _means(s, side)) for side in SIDES},
-        "effect": arranged(lambda s: _no_effect(s) if _mean(s) is None else effect(_mean(s))),
+        **{side: arranged(partial(_means, side=side)) for side in SIDES},
+        "effect": arranged(_effect),
         "mean_corruption_error": mean_corruption_error(rows),
         "mean_corruption_error_interval": None if low is None else [low, high],
     }
 
 
 def _means(subsets: Sequence[Measured], side: str) -> dict[str, Any]:
-    """Plain means of the figures over some subsets, with intervals."""
+    """Unweighted means of the figures over some subsets, with intervals."""
     columns = {
         name: [s.row[side][name] for s in subsets] for name in subsets[0].row[side]
         if name != "intervals"
     }  # fmt: skip
     found = {n: None if None in c else float(np.mean(c)) for n, c in columns.items()}
     mean, place = _mean(subsets), SIDES.index(side)
-    unknown = {"low": None, "high": None}
+    unknown: dict[str, float | None] = {"low": None, "high": None}
     limits = dict.fromkeys(FIGURES, unknown)
-    for name in FIGURES if mean is not None else ():
+    for name in FIGURES:
+        if mean is None:
+            continue
         if STATISTICS[name].centred:  # inflated in resamples: spread around what was seen
             m = mean.statistics.index(name)
             replicates = mean.replicates[:, place, m]
@@ -74,7 +77,7 @@ def _means(subsets: Sequence[Measured], side: str) -> dict[str, Any]:
 
 
 def _mean(subsets: Sequence[Measured]) -> Bootstrap | None:
-    """The bootstrap of the mean over subsets; None unless all hold the same photographs."""
+    """The bootstrap of the mean over subsets. None unless all hold the same photographs."""
     first = subsets[0]
     same = {(s.drawn_from, s.samples.replicates.shape) for s in subsets}
     if len(same) > 1:
@@ -86,13 +89,16 @@ def _mean(subsets: Sequence[Measured]) -> Bootstrap | None:
     return Bootstrap(point, replicates, statistics, images=images, rarer=rarer)
 
 
-def _no_effect(subsets: Sequence[Measured]) -> dict[str, dict[str, float | None]]:
-    """The EFFECT on means over subsets of different photographs: values without intervals."""
+def _effect(subsets: Sequence[Measured]) -> dict[str, dict[str, float | None]]:
+    """The EFFECT on means over subsets. It has no intervals if they hold different photographs."""
+    mean = _mean(subsets)
+    if mean is not None:
+        return effect(mean)
     gaps, ece = (
         [np.mean([s.row[side][key] for s in subsets]) for side in SIDES]
         for key in ("signed_gap", "ece")
     )
-    unknown = {"low": None, "high": None}
+    unknown: dict[str, float | None] = {"low": None, "high": None}
     return {
         "distance": {"value": float(abs(gaps[1]) - abs(gaps[0]))} | unknown,
         "ece": {"value": float(ece[1] - ece[0])} | unknown,
@@ -113,9 +119,10 @@ def _interval_of_mean_corruption_error(
 
 
 def mean_corruption_error(rows: Sequence[dict[str, Any]]) -> float | None:
-    """mCE of the published ImageNet-C, 1 for AlexNet; None for anything less or else.
+    """Return the mCE of the published ImageNet-C, which is 1 for AlexNet.
 
-    Source: Hendrycks and Dietterich (ICLR 2019), section 4.
+    It is None if a corruption or severity is missing, or if corruptions were applied here. Source:
+    Hendrycks and Dietterich (ICLR 2019), section 4.
     """
     error = {(r["corruption"], r["severity"]): 1 - r["before"]["accuracy"] for r in rows}
     wanted = {(c, s) for c in ALEXNET_ERROR for s in SEVERITIES}

@@ -1,10 +1,10 @@
-"""What a network's confidence is worth on other images than the clean ones: `shift.json`.
+"""How far a network's confidence can be trusted on images under shift: `shift.json`.
 
-A report folder with data under shift holds, beside the report on the clean images,
+If data under shift were evaluated, a report folder also holds
 
     shift.json
     shift/NAME/records.parquet                              one file per data set,
-    shift/NAME/CORRUPTION/SEVERITY/records.parquet          of ImageNet-C one per subset
+    shift/NAME/CORRUPTION/SEVERITY/records.parquet          one file per subset of ImageNet-C
 
 and shift.json is
 
@@ -14,23 +14,24 @@ and shift.json is
      "corruptions": [GROUP, ...]}   one per ImageNet-C set
 
     ROW = {"name", "kind",                          of the data set
-           "corruption", "severity", "generated",   null, null, false but for ImageNet-C
-           "images", "classes",                     how many; classes: that it had to choose among
+           "corruption", "severity", "generated",   null, null, false except for ImageNet-C
+           "images", "classes",                     numbers of images, and of classes to choose from
            "data",                                  identity of the images (a hash)
            "records",                               path of the parquet file in the folder
            "temperature", "temperature_from",       the one in `after`; from which data set
-           "own_temperature",                       fitted on these images; only to compare with
+           "own_temperature",                       fitted on these images, for comparison only
            "own_temperature_interval",
            "before": FIGURES, "after": FIGURES,     as trained, after temperature scaling
            "effect": EFFECT,                        what that temperature does
-           "real": FIGURES or null}                 ImageNet validation: as trained, correct if
-                                                    among the ReaL labels; without nll and brier
+           "real": FIGURES or null}                 ImageNet validation: as trained; an answer is
+                                                    correct if it is a ReaL label; without nll,
+                                                    brier
 
     FIGURES = {"images", "accuracy", "mean_confidence", "signed_gap", "ece", "nll", "brier",
                "aurc", "eaurc", "augrc", "auroc", "mean_entropy",
-               "intervals": {"accuracy": {"low", "high"}, ...}}     of all but images
+               "intervals": {"accuracy": {"low", "high"}, ...}}     for all but images
 
-    EFFECT = {"distance": DIFFERENCE,   of |signed gap|, after minus before: below 0 is nearer
+    EFFECT = {"distance": DIFFERENCE,   |signed gap| after minus before; below 0 is nearer to 0
               "ece": DIFFERENCE}
     DIFFERENCE = {"value", "low", "high"}   on the same resampled images
 
@@ -41,11 +42,12 @@ and shift.json is
     MEANS = {"all": FIGURES, "by_severity": {"1": FIGURES, ...},
              "by_corruption": {"fog": FIGURES, ...}}    plain means over the subsets
 
-Rates are fractions, NLL and entropy nats; a figure that is undefined, or a mean over one that is,
-is null. Nothing here is rounded. Intervals are 95 % bootstrap intervals over images. Those of means
-over subsets draw the same photographs in all of them, and are null where subsets hold different
-ones. A `generated` set holds corruptions that we applied: published figures are measured on the
-files of ImageNet-C, so the two do not belong into one table.
+Rates are fractions. NLL and entropy are in nats. A figure is null if it is undefined, and a mean is
+null if one of its figures is. Nothing is rounded. Intervals are 95 % bootstrap intervals over
+images. For a mean over subsets, each resample draws the same photographs in all subsets. If subsets
+hold different photographs, the interval is null. In a `generated` set, this package applied the
+corruptions. Published figures are measured on the files of ImageNet-C, so that the two do not
+belong in one table.
 """
 
 import json
@@ -71,7 +73,7 @@ class Shifted:
 
     @property
     def folder(self) -> Path:
-        """Where its records lie in the report folder."""
+        """Where the records lie in the report folder."""
         source = self.records.source
         folder = Path("shift") / str(source.name)
         if source.corruption is None:
@@ -80,14 +82,20 @@ class Shifted:
 
 
 def save_shifted(shifted: Shifted, output: Path) -> Measured:
-    """Write the records into the report folder `output`, and measure them."""
+    """Write the records into the report folder `output`, and return what is measured on them."""
     path = shifted.folder / "records.parquet"
     shifted.records.save(output / path)
     return measure(shifted.records, shifted.data, path)
 
 
 def write_shift(clean: Measured, sets: Sequence[Measured], output: Path) -> None:
-    """Write `shift.json` from the clean images and what `save_shifted` found of the others."""
+    """Write `shift.json`.
+
+    Args:
+        clean: What was measured on the clean images.
+        sets: What `save_shifted` returned for the other images.
+        output: The report folder.
+    """
     subsets = [s for s in sets if s.row["corruption"]]
     named = dict.fromkeys(s.row["name"] for s in subsets)
     table = {
@@ -100,9 +108,9 @@ def write_shift(clean: Measured, sets: Sequence[Measured], output: Path) -> None
 
 
 def read_shift(output: Path) -> dict[str, Any] | None:
-    """The table of a report folder, or None where only clean images were evaluated.
+    """Read the shift.json of a report folder. None if only clean images were evaluated.
 
-    ValueError if another version of this program wrote it.
+    ValueError if the file is damaged or has another schema version.
     """
     path = output / "shift.json"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""What is measured on one set of images under shift: its ROW of `shift.json`, see `shift`."""
+"""What is measured on one set of images under shift: its ROW of shift.json, see `report`."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,16 +19,19 @@ FIGURES = (
     "accuracy", "mean_confidence", "signed_gap", "ece", "nll", "brier", "aurc", "eaurc", "augrc",
     "auroc", "mean_entropy",
 )  # fmt: skip
-OF_THE_LABEL = ("nll", "brier", "mean_entropy")  # ReaL labels say nothing of these
-OF_A_SUBSET = 200  # resamples of each of the many subsets of ImageNet-C: 50,000 images take 3 s
+OF_THE_LABEL = ("nll", "brier", "mean_entropy")  # ReaL labels do not define these
+OF_A_SUBSET = 200  # resamples for each of ImageNet-C's many subsets: 50,000 images take 3 s
 SIDES = ("before", "after")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The ROW of one data set; its figures on resamples, and a hash of the ids they were drawn by.
+    """What was measured on one data set.
 
-    samples: of the scores before and after temperature scaling.
+    Args:
+        row: Its ROW of shift.json.
+        samples: Its figures on resamples, before and after temperature scaling.
+        drawn_from: A hash of the ids. Data sets with the same hash have the same resamples.
     """
 
     row: dict[str, Any]
@@ -40,20 +43,21 @@ def measure(records: Records, data: str, path: Path, resamples: int | None = Non
     """Measure one data set.
 
     Args:
-        records: of its images.
-        data: identity of the images.
-        path: of the records, relative to the report folder.
-        resamples: of the bootstrap; by default fewer for a subset of ImageNet-C, of which there
-            are many.
+        records: The records of its images.
+        data: The identity of the images.
+        path: The path of the records, relative to the report folder.
+        resamples: The number of resamples. By default there are fewer for a subset of ImageNet-C,
+            because it has many subsets.
     """
     source = records.source
     clean = source.temperature_from is None
     if resamples is None:
         resamples = RESAMPLES if source.corruption is None else OF_A_SUBSET
     samples = bootstrap([records.before, records.after], resamples)
-    own = (records.temperature, records.temperature_interval)
+    own: float | None = records.temperature
+    interval = records.temperature_interval
     if not clean:
-        own = (source.own_temperature, source.own_temperature_interval)
+        own, interval = source.own_temperature, source.own_temperature_interval
     row = {
         "name": source.name,
         "kind": source.kind,
@@ -66,8 +70,8 @@ def measure(records: Records, data: str, path: Path, resamples: int | None = Non
         "records": path.as_posix(),
         "temperature": records.temperature,
         "temperature_from": source.name if clean else source.temperature_from,
-        "own_temperature": own[0],
-        "own_temperature_interval": None if own[1] is None else list(own[1]),
+        "own_temperature": own,
+        "own_temperature_interval": None if interval is None else list(interval),
         **{
             side: figures(getattr(records, side)) | {"intervals": _intervals(samples, place)}
             for place, side in enumerate(SIDES)
@@ -76,7 +80,7 @@ def measure(records: Records, data: str, path: Path, resamples: int | None = Non
         "real": real_figures(records),
     }
     drawn_from = hashlib.sha256("\0".join(records.id.tolist()).encode()).hexdigest()
-    # The gaps behind the intervals are large, and means over subsets do without them.
+    # The gaps behind the intervals are large, and means over subsets do not need them.
     return Measured(row, replace(samples, gaps={}), drawn_from)
 
 
@@ -86,7 +90,7 @@ def _intervals(samples: Bootstrap, place: int) -> dict[str, dict[str, float | No
 
 
 def effect(samples: Bootstrap) -> dict[str, dict[str, float | None]]:
-    """The EFFECT of the temperature between the two scores of `samples`, on the same resamples."""
+    """Return the EFFECT of the temperature between the two sets of scores of `samples`."""
     gap = samples.statistics.index("signed_gap")
     point, moved = (
         np.abs(values[..., 1, gap]) - np.abs(values[..., 0, gap])
@@ -99,7 +103,10 @@ def effect(samples: Bootstrap) -> dict[str, dict[str, float | None]]:
 
 
 def central(replicates: FloatArray) -> dict[str, float | None]:
-    """The central 95 % of resamples; None where one of twenty is undefined, or none differs."""
+    """Return the central 95 % of resamples.
+
+    The ends are None if one resample of twenty is undefined, or if all are the same.
+    """
     defined = replicates[np.isfinite(replicates)]
     if len(defined) < 0.95 * len(replicates):
         return {"low": None, "high": None}
@@ -110,15 +117,15 @@ def central(replicates: FloatArray) -> dict[str, float | None]:
 
 
 def figures(scores: Scores) -> dict[str, float | int | None]:
-    """FIGURES of the scores of some images, without intervals."""
+    """Return the FIGURES of some scores, without intervals."""
     return _figures(scores, FIGURES)
 
 
 def real_figures(records: Records) -> dict[str, float | int | None] | None:
-    """What of FIGURES ReaL labels define: any of an image's labels counts as correct.
+    """Return the FIGURES that ReaL labels define. Any ReaL label of an image counts as correct.
 
-    Images without a ReaL label are left out. None where there are no ReaL labels at all.
-    The accuracy has Wilson's interval. Source: Beyer et al., Are we done with ImageNet? (arXiv
+    Images without a ReaL label are left out. The accuracy has Wilson's interval. The result is None
+    if no image has a ReaL label. Source: Beyer et al., Are we done with ImageNet? (arXiv
     2006.07159), section 3.
     """
     if records.real is None or not (records.real >= 0).any():

@@ -1,4 +1,4 @@
-"""What images under shift allow to say, in plain language, from shift.json."""
+"""What images under shift allow to say, in plain language."""
 
 from typing import Any
 
@@ -9,7 +9,10 @@ from flatcal_dist.calibration.statistics.intervals import beyond_zero
 
 
 def at_worst(m: Report, shift: dict[str, Any] | None) -> str | None:
-    """What happens at the highest severity, or on the set of the largest gap; None without any."""
+    """Return what happens at the highest severity, or else on the set with the largest gap.
+
+    The result is None if no images under shift were evaluated.
+    """
     if shift is None:
         return None
     if shift["corruptions"]:
@@ -49,7 +52,7 @@ def _points(gap: float) -> str:
 
 
 def _beside(side: dict[str, Any]) -> str:
-    """Where mean confidence lies beside accuracy, with its interval."""
+    """How far mean confidence lies above or below accuracy, with an interval."""
     gap, interval = side["signed_gap"], side["intervals"]["signed_gap"]
     text = f"mean confidence is {points(abs(gap))[0]} points {'above' if gap > 0 else 'below'}"
     if interval["low"] is None:
@@ -59,7 +62,7 @@ def _beside(side: dict[str, Any]) -> str:
 
 
 def sign_of_gap(side: dict[str, Any]) -> int:
-    """1 where over-confidence is shown, -1 where under-confidence is, 0 where neither is."""
+    """Return 1 if over-confidence is shown, -1 if under-confidence is shown, else 0."""
     interval = side["intervals"]["signed_gap"]
     if interval["low"] is None:
         return 0
@@ -67,7 +70,7 @@ def sign_of_gap(side: dict[str, Any]) -> int:
 
 
 def _turned(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Names a change of sign, which a distance hides."""
+    """A change of the gap's sign, which a distance does not show."""
     first, second = sign_of_gap(before), sign_of_gap(after)
     if first * second == -1:
         kinds = ("over-confidence", "under-confidence")
@@ -80,7 +83,7 @@ def _turned(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def _moved(effect: dict[str, Any]) -> str:
-    """Whether that temperature brings mean confidence nearer to accuracy, where it is shown."""
+    """Whether the clean temperature is shown to bring mean confidence nearer to accuracy."""
     d = effect["distance"]
     if beyond_zero(d["low"], d["high"]):
         word = "nearer to accuracy" if d["value"] < 0 else "further away from accuracy"
@@ -91,7 +94,7 @@ def _moved(effect: dict[str, Any]) -> str:
 
 
 def corruptions(m: Report, shift: dict[str, Any] | None) -> str | None:
-    """The worst corruptions, over their severities; None where there are not several."""
+    """Return which corruptions are worst over all severities. None if there are fewer than two."""
     if shift is None or not shift["corruptions"]:
         return None
     group = shift["corruptions"][0]

@@ -1,8 +1,8 @@
-"""Bootstrap over images: intervals, and paired differences on the same images; exact tests.
+"""Bootstrap over images: intervals, paired differences on the same images, and exact tests.
 
-Images are resampled with replacement; every run or score given together sees the same draws, so
-that differences are paired. Intervals tell of the sampling of images, not of training seeds: for
-those see `seeds`.
+Images are resampled with replacement. All runs or scores that are given together see the same
+draws, so that differences are paired. An interval tells how much a figure depends on the sample of
+images. How much it depends on the training seed is the subject of `seeds`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,13 +25,17 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Statistics of several sets of scores of the same images.
+    """M statistics of S sets of scores of the same images.
 
-    point [S, M] on the images themselves; replicates [R, S, M] on resamples; NaN where undefined.
-    statistics: the M names. "rmsce_debiased" is kept as its square, which may be negative.
-    gaps: for each statistic that is made of gaps, and for each of the S scores, the gaps
-    [R + 1, D], first those of the images themselves. images: how many there are. rarer [S]: how
-    many of them have the rarer outcome.
+    Args:
+        point: The values on the images themselves [S, M], NaN where undefined. "rmsce_debiased" is
+            kept as its square, which may be negative.
+        replicates: The values on R resamples [R, S, M].
+        statistics: The M names.
+        gaps: For each statistic that is made of gaps, the gaps of each set of scores [R + 1, D].
+            The first row belongs to the images themselves.
+        images: The number of images.
+        rarer: The number of images with the rarer outcome [S].
     """
 
     point: FloatArray
@@ -42,7 +46,7 @@ class Bootstrap:
     rarer: Sequence[int] = ()
 
     def interval(self, which: int, statistic: str) -> Interval:
-        """95 % interval of one statistic, by the construction that the metric's entry names."""
+        """Return the 95 % interval of a statistic for one set of scores."""
         m = self.statistics.index(statistic)
         gaps = self.gaps.get(statistic)
         sampled = Sampled(
@@ -61,22 +65,27 @@ class Bootstrap:
         return self.point[which, self.statistics.index("accuracy")] in (0.0, 1.0)
 
     def difference(self, which: int, baseline: int, statistic: str) -> Interval:
-        """Paired difference (which minus baseline) with its 95 % interval.
+        """Return the paired difference, `which` minus `baseline`, with its 95 % interval.
 
-        Errors of calibration are inflated in resamples, more so the smaller they are: their
-        differences are spread around the observed difference instead of around their own mean.
-        Differences of failure prediction combine the intervals of both: `intervals.of_difference`.
+        Resampling inflates errors of calibration, and small errors most. Therefore their
+        differences are spread around the observed difference instead of around their own mean. For
+        failure prediction, `intervals.of_difference` combines the intervals of both sets of scores.
+
+        Args:
+            which: The place of a set of scores.
+            baseline: The place of the set that is subtracted.
+            statistic: The name of the statistic.
         """
         m, kind = self.statistics.index(statistic), STATISTICS[statistic]
         values = kind.natural(np.stack([self.point[:, m], *self.replicates[:, :, m]]))
         moved = values[:, which] - values[:, baseline]
-        point, *replicates = np.where(np.abs(moved) < ROUNDING, 0.0, moved)
-        replicates = np.array(replicates)
+        moved = np.where(np.abs(moved) < ROUNDING, 0.0, moved)
+        point, replicates = moved[0], moved[1:]
         if kind.centred:
             replicates = replicates - replicates.mean() + point
         if kind.combined and np.any(replicates):
             mine, theirs = (self.interval(place, statistic) for place in (which, baseline))
-            if mine.low is not None and theirs.low is not None:
+            if mine.ends is not None and theirs.ends is not None:
                 pair = self.replicates[:, which, m], self.replicates[:, baseline, m]
                 return Interval(float(point), *intervals.of_difference(mine, theirs, pair))
         interval = percentile(point, replicates)
@@ -85,7 +94,13 @@ class Bootstrap:
 
 
 def weights(images: int, resamples: int, seed: int) -> Iterator[FloatArray]:
-    """How often each image is drawn: first once each, then in `resamples` draws."""
+    """Yield how often each image is drawn [N]: first once each, then for each resample.
+
+    Args:
+        images: The number of images.
+        resamples: The number of resamples.
+        seed: The seed of the draws.
+    """
     positive_integer(resamples, "resamples")
     keep_memory()
     yield np.ones(images)
@@ -103,7 +118,17 @@ def _same_images(lengths: set[int]) -> int:
 def bootstrap(
     scores: Sequence[Scores], resamples: int = RESAMPLES, seed: int = 0, bins: int = 15
 ) -> Bootstrap:
-    """Resample the images of `scores`, which must be of the same images in the same order."""
+    """Compute all statistics of several sets of scores on the same resamples.
+
+    Args:
+        scores: Sets of scores of the same images in the same order.
+        resamples: The number of resamples.
+        seed: The seed of the draws.
+        bins: The number of bins of ECE and related metrics.
+
+    Raises:
+        ValueError: The sets have different lengths, or `resamples` is below 1.
+    """
     _same_images({len(s.correct) for s in scores})
     return _resampled([Images(s, bins) for s in scores], STATISTICS, resamples, seed)
 
@@ -111,7 +136,17 @@ def bootstrap(
 def rank_bootstrap(
     scores: Sequence[FloatArray], correct: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
 ) -> Bootstrap:
-    """Failure prediction (`RANKS`) by several scores [N] of the same images."""
+    """Compute the statistics of failure prediction (`RANKS`) on the same resamples.
+
+    Args:
+        scores: Scores [N] of the same images; higher means more confident.
+        correct: Which images are right [N].
+        resamples: The number of resamples.
+        seed: The seed of the draws.
+
+    Raises:
+        ValueError: The scores have different lengths or are not finite, or `resamples` is below 1.
+    """
     _same_images({len(score) for score in scores})
     checked = (confidence_and_correct(score, correct, probability=False) for score in scores)
     return _resampled([Ranked(*pair) for pair in checked], RANKS, resamples, seed)
@@ -120,7 +155,7 @@ def rank_bootstrap(
 def _resampled(
     sets: Sequence[Ranked], statistics: Mapping[str, Statistic], resamples: int, seed: int
 ) -> Bootstrap:
-    """These statistics of every set of images, on the same resamples."""
+    """Compute these statistics of every set of images on the same resamples."""
     n = len(sets[0].order)
     positive_integer(resamples, "resamples")
     collectors = [[statistic.collect(s) for statistic in statistics.values()] for s in sets]
@@ -142,11 +177,14 @@ def _resampled(
 
 @dataclass(frozen=True)
 class McNemar:
-    """Do two networks differ in accuracy on the same images?
+    """Whether two networks differ in accuracy on the same images.
 
-    only_first, only_second: images that one alone gets right. exact, mid_p: two-sided p-values
-    under which either is as likely to be the one; the exact one errs on the side of no difference,
-    mid-p hardly ever exceeds its level and finds more.
+    Args:
+        only_first: The number of images that the first network alone gets right.
+        only_second: The number of images that the second network alone gets right.
+        exact: The exact two-sided p-value. It is cautious.
+        mid_p: The two-sided mid-p-value. It finds more differences and hardly ever errs more often
+            than its level says.
     """
 
     only_first: int
@@ -156,7 +194,7 @@ class McNemar:
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike) -> McNemar:
-    """McNemar's test on which images [N] two networks get right.
+    """Apply McNemar's test to which images [N] two networks get right.
 
     Source: McNemar (Psychometrika 1947); mid-p: Fagerland, Lydersen and Laake, The McNemar test for
     binary matched-pairs data (BMC Medical Research Methodology 2013).

@@ -1,9 +1,9 @@
 """Which of many differences count as shown: p-values, and a family of claims held to one level.
 
-A page that compares methods by seven metrics, before and after temperature scaling, makes more than
-a dozen claims for each method. At 5 % each, one of them is wrong in every second page of methods
-that do not differ. Claims are therefore adjusted together: the chance that a page shows any
-difference where there is none is 5 % at most.
+A page compares methods by seven metrics, before and after temperature scaling. This makes more than
+a dozen claims for each method. If each claim erred in 5 % of cases, every second page of methods
+that do not differ would hold a wrong one. Claims are therefore adjusted together: the chance that a
+page shows any difference where there is none is at most 5 %.
 """
 
 from collections.abc import Sequence
@@ -21,17 +21,18 @@ COUNTED = 10  # replicates beyond zero from which on their share is a p-value by
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """The p-values adjusted so that claiming those of `LEVEL` or less errs in 5 % of families.
+    """Return p-values that are adjusted as one family.
 
-    None stands for a comparison that is not defined; it makes no claim and is not counted. No
-    assumption is made on how the p-values depend on each other. Source: Holm, A simple
-    sequentially rejective multiple test procedure (Scandinavian Journal of Statistics 1979).
+    If all comparisons whose adjusted p-value is at most `LEVEL` are claimed, 5 % of families hold a
+    wrong claim. The p-values may depend on each other in any way. None stands for a comparison that
+    is not defined, which makes no claim and is not counted. Source: Holm, A simple sequentially
+    rejective multiple test procedure (Scandinavian Journal of Statistics 1979).
     """
-    known = [i for i, p in enumerate(p_values) if p is not None]
+    known = {i: p for i, p in enumerate(p_values) if p is not None}
     adjusted: list[float | None] = [None] * len(p_values)
     least = 0.0
-    for rank, i in enumerate(sorted(known, key=lambda i: p_values[i])):
-        least = max(least, min(1.0, (len(known) - rank) * p_values[i]))
+    for rank, i in enumerate(sorted(known, key=known.__getitem__)):
+        least = max(least, min(1.0, (len(known) - rank) * known[i]))
         adjusted[i] = least
     return adjusted
 
@@ -39,13 +40,22 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def difference_p_value(
     samples: Bootstrap, which: int, baseline: int, statistic: str
 ) -> float | None:
-    """Two-sided p-value of a paired difference (which minus baseline) over images.
+    """Return the two-sided p-value of a paired difference over images.
 
-    It is the share of the resamples that lie on the other side of zero, doubled. Resamples cannot
-    count a small tail: where fewer than `COUNTED` lie there, the normal tail with their standard
-    deviation may make it smaller. Failure prediction depends on the images of the rarer outcome
-    alone: there it is no smaller than by Student's t with their number less one. It is 1 for a
-    difference below `ALIKE`, and None where the difference is undefined.
+    It is twice the share of the resamples that lie on the other side of zero. Resamples cannot
+    count a small tail. Where fewer than `COUNTED` lie on the other side, the normal tail with their
+    standard deviation may make the p-value smaller. Failure prediction depends on the images of the
+    rarer outcome alone. There the p-value is never below that of Student's t with their number less
+    one as degrees of freedom.
+
+    Args:
+        samples: The statistics on resamples.
+        which: The place of a set of scores.
+        baseline: The place of the set that is subtracted.
+        statistic: The name of the statistic.
+
+    Returns:
+        The p-value. It is 1 for a difference below `ALIKE`, and None for an undefined difference.
     """
     m = samples.statistics.index(statistic)
     moved = samples.replicates[:, which, m] - samples.replicates[:, baseline, m]

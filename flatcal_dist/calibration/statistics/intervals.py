@@ -1,7 +1,8 @@
 """95 % intervals of one statistic, from its value and its values on resamples of the images.
 
-Which construction a statistic has was chosen by how often its intervals hold the truth, on real
-logits: `benchmarks/interval_coverage.py` measures it, and the room's README has the table.
+How an interval is constructed differs between statistics. Each construction was chosen by how often
+its intervals hold the truth on real logits. `benchmarks/interval_coverage.py` measures this, and
+the README of `calibration` has the table.
 """
 
 from dataclasses import dataclass
@@ -14,40 +15,60 @@ from scipy.special import expit, ndtri, stdtrit
 from flatcal_dist.calibration.checks import FloatArray
 
 LEVEL = 0.95
-ROUNDING = 1e-12  # what is smaller, of rates and nats, is an error of rounding
-Scale = Literal["logarithm", "log-odds"]  # of a positive figure, and of a share
+ROUNDING = 1e-12  # a smaller rate, or number of nats, is an error of rounding
+Scale = Literal["logarithm", "log-odds"]  # for positive numbers, and for shares
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and its interval; `low` and `high` are None where resamples leave it undefined."""
+    """A value and its interval. `low` and `high` are None where there is no interval."""
 
     value: float | None
     low: float | None
     high: float | None
 
     @property
+    def ends(self) -> tuple[float, float] | None:
+        """Both ends. None where there is no interval."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    @property
+    def whole(self) -> tuple[float, float, float] | None:
+        """The value and both ends. None where there is no interval."""
+        return None if self.value is None or self.ends is None else (self.value, *self.ends)
+
+    @property
     def excludes_zero(self) -> bool:
+        """Whether zero lies outside of the interval."""
         return beyond_zero(self.low, self.high)
+
+    @property
+    def direction(self) -> int:
+        """1 or -1 for a value that is shown to lie above or below zero, else 0."""
+        if self.value is None or not self.excludes_zero:
+            return 0
+        return -1 if self.value < 0 else 1
 
 
 def beyond_zero(low: float | None, high: float | None) -> bool:
-    """Whether an interval leaves out zero, by more than an error of rounding."""
+    """Return whether zero lies outside of an interval by more than an error of rounding."""
     return low is not None and high is not None and (low > ROUNDING or high < -ROUNDING)
 
 
 def no_width(interval: Interval) -> bool:
-    """Whether the ends differ by rounding alone: nothing varied between resamples."""
-    if interval.low is None:
+    """Return whether the ends differ by rounding alone, so that nothing varied."""
+    if interval.ends is None:
         return False
-    return interval.high - interval.low <= ROUNDING * max(1.0, abs(interval.low))
+    low, high = interval.ends
+    return high - low <= ROUNDING * max(1.0, abs(low))
 
 
 def percentile(point: float, replicates: FloatArray) -> Interval:
-    """The central 95 % of the values on resamples."""
+    """Return the central 95 % of the values on resamples [R] as the interval of `point`."""
     value = float(point) if np.isfinite(point) else None
     defined = replicates[np.isfinite(replicates)]
-    # With few wrong images a resample can hold none; some such are left out, many are a warning.
+    # With few wrong images, a resample can hold none. A few such resamples are left out. Where
+    # there are many, there is no interval.
     if value is None or len(defined) < 0.95 * len(replicates):
         return Interval(value, None, None)
     low, high = np.quantile(defined, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
@@ -55,23 +76,23 @@ def percentile(point: float, replicates: FloatArray) -> Interval:
 
 
 def of_ranking(scale: Scale, point: float, replicates: FloatArray, rarer: int) -> Interval:
-    """Interval of a metric of failure prediction, which depends on few images.
+    """Return the interval of a metric of failure prediction, which depends on few images.
 
-    Percentiles of resamples are too narrow there: the metric's spread grows with its value, and a
-    resample of few wrong images varies less than new images would. So the metric is taken on the
-    scale where its spread is even (the logarithm, or the log-odds where it is a share),
-    with the bootstrap's standard deviation carried there by the derivative, and Student's t.
+    Percentiles of resamples are too narrow for such a metric. Its spread grows with its value, and
+    a resample of few wrong images varies less than new images would. Therefore the interval is made
+    on a scale where the spread is even. The standard deviation of the bootstrap is carried to this
+    scale by the derivative, and Student's t gives the width.
 
     Args:
-        scale: where its spread is even.
-        point: its value on the images themselves.
-        replicates: its values [R] on resamples; NaN where undefined.
-        rarer: how many images have the rarer outcome (mostly: are wrong); t has one degree of
-            freedom less than that.
+        scale: The scale on which the spread is even: log-odds for a share, else the logarithm.
+        point: The value on the images themselves.
+        replicates: The values on resamples [R], NaN where undefined.
+        rarer: The number of images with the rarer outcome, which mostly is a wrong answer.
+            Student's t has one degree of freedom less.
 
     Returns:
-        The interval; with ends None where fewer than two images have the rarer outcome, where the
-        value lies at the end of its range, and where nothing varies.
+        The interval. There is none if fewer than two images have the rarer outcome, if the value
+        lies at the end of its range, or if nothing varies.
     """
     plain = percentile(point, replicates)
     share = scale == "log-odds"
@@ -91,31 +112,47 @@ def of_ranking(scale: Scale, point: float, replicates: FloatArray, rarer: int) -
 def of_difference(
     first: Interval, second: Interval, replicates: tuple[FloatArray, FloatArray]
 ) -> tuple[float, float]:
-    """Ends of the interval of first minus second, from the interval of each.
+    """Return the ends of the interval of first minus second.
 
-    The distances from each value to the ends of its own interval are combined like standard errors,
-    with the correlation of their replicates ([R] each, on the same resamples), so that the interval
-    of the difference is as lopsided as theirs are.
+    The distances from a value to the ends of its interval are combined like standard errors, with
+    the correlation of the replicates. If the two intervals are lopsided, so is the result.
     Source: Zou and Donner, Construction of confidence limits about effect measures: a general
     approach (Statistics in Medicine 2008), equations for dependent estimates.
+
+    Args:
+        first: The interval of the first network.
+        second: The interval of the second network.
+        replicates: The values of both [R] on the same resamples.
+
+    Raises:
+        ValueError: One of the two has no interval.
     """
     a, b = replicates
     both = np.isfinite(a) & np.isfinite(b)
     spread = a[both].std() * b[both].std()
     together = float(np.mean((a[both] - a[both].mean()) * (b[both] - b[both].mean())))
     correlation = together / spread if spread > 0 else 0.0
-    below, above = first.value - first.low, first.high - first.value
-    below_second, above_second = second.value - second.low, second.high - second.value
+    value, below, above = _distances(first)
+    value_second, below_second, above_second = _distances(second)
     down = below**2 + above_second**2 - 2 * correlation * below * above_second
     up = above**2 + below_second**2 - 2 * correlation * above * below_second
-    moved = first.value - second.value
+    moved = value - value_second
     return moved - float(np.sqrt(max(down, 0.0))), moved + float(np.sqrt(max(up, 0.0)))
 
 
-def proportion_interval(successes: ArrayLike, trials: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """Wilson's 95 % interval of a share; NaN where there is no trial. Arrays of any one shape.
+def _distances(interval: Interval) -> tuple[float, float, float]:
+    """A value, how far below it the interval begins, and how far above it the interval ends."""
+    if interval.whole is None:
+        raise ValueError("the interval of a difference needs the intervals of both values")
+    value, low, high = interval.whole
+    return value, value - low, high - value
 
-    Source: Wilson, Probable inference (JASA 1927).
+
+def proportion_interval(successes: ArrayLike, trials: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """Return the ends of Wilson's 95 % interval of a share, NaN where there is no trial.
+
+    `successes` and `trials` have the same shape, and so do both ends. ValueError if there are more
+    successes than trials. Source: Wilson, Probable inference (JASA 1927).
     """
     k, n = np.asarray(successes, dtype=np.float64), np.asarray(trials, dtype=np.float64)
     if (k < 0).any() or (k > n).any():
@@ -125,5 +162,5 @@ def proportion_interval(successes: ArrayLike, trials: ArrayLike) -> tuple[FloatA
     middle = (k + z**2 / 2) / (n + z**2)
     half = z / (n + z**2) * np.sqrt(k * (n - k) / n + z**2 / 4)
     low, high = np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
-    # By the formula these ends are 0 and 1, and rounding must not make a gap of them.
+    # By the formula these ends are exactly 0 and 1. Rounding must not change that.
     return np.where(k == 0, 0 * low, low), np.where(k == n, 1.0, high)

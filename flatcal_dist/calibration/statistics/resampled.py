@@ -1,13 +1,13 @@
 """How a metric follows from resamples of the images, and its 95 % interval from their values.
 
-Each class here is one construction of intervals; a metric's entry names the one that it has. Which
-construction a metric has was chosen by how often its intervals hold the truth
-(`benchmarks/interval_coverage.py`, and the table in this room's README).
+Each class here is one construction of intervals. The entry of a metric names the construction that
+it uses. It was chosen by how often the intervals hold the truth: `benchmarks/interval_coverage.py`
+measures this, and the README of `calibration` has the table.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
@@ -26,19 +26,33 @@ from flatcal_dist.calibration.statistics.intervals import (
     percentile,
     proportion_interval,
 )
-from flatcal_dist.calibration.statistics.sampling import Edges, Images, Resample
+from flatcal_dist.calibration.statistics.sampling import (
+    Edges,
+    Images,
+    Ranked,
+    Resample,
+    with_confidence,
+)
 
-BATCH = 32  # of resamples that smooth ECE convolves at a time
-FEWEST_ERRORS = 5  # among the images answered; a coverage that rests on fewer has no interval
+BATCH = 32  # resamples that smooth ECE convolves at a time
+FEWEST_ERRORS = 5  # errors among the answered images, below which a coverage has no interval
+
+
+if TYPE_CHECKING:
+    StaticNorm = staticmethod[[FloatArray], FloatArray]
 
 
 @dataclass(frozen=True)
 class Sampled:
     """A statistic of one set of scores, on the images themselves and on resamples of them.
 
-    point and replicates [R]: its values, NaN where undefined. gaps [R + 1, D]: see `Inflated`.
-    images: how many there are; rarer: how many have the rarer outcome (mostly: are wrong).
-    one_outcome: all images are right, or all are wrong.
+    Args:
+        point: The value on the images themselves, NaN where undefined.
+        replicates: The values on resamples [R].
+        gaps: The gaps [R + 1, D] of a statistic of the kind `Inflated`, else None.
+        images: The number of images.
+        rarer: The number of images with the rarer outcome, which mostly is a wrong answer.
+        one_outcome: Whether all images are right, or all are wrong.
     """
 
     point: float
@@ -49,54 +63,65 @@ class Sampled:
     one_outcome: bool
 
     def without_ends(self) -> Interval:
+        """Return the value without an interval."""
         return Interval(float(self.point) if np.isfinite(self.point) else None, None, None)
 
 
 class Collector(Protocol):
     """Takes the resamples of one set of scores one by one, first the images themselves."""
 
-    def add(self, sample: Resample) -> None: ...
+    def add(self, sample: Resample) -> None:
+        """Take one resample."""
+        ...
 
     def values(self) -> tuple[FloatArray, FloatArray | None]:
-        """The statistic [R + 1], and its gaps [R + 1, D] if it is made of gaps."""
+        """Return the statistic [R + 1], and its gaps [R + 1, D] if it is made of gaps."""
         ...
 
 
 class Statistic:
-    """A function of a resample; its interval is the central 95 % of the values on resamples.
+    """A function of a resample. Its interval is the central 95 % of the values on resamples.
 
-    of_outcomes: it depends on which images are right. Where all images are right, or all wrong,
-    resamples know no other outcome, which is no proof that there is none: no interval then.
+    Attributes:
+        of_outcomes: Whether it depends on which images are right. If all images are right, or all
+            wrong, resamples hold no other outcome. This does not prove that there is none, so such
+            a statistic then has no interval.
+        of_order: Whether it depends on the order and the correctness of the images alone.
+        centred: Whether resampling inflates it. Differences are then spread around the observed
+        one. combined: Whether a difference combines the intervals of both networks.
     """
 
     of_outcomes: bool = True
-    of_order: ClassVar[bool] = False  # depends on the order and correctness of the images alone
-    centred: ClassVar[bool] = False  # resampling adds to it: differences are spread around the seen
-    combined: ClassVar[bool] = False  # differences combine the intervals of both networks
+    of_order: ClassVar[bool] = False
+    centred: ClassVar[bool] = False
+    combined: ClassVar[bool] = False
 
     def of(self, sample: Resample) -> float | None:
+        """Return the value on one resample. None where it is undefined."""
         raise NotImplementedError
 
-    def collect(self, images: Images) -> Collector:
+    def collect(self, images: Ranked) -> Collector:
+        """Return what collects the values on resamples of these images."""
         return _Values(self.of)
 
     def natural(self, values: FloatArray) -> FloatArray:
-        """The metric, from the values that are kept of it."""
+        """Return the metric, from the values that are kept of it."""
         return values
 
     def interval(self, s: Sampled) -> Interval:
+        """Return the value with its 95 % interval."""
         if s.one_outcome and self.of_outcomes:
             return s.without_ends()
         return self._interval(s)
 
     def _interval(self, s: Sampled) -> Interval:
         interval = percentile(s.point, s.replicates)
-        # Equal confidences, or a single image: nothing varies, which is no proof either.
+        # With equal confidences, or a single image, nothing varies. This proves nothing either.
         return Interval(interval.value, None, None) if no_width(interval) else interval
 
 
 class _Values:
-    """Collects a statistic that each resample gives by itself."""
+    """Collects a statistic that follows from each resample by itself."""
 
     def __init__(self, of: Callable[[Resample], float | None]) -> None:
         self.of = of
@@ -122,7 +147,7 @@ class Function(Statistic):
 
 
 class Accuracy(Statistic):
-    """The share of right images; Wilson's interval where all images are right, or all wrong."""
+    """The share of right images. If all are right, or all wrong, it has Wilson's interval."""
 
     def of(self, sample: Resample) -> float:
         return sample.mean("correct")
@@ -136,7 +161,7 @@ class Accuracy(Statistic):
 
 @dataclass(frozen=True)
 class Ranking(Statistic):
-    """Failure prediction; `intervals.of_ranking` on the scale where its spread is even."""
+    """A metric of failure prediction, with the interval of `intervals.of_ranking`."""
 
     function: Callable[[TieGroups], float | None]
     scale: intervals.Scale
@@ -152,7 +177,7 @@ class Ranking(Statistic):
 
 @dataclass(frozen=True)
 class Coverage(Statistic):
-    """Coverage at a risk; no interval if that allows fewer than `FEWEST_ERRORS` errors."""
+    """Coverage at a risk. It has no interval if the risk allows fewer than `FEWEST_ERRORS`."""
 
     risk: float
     of_order: ClassVar[bool] = True
@@ -168,7 +193,7 @@ class Coverage(Statistic):
 
 @dataclass(frozen=True)
 class Risk(Statistic):
-    """Risk at a coverage; Wilson's interval among the images answered."""
+    """Risk at a coverage, with Wilson's interval among the answered images."""
 
     coverage: float
     of_order: ClassVar[bool] = True
@@ -183,38 +208,38 @@ class Risk(Statistic):
 
 
 class Inflated(Statistic):
-    """A norm of gaps, which noise makes larger: the interval is that of `inflated`.
+    """A norm of gaps, which noise makes larger. `inflated.interval` gives its interval.
 
-    The interval begins at 0 unless calibration is refuted, and may lie below the value.
+    The interval begins at 0 unless calibration is refuted. It may lie below the value.
     """
 
-    norm: ClassVar[inflated.Norm] = staticmethod(inflated.absolute)
-    fewest: int = 0  # images; with fewer there is no interval
+    norm: "ClassVar[StaticNorm]" = staticmethod(inflated.absolute)
+    fewest: int = 0  # images, below which there is no interval
     centred: ClassVar[bool] = True
 
     def gaps(self, sample: Resample) -> FloatArray:
-        """The gaps [D], times the number of images."""
+        """Return the gaps [D], times the number of images."""
         raise NotImplementedError
 
     def of(self, sample: Resample) -> float:
-        return self.norm(self.gaps(sample)) / sample.total
+        return float(self.norm(self.gaps(sample)) / sample.total)
 
     def noise(self, images: Images) -> FloatArray | None:
-        """How many times as much [D] as between resamples the gaps vary; None: once."""
+        """Return by which factors [D] gaps vary more than between resamples. None: not more."""
         return None
 
-    def collect(self, images: Images) -> Collector:
-        return _Gaps(self, images)
+    def collect(self, images: Ranked) -> Collector:
+        return _Gaps(self, with_confidence(images))
 
     def _interval(self, s: Sampled) -> Interval:
-        if s.images < self.fewest:
+        if s.images < self.fewest or s.gaps is None:
             return s.without_ends()
         limits = inflated.interval(s.gaps[0], s.gaps[1:], self.norm, LEVEL)
         return Interval(float(s.point), *limits)
 
 
 class _Gaps:
-    """Collects a norm together with the gaps that it is taken of."""
+    """Collects a norm together with its gaps."""
 
     def __init__(self, statistic: Inflated, images: Images) -> None:
         self.statistic, self.images = statistic, images
@@ -234,7 +259,7 @@ class _Gaps:
 
 @dataclass(frozen=True)
 class Binned(Inflated):
-    """Sum of the absolute gaps of the bins between `edges`."""
+    """The sum of the absolute gaps of the bins between `edges`."""
 
     edges: Edges
     fewest: int = 0
@@ -249,14 +274,14 @@ class Binned(Inflated):
 
 
 class RootMeanSquare(Binned):
-    """Root of the mean over images of the squared gap of their bin."""
+    """The root of the mean over images of the squared gap of their bin."""
 
-    norm: ClassVar[inflated.Norm] = staticmethod(inflated.euclidean)
+    norm: "ClassVar[StaticNorm]" = staticmethod(inflated.euclidean)
 
     def of(self, sample: Resample) -> float:
         count, _ = sample.bin_counts(self.edges)
         squares = sample.gaps(self.edges) ** 2 / np.maximum(count, 1)
-        return np.sqrt(squares.sum() / sample.total)
+        return float(np.sqrt(squares.sum() / sample.total))
 
     def gaps(self, sample: Resample) -> FloatArray:
         images = sample.images
@@ -266,9 +291,9 @@ class RootMeanSquare(Binned):
 
 @dataclass(frozen=True)
 class DebiasedSquare(Statistic):
-    """Mean squared gap less what chance adds, kept as such because it may be negative.
+    """The mean squared gap less what chance adds. The square is kept, because it may be negative.
 
-    Only its resamples are inflated: their percentiles are shifted to the square.
+    Only its resamples are inflated. Their percentiles are shifted to the observed square.
     """
 
     edges: Edges
@@ -289,9 +314,9 @@ class DebiasedSquare(Statistic):
 
 
 class LargestDrift(Inflated):
-    """Largest running sum of gaps (KS); the interval rests on `sampling.DRIFT_POINTS` of them."""
+    """The largest running sum of gaps (KS). `sampling.DRIFT_POINTS` sums give its interval."""
 
-    norm: ClassVar[inflated.Norm] = staticmethod(inflated.largest)
+    norm: "ClassVar[StaticNorm]" = staticmethod(inflated.largest)
 
     def of(self, sample: Resample) -> float:
         return np.abs(sample.rising_drift[sample.images.tie_starts]).max() / sample.total
@@ -301,10 +326,10 @@ class LargestDrift(Inflated):
 
 
 class Smooth(Inflated):
-    """Smooth ECE at the kernel width that the images themselves have."""
+    """Smooth ECE at the kernel width of the images themselves."""
 
-    def collect(self, images: Images) -> Collector:
-        return _Smoothed(images)
+    def collect(self, images: Ranked) -> Collector:
+        return _Smoothed(with_confidence(images))
 
 
 class _Smoothed:

@@ -1,7 +1,8 @@
 """The images of one set of scores, sorted once, and resamples of them as weights of the images.
 
-Sorted by confidence, a bin is a stretch of images, and its sum a difference of two running sums.
-All that metrics ask of a resample comes from the same few, each made when it is first asked for.
+If images are sorted by confidence, a bin is a stretch of images, and its sum is the difference of
+two running sums. All metrics of a resample follow from the same few sums. Each sum is computed when
+it is first asked for.
 """
 
 from collections.abc import Callable
@@ -14,15 +15,16 @@ from flatcal_dist.calibration.metrics import selective
 from flatcal_dist.calibration.metrics.calibration_errors import equal_mass_edges
 from flatcal_dist.calibration.softmax import Scores
 
-# One product makes the means of all of these. Their order decides the last bits of its results:
-# a metric that needs another mean takes it by itself, and published figures stay as they are.
+# One product makes the means of all these columns. Their order decides the last bits of the means.
+# A metric that needs another mean computes it by itself, so that published figures stay as they
+# are.
 COLUMNS = ("correct", "nll", "brier", "gap", "entropy", "confidence", "squared_gap")
-DRIFT_POINTS = 256  # at which the running sum of gaps is kept for an interval
+DRIFT_POINTS = 256  # points at which the running sum of gaps is kept for an interval
 Edges = Callable[["Images"], FloatArray]
 
 
 class Ranked:
-    """The images [N] in the order of one score, highest first; images of equal score are tied."""
+    """The images [N] in the order of one score, highest first. Images of equal score are tied."""
 
     def __init__(self, score: FloatArray, correct: BoolArray) -> None:
         self.order, starts = selective.tie_order(score)
@@ -32,7 +34,7 @@ class Ranked:
 
 
 class Images(Ranked):
-    """The images [N] of one set of scores, most confident first, and what no resample changes."""
+    """The images [N] of one set of scores, most confident first, and what all resamples share."""
 
     def __init__(self, scores: Scores, bins: int) -> None:
         super().__init__(scores.log_confidence, scores.correct)
@@ -55,11 +57,11 @@ class Images(Ranked):
 
     @cached_property
     def entropy_correct(self) -> FloatArray:
-        """The entropy of correct images, 0 of others."""
+        """The entropy of correct images [N], and 0 for the others."""
         return self.entropy * self.correct
 
     def cuts(self, edges: Edges) -> IntArray:
-        """Where the bins between these inner edges begin and end, most confident bin first."""
+        """Return where the bins between these inner edges begin and end, most confident first."""
         if edges not in self._cuts:
             inner = np.searchsorted(-self.confidence, -edges(self)[::-1])
             self._cuts[edges] = np.concatenate([[0], inner, [len(self)]])
@@ -77,31 +79,45 @@ class Images(Ranked):
         return self.tie_starts[np.unique(places)]
 
 
+def with_confidence(ranked: Ranked) -> Images:
+    """Return the images themselves. TypeError if only their order is known."""
+    if not isinstance(ranked, Images):
+        raise TypeError(
+            "this statistic needs confidences, and only an order of the images is known"
+        )
+    return ranked
+
+
 def equal_width(images: Images) -> FloatArray:
-    """Inner edges of `bins` bins of equal width."""
+    """Return the inner edges of `bins` bins of equal width."""
     return np.linspace(0.0, 1.0, images.bins + 1)[1:-1]
 
 
 def equal_mass(images: Images) -> FloatArray:
-    """Inner edges of `bins` bins of equal mass."""
+    """Return the inner edges of `bins` bins of equal mass."""
     return equal_mass_edges(images.confidence, images.bins)
 
 
 def equal_mass_100(images: Images) -> FloatArray:
-    """Inner edges of 100 bins of equal mass."""
+    """Return the inner edges of 100 bins of equal mass."""
     return equal_mass_edges(images.confidence, 100)
 
 
 class Resample:
-    """How often each of some images was drawn, and sums over them in which each counts that often.
+    """How often each image was drawn, and sums in which each image counts that often.
 
-    weight [N]: in the order of the images as they were given.
+    `weight` [N] is in the order in which the images were given.
     """
 
-    def __init__(self, images: Ranked, weight: FloatArray) -> None:
-        self.images = images
-        self.weight = weight[images.order]
+    def __init__(self, ranked: Ranked, weight: FloatArray) -> None:
+        self.ranked = ranked
+        self.weight = weight[ranked.order]
         self._gaps: dict[Edges, FloatArray] = {}
+
+    @property
+    def images(self) -> Images:
+        """The images with their confidences. TypeError if only their order is known."""
+        return with_confidence(self.ranked)
 
     @cached_property
     def total(self) -> float:
@@ -110,21 +126,22 @@ class Resample:
 
     @cached_property
     def accepted(self) -> FloatArray:
-        """Images among the first k, k = 0 to N."""
+        """The number of images among the first k [N + 1], for k from 0 to N."""
         running = np.zeros(len(self.weight) + 1)
         np.cumsum(self.weight, out=running[1:])
         return running
 
     @cached_property
     def errors(self) -> FloatArray:
-        """Wrong images among the first k, k = 0 to N."""
+        """The number of wrong images among the first k [N + 1], for k from 0 to N."""
         running = np.zeros(len(self.weight) + 1)
-        np.cumsum(self.weight * self.images.wrong, out=running[1:])
+        np.cumsum(self.weight * self.ranked.wrong, out=running[1:])
         return running
 
     @cached_property
     def groups(self) -> selective.TieGroups:
-        ends = self.images.ends
+        """The drawn images, grouped by equal score."""
+        ends = self.ranked.ends
         return selective.TieGroups(self.accepted[1:][ends], self.errors[1:][ends])
 
     @cached_property
@@ -132,15 +149,15 @@ class Resample:
         return self.weight @ self.images.columns / self.total
 
     def mean(self, column: str) -> float:
-        """The mean of one of `COLUMNS`."""
+        """Return the mean of one of `COLUMNS`."""
         return self._means[COLUMNS.index(column)]
 
     @cached_property
     def _entropy_correct(self) -> float:
-        return self.weight @ self.images.entropy_correct
+        return float(self.weight @ self.images.entropy_correct)
 
     def entropy_of(self, correct: bool) -> float:
-        """The mean entropy of the correct images, or of the wrong ones; NaN if there are none."""
+        """Return the mean entropy of the correct images, or of the wrong ones; NaN if none."""
         right = self.mean("correct") * self.total
         if correct:
             return self._entropy_correct / right if right else np.nan
@@ -149,24 +166,24 @@ class Resample:
 
     @cached_property
     def drift(self) -> FloatArray:
-        """Sum of confidence minus correctness over the first k, k = 0 to N."""
+        """The sum of confidence minus correctness over the first k [N + 1], for k from 0 to N."""
         running = np.zeros(len(self.weight) + 1)
         np.cumsum(self.weight * self.images.gap, out=running[1:])
         return running
 
     @cached_property
     def rising_drift(self) -> FloatArray:
-        """The same over all but the first k."""
+        """The sum of confidence minus correctness over all but the first k [N + 1]."""
         return self.drift[-1] - self.drift
 
     def gaps(self, edges: Edges) -> FloatArray:
-        """Sum of confidence minus correctness in each bin."""
+        """Return the sum of confidence minus correctness in each bin."""
         if edges not in self._gaps:
             self._gaps[edges] = np.diff(self.drift[self.images.cuts(edges)])
         return self._gaps[edges]
 
     def bin_counts(self, edges: Edges) -> tuple[FloatArray, FloatArray]:
-        """Images in each bin, and correct ones."""
+        """Return the number of images in each bin, and the number of correct ones."""
         cuts = self.images.cuts(edges)
         count = np.diff(self.accepted[cuts])
         return count, count - np.diff(self.errors[cuts])

@@ -1,11 +1,12 @@
-"""What training seeds tell: mean and spread of a method, and the difference of two.
+"""What training seeds tell: mean and spread of a method, and the difference of two methods.
 
-The bootstrap over images compares two networks; whether two methods differ needs several networks
-of each. With few seeds little can be said, and the numbers here say how little.
+The bootstrap over images compares two networks. Whether two methods differ can only be found with
+several networks of each. Few seeds allow to say little, and the numbers here tell how little.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy.stats import t as student
@@ -13,13 +14,20 @@ from scipy.stats import t as student
 from flatcal_dist.calibration.statistics.intervals import beyond_zero
 
 LEVEL = 0.95
-MOST_SIGNS = 16  # of seeds whose signs are all tried; beyond, as many signs are drawn
+MOST_SIGNS = 16  # seeds up to which all patterns of signs are tried; beyond, 2^16 are drawn
+Seed = TypeVar("Seed", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """mean, and sd with N - 1 in the denominator (None for one seed); low and high: Student's 95 %
-    interval of the mean, None for one seed; mean None where a value is undefined.
+    """A metric over the seeds of one method.
+
+    Args:
+        mean: The mean. None if a value is undefined.
+        sd: The standard deviation with N - 1 in the denominator. None for one seed.
+        low: The lower end of Student's 95 % interval of the mean. None for one seed.
+        high: The upper end of this interval.
+        seeds: The number of seeds.
     """
 
     mean: float | None
@@ -31,12 +39,19 @@ class OverSeeds:
 
 @dataclass(frozen=True)
 class SeedDifference:
-    """Difference of two methods, first minus second, over the seeds that both have.
+    """The difference of two methods, first minus second, over the seeds that both have.
 
-    mean, sd, low, high: of the differences by seed (Student's t: takes them for normal), and
-    student_p_value of the same test. p_value: of the sign-flip test, which takes them for symmetric
-    alone; least_p_value: what it could be at best with this many seeds, 2 / 2^seeds. All but mean
-    are None for fewer than two.
+    All fields but `mean` and `seeds` are None for a single seed.
+
+    Args:
+        mean: The mean of the differences by seed.
+        sd: The standard deviation of the differences.
+        low: The lower end of Student's 95 % interval, which takes the differences for normal.
+        high: The upper end of this interval.
+        student_p_value: The p-value of Student's test.
+        p_value: The p-value of the sign-flip test, which takes the differences for symmetric only.
+        least_p_value: The least p-value that the sign-flip test can have, 2 / 2^seeds.
+        seeds: The number of seeds.
     """
 
     mean: float
@@ -50,12 +65,12 @@ class SeedDifference:
 
     @property
     def shown(self) -> bool:
-        """Is there a difference? By the t interval, and from three seeds on."""
+        """Whether the t interval of three seeds or more shows a difference."""
         return self.seeds >= 3 and beyond_zero(self.low, self.high)
 
 
 def over_seeds(values: Sequence[float | None]) -> OverSeeds:
-    """Mean and spread of one metric over the seeds of one method."""
+    """Return mean and spread of one metric over the seeds of one method."""
     if not len(values):
         raise ValueError("values are empty: at least one seed is needed")
     if any(v is None or not np.isfinite(v) for v in values):
@@ -70,39 +85,44 @@ def over_seeds(values: Sequence[float | None]) -> OverSeeds:
 
 
 def seed_difference(
-    first: Mapping[Hashable, float | None], second: Mapping[Hashable, float | None]
+    first: Mapping[Seed, float | None], second: Mapping[Seed, float | None]
 ) -> SeedDifference | None:
-    """Compare one metric of two methods, given as {seed: value}, paired by seed.
+    """Compare one metric of two methods, which are given as {seed: value}.
 
-    Pairing takes out what the seeds share (order of the data, first weights). None if they share
-    no seed, or a value is undefined there. Sources: Student (1908); Fisher, The Design of
-    Experiments (1935), section 21.
+    Values are paired by seed. This takes out what runs of one seed share, such as the order of the
+    data and the first weights. Sources: Student (1908); Fisher, The Design of Experiments (1935),
+    section 21.
+
+    Returns:
+        The difference. None if the methods share no seed, or if a value of a shared seed is
+        undefined.
     """
     shared = sorted(set(first) & set(second), key=str)
     pairs = [(first[s], second[s]) for s in shared]
-    if not pairs or any(v is None or not np.isfinite(v) for pair in pairs for v in pair):
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    d = np.array([a - b for a, b in known], dtype=np.float64)
+    if not len(d) or len(d) < len(pairs) or not np.isfinite(known).all():
         return None
-    d = np.array([a - b for a, b in pairs], dtype=np.float64)
-    spread, n = over_seeds(d.tolist()), len(d)
-    if n == 1:
-        return SeedDifference(spread.mean, None, None, None, None, None, None, 1)
+    mean, spread, n = float(d.mean()), over_seeds(d.tolist()), len(d)
+    if spread.sd is None:
+        return SeedDifference(mean, None, None, None, None, None, None, 1)
     p, least = _sign_flips(d), 2.0 ** (1 - n)
-    interval = (spread.sd, spread.low, spread.high, _student(spread))
-    return SeedDifference(spread.mean, *interval, p, least, n)
+    of_student = _student(mean, spread.sd, n)
+    return SeedDifference(mean, spread.sd, spread.low, spread.high, of_student, p, least, n)
 
 
-def _student(spread: OverSeeds) -> float:
-    """Two-sided p-value of the mean of these differences."""
-    if spread.mean == 0:
+def _student(mean: float, sd: float, seeds: int) -> float:
+    """The two-sided p-value of a mean of differences."""
+    if mean == 0:
         return 1.0
-    if spread.sd == 0:
+    if sd == 0:
         return 0.0
-    size = abs(spread.mean) / (spread.sd / np.sqrt(spread.seeds))
-    return float(2 * student.sf(size, spread.seeds - 1))
+    size = abs(mean) / (sd / np.sqrt(seeds))
+    return float(2 * student.sf(size, seeds - 1))
 
 
 def _sign_flips(d: np.ndarray) -> float:
-    """Share of the sign patterns under which the mean is as far from 0 as it is, two-sided."""
+    """The share of the patterns of signs under which the mean is at least as far from 0."""
     n = len(d)
     if n <= MOST_SIGNS:
         signs = np.ones((1, 0))
@@ -113,5 +133,5 @@ def _sign_flips(d: np.ndarray) -> float:
     else:
         signs = np.random.default_rng(0).choice((1.0, -1.0), size=(2**16, n))
         signs[0] = 1
-    slack = 1e-12 * np.abs(d).sum()  # equal up to rounding is equal
+    slack = 1e-12 * np.abs(d).sum()  # sums that differ by rounding alone are equal
     return float((np.abs(signs @ d) >= abs(d.sum()) - slack).mean())
