@@ -97,7 +97,11 @@ def start(
         if (why := _not_started(launch, error)) is None:
             raise
         raise LaunchError(why) from error
-    found = accelerator.num_processes
+    _refuse_other_number(accelerator.num_processes, launch, world_size, engine)
+    return accelerator
+
+
+def _refuse_other_number(found: int, launch: Launch, world_size: int | None, engine: str) -> None:
     if found != launch.world_size:
         raise LaunchError(
             f"the launcher was asked for {launch.world_size} processes, but this one found itself "
@@ -109,7 +113,6 @@ def start(
             f"run.world_size={world_size}, but {found} processes run; launch as many as the "
             "configuration wants, or set run.world_size=null"
         )
-    return accelerator
 
 
 def _not_started(launch: Launch, error: Exception) -> str | None:

@@ -48,9 +48,14 @@ def explain_divergence(
 def first_not_finite(
     step: SharpnessAwareStep, micro_batches: int, take: Callable[[], Any]
 ) -> str | None:
-    """Take the step again by `take`, watched: the first value of this rank that is not finite.
+    """Take a step again, and return the first value on this rank that is not finite, or None.
 
-    Called by all ranks. None: none is on this rank. micro_batches: of the step.
+    Called by all ranks.
+
+    Args:
+        step: The step.
+        micro_batches: The number of its micro-batches.
+        take: It takes the step again.
     """
     findings: list[str] = []
     with _watched(step, micro_batches, findings):

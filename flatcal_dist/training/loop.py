@@ -96,6 +96,7 @@ class Trainer:
         self.stopped_by: str | None = None
         self.validated: tuple[int, dict[str, float]] = (0, {})  # at which step, what
         self.traffic: dict[str, int] = {}
+        self.rho = setup.config.sharpness.rho  # of the present step
         self.speed = Speed()
         self.rho = 0.0  # of the next step
 
