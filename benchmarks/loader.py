@@ -38,8 +38,11 @@ from torchvision.transforms import v2 as T
 
 from flatcal_dist.data import (
     Augmentation,
+    BatchPlan,
+    Decoding,
     Index,
     Sample,
+    Workers,
     describe_decoder,
     expand,
     load_index,
@@ -51,6 +54,7 @@ from flatcal_dist.data import (
 from flatcal_dist.data.images.decode import decode
 from flatcal_dist.data.images.transforms import stack
 from flatcal_dist.data.shards import index as index_module
+from flatcal_dist.data.shards import sidecars
 from flatcal_dist.data.shards.members import BLOCK
 from flatcal_dist.data.shards.walk import ShardIndex
 
@@ -93,11 +97,9 @@ def contenders(root: Path, workers: int) -> dict[str, Passes]:
 
 def ours(root: Path, decoder: str, workers: int) -> Iterable:
     index = load_index(expand(str(root / "shards")))
-    return training_loader(
-        index, seed=0, global_batch_size=BATCH, micro_batch_size=BATCH,
-        transform=training_transform(OURS, SIZE), channels=3, epochs=1, decoder=decoder,
-        workers=workers,
-    )  # fmt: skip
+    plan = BatchPlan(seed=0, global_batch_size=BATCH, micro_batch_size=BATCH, epochs=1)
+    transform = training_transform(OURS, SIZE)
+    return training_loader(index, plan, transform, Decoding(3, decoder), Workers(workers))
 
 
 def timm_wds(root: Path, workers: int) -> Iterable:
@@ -238,8 +240,8 @@ def simulated(directory: Path, samples: int = 1_281_167, shards: int = 1024) -> 
         path = directory / f"s-{number:04d}.tar"
         with path.open("wb") as file:
             file.truncate(found.tar_size)
-        index_module.walk_shard = lambda _, found=found: found
-        index_module.index_shard(path)
+        sidecars.walk_shard = lambda *_, found=found: found
+        sidecars.index_shard(path)
         paths.append(path)
     return paths
 
@@ -252,7 +254,7 @@ def index_costs(root: Path, rounds: int) -> dict[str, float]:
             started = time.perf_counter()
             whole = load_index(paths, classes=1000)
             loads.append(time.perf_counter() - started)
-    memory = sum(getattr(whole, name).nbytes for name in index_module.COLUMNS)
+    memory = sum(getattr(whole, name).nbytes for name in index_module.ALL_COLUMNS)
     index = load_index(expand(str(root / "shards")))
     order = np.random.default_rng(0).integers(0, len(index), 20_000).tolist()
     reads, bare = [], []

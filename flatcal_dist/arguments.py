@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def whole_number(least: int = 1) -> Callable[[str], int]:
-    """For argparse: a decimal number of `least` or more, or an error that says so."""
+    """Return a type for argparse: a decimal number of `least` or more."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -17,5 +17,5 @@ def whole_number(least: int = 1) -> Callable[[str], int]:
 
 
 def usable_cores() -> int:
-    """How many cores this process may use, as SLURM and taskset set it."""
+    """Return how many cores this process may use, as set by SLURM or taskset."""
     return len(os.sched_getaffinity(0))

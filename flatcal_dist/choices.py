@@ -9,25 +9,24 @@ the configuration, each with its type, bounds, default and meaning:
         gamma: Annotated[float, Field(ge=0, le=2, description="The exponent of ...")] = 1.0
 
 So a key is declared once, beside the code that reads it. A new choice is a new file in the package
-of its kind: `found_in` sees it there, and nothing else has to name it.
+of its kind. `found_in` finds it there, and no other place has to name it.
 """
 
 import importlib
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
-from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic import Field as Key
 
 T = TypeVar("T")
-Keys = dict[str, tuple[Any, Any]]  # annotation and default by name
+Keys = dict[str, Any]  # a pair of annotation and default by name, for create_model
 
 
 def found_in(package: str, base: type[T]) -> dict[str, type[T]]:
-    """Return the classes in the modules of a package that have a `name` of their own, by it.
+    """Return the classes in a package that set `name`, by this name.
 
     Args:
         package: The dotted name of a package, or of one module.
@@ -68,7 +67,8 @@ def _default(field: Field) -> Any:
 
 def check(choice: object, error: type[Exception] = ValueError) -> None:
     """Raise `error` for the first field whose value does not fit its declared type and bounds."""
-    model = _model(type(choice))
+    kind: type = type(choice)
+    model = _model(kind)
     try:
         model.model_validate({name: getattr(choice, name) for name in model.model_fields})
     except ValidationError as problems:
@@ -79,7 +79,17 @@ def check(choice: object, error: type[Exception] = ValueError) -> None:
         ) from None
 
 
-@cache
-def _model(choice: type) -> Any:
+_MODELS: dict[type, type[BaseModel]] = {}
+
+
+def _model(choice: type) -> type[BaseModel]:
+    """Return the pydantic model of a choice, which is made once."""
+    if choice not in _MODELS:
+        _MODELS[choice] = _made(choice)
+    return _MODELS[choice]
+
+
+def _made(choice: type) -> type[BaseModel]:
     config = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-    return create_model(choice.__name__, __config__=config, **keys_of(choice))
+    keys: dict[str, Any] = {**keys_of(choice)}
+    return create_model(choice.__name__, __config__=config, **keys)

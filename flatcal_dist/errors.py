@@ -1,12 +1,12 @@
-"""What is wrong with what a user gave."""
+"""Errors about what a user gave."""
 
 from flatcal_dist.urls import hide
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key, its origin and the remedy.
+    """A configuration cannot be used. The message names the key, its origin and the remedy.
 
-    It never holds the credentials of a URL.
+    The message never holds the credentials of a URL.
     """
 
     def __init__(self, text: str) -> None:

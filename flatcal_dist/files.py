@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, JSON that any reader accepts, and reading with a bound."""
+"""Files that appear whole or not at all, JSON for any reader, and reading of bounded length."""
 
 import csv
 import errno
@@ -17,11 +17,11 @@ REFUSALS = (
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG,
     errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ESTALE,
 )  # fmt: skip
-LARGEST = 64 << 20  # bytes of a file that is read as a whole; ours have far fewer
+LARGEST = 64 << 20  # bytes; files of this package that are read as a whole have far fewer
 
 
 class WriteError(OSError):
-    """A file that cannot be written; the message names it, the cause and the remedy."""
+    """A file cannot be written. The message names the file, the cause and the remedy."""
 
     def __init__(self, path: Path, cause: OSError | str, remedy: str = ROOM) -> None:
         words = cause if isinstance(cause, str) else cause.strerror or str(cause)
@@ -30,7 +30,7 @@ class WriteError(OSError):
 
 
 def expanded(path: str | Path) -> Path:
-    """A path whose `~` is a home directory. Raises ValueError for a user that is not known here."""
+    """Return a path with `~` replaced. Raises ValueError for a user that is not known here."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -40,9 +40,9 @@ def expanded(path: str | Path) -> Path:
 
 
 def refuse_no_directory(path: Path) -> None:
-    """Raise WriteError unless `path` is a directory to write into, or can be made one.
+    """Raise WriteError unless `path` is a directory to write into, or can become one.
 
-    Makes nothing. For before work that takes long.
+    Nothing is created. This is for the time before long work.
     """
     try:
         there = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
@@ -56,10 +56,10 @@ def refuse_no_directory(path: Path) -> None:
 
 @contextmanager
 def write_atomically(path: Path, private: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, flushed and renamed over it if the block ends well.
+    """Yield a temporary path. If the block ends without error, the file is renamed to `path`.
 
-    private: only its owner may read the file, from its first byte on. Raises WriteError where the
-    file system refuses.
+    With `private` only the owner may read the file, from its first byte on. Raises WriteError if
+    the file system refuses.
     """
     special = path.is_symlink() and str(path.readlink()).startswith("/proc/")  # /dev/stdout
     if special or (path.exists() and not path.is_file()):  # a device would be replaced
@@ -76,7 +76,7 @@ def write_atomically(path: Path, private: bool = False) -> Iterator[Path]:
         temporary.replace(path)
         sync_directory(path.parent)
     except OSError as error:
-        # What the block itself reads has a name of its own, or fails in other ways.
+        # An error of a file that the block reads has another name, or is of another kind.
         ours = error.filename in (None, str(temporary), str(path.parent))
         if error.errno not in REFUSALS or not ours:
             raise
@@ -87,20 +87,30 @@ def write_atomically(path: Path, private: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, private: bool = False) -> None:
+    """Write a text file, whole or not at all.
+
+    Args:
+        path: The file.
+        text: What it will hold.
+        private: Whether only its owner may read it.
+
+    Raises:
+        WriteError: The file system refuses.
+    """
     with write_atomically(path, private) as temporary:
-        # A name that is no UTF-8 may stand in a message; in JSON this is an escape.
+        # A message may hold a name that is no UTF-8. In JSON this becomes an escape.
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON without NaN or infinity (ValueError if there is one)."""
+    """Write JSON, whole or not at all. Raises WriteError, and ValueError for NaN or infinity."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def open_to_append(path: Path) -> TextIO:
-    """A text file that grows, readable too. Raises WriteError, also for what is no plain file.
+    """Open a text file to append to it, and to read it. Raises WriteError, also for a device.
 
-    A symbolic link is not followed: what it points to need not be ours.
+    A symbolic link is not followed, because it may point to a file of somebody else.
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
@@ -116,9 +126,9 @@ def open_to_append(path: Path) -> TextIO:
 
 
 def read_bytes(path: Path, limit: int | None = LARGEST) -> bytes:
-    """The contents of a regular file of at most `limit` bytes.
+    """Return the contents of a regular file of at most `limit` bytes.
 
-    Raises OSError, and ValueError for devices, pipes (which could be read for ever) and more bytes.
+    Raises OSError. Raises ValueError for more bytes, and for devices and pipes, which may not end.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{path} is no regular file")
@@ -130,7 +140,7 @@ def read_bytes(path: Path, limit: int | None = LARGEST) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises OSError, and ValueError for all that is not JSON."""
+    """Return the value of a JSON file. Raises OSError, and ValueError for what is no JSON."""
     try:
         return json.loads(read_bytes(path).decode("utf-8"))
     except RecursionError:
@@ -138,10 +148,10 @@ def read_json(path: Path) -> Any:
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """CSV in which no cell is a formula for a spreadsheet.
+    """Return CSV in which a spreadsheet takes no cell for a formula.
 
-    A text that begins like one (`=`, `+`, `-`, `@`, a tab, a line break) and is no number gets an
-    apostrophe in front, by which spreadsheets know text (OWASP, CSV Injection).
+    A text that begins like a formula (`=`, `+`, `-`, `@`, tab, line break) and is no number gets an
+    apostrophe in front, which marks text in spreadsheets (OWASP, CSV Injection).
     """
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([_cell(value) for value in row] for row in rows)
@@ -151,7 +161,7 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
 def _cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    value = value.replace("\r", "\n")  # which the writer would not quote, and readers end a row at
+    value = value.replace("\r", "\n")  # the writer does not quote \r, and readers end a row there
     if not value.startswith(("=", "+", "-", "@", "\t", "\n")):
         return value
     try:

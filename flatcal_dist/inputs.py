@@ -1,23 +1,25 @@
-"""From the configuration's data section to indexes and loaders, for training and evaluation."""
+"""Indexes and loaders for training and evaluation, made as the configuration says."""
 
-import socket
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from flatcal_dist.batch_sizes import micro_batch_size
 from flatcal_dist.config import Config, DataConfig
 from flatcal_dist.data import (
     Augmentation,
+    BatchPlan,
     DataError,
+    Decoding,
     Index,
     Normalize,
     Position,
     Some,
+    Workers,
     describe_decoder,
     evaluation_loader,
     evaluation_transform,
@@ -30,17 +32,13 @@ from flatcal_dist.data import (
     training_loader,
     training_transform,
 )
+from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.loading.delivery import (
-    MORE_ROOM,
-    SHARED_MEMORY,
     Batches,
-    free_room,
-    needed_room,
 )
 from flatcal_dist.data.loading.streaming import streaming_loader
-from flatcal_dist.data.order import micro_batch_count
+from flatcal_dist.data.shards.access import Access, is_remote
 from flatcal_dist.data.shards.cache import ShardCache
-from flatcal_dist.data.shards.index import sidecar
 from flatcal_dist.data.shards.listing import (
     Stream,
     checksums,
@@ -48,17 +46,15 @@ from flatcal_dist.data.shards.listing import (
     list_shards,
     open_stream,
 )
-from flatcal_dist.data.shards.remote import Access, is_remote
-from flatcal_dist.objectives import Objective
+from flatcal_dist.data.shards.sidecars import sidecar
 from flatcal_dist.ranks.distributed import on_all_ranks
 from flatcal_dist.urls import public
 
-LABEL_BYTES = 8  # of a label, and of the number of a sample
 STATISTICS_SAMPLES = 8192  # 10^3 to 10^4 are enough (Wu and Johnson, 2021, arXiv 2105.07576)
-DOWNLOAD_ROUND = 60  # seconds; far below the time after which a collective gives up
+DOWNLOAD_ROUND = 60  # seconds; far below the timeout of a collective
 
 HOW_TO_PREPARE = """
-Prepare ImageNet once, as WebDataset shards, from its archives or trees of one folder a class:
+Prepare ImageNet once, as WebDataset shards, from its archives or from trees of one folder a class:
   flatcal shard ILSVRC2012_img_train.tar data/imagenet --split train
   flatcal shard ILSVRC2012_img_val.tar   data/imagenet --split validation
 or name shards that you have, by pattern or directory, after `flatcal index SHARDS`:
@@ -80,9 +76,17 @@ def prepare(data: DataConfig) -> None:
 
 
 def open_index(data: DataConfig, split: str, classes: int) -> Index:
-    """The index of the shards that `data.train` or `data.validation` names. Raises DataError.
+    """Return the index of the shards that `data.train` or `data.validation` names.
 
     Shards from URLs have to be in the cache already (see `download`).
+
+    Args:
+        data: The configuration of the data.
+        split: "train" or "validation".
+        classes: The number of classes; labels have to lie in [0, classes).
+
+    Raises:
+        DataError: No shards are named, or they cannot be used.
     """
     pattern = getattr(data, split)
     if pattern is None:
@@ -104,8 +108,8 @@ def open_index(data: DataConfig, split: str, classes: int) -> Index:
 def check_classes(data: DataConfig) -> None:
     """Raise DataError if two of the shards that a run reads count different classes.
 
-    Known of shards that `flatcal shard` made of folders or archives. Folders that are plain numbers
-    are class numbers, and fit anything.
+    Only shards that `flatcal shard` made from folders or archives tell their classes. Folders that
+    are plain numbers are numbers of classes, and fit anything.
     """
     found: dict[str, list[str]] = {}
     for pattern, split in ((data.train, "train"), (data.validation, "validation")):
@@ -124,7 +128,10 @@ def check_classes(data: DataConfig) -> None:
 
 
 def agree_on_decoder(data: DataConfig) -> None:
-    """Called by all ranks. Raises FailedTogether unless they have the decoder, and the same."""
+    """Check that all ranks have the decoder, and the same version of it.
+
+    All ranks call this function. Raises FailedTogether if they do not.
+    """
     mine = on_all_ranks(lambda: describe_decoder(data.decoder))
     found = sorted(set(gather_object([mine])))
 
@@ -139,26 +146,27 @@ def agree_on_decoder(data: DataConfig) -> None:
 
 
 def open_training(data: DataConfig, classes: int) -> Index | Stream:
-    """The training data, by the reader that `data.reader` asks for. Raises DataError."""
-    if not streams(data):
+    """Return the training data, opened by the reader that `data.reader` names. Raises DataError."""
+    if data.train is None or not streams(data):
         return open_index(data, "train", classes)
     cache = _cache(data, "data.train") if data.cache else None
     return open_stream(data.train, "train", classes, access(data), data.epoch_samples, cache)
 
 
 def streams(data: DataConfig) -> bool:
-    """Whether training reads its shards from front to back."""
+    """Tell whether training reads its shards from front to back."""
     if data.train is None:
         return False
     return data.reader == "streaming" or (data.reader == "auto" and remote(data.train))
 
 
 def remote(pattern: str | list[str]) -> bool:
-    """Whether any of these shards is a URL or a command."""
+    """Tell whether any of these shards is a URL or a command."""
     return any(is_remote(one) for one in ([pattern] if isinstance(pattern, str) else pattern))
 
 
 def access(data: DataConfig) -> Access:
+    """Return how patient readers are, and what they may open."""
     return Access(
         stall_timeout=data.stall_timeout, retries=data.retries, allow_pipe=data.allow_pipe
     )
@@ -167,7 +175,7 @@ def access(data: DataConfig) -> Access:
 def _cache(data: DataConfig, key: str) -> ShardCache:
     if data.cache is None:
         raise DataError(
-            f"{key} is read in any order, which shards from URLs allow only once they are here: "
+            f"{key} is read in any order, so its shards have to be downloaded from their URLs: "
             "name a directory for them, data.cache=DIRECTORY."
         )
     limit = data.cache_limit << 30 if data.cache_limit else None
@@ -180,10 +188,19 @@ def download(
     *splits: str,
     alive: Callable[[], None] = lambda: None,
 ) -> None:
-    """Bring shards from URLs that will be read in any order into the cache, and index them.
+    """Download shards from URLs that will be read in any order into the cache, and index them.
 
-    All ranks take part, each beginning with its own share; in rounds, so that none waits in a
-    collective for as long as a download takes. `alive` is called after each. Raises FailedTogether.
+    All ranks take part, and each begins with another share. They work in rounds, so that no rank
+    waits in a collective for as long as a download takes.
+
+    Args:
+        data: The configuration of the data.
+        accelerator: All its ranks take part.
+        splits: "train", "validation" or both.
+        alive: It is called after each round.
+
+    Raises:
+        FailedTogether: A shard could not be downloaded.
     """
     todo = on_all_ranks(lambda: _to_download(data, splits))
     first = len(todo) * accelerator.process_index // accelerator.num_processes
@@ -220,7 +237,7 @@ def _to_download(
 
 
 def promise(train: Index | Stream) -> str:
-    """What may be relied on in the order of the training data, in words."""
+    """Say in words what a run may rely on in the order of the training data."""
     if isinstance(train, Stream):
         return train.promise
     return (
@@ -229,81 +246,23 @@ def promise(train: Index | Stream) -> str:
     )
 
 
-def micro_batch_size(data: DataConfig, world_size: int) -> int:
-    """Images per forward pass on a rank: as configured, or a rank's whole share."""
-    return data.micro_batch_size or -(-data.global_batch_size // world_size)
+def _decoding(data: DataConfig) -> Decoding:
+    return Decoding(data.channels, data.decoder, data.max_pixels)
 
 
-def batch_arithmetic(
-    config: Config, world_size: int, images: int | None, objective: Objective | None = None
-) -> str:
-    """How the global batch is made up, in words; `images` of the training data, where known."""
-    data, train = config.data, config.train
-    size = data.global_batch_size
-    count = micro_batch_count(size, micro_batch_size(data, world_size), world_size)
-    paired = config.mixing.name != "none" and f"mixing.name={config.mixing.name} mixes"
-    if objective is not None and objective.pairs != "none":
-        paired = f"objective.name={objective.name} compares"
-    if paired and size % (2 * world_size * count):
-        raise DataError(
-            f"{paired} pairs of images, but {size} images on {world_size} ranks in {count} micro-"
-            "batches each are not an even number per micro-batch: make data.global_batch_size a "
-            f"multiple of {2 * world_size * count}, or choose another data.micro_batch_size"
-        )
-    share = f"{size / world_size:g}"
-    text = (
-        f"a step takes {size} images: {world_size} rank{'s' * (world_size > 1)} x {share} images, "
-        f"in {count} micro-batch{'es' * (count > 1)} of {size / world_size / count:g} on a rank"
-    )
-    if images is None:
-        length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs} epochs"
-        return f"{text}; {length} (no training data found yet, so their number of images is open)"
-    steps = steps_per_epoch(images, size)
-    total = train.max_steps or train.epochs * steps
-    return (
-        f"{text}; {images:,} images make {steps:,} steps an epoch ({images - steps * size} images "
-        f"of each epoch's order are left over); {total:,} steps in all, {total / steps:g} epochs"
-    )
-
-
-def check_room(config: Config) -> str:
-    """Called by all ranks: the shared memory that loader workers need on this machine, in words.
-
-    Raises FailedTogether if less is free on any machine: workers would die of it later.
-    """
-    machines = gather_object([socket.gethostname()])
-    here = machines.count(socket.gethostname())
-    return on_all_ranks(partial(_check_room, config, len(machines), here))
-
-
-def _check_room(config: Config, world_size: int, local_ranks: int) -> str:
+def _plan(config: Config, start: Position, rank: int, world_size: int) -> BatchPlan:
     data = config.data
-    each = data.channels * data.image_size**2 + 2 * LABEL_BYTES
-    images = micro_batch_size(data, world_size), config.evaluate.batch_size
-    needed = local_ranks * sum(needed_room(size, each, data.workers) for size in images)
-    text = (
-        f"loader workers hold up to {needed / 2**20:,.1f} MiB of batches in shared memory here "
-        f"({local_ranks} ranks x {data.workers} workers, training and evaluation)"
+    return BatchPlan(
+        seed=config.run.seed,
+        global_batch_size=data.global_batch_size,
+        micro_batch_size=micro_batch_size(data, world_size),
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        start=start,
+        rank=rank,
+        world_size=world_size,
+        window=data.shuffle_window,
     )
-    free = free_room()
-    if free is not None and needed > free:
-        raise DataError(
-            f"{text}, but {SHARED_MEMORY} has {free / 2**20:,.1f} MiB free. {MORE_ROOM}"
-        )
-    return text
-
-
-def _reading(data: DataConfig, rank: int, world_size: int, pin_memory: bool) -> dict[str, Any]:
-    """What every loader is told alike."""
-    return {
-        "channels": data.channels,
-        "decoder": data.decoder,
-        "max_pixels": data.max_pixels,
-        "rank": rank,
-        "world_size": world_size,
-        "workers": data.workers,
-        "pin_memory": pin_memory,
-    }
 
 
 def training_batches(
@@ -313,35 +272,50 @@ def training_batches(
     rank: int,
     world_size: int,
     pin_memory: bool,
-    same_class: bool = False,  # pairs images of one class, which a stream cannot
+    same_class: bool = False,
 ) -> Batches:
+    """Return the training batches of one rank, from `start` to the end of the run.
+
+    Args:
+        config: The configuration.
+        train: The training data.
+        start: The optimizer step to begin with.
+        rank: The number of this rank.
+        world_size: The number of ranks.
+        pin_memory: Whether batches are put into pinned memory.
+        same_class: Whether images of one class are paired, which a stream cannot do.
+
+    Raises:
+        DataError: The data does not fit the batches.
+    """
     data = config.data
+    plan = replace(_plan(config, start, rank, world_size), same_class=same_class)
+    transform = training_transform(augmentation(data), data.image_size)
+    workers = Workers(data.workers, pin_memory=pin_memory)
     if isinstance(train, Stream):
-        loader = partial(streaming_loader, train, buffer=data.shuffle_buffer)
-    else:
-        window = data.shuffle_window
-        loader = partial(training_loader, train, window=window, same_class=same_class)
-    return loader(
-        seed=config.run.seed,
-        global_batch_size=data.global_batch_size,
-        micro_batch_size=micro_batch_size(data, world_size),
-        transform=training_transform(augmentation(data), data.image_size),
-        epochs=config.train.epochs,
-        max_steps=config.train.max_steps,
-        start=start,
-        **_reading(data, rank, world_size, pin_memory),
-    )
+        return streaming_loader(
+            train, plan, transform, _decoding(data), workers, buffer=data.shuffle_buffer
+        )
+    return training_loader(train, plan, transform, _decoding(data), workers)
 
 
 def statistics_batches(
     config: Config, train: Index | Stream, rank: int, world_size: int, pin_memory: bool
 ) -> tuple[Batches, int]:
-    """Training images to estimate norm statistics on, and how many batches (`Batch.step`) count.
+    """Return training batches to estimate norm statistics on, and how many of them count.
 
-    `STATISTICS_SAMPLES` images, or an epoch's, augmented as in training; the same at every call.
-    Indexed data gives the same batches on any number of ranks: the first of the first epoch, of
-    data.global_batch_size images, at most evaluate.batch_size. A stream gives those that its
-    training begins with, which depend on ranks and workers.
+    A batch counts if its `Batch.step` is below this number. The batches hold `STATISTICS_SAMPLES`
+    images, or those of an epoch if it has fewer. The images are augmented as in training, and are
+    the same at every call. Indexed data gives the same batches on any number of ranks: the first of
+    the first epoch, of data.global_batch_size images, but of evaluate.batch_size images at most. A
+    stream gives the batches that its training begins with, which depend on ranks and workers.
+
+    Args:
+        config: The configuration.
+        train: The training data.
+        rank: The number of this rank.
+        world_size: The number of ranks.
+        pin_memory: Whether batches are put into pinned memory.
     """
     data, size = config.data, config.data.global_batch_size
     if isinstance(train, Stream):
@@ -355,38 +329,57 @@ def statistics_batches(
     batches = max(min(STATISTICS_SAMPLES, len(train)) // size, 1)
     loader = sample_loader(
         train,
-        seed=config.run.seed,
-        batch_size=size,
-        batches=batches,
-        transform=training_transform(augmentation(data), data.image_size),
-        window=data.shuffle_window,
-        **_reading(data, rank, world_size, pin_memory),
+        replace(_plan(config, Position(), rank, world_size), global_batch_size=size),
+        batches,
+        training_transform(augmentation(data), data.image_size),
+        _decoding(data),
+        Workers(data.workers, pin_memory=pin_memory),
     )
     return loader, batches
 
 
 def evaluation_batches(
-    config: Config, index: Index, rank: int, world_size: int, pin_memory: bool, only: Some = None
+    config: Config,
+    index: ImageIndex,
+    rank: int,
+    world_size: int,
+    pin_memory: bool,
+    only: Some = None,
 ) -> Batches:
+    """Return one rank's share of the images of a data set, in batches of evaluate.batch_size.
+
+    Args:
+        config: The configuration.
+        index: The images.
+        rank: The number of this rank.
+        world_size: The number of ranks.
+        pin_memory: Whether batches are put into pinned memory.
+        only: The numbers of the images to take; None takes all.
+    """
     data = config.data
     return evaluation_loader(
         index,
-        batch_size=config.evaluate.batch_size,
-        transform=evaluation_transform(augmentation(data), data.image_size),
+        config.evaluate.batch_size,
+        evaluation_transform(augmentation(data), data.image_size),
+        _decoding(data),
+        Workers(data.workers, pin_memory=pin_memory),
+        rank=rank,
+        world_size=world_size,
         samples=only,
-        **_reading(data, rank, world_size, pin_memory),
     )
 
 
 def normalization(data: DataConfig) -> Normalize:
+    """Return the layer that normalizes batches."""
     return Normalize(data.mean, data.std)
 
 
 def augmentation(data: DataConfig) -> Augmentation:
+    """Return how images are cut and varied."""
     return Augmentation(
         kind=data.augmentation,
-        scale=tuple(data.crop_scale),
-        ratio=tuple(data.crop_ratio),
+        scale=(data.crop_scale[0], data.crop_scale[1]),
+        ratio=(data.crop_ratio[0], data.crop_ratio[1]),
         flip=data.flip,
         interpolation=data.interpolation,
         crop_pct=data.crop_pct,

@@ -1,4 +1,4 @@
-"""How many names a shard pattern stands for, before it is expanded."""
+"""The number of names that a shard pattern stands for, before it is expanded."""
 
 import math
 import re
@@ -7,9 +7,9 @@ MAX_NAMES = 1_000_000
 
 
 def too_many_names(pattern: str) -> str | None:
-    """Why a pattern with braces cannot be expanded, or None if it can.
+    """Return why a pattern with braces cannot be expanded, or None if it can.
 
-    `{0000..1023}` counts its range and `{a,b}` its parts; several of them multiply. Nested braces
+    `{0000..1023}` counts its range and `{a,b}` its parts. Several of them multiply. Nested braces
     are counted as if they stood side by side, which is an upper bound.
     """
     if len(pattern) > 4096:

@@ -1,6 +1,6 @@
-"""Printing that may fail: a reader that has gone, a full disk or a closed terminal ends no run.
+"""Printing may fail: a reader that has gone, a full disk or a closed terminal ends no run.
 
-And what Ctrl-C leaves on the terminal: a line.
+Ctrl-C leaves one line on the terminal.
 """
 
 import contextlib
@@ -12,20 +12,22 @@ import sys
 from types import TracebackType
 from typing import TextIO
 
-PATIENCE = 5.0  # seconds that a terminal which takes nothing is waited for
+from typing_extensions import Buffer
+
+PATIENCE = 5.0  # seconds to wait for a terminal that takes nothing
 
 
 class Forgiving(io.RawIOBase):
-    """A file descriptor to write to. After the first error the rest is dropped, without a word.
+    """A file descriptor to write to. After the first error the rest is dropped without a message.
 
-    problem: that error, or None.
+    `problem` is that error, or None.
     """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.problem: OSError | None = None
 
-    def write(self, data: bytes | memoryview) -> int:
+    def write(self, data: Buffer) -> int:
         while self.problem is None:
             try:
                 return os.write(self.descriptor, data)
@@ -34,7 +36,7 @@ class Forgiving(io.RawIOBase):
                     self.problem = error
             except OSError as error:
                 self.problem = error
-        return len(data)
+        return memoryview(data).nbytes
 
     def writable(self) -> bool:
         return True
@@ -50,10 +52,10 @@ class Forgiving(io.RawIOBase):
 
 
 def never_fail() -> None:
-    """From here on `print`, rich, warnings and tracebacks drop what cannot be written.
+    """Let `print`, rich, warnings and tracebacks drop what cannot be written, from now on.
 
-    For programs, at their start. Streams that somebody has put in place of Python's stay. A program
-    that Ctrl-C ends says so in a line, without a traceback.
+    Programs call this at their start. A stream that somebody has put in place of Python's stays. A
+    program that Ctrl-C ends says so in one line, without a traceback.
     """
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _uncaught
@@ -64,9 +66,11 @@ def never_fail() -> None:
             with contextlib.suppress(OSError):
                 os.open(os.devnull, os.O_RDWR)
     if sys.stdout is sys.__stdout__:
-        sys.stdout = sys.__stdout__ = _forgiving(sys.stdout, 1)
+        sys.stdout = out = _forgiving(sys.stdout, 1)
+        sys.__stdout__ = out  # type: ignore[misc]  # typeshed calls it final, Python does not
     if sys.stderr is sys.__stderr__:
-        sys.stderr = sys.__stderr__ = _forgiving(sys.stderr, 2)
+        sys.stderr = errors = _forgiving(sys.stderr, 2)
+        sys.__stderr__ = errors  # type: ignore[misc]  # as above
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -76,24 +80,26 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
         sys.__excepthook__(kind, error, trace)
 
 
-def _forgiving(stream: TextIO | None, descriptor: int) -> TextIO:
+def _forgiving(stream: TextIO | None, descriptor: int) -> io.TextIOWrapper:
+    by_line = descriptor == 2
     if stream is not None:
-        if isinstance(getattr(stream.buffer, "raw", None), Forgiving):
-            return stream
+        if isinstance(stream, io.TextIOWrapper):
+            if isinstance(getattr(stream.buffer, "raw", None), Forgiving):
+                return stream
+            by_line |= stream.line_buffering or stream.write_through  # python -u
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
         descriptor = stream.fileno()
-    by_line = stream is not None and (stream.line_buffering or stream.write_through)  # python -u
     return io.TextIOWrapper(
         io.BufferedWriter(Forgiving(descriptor)),
         encoding=stream.encoding if stream else "utf-8",
         errors="backslashreplace",  # a letter that the terminal does not know ends no run either
-        line_buffering=by_line or descriptor == 2,
+        line_buffering=by_line,
     )
 
 
 def problem_of_output() -> OSError | None:
-    """What kept standard output from being written; a reader that has gone is none."""
+    """Return the error that kept standard output from being written, unless its reader has gone."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     problem = raw.problem if isinstance(raw, Forgiving) else None

@@ -1,11 +1,11 @@
 """Learning-rate schedules: linear warm-up, then one of timm's.
 
-A schedule is a function of the step's number: it has no state, so there is nothing to resume.
+A schedule is a function of the step's number. It has no state, so a checkpoint need not hold it.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
@@ -17,7 +17,7 @@ from flatcal_dist.choices import check
 
 @dataclass(frozen=True)
 class Length:
-    """Of a run, in optimizer steps: of the warm-up, of an epoch, and of all."""
+    """How many optimizer steps the warm-up, an epoch, and the whole run have."""
 
     warmup: int
     epoch: int
@@ -28,9 +28,11 @@ class Length:
 class Schedule(ABC):
     """How the learning rate goes on after the warm-up.
 
-    A new schedule is one class here: its `name` is what a configuration calls it, and its fields
-    are keys of the configuration's section `schedule`. Raises ValueError for a field outside its
-    bounds.
+    A new schedule is one class here. Its `name` is the value of `schedule.name` in a configuration,
+    and its fields are keys of the section `schedule`.
+
+    Raises:
+        ValueError: A field is outside its bounds.
     """
 
     name: ClassVar[str]
@@ -43,13 +45,13 @@ class Schedule(ABC):
         """Return the scheduler whose `step_update(step)` sets the rate of that step.
 
         Args:
-            optimizer: Its learning rates are set.
+            optimizer: The optimizer whose learning rates are set.
             peak: The learning rate at the end of the warm-up.
-            length: Of the run.
+            length: The length of the run and its parts.
         """
 
 
-def _in_steps(peak: float, length: Length) -> dict:
+def _in_steps(peak: float, length: Length) -> dict[str, Any]:
     return {
         "warmup_t": length.warmup,
         "warmup_prefix": True,
@@ -60,7 +62,7 @@ def _in_steps(peak: float, length: Length) -> dict:
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """Half a cosine from the peak to `final` times the peak (Loshchilov and Hutter, ICLR 2017)."""
+    """Half a cosine from the peak to `final` times it (Loshchilov and Hutter, ICLR 2017)."""
 
     name: ClassVar[str] = "cosine"
 
@@ -79,7 +81,7 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class MultiStep(Schedule):
-    """The peak, times `factor` at each milestone (He et al., CVPR 2016, section 4)."""
+    """The peak, multiplied by `factor` at each milestone (He et al., CVPR 2016, section 4)."""
 
     name: ClassVar[str] = "multi_step"
 
@@ -105,7 +107,7 @@ class MultiStep(Schedule):
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The peak throughout."""
+    """The peak in every step after the warm-up."""
 
     name: ClassVar[str] = "constant"
 

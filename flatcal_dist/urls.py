@@ -1,10 +1,10 @@
-"""How the address of a shard is shown, and what identifies it: decided here and nowhere else.
+"""How the address of a shard is shown, and what identifies it. Nothing else decides this.
 
 The user info, the query and the fragment of a URL may hold credentials (`http://user:password@...`,
-`...?X-Amz-Signature=...`). They are used to open the URL, and nothing else: no message, report,
-log or record holds them, and a renewed signature is the same shard. A token that is a part of the
-path cannot be told from a name and is shown; a token in the words of a `pipe:` command is not
-shown, but counts as part of the command (let the command read it from a file instead).
+`...?X-Amz-Signature=...`). They are used only to open the URL: no message, report, log or record
+holds them, and a renewed signature is the same shard. A token in the path looks like a name, so it
+is shown. A token in the words of a `pipe:` command is not shown, but it is a part of the command's
+identity: let the command read it from a file instead.
 """
 
 import re
@@ -19,7 +19,7 @@ URL = re.compile(
 )
 # URLs in a text end at a blank or a quotation mark.
 URL_IN_TEXT = re.compile(rf"{SCHEME}[^\s'\"`<>]*")
-# urllib3's messages name host and port apart from the rest: "with url: /a.tar?sig=...".
+# Messages of urllib3 name host and port apart from the rest: "with url: /a.tar?sig=...".
 REQUEST_IN_TEXT = re.compile(r"(?<=url: )(/[^\s?#]*)[?#][^\s]*")
 HEADER_IN_TEXT = re.compile(
     r"(?i)\b(authorization|cookie|x-[\w-]*token)(\s*:\s*)(?:(?:bearer|basic)\s+)?[^\s'\"]+"
@@ -28,7 +28,7 @@ PARAMETER_IN_TEXT = re.compile(
     r"(?i)\b([\w-]*(?:signature|token|secret|password|credential)[\w-]*=)[^\s'\"&]+"
 )
 NAMES_A_FILE = re.compile(r"(?:/|\.(?:tar|json|sha256))$")
-# Parameters of a query that sign or authorise: of S3, Google, Azure, CloudFront, and by habit.
+# Parameters of a query that sign or authorise: of S3, Google, Azure, CloudFront, and usual names.
 CREDENTIAL = re.compile(
     r"(?i)x-(?:amz|goog|oss|ms|cos)-.*|awsaccesskeyid|googleaccessid|ossaccesskeyid|key-pair-id"
     r"|.*(?:signature|token|secret|password|credential).*|expires?|policy|sig|s[eprtv]|sdd|sip|spr"
@@ -39,7 +39,7 @@ PORTS = {"http": ":80", "https": ":443"}
 
 
 def shown(address: str) -> str:
-    """A URL or `pipe:` command for messages and records, without credentials; a path as it is."""
+    """Return a URL or `pipe:` command without credentials, for messages; or a path as it is."""
     if address.startswith("pipe:"):
         return _shown_command(address)
     if not (found := URL.fullmatch(address)):
@@ -48,10 +48,10 @@ def shown(address: str) -> str:
 
 
 def identity(address: str) -> str:
-    """What stays the same when credentials are renewed; a path as it is. Not for messages.
+    """Return what stays the same when credentials are renewed; a path as it is. Not for messages.
 
-    Of a query what names a version belongs to it. Where the path of a URL names no file the query
-    does (`/download?file=a.tar`): then all but the parameters that sign or authorise.
+    A part of the query that names a version belongs to it. If the path of a URL names no file, the
+    query does (`/download?file=a.tar`). Then only parameters that sign or authorise are left out.
     """
     if address.startswith("pipe:"):
         return URL_IN_TEXT.sub(lambda found: identity(found[0]), address)
@@ -68,16 +68,16 @@ def identity(address: str) -> str:
 
 
 def base_name(address: str) -> str:
-    """The shard's file name: the last part of its path."""
+    """Return the file name of a shard, the last part of its path."""
     name = identity(address)
     path = name.partition("?")[0]
     return (path if NAMES_A_FILE.search(path) and URL.match(name) else name).rpartition("/")[2]
 
 
 def hide(text: str, address: str = "") -> str:
-    """A text, such as another library's message, without the credentials of URLs in it.
+    """Return a text, such as a message of another library, without the credentials of URLs in it.
 
-    `address`: of the URL that it is about, whose credentials may stand in it by themselves.
+    `address` is the URL that the text is about. Its credentials may also stand there alone.
     """
     for secret in sorted(_secrets(address), key=len, reverse=True):
         text = text.replace(secret, "***")
@@ -88,12 +88,12 @@ def hide(text: str, address: str = "") -> str:
 
 
 def public(value: Any) -> Any:
-    """A nest of dicts and lists with every URL and command in it as it is `shown`."""
+    """Return a nest of dicts and lists with every URL and command in it as it is `shown`."""
     return _each(value, shown)
 
 
 def identified(value: Any) -> Any:
-    """The same with what identifies each of them."""
+    """Return a nest of dicts and lists with the `identity` of every URL and command in it."""
     return _each(value, identity)
 
 
@@ -107,7 +107,7 @@ def _each(value: Any, change: Any) -> Any:
 
 
 def _shown_command(command: str) -> str:
-    """The program and the shard that it names: any other word may be a credential."""
+    """Return the program and the shard that it names. Any other word may be a credential."""
     words = command.removeprefix("pipe:").split()
     program = next((word for word in words if "=" not in word), "").rpartition("/")[2]
     shards = re.findall(r"[^\s'\"/=@]+\.tar\b", identity(command))
@@ -115,7 +115,7 @@ def _shown_command(command: str) -> str:
 
 
 def _secrets(address: str) -> set[str]:
-    """The parts of a URL that are not shown, as they stand in it and decoded."""
+    """Return the parts of a URL that are not shown, as they stand in it and decoded."""
     found = URL.fullmatch(address)
     if not found:
         return set()

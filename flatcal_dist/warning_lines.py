@@ -1,24 +1,32 @@
-"""Warnings of this package as lines for people who run commands, not for programmers."""
+"""Warnings of this package are lines for people who run commands, not for programmers."""
 
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 PACKAGE = Path(__file__).resolve().parent
 
 
 def print_warnings_plainly() -> None:
-    """From now on print this package's warnings as `warning: TEXT` on stderr, each text once.
+    """Print warnings of this package as `warning: TEXT` on stderr from now on, each text once.
 
-    Python's own form names a file and quotes a source line, which tells a user nothing. Warnings of
-    other packages keep that form: there it is what one needs in order to report them.
+    Python's form names a file and quotes a source line, which tells a user nothing. Warnings of
+    other packages keep that form, which is needed to report them.
     """
-    usual, told = warnings.showwarning, set()
+    usual = warnings.showwarning
+    told: set[str] = set()
 
-    def show(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if not Path(filename).resolve().is_relative_to(PACKAGE):
-            usual(message, category, filename, lineno, *rest)
+            usual(message, category, filename, lineno, file, line)
         elif str(message) not in told:
             told.add(str(message))
             print(f"warning: {message}", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""W&B workspaces and reports as code: one run, the rules side by side, a sweep.
+"""W&B workspaces and reports for one run, for SGD, SAM and CSAM side by side, or for a sweep.
 
     python launch/dashboard.py rules --dry-run             # print the specifications, no network
     python launch/dashboard.py run NAME --push --entity TEAM
     python launch/dashboard.py sweep FILE --push --entity TEAM
 
-A panel shows what a run writes to metrics.jsonl; a test holds them together. Runs are grouped by
-rule where there are several, lines are means with a band of one standard deviation.
+A panel shows what a run writes to metrics.jsonl, which a test checks. Several runs are grouped by
+rule. Lines are means with a band of one standard deviation.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from flatcal_dist.printing import never_fail  # noqa: E402
 from flatcal_dist.runs.sweep import Sweep, load_sweep  # noqa: E402
 from flatcal_dist.urls import hide  # noqa: E402
 
-# What comparisons of reports test, by name; W&B shows the values as they are.
+# The metrics that comparisons test, by name. W&B shows their values without a factor.
 COMPARED_NAMES = {key: METRICS[key].name.removesuffix(" × 1000") for key in COMPARED}
-# Lines over the steps: section -> panels, each its title and metrics.
+# Lines over the steps: for each section its panels, each with title and metrics.
 LINES = {
     "Validation": {
         name: [f"val/{key}"] for key, name in COMPARED_NAMES.items() if METRICS[key].running
@@ -52,7 +52,7 @@ LINES = {
         "Share of time that waits for data": ["perf/data_wait_fraction"],
     },
 }
-# One value a run, of the report at its end.
+# Values of the report at the end of a run.
 BARS = {
     **{name: f"calibration/{key}" for key, name in COMPARED_NAMES.items()},
     "Temperature": "calibration/temperature",
@@ -68,13 +68,13 @@ KINDS = {
 
 
 def metrics_shown() -> set[str]:
-    """Every metric that a panel shows, by its name in metrics.jsonl."""
+    """Return every metric that a panel shows, by its name in metrics.jsonl."""
     lines = (name for panels in LINES.values() for names in panels.values() for name in names)
     return {"step", *lines, *BARS.values()}
 
 
 def sections(kind: str, grid: list[str]) -> dict[str, list[Any]]:
-    """Title -> panels. `grid`: keys of the configuration that a sweep turns."""
+    """Return panels by section. `grid` holds the keys that differ in a sweep."""
     grouping = {} if kind == "run" else _by_method()
     found: dict[str, list[Any]] = {
         name: [wr.LinePlot(title=title, x="step", y=list(metrics), **grouping)
@@ -109,7 +109,16 @@ def sections(kind: str, grid: list[str]) -> dict[str, list[Any]]:
 def workspace(
     kind: str, title: str, name: str | None, grid: list[str], entity: str, project: str
 ) -> ws.Workspace:
-    """`name`: of the run, or of the sweep, whose runs are shown; None: all of the project."""
+    """Return a workspace.
+
+    Args:
+        kind: A key of KINDS.
+        title: The title of the workspace.
+        name: The run or the sweep to show; None shows the whole project.
+        grid: The keys that differ in a sweep.
+        entity: The user or team; "" if nothing is sent.
+        project: The project in W&B.
+    """
     runs = ws.RunsetSettings(
         query=name if kind == "run" and name else "",
         filters=_of_group(name) if kind == "sweep" else "",
@@ -131,7 +140,10 @@ def workspace(
 def report(
     kind: str, title: str, name: str | None, grid: list[str], entity: str, project: str
 ) -> wr.Report:
-    """The same panels as a report. With an entity W&B's server is asked for the project."""
+    """Return a report with the same panels, from the same arguments as `workspace`.
+
+    With an entity, the server is asked for the project.
+    """
     where = {"entity": entity, "project": project} if entity else {}
     runs = wr.Runset(
         **where,
@@ -147,21 +159,23 @@ def report(
 
 
 def _of_group(name: str) -> str:
-    """A filter for the runs of a group. The library parses it as text, and changes `<` and `=` in
-    it also within quotation marks: so these and all other signs are written as escapes.
+    """Return a filter for the runs of a group.
+
+    The library parses it as text, and changes `<` and `=` even within quotation marks. So these and
+    all other signs are written as escapes.
     """
     letters = (c if c.isascii() and c.isalnum() else f"\\U{ord(c):08x}" for c in name)
     return f"Metric('Group') == '{''.join(letters)}'"
 
 
 def plain(title: str) -> str:
-    """A title that W&B takes: of symbols, `<` and `+` among them, it says that they are emojis."""
+    """Return a title that W&B takes. It refuses symbols such as `<` and `+` as emojis."""
     symbols = ("So", "Sk", "Sm", "Sc", "Cs")
     return "".join("_" if unicodedata.category(letter) in symbols else letter for letter in title)
 
 
 def specification(view: ws.Workspace | wr.Report) -> dict[str, Any]:
-    """What would be sent, as plain JSON."""
+    """Return what would be sent, as plain JSON."""
     return view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
@@ -205,7 +219,7 @@ def main() -> None:
 
 
 def _subject(kind: str, subject: str | None) -> tuple[str | None, list[str], str]:
-    """The name to look for, the keys of the grid, and the project."""
+    """Return the name to look for, the keys of the grid, and the project."""
     project = Config().wandb.project
     if kind == "rules":
         return None, [], project

@@ -17,7 +17,7 @@ make_environment() {
             return 1
         fi
         if [ -e "$venv/pyvenv.cfg" ]; then
-            echo "$venv does not work with this machine's Python: making it anew"
+            echo "$venv does not work with this machine's Python: making it again"
             rm -rf "$venv"
         fi
         if ! "$python" -m venv "$venv"; then
@@ -30,7 +30,7 @@ make_environment() {
         "$root/pyproject.toml" "$root/launch/constraints.txt")
     if [ "$versions" = latest ]; then
         echo "installing the newest versions into $venv"
-        rm -f "$venv"/installed*  # what they say of the tested versions is true no more
+        rm -f "$venv"/installed*  # they are no longer the tested versions
         "$python" -m pip install --quiet --upgrade pip || return 1
         "$python" -m pip install --quiet --upgrade --upgrade-strategy eager \
             --editable "$root${extra:+[$extra]}" || return 1

@@ -1,13 +1,13 @@
-"""Submit a run, or a sweep, to SLURM; and what follows it: evaluation, comparison.
+r"""Submit a run or a sweep to SLURM, and the evaluation and comparison that follow it.
 
     python launch/submit.py --nodes 4 --time 24:00:00 --config configs/imagenet/resnet50_csam.yaml \
         data.train=/data/train data.validation=/data/validation run.dir=/runs/csam
     python launch/submit.py --sweep SWEEP.yaml --compare
 
-A job asks the run to stop before its time is over and requeues itself when the run was preempted,
-at most --max-restarts times. It runs a copy of this code, RUN/code, so that edits do not reach it.
-RUN/slurm holds the script, the resolved configuration and the log. --dry-run prints the scripts and
-changes nothing. Options that belong to a site can stand in a file, one a line: @site.txt
+A job asks the run to stop before its time is over. It requeues itself if the run was preempted, at
+most --max-restarts times. It runs a copy of this code, RUN/code, so that edits do not reach it.
+RUN/slurm holds the script, the whole configuration and the log. --dry-run prints the scripts and
+changes nothing. Options of a site can stand in a file, one on each line: @site.txt
 """
 
 import argparse
@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
 
 from flatcal_dist import config as configuration  # noqa: E402
 from flatcal_dist.arguments import whole_number  # noqa: E402
-from flatcal_dist.config import Config, ConfigError  # noqa: E402
+from flatcal_dist.errors import ConfigError  # noqa: E402
 from flatcal_dist.files import read_bytes, write_json, write_text  # noqa: E402
 from flatcal_dist.printing import never_fail  # noqa: E402
 from flatcal_dist.runs.directory import RunDirectory, RunError  # noqa: E402
@@ -36,24 +37,31 @@ from flatcal_dist.runs.environment import code_version  # noqa: E402
 from flatcal_dist.runs.sweep import Element, elements, load_sweep  # noqa: E402
 from flatcal_dist.urls import hide  # noqa: E402
 
+if TYPE_CHECKING:
+    from flatcal_dist.config import Config
+
 CODE = ("flatcal_dist", "recipes", "configs", "launch", "pyproject.toml")
 
 
 class SubmitError(RuntimeError):
-    """What cannot be submitted, and why."""
+    """Something cannot be submitted. The message says why."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is submitted: one run, or those of a sweep's that are not finished.
+    """What is submitted: one run, or the unfinished runs of a sweep.
 
-    `directory` holds code/ and slurm/: the run's own directory, or that of the sweep. `config` is
-    the run's, or what all runs of the sweep start from. `runs` are all of it, finished or not.
+    Attributes:
+        name: The name of the job.
+        directory: The directory of the run, or of the sweep. It holds code/ and slurm/.
+        config: The configuration of the run, or the one that all runs of the sweep start from.
+        runs: All run directories, of finished runs too.
+        elements: The unfinished runs of a sweep.
     """
 
     name: str
     directory: Path
-    config: Config
+    config: "Config"
     runs: Sequence[Path]
     elements: Sequence[Element] = ()
 
@@ -104,7 +112,7 @@ def _run(arguments: argparse.Namespace) -> Job:
 
 def _sweep(arguments: argparse.Namespace) -> Job:
     if arguments.config:
-        raise SubmitError("--config is for one run: a sweep's file names its own `base`")
+        raise SubmitError("--config is for one run: the file of a sweep names its `base`")
     sweep = load_sweep(arguments.sweep)
     directory = _directory(sweep.directory)
     found = [
@@ -124,7 +132,7 @@ def _in_directory(element: Element, run: Path) -> Element:
 
 
 def _refuse_short(arguments: argparse.Namespace) -> None:
-    """A job that is told to stop as it starts would requeue itself again and again."""
+    """Raise SubmitError for a job that is told to stop as it starts: it would requeue for ever."""
     limit = _seconds(arguments.time)
     if limit and limit <= arguments.signal_seconds:  # none and 0 are no limit
         raise SubmitError(
@@ -134,7 +142,7 @@ def _refuse_short(arguments: argparse.Namespace) -> None:
 
 
 def _refuse_absent(arguments: argparse.Namespace) -> None:
-    """What would be noticed in the job only; and what would become other lines of its script."""
+    """Raise SubmitError for what only the job would notice, or what would change its script."""
     recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
     if arguments.recipe not in recipes:
         raise SubmitError(f"--recipe {arguments.recipe}: expected one of {', '.join(recipes)}")
@@ -162,11 +170,11 @@ def _refuse_absent(arguments: argparse.Namespace) -> None:
 
 
 def _seconds(time: str) -> int | None:
-    """Of sbatch's --time: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; None for what has no number."""
+    """Return the seconds of --time: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None without a number."""
     days, _, rest = time.rpartition("-")
     parts = rest.split(":")
     if not all(part.isdecimal() for part in [days or "0", *parts]) or len(parts) > 3:
-        return None  # UNLIMITED, or sbatch's to refuse
+        return None  # UNLIMITED, or sbatch refuses it
     numbers = [*map(int, parts), 0, 0]
     if days or len(parts) == 3:
         return int(days or 0) * 86400 + numbers[0] * 3600 + numbers[1] * 60 + numbers[2]
@@ -192,7 +200,7 @@ def _directory(name: str | Path) -> Path:
 
 
 def render(job: Job, arguments: argparse.Namespace) -> dict[str, str]:
-    """The scripts to submit, by name and in their order: train.sh, evaluate.sh, compare.sh."""
+    """Return the scripts to submit by name, in their order: train.sh, evaluate.sh, compare.sh."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ROOT / "launch"), undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -256,7 +264,7 @@ def _split(evaluate: str) -> list[str]:
 
 
 def write(job: Job, scripts: dict[str, str]) -> None:
-    """What the job needs, into its directory: code, configuration, scripts, arguments."""
+    """Write what the job needs into its directory: code, configuration, scripts, arguments."""
     if not job.elements:
         RunDirectory(job.directory).check(job.config)
     try:
@@ -281,7 +289,7 @@ def write(job: Job, scripts: dict[str, str]) -> None:
 
 
 def copy_code(destination: Path) -> None:
-    """The files that this program is made of, as they are, and the commit that they come from."""
+    """Copy the files of this program as they are, and record the commit that they come from."""
     temporary = destination.with_name(f".code.{os.getpid()}")
     for name in CODE:
         source, target = ROOT / name, temporary / name
@@ -294,12 +302,12 @@ def copy_code(destination: Path) -> None:
 
 
 def submit(job: Job, scripts: Sequence[str]) -> None:
-    """Each script in turn, to start when the one before has ended well."""
+    """Submit each script, to start when the one before it has ended well."""
     previous = None
     for name in scripts:
         options = []
         if previous is not None:
-            each = job.elements and name == "evaluate.sh"  # as soon as its own run is done
+            each = job.elements and name == "evaluate.sh"  # as soon as its run is done
             options = [
                 f"--dependency={'aftercorr' if each else 'afterok'}:{previous}",
                 "--kill-on-invalid-dep=yes",
@@ -328,7 +336,7 @@ def _sbatch(words: Sequence[str], submitted: str | None) -> str:
     if done.returncode:
         also = f"; job {submitted} is submitted already" if submitted else ""
         raise SubmitError(f"sbatch {words[-1]}: {done.stderr.strip()}{also}")
-    # Some sites' sbatch greets before it answers: JOB or JOB;CLUSTER.
+    # On some sites sbatch prints a greeting before the answer, which is JOB or JOB;CLUSTER.
     numbers = re.findall(r"^(\d+)(?:;\S+)?$", done.stdout, re.MULTILINE)
     if not numbers:
         raise SubmitError(
@@ -339,7 +347,7 @@ def _sbatch(words: Sequence[str], submitted: str | None) -> str:
 
 
 def _refuse_queued(job: Job) -> None:
-    """Two jobs on one run directory: the second would only fail once it has waited."""
+    """Raise SubmitError for a run that is queued: a second job would wait, and then fail."""
     for run in [element.run for element in job.elements] or [job.directory]:
         if not shutil.which("squeue"):
             return
@@ -360,30 +368,30 @@ def _parser() -> argparse.ArgumentParser:
         fromfile_prefix_chars="@",
     )  # fmt: skip
     add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help="of one run")
-    add("--sweep", type=Path, metavar="FILE", help="of several: a job array, an element for each")
+    add("--config", type=Path, metavar="FILE", help="the configuration of one run")
+    add("--sweep", type=Path, metavar="FILE", help="a sweep: a job array with all of its runs")
     add("--recipe", default="imagenet_csam", help="any recipe runs any configuration")
     add("--launcher", choices=("srun", "accelerate", "torchrun", "deepspeed"), default="srun",
-        help="srun, one task per rank, has nothing between SLURM and the ranks")  # fmt: skip
+        help="what starts the ranks; srun starts each of them as one task")  # fmt: skip
     add("--nodes", type=whole_number(), default=1)
     add("--ranks-per-node", type=whole_number(), default=8, metavar="N",
-        help="and GPUs, unless --cpu")  # fmt: skip
+        help="ranks, and GPUs unless --cpu, of each node")  # fmt: skip
     add("--cpu", action="store_true", help="ask for no GPUs")
     add("--cpus-per-rank", type=whole_number(), default=8, metavar="N")
-    add("--time", default="24:00:00", help="limit of one stretch")
+    add("--time", default="24:00:00", help="the time limit of one job, after which it is requeued")
     add("--signal-seconds", type=whole_number(), default=300, metavar="S",
-        help="before the limit, to stop in; SLURM may ask a minute earlier")  # fmt: skip
+        help="when to stop before the limit; SLURM may be a minute early")  # fmt: skip
     add("--max-restarts", type=whole_number(0), default=20, metavar="N")
-    add("--parallel", type=whole_number(), metavar="N", help="elements of a sweep that run at once")
+    add("--parallel", type=whole_number(), metavar="N", help="how many runs of a sweep run at once")
     add("--evaluate", nargs="?", const="", metavar="OPTIONS",
-        help="then flatcal evaluate, in a job of its own; its options in quotes")  # fmt: skip
-    add("--compare", nargs="*", metavar="RUN", help="then flatcal compare, with these runs as well")
-    add("--time-after", default="02:00:00", metavar="TIME", help="limit of those two")
-    add("--python", type=Path, default=Path(sys.executable), help="of the environment to run in")
-    add("--setup", type=Path, metavar="FILE", help="shell lines for the head: modules, variables")
+        help="then run flatcal evaluate with these options, in quotes")  # fmt: skip
+    add("--compare", nargs="*", metavar="RUN", help="then run flatcal compare, with these runs too")
+    add("--time-after", default="02:00:00", metavar="TIME", help="the time limit of these two")
+    add("--python", type=Path, default=Path(sys.executable), help="the Python to run with")
+    add("--setup", type=Path, metavar="FILE", help="shell lines to begin with, such as modules")
     add("--sbatch", action="append", default=[], metavar="OPTION",
-        help="any other, such as --sbatch=--partition=gpu; again for more")  # fmt: skip
-    add("--dry-run", action="store_true", help="print the scripts, change nothing")
+        help="an option for sbatch, such as --sbatch=--partition=gpu; may be repeated")  # fmt: skip
+    add("--dry-run", action="store_true", help="print the scripts and change nothing")
     add("overrides", nargs="*", metavar="key.sub=value")
     return parser
 

@@ -1,14 +1,14 @@
-"""Run a sweep on this machine, one run after another or several at a time; then compare.
+"""Run a sweep on this machine, one run after another or several at a time, and compare the runs.
 
     python launch/sweep.py configs/studies/digits_sweep.yaml --processes 2 --parallel 1
     python launch/sweep.py FILE --list          # the runs, their state, their overrides
     python launch/sweep.py FILE train.epochs=5  # overrides of all runs
     python launch/sweep.py FILE --seeds 5       # seeds 0 to 4 in place of the file's
 
-The same command again does what is missing: finished runs are passed over, interrupted ones go on
-from their checkpoints. Ctrl-C asks the runs that are under way to stop at a whole step, and starts
-no other. The output of each run is in DIRECTORY/logs; --show prints it here instead. Exits with 1
-if a run failed.
+The same command again does what is missing. Finished runs are left out, and interrupted runs go on
+from their checkpoints. Ctrl-C asks all running runs to stop at a whole step, and starts no other.
+The output of each run is in DIRECTORY/logs; --show prints it here instead. The exit code is 1 if a
+run failed.
 """
 
 import argparse
@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))  # this code, wherever another copy is installed
 
 from flatcal_dist import config as configuration  # noqa: E402
 from flatcal_dist.arguments import whole_number  # noqa: E402
-from flatcal_dist.config import ConfigError  # noqa: E402
+from flatcal_dist.errors import ConfigError  # noqa: E402
 from flatcal_dist.files import csv_text, read_json, write_text  # noqa: E402
 from flatcal_dist.printing import never_fail  # noqa: E402
 from flatcal_dist.runs.directory import RunDirectory, RunError  # noqa: E402
@@ -41,11 +41,11 @@ from flatcal_dist.urls import hide  # noqa: E402
 
 METRICS = ("accuracy", "nll", "ece", "signed_gap", "aurc", "temperature", "seconds")
 SEED = "run.seed"
-PATIENCE = 300.0  # seconds that a run may take to stop, a checkpoint among them
+PATIENCE = 300.0  # seconds that a run may take to write a checkpoint and stop
 
 
 class Jobs:
-    """The runs under way; a signal turns `stopping` on and is passed to all of them once."""
+    """The runs that are running. A signal sets `stopping`, and is passed to each of them once."""
 
     def __init__(self, sweep: Sweep, arguments: argparse.Namespace) -> None:
         self.sweep, self.arguments = sweep, arguments
@@ -56,14 +56,14 @@ class Jobs:
             signal.signal(number, self._stop)
 
     def run(self, waiting: list[Element]) -> None:
-        """All of them, `--parallel` at a time; returns when none is left under way."""
+        """Run all of them, `--parallel` at a time. Returns when none is left."""
         waiting = list(waiting)
         while self.running or (waiting and not self.stopping):
             while waiting and not self.stopping and len(self.running) < self.arguments.parallel:
                 element = waiting.pop(0)
                 try:
                     self._start(element)
-                except OSError as error:  # no room for its log, say
+                except OSError as error:  # there may be no room for its log
                     self.failed.append(element)
                     print(f"[{element.index}] {element.name}: not started: {error}", flush=True)
             time.sleep(0.2)
@@ -85,7 +85,7 @@ class Jobs:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
-                start_new_session=True,  # we pass signals on, once
+                start_new_session=True,  # signals are passed on, once
             )
         self.running[process] = element
         if self.stopping:  # the signal came while it was being started
@@ -110,7 +110,7 @@ class Jobs:
             return
         self.stopping, self.deadline = True, time.monotonic() + PATIENCE
         with contextlib.suppress(OSError):
-            os.write(1, b"stopping: runs under way save a checkpoint; the same command goes on\n")
+            os.write(1, b"stopping: running runs save a checkpoint; the same command goes on\n")
         self._signal(signal.SIGINT)
 
     def _signal(self, number: int) -> None:
@@ -153,7 +153,7 @@ def main() -> None:
 
 
 def _as_told(sweep: Sweep, arguments: argparse.Namespace) -> Sweep:
-    """The sweep with the directory and the seeds of the command line."""
+    """Return the sweep with the directory and the seeds of the command line."""
     changes: dict = {}
     if arguments.directory is not None:
         changes["directory"] = str(arguments.directory)
@@ -163,10 +163,16 @@ def _as_told(sweep: Sweep, arguments: argparse.Namespace) -> Sweep:
 
 
 def command(sweep: Sweep, element: Element, arguments: argparse.Namespace) -> list[str]:
-    """What a user would type for this run."""
+    """Return the command that a user would type for a run.
+
+    Args:
+        sweep: The sweep.
+        element: The run.
+        arguments: The command line of this program.
+    """
     options = ["--config", sweep.base, *element.arguments]
     if any(hide(word) != word for word in options):
-        # Everybody on a machine can read the words of a command.
+        # Everybody on the machine can read the words of a command.
         configuration.write(element.config, logs(element).with_suffix(".yaml"))
         options = ["--config", str(logs(element).with_suffix(".yaml"))]
     recipe = [str(ROOT / "recipes/imagenet_csam.py"), *options]
@@ -175,24 +181,24 @@ def command(sweep: Sweep, element: Element, arguments: argparse.Namespace) -> li
     engine = element.config.train.engine
     launcher = arguments.launcher or ROOT / f"configs/accelerate/cpu_{engine}.yaml"
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(launcher)]
-    # A port of its own: several are under way at once.
+    # Each run needs another port, because several run at once.
     ports = ["--main_process_port", "0"]
     return [sys.executable, *launch, "--num_processes", str(arguments.processes), *ports, *recipe]
 
 
 def phase_of(element: Element) -> str:
-    """As its state.json has it, or "new". Raises RunError if that cannot be read."""
+    """Return the phase in state.json, or "new". Raises RunError if that file is damaged."""
     state = RunDirectory(element.run).state()
     return state.phase if state is not None else "new"
 
 
 def logs(element: Element) -> Path:
-    """Beside the run directories, which a recipe wants to make itself."""
+    """Return the log of a run. It lies beside the run directories, which a recipe creates."""
     return element.run.parent / "logs" / f"{element.name}.log"
 
 
 def summarize(sweep: Sweep, found: list[Element]) -> None:
-    """A table of what differs and what came of it; also as DIRECTORY/summary.csv."""
+    """Print a table of what differs and of the results, and write it as DIRECTORY/summary.csv."""
     keys = list(found[0].point)
     rows = []
     for element in found:
@@ -210,7 +216,7 @@ def summarize(sweep: Sweep, found: list[Element]) -> None:
 
 
 def _over_seeds(found: list[Element]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table with one row for each group of runs that differ by seed alone."""
+    """Return header and rows of a table with one row for all runs that differ only in the seed."""
     groups: dict[str, list[Element]] = {}
     for element in found:
         values = {key: value for key, value in element.point.items() if key != SEED}
@@ -224,7 +230,7 @@ def _over_seeds(found: list[Element]) -> tuple[list[str], list[list[str]]]:
 
 
 def _figures(metrics: list[dict[str, float | None]]) -> list[str]:
-    """Each metric as it is, or its mean and standard deviation; empty where a run has none."""
+    """Return each metric, or its mean and standard deviation, or "" if a run has none."""
     texts = []
     for name in METRICS:
         values = [one[name] for one in metrics if one.get(name) is not None]
@@ -267,15 +273,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("file", type=Path, metavar="FILE")
-    add("--parallel", type=whole_number(), default=1, metavar="N", help="runs at a time")
-    add("--processes", type=whole_number(), default=1, metavar="N", help="ranks of each run")
+    add(
+        "--parallel",
+        type=whole_number(),
+        default=1,
+        metavar="N",
+        help="runs at a time",
+    )
+    add(
+        "--processes",
+        type=whole_number(),
+        default=1,
+        metavar="N",
+        help="ranks of each run",
+    )
     add("--launcher", type=Path, metavar="FILE",
-        help="Accelerate's configuration, such as configs/accelerate/node_ddp.yaml; by default CPU "
-        "processes, or plain Python for one")  # fmt: skip
-    add("--directory", type=Path, metavar="DIR", help="where the runs go, in place of the file's")
-    add("--seeds", type=whole_number(), metavar="N", help="seeds 0 to N-1, in place of the file's")
-    add("--show", action="store_true", help="leave the runs' output on the terminal")
-    add("--list", action="store_true", help="print the runs, start none")
+        help="a file for accelerate, such as configs/accelerate/node_ddp.yaml; by default CPU "
+        "processes, or plain Python for one rank")  # fmt: skip
+    add(
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="instead of the file's directory",
+    )
+    add(
+        "--seeds",
+        type=whole_number(),
+        metavar="N",
+        help="seeds 0 to N-1, instead of the file's",
+    )
+    add("--show", action="store_true", help="print the output of the runs on the terminal")
+    add("--list", action="store_true", help="print the runs and start none")
     add("overrides", nargs="*", metavar="key.sub=value")
     return parser
 

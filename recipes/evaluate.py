@@ -1,10 +1,10 @@
-"""Evaluate a run, or any weights of a network, on all ranks; write the calibration report.
+r"""Evaluate a run, or any weights of a network, on all ranks, and write the calibration report.
 
     accelerate launch --config_file configs/accelerate/node_ddp.yaml recipes/evaluate.py RUN
     accelerate launch ... recipes/evaluate.py --model resnet50 --weights model.safetensors \
         --data 'SHARDS' --output DIR
 
-The same as `flatcal evaluate`, which runs on one process.
+`flatcal evaluate` does the same in one process.
 """
 
 from flatcal_dist.ranks.launcher import end_with_the_launcher

@@ -1,4 +1,4 @@
-"""Train an ImageNet network with CSAM, evaluate it, and write its calibration report.
+r"""Train an ImageNet network with CSAM, evaluate it, and write its calibration report.
 
     accelerate launch --config_file configs/accelerate/node_ddp.yaml recipes/imagenet_csam.py \
         --config configs/imagenet/resnet50_csam.yaml data.train='SHARDS' data.validation='SHARDS'
@@ -8,8 +8,8 @@ The same on this machine's CPUs, with handwritten digits that need no preparatio
     accelerate launch --config_file configs/accelerate/cpu_ddp.yaml recipes/imagenet_csam.py \
         --config configs/digits/csam.yaml
 
-Any recipe runs any configuration. The way of one step: flatcal_dist/training/loop.py calls
-flatcal_dist/sharpness/step.py, which asks rules/ (what) and engine.py (where).
+Any recipe runs any configuration. flatcal_dist/training/loop.py takes the steps, and calls
+flatcal_dist/sharpness/step.py. The step asks rules/ what to compute, and engines/ how to do so.
 """
 
 from pathlib import Path

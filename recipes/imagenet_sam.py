@@ -1,4 +1,4 @@
-"""Train an ImageNet network with SAM, evaluate it, and write its calibration report.
+r"""Train an ImageNet network with SAM, evaluate it, and write its calibration report.
 
     accelerate launch --config_file configs/accelerate/node_ddp.yaml recipes/imagenet_sam.py \
         --config configs/imagenet/resnet50_sam.yaml data.train='SHARDS' data.validation='SHARDS'

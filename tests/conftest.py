@@ -1,3 +1,30 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import pytest
+
+from flatcal_dist.calibration.records.records import Records
+from tests.support.markers import needs
+from tests.support.synthetic import make_records
+
+
+@pytest.fixture(scope="session")
+def records() -> Records:
+    return make_records(400)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark each test by what it needs, before `-m` chooses, and leave the exhaustive ones out.
+
+    They stay where the expression of `-m` names them, or where a test is named by its id.
+    """
+    for item in items:
+        for marker in needs(item):
+            item.add_marker(marker)
+    if "exhaustive" in (config.option.markexpr or ""):
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]

@@ -20,20 +20,20 @@ Batches = Callable[[], Iterable[tuple[Tensor, bool]]]
 
 
 class Average:
-    """What a rule averages: the trained weights, one copy of this rank's fp32 part.
+    """The average of the trained weights, one copy of this rank's fp32 part.
 
-    The running statistics of norm layers
-    belong to the weights, so the average has its own. With `batches` they are estimated anew for
-    each average that is looked at (see `norm_statistics.reestimate`). Without, they are averaged as
-    the weights are, which costs nothing and is right only once the average has forgotten its
-    beginning. All other buffers are the network's. A network without such layers has no cost.
+    The running statistics of norm layers belong to the weights, so the average has other statistics
+    than the network. With `batches` they are estimated again for each average that is evaluated
+    (see `norm_statistics.reestimate`). Without, they are averaged as the weights are, which costs
+    nothing and is right only once the average has forgotten its beginning. All other buffers are
+    the network's. A network without such layers has no cost.
 
     Args:
-        engine: Its network is in training mode; norm layers that are not are frozen, and keep their
-            statistics.
+        engine: The engine, whose network is in training mode. Norm layers in evaluation mode are
+            frozen, and keep their statistics.
         rule: When weights are averaged, and how much they count.
-        batches: This rank's training inputs, in the same order each time, and whether they count;
-            as `norm_statistics.reestimate` takes them.
+        batches: Gives this rank's training inputs, in the same order each time, and whether they
+            count, as `norm_statistics.reestimate` takes them.
     """
 
     @torch.no_grad()
@@ -41,8 +41,7 @@ class Average:
         self.engine, self.rule, self.batches = engine, rule, batches
         self.count = 0  # how often weights were averaged
         self.weights = {name: w.detach().clone() for name, w in engine.masters().items()}
-        network = getattr(engine, "named", engine.module)  # without torch.compile's prefix
-        self.layers = norm_layers(network)
+        self.layers = norm_layers(engine.named)
         self.statistics: Statistics = {
             name: buffer.detach().float().clone()
             for name, buffer in statistics_of(self.layers).items()
@@ -51,7 +50,14 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int, skipped: bool, epoch_steps: int, total_steps: int) -> None:
-        """Average after a step if the rule says so: see `Moment` for the arguments."""
+        """Average after a step, if the rule says so.
+
+        Args:
+            step: The number of optimizer steps that were taken.
+            skipped: Whether the last step moved nothing.
+            epoch_steps: The number of steps in an epoch.
+            total_steps: The number of steps in the whole run.
+        """
         share = self.rule.share(Moment(step, skipped, epoch_steps, total_steps, self.count))
         if share is None:
             return
@@ -69,9 +75,10 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The network is the average inside; itself, bit for bit, after. All ranks.
+        """Let the network be the average inside. Called by all ranks.
 
-        Before weights were averaged for the first time it is itself inside, too.
+        Afterwards it is what it was, bit for bit. Before weights were averaged for the first time
+        the network is not changed.
         """
         if self.count == 0:
             yield
@@ -81,8 +88,8 @@ class Average:
         own = {name: buffer.clone() for name, buffer in statistics_of(self.layers).items()}
         self._exchange()
         try:
-            if not self.current:
-                self._reestimate()
+            if not self.current and self.batches is not None:
+                self._reestimate(self.batches())
             self._put(self.statistics)
             yield
         finally:
@@ -90,19 +97,19 @@ class Average:
             self._exchange()
 
     def settle(self) -> None:
-        """Let every rank hold the same statistics, those of the average as it is now. All ranks."""
+        """Let every rank hold the statistics of the present average. Called by all ranks."""
         if self.count == 0:
             return
-        if self.batches is None:  # ranks have seen different batches: rank 0's, as of all buffers
+        if self.batches is None:  # ranks saw different batches: take rank 0's, as for all buffers
             if self.engine.world_size > 1:
                 broadcast(self.statistics.values())
         elif not self.current:
             with self.applied():
                 pass
 
-    def _reestimate(self) -> None:
+    def _reestimate(self, batches: Iterable[tuple[Tensor, bool]]) -> None:
         self.statistics = reestimate(
-            self.engine.inference, self.layers, self.batches(), self.engine.world_size
+            self.engine.inference, self.layers, batches, self.engine.world_size
         )
         self.current = True
 
@@ -121,18 +128,19 @@ class Average:
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor], statistics: Statistics | None, count: int) -> None:
-        """Be as a saved average was.
+        """Go on from a saved average.
 
         Args:
-            weights: This rank's part of it, by name.
-            statistics: Those of norm layers, where they are kept.
+            weights: This rank's part of the average, by name.
+            statistics: The statistics of norm layers, where they are averaged.
             count: How often weights had been averaged.
         """
         self.count = count
         for name, average in self.weights.items():
             average.copy_(weights[name].view(average.shape))
         if self.batches is None:
+            saved = statistics or {}
             for name, kept in self.statistics.items():
-                kept.copy_(statistics[name])
+                kept.copy_(saved[name])
         else:
             self.current = not self.layers

@@ -1,4 +1,4 @@
-"""What an average of the weights is: how much the weights of a step count in it."""
+"""What an average of the weights is: how much the weights of each step count."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -13,9 +13,12 @@ from flatcal_dist.choices import check
 class Moment:
     """Where a run stands after a step.
 
-    step: optimizer steps done. skipped: the last one moved nothing. epoch_steps: steps of an epoch.
-    total_steps: of the whole run. count: how often weights were averaged so far; an average keeps
-    this number in checkpoints.
+    Args:
+        step: The number of optimizer steps that were taken.
+        skipped: Whether the last step moved nothing.
+        epoch_steps: The number of steps in an epoch.
+        total_steps: The number of steps in the whole run.
+        count: How often weights were averaged so far. Checkpoints keep this number.
     """
 
     step: int
@@ -29,10 +32,13 @@ class Moment:
 class AverageRule(ABC):
     """Average <- average + share * (weights - average), whenever there is a share.
 
-    Until the first time there is no average, and the network is evaluated as it is. A new average
-    is one file with one class: its `name` is what a configuration calls it, and its fields are keys
-    of the configuration's section `average`. The average is what is validated, kept as best,
-    reported and exported. Raises ValueError for a field outside its bounds.
+    Until the first time there is no average, and the network is evaluated as it is. The average is
+    what is validated, kept as best, reported and exported. A new average is one file with one
+    class. Its `name` is the value of `average.name` in a configuration, and its fields are keys of
+    the section `average`.
+
+    Raises:
+        ValueError: A field is outside its bounds.
     """
 
     name: ClassVar[str]
@@ -51,4 +57,7 @@ class AverageRule(ABC):
 
     @abstractmethod
     def share(self, moment: Moment) -> float | None:
-        """How much the present weights count in the new average, in (0, 1]; None: not now."""
+        """Return how much the present weights count in the new average, in (0, 1].
+
+        None means that they are not averaged now.
+        """

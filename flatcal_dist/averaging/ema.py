@@ -10,9 +10,11 @@ from flatcal_dist.averaging.base import AverageRule, Moment
 
 @dataclass(frozen=True)
 class EMA(AverageRule):
-    """average <- decay * average + (1 - decay) * weights, from the initial weights on.
+    """The exponential moving average, from the initial weights on.
 
-    Polyak and Juditsky (1992) average iterates; this form is that of timm and of Tarvainen and
+    Each step sets average <- decay * average + (1 - decay) * weights.
+
+    Polyak and Juditsky (1992) average iterates. This form is used by timm and by Tarvainen and
     Valpola (NeurIPS 2017).
     """
 

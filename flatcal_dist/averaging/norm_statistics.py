@@ -1,6 +1,6 @@
-"""Running statistics of norm layers, estimated anew for weights that no forward pass has trained.
+"""Running statistics of norm layers, estimated again for weights that are an average.
 
-An average of weights is a network of its own. The running statistics that training leaves behind
+An average of weights is another network. The running statistics that training leaves behind
 describe the activations of other weights, so the averaged network is evaluated with the wrong
 means and variances (Izmailov et al., UAI 2018, section 3.2).
 """
@@ -19,14 +19,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from flatcal_dist.networks.registry import in_evaluation_mode
 
 STATISTICS = ("running_mean", "running_var")
+MOMENTUM = "momentum"  # an attribute of the layers, a number or None
 
 Statistics = dict[str, Tensor]  # by the buffer's name in the network, float32
 
 
 def norm_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a network, by name, that a forward pass in training mode gives statistics to.
+    """Return the layers of a network, by name, whose statistics a pass in training mode changes.
 
-    These are the modules in training mode with a buffer `running_mean` or `running_var` and an
+    They are the modules in training mode with a buffer `running_mean` or `running_var` and an
     attribute `momentum`: batch norm of torch, SyncBatchNorm, instance norm with statistics, and
     layers of other libraries that follow torch. A frozen layer (in evaluation mode, or with a
     momentum of 0) keeps its statistics and is not among them.
@@ -35,19 +36,20 @@ def norm_layers(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def has_statistics(network: nn.Module) -> bool:
-    """Whether any layer keeps running statistics, frozen or not."""
+    """Return whether any layer keeps running statistics, frozen or not."""
     return any(_is_norm(module) for module in network.modules())
 
 
 def _is_norm(module: nn.Module) -> bool:
-    momentum = getattr(module, "momentum", "none")
+    momentum = getattr(module, MOMENTUM, "none")
     return bool(_buffers(module)) and (momentum is None or isinstance(momentum, int | float))
 
 
 def _is_frozen(module: nn.Module) -> bool:
     # Instance norm takes None for 0, where batch norm takes it for a plain average of all batches.
-    never = module.momentum == 0 or (isinstance(module, _InstanceNorm) and module.momentum is None)
-    return never or not module.training
+    momentum = getattr(module, MOMENTUM)
+    never = momentum == 0 or (isinstance(module, _InstanceNorm) and momentum is None)
+    return bool(never) or not module.training
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -56,7 +58,7 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def statistics_of(layers: dict[str, nn.Module]) -> Statistics:
-    """The buffers themselves, in their order in the network."""
+    """Return the buffers themselves, in the order of the network."""
     return {
         f"{layer}.{name}" if layer else name: buffer
         for layer, module in layers.items()
@@ -71,22 +73,22 @@ def reestimate(
     batches: Iterable[tuple[Tensor, bool]],
     ranks: int,
 ) -> Statistics:
-    """Statistics of the layers' inputs over all batches of all ranks; the network stays as it is.
+    """Return statistics of the layers' inputs over all batches of all ranks.
 
-    A batch norm gets mean and unbiased variance over all values that passed through it, put
-    together from those of the batches by counts (Wu and Johnson, 2021, arXiv 2105.07576, section
-    3). Other layers get the mean of what each batch gave them, weighted by its samples. A layer
-    that no batch reached keeps its statistics. Within a batch the layers normalize as in training.
-    All else is in evaluation mode, as where the statistics will be used: dropout is off, and other
-    buffers are not touched. Any number of ranks that deal the same batches in turn get the same
-    bits.
+    The network stays as it is. A batch norm gets mean and unbiased variance over all values that
+    passed through it, combined from the batches by counts (Wu and Johnson, 2021, arXiv 2105.07576,
+    section 3). Other layers get the mean of what each batch gave them, weighted by its samples. A
+    layer that no batch reached keeps its statistics. Within a batch the layers normalize as in
+    training. All other modules are in evaluation mode, as they will be when the statistics are
+    used: dropout is off, and other buffers are not touched. The result has the same bits for any
+    number of ranks that take the same batches in turn.
 
     Args:
-        model: What is called, with inputs [N, ...].
-        layers: As `norm_layers` gives them, of the network within `model`.
-        batches: Of this rank: inputs, and whether they count. As many on every rank; surplus ones
-            do not count.
-        ranks: That take part; 1 also where others run that have networks of their own.
+        model: The module that is called, with inputs [N, ...].
+        layers: The layers of the network within `model`, as `norm_layers` gives them.
+        batches: The batches of this rank: inputs, and whether they count. Every rank has as many,
+            and surplus batches do not count.
+        ranks: The number of ranks that take part. It is 1 also where each rank has another network.
 
     Returns:
         Statistics by buffer name, on the device of the layers.
@@ -114,7 +116,7 @@ def _of_all_ranks(part: Tensor, ranks: int) -> list[Tensor]:
 
 
 class Sums:
-    """What the layers saw since `take`: for each its count, and sums as long as its buffers."""
+    """What the layers saw since `take`: a count for each layer, and sums of its buffers' sizes."""
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
         self.layers = layers
@@ -123,14 +125,15 @@ class Sums:
         self._clear()
 
     def _clear(self) -> None:
-        new = {"dtype": torch.float64, "device": self.device}
         self.sums = {
-            name: [torch.zeros(size, **new) for size in (1, *sizes)]
+            name: [
+                torch.zeros(size, dtype=torch.float64, device=self.device) for size in (1, *sizes)
+            ]
             for name, sizes in self.sizes.items()
         }
 
     def add(self, name: str, inputs: Tensor) -> None:
-        """After a forward pass of the layer with momentum 1: its buffers are those of the batch."""
+        """Add a batch, whose statistics a forward pass with momentum 1 has left in the buffers."""
         layer = self.layers[name]
         count = _values_per_channel(layer, inputs)
         if not count:
@@ -146,13 +149,16 @@ class Sums:
             held += part
 
     def take(self, counts: bool) -> Tensor:
-        """All of it as one vector, zeros unless it counts; the next begins at zero."""
+        """Return the sums as one vector, of zeros unless they count, and begin at zero again."""
         flat = torch.cat([part for parts in self.sums.values() for part in parts])
         self._clear()
         return flat if counts else torch.zeros_like(flat)
 
     def statistics(self, total: Tensor) -> Statistics:
-        """From the sum of such vectors. A layer that saw nothing keeps its own."""
+        """Return statistics from the sum of such vectors.
+
+        A layer that saw nothing keeps its statistics.
+        """
         found = {n: b.detach().float().clone() for n, b in statistics_of(self.layers).items()}
         for name, layer in self.layers.items():
             sizes = (1, *self.sizes[name])
@@ -171,12 +177,18 @@ class Sums:
 
 
 def _pools(layer: nn.Module) -> bool:
-    """Whether mean and variance are of all values of a channel: counts put such together."""
+    """Return whether mean and variance are taken over all values of a channel.
+
+    Counts then combine the batches.
+    """
     return isinstance(layer, _BatchNorm) and len(_buffers(layer)) == 2
 
 
 def _values_per_channel(layer: nn.Module, inputs: Tensor) -> int:
-    """Of a batch norm's input [N, C, ...] the values of each channel; of others', the samples."""
+    """Return the number of values of each channel of a batch norm's input [N, C, ...].
+
+    For another layer it is the number of samples.
+    """
     if not isinstance(layer, _BatchNorm):
         return len(inputs)
     return math.prod(inputs.shape) // max(inputs.shape[1], 1)
@@ -184,10 +196,10 @@ def _values_per_channel(layer: nn.Module, inputs: Tensor) -> int:
 
 @contextmanager
 def _collecting(model: nn.Module, sums: Sums) -> Iterator[None]:
-    """Inside, all but the layers is in evaluation mode, and `sums` sees each batch's statistics."""
+    """Let `sums` see each batch's statistics, with all but the layers in evaluation mode."""
     layers = sums.layers
     kept = {name: copy_of_buffers(layer) for name, layer in layers.items()}
-    momenta = {name: layer.momentum for name, layer in layers.items()}
+    momenta = {name: getattr(layer, MOMENTUM) for name, layer in layers.items()}
 
     def seen(name: str) -> Callable:
         return lambda _, inputs, named, __: sums.add(name, [*inputs, *named.values()][0])
@@ -198,7 +210,8 @@ def _collecting(model: nn.Module, sums: Sums) -> Iterator[None]:
     try:
         with in_evaluation_mode(model), alone:
             for layer in layers.values():
-                layer.training, layer.momentum = True, 1.0
+                layer.training = True
+                setattr(layer, MOMENTUM, 1.0)
                 if isinstance(layer, _BatchNorm | _InstanceNorm):  # 0 * inf would not forget
                     for buffer in _buffers(layer).values():
                         buffer.zero_()
@@ -207,18 +220,18 @@ def _collecting(model: nn.Module, sums: Sums) -> Iterator[None]:
         for hook in hooks:
             hook.remove()
         for name, layer in layers.items():
-            layer.momentum = momenta[name]
+            setattr(layer, MOMENTUM, momenta[name])
             restore_buffers(layer, kept[name])
 
 
 def copy_of_buffers(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of a module without its children: each buffer and a copy of its values, by name."""
+    """Return each buffer of a module, without its children, and a copy of its values, by name."""
     return {n: (b, b.clone()) for n, b in module._buffers.items() if b is not None}
 
 
 @torch.no_grad()
 def restore_buffers(module: nn.Module, kept: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """The same buffers with the same values as `copy_of_buffers` found."""
+    """Give a module the buffers and the values that `copy_of_buffers` found."""
     for name, (buffer, values) in kept.items():
         buffer.copy_(values)
         module._buffers[name] = buffer

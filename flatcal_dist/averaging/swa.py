@@ -12,9 +12,9 @@ from flatcal_dist.averaging.base import AverageRule, Moment
 class SWA(AverageRule):
     """The plain average of the weights at the ends of the last epochs (Izmailov et al., UAI 2018).
 
-    The paper keeps the learning rate high meanwhile: see the section `schedule`. It averages over
-    the last quarter of training or more, and estimates the statistics of batch norm anew
-    (algorithm 1), which is the default here.
+    The paper keeps the learning rate high meanwhile (see the section `schedule`). It averages over
+    the last quarter of training or more, and estimates the statistics of batch norm again
+    (algorithm 1), which is the default here too.
     """
 
     name: ClassVar[str] = "swa"
@@ -28,7 +28,7 @@ class SWA(AverageRule):
     ] = 1
 
     def share(self, moment: Moment) -> float | None:
-        """At the ends of epochs after `start`, and after the last step in any case."""
+        """Average at the ends of epochs after `start`, and after the last step at the latest."""
         last = moment.step == moment.total_steps
         if moment.step <= self.start * moment.total_steps:
             return None

@@ -1,29 +1,27 @@
-"""Checkpoints: a directory that appears whole or not at all, verified before it is trusted.
+"""Checkpoints: each is a directory that appears whole or not at all, and is verified before use.
 
     checkpoints/step_00001800/state_00000.pt ...  progress.json  manifest.json
 
-Each rank that holds a part of the state writes its own, under another name for the directory; when
-all parts are durable rank 0 adds manifest.json, with size and SHA-256 of every file, and renames.
-Nothing is unpickled but tensors and plain containers. (torch.distributed.checkpoint unpickles its
-.metadata, DeepSpeed its states: neither is used.)
+Each rank that holds a part of the state writes this part into a directory of another name. When all
+parts are durable, rank 0 adds manifest.json, with size and SHA-256 of every file, and renames the
+directory. Only tensors and plain containers are unpickled. torch.distributed.checkpoint unpickles
+its .metadata and DeepSpeed its states, so neither is used.
 """
 
 import errno
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar, cast
 
 import torch
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from flatcal_dist.averaging.average import Average
+from flatcal_dist.checkpoints.hashed_files import HashedFile, write_hashed, write_json_hashed
 from flatcal_dist.files import read_bytes, read_json, sync_directory
 from flatcal_dist.networks.weights import sha256
 from flatcal_dist.runs.directory import RunError, in_words
@@ -31,12 +29,12 @@ from flatcal_dist.sharpness import SharpnessAwareStep
 from flatcal_dist.sharpness.learning import load_state
 
 NAME = re.compile(r"step_([0-9]{8,18})")
-# Errors that say nothing about what lies on the disk, and may be gone at the next try.
+# Errors that say nothing about what lies on the disk. They may be gone at the next try.
 PASSING = (
     errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN,
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN,
 )  # fmt: skip
-BEST = {"accuracy": 1, "nll": -1}  # and the sign that makes more of it better
+BEST = {"accuracy": 1, "nll": -1}  # the sign that makes a larger value the better one
 
 
 class CheckpointError(RuntimeError):
@@ -45,11 +43,19 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` optimizer steps are done. `samples_per_perturbation`: m of m-sharpness, or None.
+    """What a checkpoint is of.
 
-    `skipped` of the steps moved nothing. `engine` and `world_size` wrote it; `sharded`: each rank
-    its own part. `validation`: figures of the weights at this step, where they were taken, such as
-    {"accuracy": 0.76, "nll": 0.98}.
+    Attributes:
+        step: How many optimizer steps are done.
+        samples_per_perturbation: The m of m-sharpness; None without a perturbation.
+        engine: The engine that wrote it.
+        world_size: The number of ranks that wrote it.
+        sharded: Whether each rank wrote a part; else rank 0 wrote all.
+        seconds: The time of training, over all starts.
+        skipped: How many of the steps changed nothing.
+        validation: Figures of the weights at this step, if they were validated, such as
+            {"accuracy": 0.76, "nll": 0.98}.
+        wandb_id: The id of the W&B run.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -73,11 +79,11 @@ PROGRESS = TypeAdapter(Progress)
 
 
 def state_of(step: SharpnessAwareStep, average: Average | None = None) -> dict[str, Any]:
-    """All that this rank needs to go on, as the step left it: to be copied before the next one.
+    """Return all that this rank needs to continue. It has to be copied before the next step.
 
-    An average has to be settled. Called by all ranks, which sum up what an objective keeps.
+    An average has to be settled before. Called by all ranks, which sum up what an objective keeps.
     """
-    objective = step.objective_state()  # whole, by names of its own, the same on every rank
+    objective = step.objective_state()  # whole, and the same on every rank
     return {
         "engine": step.engine.local_state(),
         "arrangement": step.engine.arrangement(),
@@ -89,22 +95,37 @@ def state_of(step: SharpnessAwareStep, average: Average | None = None) -> dict[s
 
 
 def write_part(beside: Path, rank: int, state: dict[str, Any]) -> None:
-    """Write this rank's part into the unfinished checkpoint `beside`, durably."""
+    """Write the part of a rank durably into an unfinished checkpoint.
+
+    Args:
+        beside: The directory of the unfinished checkpoint.
+        rank: The rank.
+        state: What `state_of` returned on this rank.
+    """
     beside.mkdir(exist_ok=True)
-    written = _write(beside / f"state_{rank:05d}.pt", lambda file: torch.save(state, file))
-    _write_json(beside / f"state_{rank:05d}.json", written)
+
+    def save(file: HashedFile) -> None:
+        torch.save(state, cast(IO[bytes], file))  # which calls only `write` and `flush`
+
+    written = write_hashed(beside / f"state_{rank:05d}.pt", save)
+    write_json_hashed(beside / f"state_{rank:05d}.json", written)
 
 
-def publish(
-    beside: Path, progress: Progress, keep: int, keep_best: str | None = None
-) -> Path | None:
-    """Let the checkpoint appear, of which all parts are written; drop old ones. By one rank.
+def publish(beside: Path, progress: Progress, keep: int, keep_best: str | None = None) -> Path:
+    """Let a checkpoint appear whose parts are all written, and delete old ones. One rank does so.
 
-    Keeps the newest `keep`, and the best of all by `keep_best`, a key of Progress.validation.
+    Args:
+        beside: The unfinished checkpoint.
+        progress: What it is of.
+        keep: How many of the newest checkpoints are kept.
+        keep_best: The key of `Progress.validation` by which the best checkpoint is kept, too.
+
+    Raises:
+        CheckpointError: A part is not there.
     """
     directory = beside.parent
     target = directory / f"step_{progress.step:08d}"
-    manifest = {}
+    manifest: dict[str, dict[str, Any]] = {}
     for rank in range(progress.parts):
         record = beside / f"state_{rank:05d}.json"
         if not record.exists():
@@ -114,8 +135,8 @@ def publish(
             )
         manifest[f"state_{rank:05d}.pt"] = json.loads(record.read_text())
         record.unlink()
-    manifest["progress.json"] = _write_json(beside / "progress.json", asdict(progress))
-    _write_json(beside / "manifest.json", manifest)
+    manifest["progress.json"] = write_json_hashed(beside / "progress.json", asdict(progress))
+    write_json_hashed(beside / "manifest.json", manifest)
     sync_directory(beside)
     beside.rename(target)
     sync_directory(directory)
@@ -126,15 +147,15 @@ def publish(
 def _drop_old(directory: Path, step: int, keep: int, keep_best: str | None) -> None:
     paths = [path for number, path in found(directory).items() if number <= step]
     scores = {p: score for p in paths if (score := _score(p, keep_best)) is not None}
-    best = max(scores, key=scores.get, default=None)
+    best = max(scores, key=lambda path: scores[path], default=None)
     for path in paths[:-keep]:
         if path != best:
-            # One that cannot be removed now is tried again at the next save.
+            # If it cannot be removed now, the next save tries again.
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _score(path: Path, keep_best: str | None) -> float | None:
-    """More is better."""
+    """Return a figure (a larger one is better), or None for a checkpoint without it."""
     if keep_best is None:
         return None
     try:
@@ -145,14 +166,17 @@ def _score(path: Path, keep_best: str | None) -> float | None:
 
 
 def found(directory: Path) -> dict[int, Path]:
-    """What is called a checkpoint by its step, oldest first; a user's copies are not."""
+    """Return the checkpoints in `directory` by step, oldest first.
+
+    Directories with other names, such as copies made by a user, are ignored.
+    """
     numbers = {path: NAME.fullmatch(path.name) for path in directory.glob("step_*")}
     return dict(sorted((int(number[1]), path) for path, number in numbers.items() if number))
 
 
 def newest(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, or None; and what is wrong with newer ones, passed over."""
-    problems = []
+    """Return the newest whole checkpoint, or None, and what is wrong with newer ones."""
+    problems: list[str] = []
     for path in reversed(found(directory).values()):
         try:
             verify(path)
@@ -163,7 +187,7 @@ def newest(directory: Path) -> tuple[Path | None, list[str]]:
 
 
 def clean(directory: Path, newest_whole: Path | None) -> None:
-    """Remove what killed saves left; rename the damaged after `newest_whole`: they never count."""
+    """Remove what killed saves left, and rename damaged checkpoints after `newest_whole`."""
     for leftover in directory.glob(".step_*"):
         _remove(leftover)
     there = found(directory)
@@ -176,7 +200,7 @@ def clean(directory: Path, newest_whole: Path | None) -> None:
 
 
 def _remove(path: Path) -> None:
-    """A directory with what is in it, or a file or link by itself: what it points to is not ours.
+    """Remove a directory with its contents, or a file or link, but not what a link points to.
 
     What cannot be removed stays.
     """
@@ -188,11 +212,15 @@ def _remove(path: Path) -> None:
 
 
 def verify(path: Path) -> None:
-    """Compare every file with the manifest. Raises CheckpointError naming the first difference.
+    """Check that a checkpoint is what was saved, and can be loaded.
 
-    And whether what they hold can be loaded, has no weight that is NaN, and nothing but what a
-    save writes: then SHA-256 is no help. RunError for one that is whole and of another version, or
-    that cannot be read now: it must not be passed over as damaged.
+    Every file is compared with the manifest. Then it must load, hold no weight that is NaN, and
+    hold nothing but what a save writes, which SHA-256 cannot tell.
+
+    Raises:
+        CheckpointError: It is damaged; the message names the first difference.
+        RunError: It is whole but of another version, or cannot be read now. Then it must not be
+            passed over as damaged.
     """
     try:
         manifest = read_json(path / "manifest.json")
@@ -226,18 +254,20 @@ def verify(path: Path) -> None:
 
 
 def _refuse_nan(state: dict[str, Any], file: Path) -> None:
-    """Of trained weights, which no step makes NaN: buffers may hold what they like."""
+    """Raise CheckpointError for trained weights that are NaN, which no step makes."""
     engine, pieces = state["engine"], state["arrangement"]["pieces"]
-    flat = engine.get("masters")  # ZeRO's, of which a rank may hold none
+    flat = engine.get("masters")  # ZeRO has these; a rank may hold none of them
     for weight in [engine["weights"][name] for name in pieces] if flat is None else flat:
         if torch.isnan(weight).any():
             raise CheckpointError(f"{file} holds weights that are NaN")
 
 
 def load_progress(path: Path) -> Progress:
-    """Of a verified checkpoint. Raises RunError for one of another version.
+    """Return the progress of a verified checkpoint.
 
-    CheckpointError for one that no version wrote.
+    Raises:
+        RunError: Another version wrote it.
+        CheckpointError: No version writes such a file.
     """
     file = path / "progress.json"
     try:
@@ -255,9 +285,15 @@ def load_progress(path: Path) -> Progress:
 
 
 def load_part(path: Path, rank: int, mmap: bool = False) -> dict[str, Any]:
-    """What `state_of` gave on this rank, on the CPU; with `mmap` read when it is looked at.
+    """Return what `state_of` gave on a rank, with tensors on the CPU.
 
-    Raises CheckpointError for a file that holds anything else.
+    Args:
+        path: The checkpoint.
+        rank: The rank.
+        mmap: Whether tensors are read only when they are used.
+
+    Raises:
+        CheckpointError: The file holds something else.
     """
     file = path / f"state_{rank:05d}.pt"
     try:
@@ -275,10 +311,15 @@ def load_part(path: Path, rank: int, mmap: bool = False) -> dict[str, Any]:
 
 
 def fill(step: SharpnessAwareStep, state: dict[str, Any], average: Average | None = None) -> None:
-    """Let engine, the step's memory and the average be as `load_part` found them.
+    """Fill the engine, the memory of the step and the average with what `load_part` returned.
 
-    `fill_objective` does it for the objective. For the engine and the number of ranks that wrote
-    it; resharding.load is for others.
+    `fill_objective` does so for the objective. The engine and the number of ranks must be those
+    that wrote the checkpoint; `resharding.load` is for others.
+
+    Args:
+        step: The step to fill.
+        state: What `load_part` returned.
+        average: The average to fill, if there is one.
     """
     step.engine.load_local_state(state["engine"])
     memory = state["memory"]
@@ -293,60 +334,20 @@ def fill(step: SharpnessAwareStep, state: dict[str, Any], average: Average | Non
 def fill_objective(
     step: SharpnessAwareStep, state: dict[str, torch.Tensor] | None, path: Path
 ) -> None:
-    """Let the step's objective go on from what the checkpoint `path` holds for it, or None.
+    """Let the objective of the step continue from what a checkpoint holds for it.
 
-    Raises CheckpointError if the objective keeps a history and this is not its own.
+    Args:
+        step: The step, with its objective.
+        state: What the checkpoint holds for the objective, or None.
+        path: The checkpoint, for the message.
+
+    Raises:
+        CheckpointError: The objective keeps a history, and `state` is of another objective.
     """
     try:
         load_state(step.loss, state)
     except ValueError as error:
         raise CheckpointError(
-            f"{path} cannot be gone on from: {error}. Go on with the objective and the data that "
-            "it was trained with, or begin another run"
+            f"training cannot go on from {path}: {error}. Go on with the objective and the data "
+            "that it was trained with, or begin another run"
         ) from None
-
-
-class HashedFile:
-    """A new file written by plain system calls; what goes into it is counted and hashed."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        self.sha256 = hashlib.sha256()
-        self.size = 0
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self.sha256.update(view)
-        length = len(view)
-        try:
-            while view:
-                view = view[os.write(self.descriptor, view) :]
-        except OSError as error:
-            self.error = error
-            raise
-        self.size += length
-        return length
-
-    def flush(self) -> None:
-        pass  # torch.save asks; nothing is held back
-
-
-def _write(path: Path, fill: Callable[[HashedFile], Any]) -> dict[str, Any]:
-    """Write a file durably; its size and SHA-256."""
-    file = HashedFile(path)
-    try:
-        fill(file)
-        os.fsync(file.descriptor)
-    except RuntimeError:
-        if file.error:  # torch.save says of it only that a position is unexpected
-            raise file.error from None
-        raise
-    finally:
-        os.close(file.descriptor)
-    return {"size": file.size, "sha256": file.sha256.hexdigest()}
-
-
-def _write_json(path: Path, value: Any) -> dict[str, Any]:
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    return _write(path, lambda file: file.write(text.encode()))

@@ -1,8 +1,9 @@
-"""Checkpoints in whole tensors by parameter name: for other engines and numbers of ranks, export.
+"""Checkpoints as whole tensors by parameter name, for export and for other engines and rank counts.
 
-Each rank's part says where it lies in the whole (`arrangement`), so that any process can put the
-whole together from the files alone. Optimizer state can be cut anew where it has the parameter's
-own shape (momentum, Adam's moments) or is one number for the whole parameter; the rest is refused.
+The part of each rank says where it lies in the whole (`arrangement`), so that any process can put
+the whole together from the files alone. Optimizer state can be cut for other ranks if it has the
+shape of the parameter (momentum, the moments of Adam) or is one number for the whole parameter.
+Other state is refused.
 """
 
 import copy
@@ -30,7 +31,10 @@ Pieces = dict[str, list]
 
 @dataclass
 class Whole:
-    """Of all ranks, by parameter name, on the CPU. `rest`: buffers, and weights not trained."""
+    """The state of all ranks by parameter name, on the CPU.
+
+    `rest` holds buffers, and weights that are not trained.
+    """
 
     shapes: dict[str, list[int]] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -42,19 +46,27 @@ class Whole:
     average: dict[str, Tensor] | None = None
     average_statistics: dict[str, Tensor] | None = None
     average_count: int = 0
-    objective: dict[str, Tensor] | None = None  # by names of its own, whole on every rank
+    objective: dict[str, Tensor] | None = None  # whole on every rank
 
     def put(self, into: dict[str, Any], key: str, name: str, part: Tensor, start: int) -> None:
-        """Lay a rank's part of what has the shape of the parameter `name` into into[key]."""
+        """Copy one rank's part into the whole tensor into[key], which is created if need be.
+
+        Args:
+            into: Whole tensors by key.
+            key: The key of the tensor to fill.
+            name: The parameter whose shape the whole tensor has.
+            part: The part, which is flattened.
+            start: Where the part begins in the flattened whole.
+        """
         if key not in into:
             into[key] = torch.zeros(self.shapes[name], dtype=part.dtype)
         into[key].view(-1)[start : start + part.numel()] = part.reshape(-1)
 
 
 def assemble(path: Path, optimizer: bool = True) -> Whole:
-    """The whole of a verified checkpoint. Raises CheckpointError for what cannot be put together.
+    """Return the whole of a verified checkpoint, with the optimizer's state if `optimizer`.
 
-    optimizer: its state, too.
+    Raises CheckpointError for parts that cannot be put together.
     """
     progress = checkpoint.load_progress(path)
     whole = Whole()
@@ -85,9 +97,16 @@ def assemble(path: Path, optimizer: bool = True) -> Whole:
 def load(
     path: Path, step: SharpnessAwareStep, progress: Progress, average: Average | None = None
 ) -> None:
-    """Fill step and average from a checkpoint of any engine and number of ranks.
+    """Fill step and average from a checkpoint of any engine and number of ranks. All ranks call it.
 
-    Called by all ranks. Raises FailedTogether, naming what cannot be cut anew.
+    Args:
+        path: The verified checkpoint.
+        step: The step to fill.
+        progress: The progress of the checkpoint.
+        average: The average to fill, if there is one.
+
+    Raises:
+        FailedTogether: Something cannot be cut for these ranks; the message names it.
     """
     engine = step.engine
     arrangement, masters = engine.arrangement(), engine.masters()
@@ -99,12 +118,11 @@ def load(
         checkpoint.fill_objective(step, whole.objective, path)
         return whole, _optimizer_state(whole, arrangement, progress)
 
-    whole, optimizer = on_all_ranks(read)  # what may fail, before ranks talk to each other
+    whole, optimizer = on_all_ranks(read)  # it may fail, so it comes before any collective
     with torch.no_grad():
         for name, master in masters.items():
             master.copy_(_cut(whole.weights[name], pieces[name]).view(master.shape))
-        network = getattr(engine, "named", engine.module)  # without torch.compile's prefix
-        set_buffers(network, whole.rest, engine.device)
+        set_buffers(engine.named, whole.rest, engine.device)
     engine.load_optimizer(optimizer, whole.groups)
     engine.set_loss_scale(whole.loss_scale)
     engine.rewritten()
@@ -114,7 +132,8 @@ def load(
         if name in pieces
     }
     if average:
-        cut = {n: _cut(whole.average[n], piece) for n, piece in pieces.items()}
+        saved = whole.average or {}
+        cut = {n: _cut(saved[n], piece) for n, piece in pieces.items()}
         average.load(cut, whole.average_statistics, whole.average_count)
 
 
@@ -127,10 +146,19 @@ def _refuse_other_network(whole: Whole, pieces: Pieces) -> None:
 
 
 def export(run: Path, file: Path, step: int | None = None) -> Path:
-    """Write the weights of a run's checkpoint as safetensors; the checkpoint it came from.
+    """Write the weights of a checkpoint as safetensors, or their average if the run keeps one.
 
-    The average's, if the run keeps one. step: by default the newest whole checkpoint.
-    Raises CheckpointError where there is none, ValueError for a file of another kind.
+    Args:
+        run: The run directory.
+        file: The file to write.
+        step: The step of the checkpoint. Default: the newest whole one.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: There is no such checkpoint.
+        ValueError: The file has another ending.
     """
     if file.suffix != ".safetensors":
         raise ValueError(f"{file}: name it .safetensors, by which timm knows how to read it")
@@ -156,10 +184,10 @@ def export(run: Path, file: Path, step: int | None = None) -> Path:
 
 
 def fill_network(network: nn.Module, path: Path) -> None:
-    """Let a plain network have the weights of a verified checkpoint; the average's, if it has one.
+    """Fill a plain network from a verified checkpoint, with the average if there is one.
 
-    The average comes with the running statistics that belong to it. Raises CheckpointError where
-    the checkpoint is of another network, or holds an average without these.
+    The average comes with the running statistics that belong to it. Raises CheckpointError if the
+    checkpoint is of another network, or holds an average without these statistics.
     """
     whole = assemble(path, optimizer=False)
     if whole.average_count == 0:  # nothing was averaged yet
@@ -172,7 +200,7 @@ def fill_network(network: nn.Module, path: Path) -> None:
         )
     found = whole.rest | whole.weights | (whole.average or {}) | (whole.average_statistics or {})
     own = network.state_dict()
-    # Of names that share a tensor one was saved.
+    # If several names share a tensor, only one of them was saved.
     filled = {t.data_ptr() for name, t in own.items() if name in found}
     for name, tensor in own.items():
         saved = found.get(name)
@@ -190,10 +218,10 @@ def _cut(whole: Tensor, piece: list) -> Tensor:
 
 
 def _weights(engine: dict[str, Any], slots: list, pieces: Pieces) -> dict[str, Tensor]:
-    """This rank's parts by name, from the local state of any engine."""
+    """Return the parts of a rank by name, from the local state of any engine."""
     if "masters" not in engine:
         return {name: engine["weights"][name] for name in pieces}
-    return {  # ZeRO's are flat, several parameters in one
+    return {  # ZeRO has flat tensors, each of several parameters
         name: flat.reshape(-1)[offset : offset + length]
         for flat, (_, held) in zip(engine["masters"], slots, strict=True)
         for name, offset, length in held
@@ -209,7 +237,7 @@ def _rest(engine: dict[str, Any], pieces: Pieces) -> dict[str, Tensor]:
 def _add_optimizer(
     whole: Whole, optimizer: dict[str, Any], slots: list, pieces: Pieces, progress: Progress
 ) -> None:
-    """Add this rank's optimizer state: per parameter, whole tensors, or one value for all of it."""
+    """Add the optimizer state of a rank: whole tensors, or one value, for each parameter."""
     for index, (shape, held) in enumerate(slots):
         for key, value in _plain_state(optimizer["state"].get(index, {})).items():
             for name, offset, length in held:
@@ -228,7 +256,7 @@ def _add_optimizer(
 
 
 def _plain_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Of one index; FSDP2's keeps apart what is sharded."""
+    """Return the state of one index. FSDP2 stores what is sharded apart from the rest."""
     if state.keys() != {"sharded", "rest"}:
         return state
     return state["rest"] | {key: value["local"] for key, value in state["sharded"].items()}
@@ -237,14 +265,14 @@ def _plain_state(state: dict[str, Any]) -> dict[str, Any]:
 def _optimizer_state(
     whole: Whole, arrangement: dict[str, Any], progress: Progress
 ) -> dict[int, dict[str, Any]]:
-    """By index of this rank's optimizer, shaped as its arrangement says."""
+    """Return the state by index of the optimizer of this rank, in the shapes of its arrangement."""
     states = {}
     for index, (shape, held) in enumerate(arrangement["slots"]):
         state: dict[str, Any] = {}
         for name, offset, length in held:
             for key, value in whole.optimizer.get(name, {}).items():
                 if isinstance(value, Tensor) and list(value.shape) == whole.shapes[name] != []:
-                    # What a parameter that never had a gradient lacks is zero, as at the start.
+                    # A parameter that never had a gradient has no state, which is zero.
                     flat = state.setdefault(key, torch.zeros(shape, dtype=value.dtype)).view(-1)
                     flat[offset : offset + length] = _cut(value, arrangement["pieces"][name])
                 elif state.setdefault(key, copy.deepcopy(value)) != value:

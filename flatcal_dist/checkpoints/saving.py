@@ -1,12 +1,13 @@
-"""Saving without standing still: training waits for a copy, and a thread writes it.
+"""Training waits only until its state is copied; a thread writes the copy.
 
-No thread talks to other ranks. That all parts are durable, or that one could not be written, is
-agreed in the reduction that ends each step, and at the latest before the next save.
+No thread talks to other ranks. The reduction that ends each step tells all ranks whether every part
+is durable, or that one could not be written. They agree at the latest before the next save.
 """
 
 import secrets
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,64 @@ from flatcal_dist.checkpoints.format import CheckpointError, Progress
 from flatcal_dist.ranks.distributed import on_all_ranks, said_by_rank_0
 
 
-class Saver:
-    """Writes one checkpoint at a time into `directory`, which exists. Every rank has one.
+@dataclass
+class Save:
+    """A save in flight.
 
-    alone: that no other rank runs, for users without a process group.
+    Attributes:
+        progress: What is saved; the same on all ranks.
+        beside: The directory that becomes the checkpoint.
+        written: Whether the last work of this rank is done.
+        publishing: Whether all parts are known to be durable.
+        error: What kept this rank from writing.
+        thread: The thread that writes, on ranks that have something to write.
+    """
+
+    progress: Progress
+    beside: Path
+    written: bool = False
+    publishing: bool = False
+    error: BaseException | None = None
+    thread: threading.Thread | None = None
+
+    def in_background(self, work: Callable[[], Any]) -> None:
+        """Do some work in a thread, and record how it ends."""
+
+        def run() -> None:
+            try:
+                work()
+                self.written = True
+            except BaseException as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=run, daemon=True, name="checkpoint")
+        self.thread.start()
+
+    def join(self) -> None:
+        """Wait for the thread."""
+        if self.thread is not None:
+            self.thread.join()
+
+    def raise_error(self) -> None:
+        """Raise CheckpointError if the work failed."""
+        if self.error is not None:
+            raise CheckpointError(
+                f"the checkpoint of step {self.progress.step} could not be written "
+                f"({type(self.error).__name__}: {self.error}); the one before it stays. Make room "
+                "or mend the file system; the same command goes on from there"
+            ) from self.error
+
+
+class Saver:
+    """Writes one checkpoint at a time. Every rank has a saver.
+
+    Args:
+        directory: An existing directory that all ranks share.
+        rank: The rank of this process.
+        ranks: The number of ranks.
+        keep: How many of the newest checkpoints are kept.
+        keep_best: The key of `Progress.validation` by which the best checkpoint is kept, too.
+        alone: Whether no other rank runs, so that no process group is needed.
     """
 
     def __init__(
@@ -36,104 +91,82 @@ class Saver:
         self.directory, self.rank, self.ranks = directory, rank, ranks
         self.keep, self.keep_best = keep, keep_best
         self.together: Callable = (lambda work: work()) if alone else on_all_ranks
-        # Of this start of the run: what an earlier one left half written is never taken for ours.
+        # It names this start of the run: what an earlier one left half written is never used.
         token = secrets.token_hex(4)
         self.token = token if alone else said_by_rank_0(token)
         self.staging = Staging()
-        self.progress: Progress | None = None  # of the save in flight, the same on all ranks
-        self.thread: threading.Thread | None = None
+        self.save: Save | None = None
 
     def start(self, state: dict[str, Any], progress: Progress) -> None:
-        """Copy `state` (of a rank without a part of its own: ignored); the rest goes on behind.
+        """Copy `state`, and write it in the background. The save before this one ends first.
 
-        Called by all ranks. Ends the save before this one first. Raises as `finish`.
+        A rank that has no part of the checkpoint ignores its state. Called by all ranks. Raises
+        what `finish` raises.
         """
         self.finish()
-        self.progress, self.publishing = progress, False
-        self.written, self.error = False, None
+        beside = self.directory / f".step_{progress.step:08d}.{self.token}"
+        save = self.save = Save(progress, beside)
         if self.rank < progress.parts:
             copy = self.staging.copy(state)
-            self._in_background(lambda: checkpoint.write_part(self._beside(), self.rank, copy))
+            save.in_background(lambda: checkpoint.write_part(beside, self.rank, copy))
         else:
-            self.written = True
+            save.written = True
 
     @property
     def votes(self) -> tuple[float, float]:
-        """This rank's: its part is durable, its part failed. For the step to sum over ranks."""
-        if self.progress is None:
+        """Whether the part of this rank is durable, and whether it failed. A step sums them."""
+        if self.save is None:
             return 0.0, 0.0
-        return float(self.written), float(self.error is not None)
+        return float(self.save.written), float(self.save.error is not None)
 
     def agreed(self, votes: tuple[float, float]) -> None:
-        """Go on after a step, with the sums of `votes`. Raises on all ranks if one failed."""
+        """Publish the checkpoint if all parts are durable. Raises on all ranks if one failed.
+
+        `votes` holds the sums over all ranks.
+        """
         written, failed = votes
         if failed:
             self.finish()
-        elif self.progress is not None and written == self.ranks:
-            self._publish()
+        elif self.save is not None and written == self.ranks:
+            self._publish(self.save)
 
     def finish(self) -> None:
         """Wait until the save in flight, if any, is a checkpoint. Called by all ranks.
 
-        Raises on all ranks, with the cause, if it could not be written: then the one before stays.
+        Raises on all ranks, with the cause, if it could not be written. The one before it stays.
         """
-        if self.progress is None:
+        if self.save is None:
             return
+        save = self.save
         try:
-            self._join()
-            self.together(self._raise)
-            self._publish()
-            self._join()
-            self.together(self._raise)
+            save.join()
+            self.together(save.raise_error)
+            self._publish(save)
+            save.join()
+            self.together(save.raise_error)
         finally:
-            self.progress = None
+            self.save = None
 
-    def _publish(self) -> None:
-        if self.publishing:
+    def _publish(self, save: Save) -> None:
+        if save.publishing:
             return
-        self.publishing = True
+        save.publishing = True
         if self.rank == 0:
-            self._join()
-            self._in_background(
-                lambda: checkpoint.publish(self._beside(), self.progress, self.keep, self.keep_best)
+            save.join()
+            save.in_background(
+                lambda: checkpoint.publish(save.beside, save.progress, self.keep, self.keep_best)
             )
-
-    def _beside(self) -> Path:
-        return self.directory / f".step_{self.progress.step:08d}.{self.token}"
-
-    def _in_background(self, work: Callable[[], Any]) -> None:
-        def run() -> None:
-            try:
-                work()
-                self.written = True
-            except BaseException as error:
-                self.error = error
-
-        self.thread = threading.Thread(target=run, daemon=True, name="checkpoint")
-        self.thread.start()
-
-    def _join(self) -> None:
-        if self.thread is not None:
-            self.thread.join()
-
-    def _raise(self) -> None:
-        if self.error is not None:
-            raise CheckpointError(
-                f"the checkpoint of step {self.progress.step} could not be written "
-                f"({type(self.error).__name__}: {self.error}); the one before it stays. Make room "
-                "or mend the file system; the same command goes on from there"
-            ) from self.error
 
 
 class Staging:
-    """Host memory that state is copied to; kept from save to save, since fresh memory is slow."""
+    """Host memory that state is copied to. It is kept, because fresh memory is slow."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple, Tensor] = {}
-        self.pinned = False  # whether copies are still under way when `copy_` returns
+        self.pinned = False  # whether `copy_` returns before its copy is done
 
     def copy(self, state: Any) -> Any:
-        """The same nest of dicts and lists, with copies on the CPU of all tensors in it."""
+        """Return the same nest of dicts and lists, with copies of its tensors on the CPU."""
         with torch.no_grad():
             copied = self._copy(state, ())
         if self.pinned:

@@ -4,30 +4,63 @@
     config.sharpness.rho
 
 A file may name others that it builds on (`inherits: ../base/digits.yaml`, or a list of them; paths
-are relative to the file). Later ones win: inherited files in their order, then the file itself,
-then the command line. Every key is declared once, in `sections`, `data_section` or beside the class
-that it belongs to (`choice_sections`). A key that is not, or a value that does not fit, is refused
-with its path, where it was written, and what was expected.
+are relative to the file). Later values win: first come the inherited files in their order, then the
+file itself, then the command line. Every key is declared once: in `sections`, in `data_section`, or
+beside the class that it belongs to (`choice_sections`). An unknown key, or a value that does not
+fit, is refused with its path, the place where it was written, and what was expected there.
+
+Each name is imported when it is first used (PEP 562): the classes that a configuration can choose
+need torch, whose import takes seconds, and `flatcal status` needs none of them.
 """
 
-from flatcal_dist.config.choice_sections import NoRule, Perturbation
-from flatcal_dist.config.command_line import CommandLine, command_line
-from flatcal_dist.config.data_section import DataConfig
-from flatcal_dist.config.files import as_override, parse_yaml
-from flatcal_dist.config.identity import differences, fingerprint, flatten, to_yaml, write
-from flatcal_dist.config.kinds import Section
-from flatcal_dist.config.loading import load
-from flatcal_dist.config.method import method_of
-from flatcal_dist.config.sections import (
-    Config,
-    EvaluateConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-    WandbConfig,
-)
-from flatcal_dist.errors import ConfigError
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flatcal_dist.config.choice_sections import NoRule, Perturbation
+    from flatcal_dist.config.data_section import DataConfig
+    from flatcal_dist.config.files import as_override, parse_yaml
+    from flatcal_dist.config.identity import differences, fingerprint, flatten, to_yaml, write
+    from flatcal_dist.config.kinds import Section
+    from flatcal_dist.config.loading import load
+    from flatcal_dist.config.method import method_of
+    from flatcal_dist.config.parser import CommandLine, command_line
+    from flatcal_dist.config.root import Config
+    from flatcal_dist.config.sections import (
+        EvaluateConfig,
+        ModelConfig,
+        OptimizerConfig,
+        RunConfig,
+        TrainConfig,
+        WandbConfig,
+    )
+    from flatcal_dist.errors import ConfigError
+
+_HOME = {
+    "CommandLine": "config.parser",
+    "Config": "config.root",
+    "ConfigError": "errors",
+    "DataConfig": "config.data_section",
+    "EvaluateConfig": "config.sections",
+    "ModelConfig": "config.sections",
+    "NoRule": "config.choice_sections",
+    "OptimizerConfig": "config.sections",
+    "Perturbation": "config.choice_sections",
+    "RunConfig": "config.sections",
+    "Section": "config.kinds",
+    "TrainConfig": "config.sections",
+    "WandbConfig": "config.sections",
+    "as_override": "config.files",
+    "command_line": "config.parser",
+    "differences": "config.identity",
+    "fingerprint": "config.identity",
+    "flatten": "config.identity",
+    "load": "config.loading",
+    "method_of": "config.method",
+    "parse_yaml": "config.files",
+    "to_yaml": "config.identity",
+    "write": "config.identity",
+}
 
 __all__ = [
     "CommandLine",
@@ -54,3 +87,11 @@ __all__ = [
     "to_yaml",
     "write",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"flatcal_dist.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

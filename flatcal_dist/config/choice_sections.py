@@ -1,13 +1,14 @@
-"""Sections of which one key chooses what the others are: `sharpness: {rule: csam, gamma: 2}`.
+"""Sections in which one key chooses what the other keys are: `sharpness: {rule: csam, gamma: 2}`.
 
-The other keys are the fields of the chosen class (`flatcal_dist.choices`), so that adding a class
-adds its keys. Keys that every choice of a section shares stand here.
+The other keys are the fields of the chosen class (`flatcal_dist.choices`), so that a new
+class adds its keys. Keys that all choices of a section share stand here.
 """
 
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, create_model, model_validator
 
@@ -19,13 +20,20 @@ from flatcal_dist.objectives import Objective
 from flatcal_dist.schedules import Schedule
 from flatcal_dist.sharpness.rules import Rule
 
-RULES = found_in("flatcal_dist.sharpness.rules", Rule)
-OBJECTIVES = found_in("flatcal_dist.objectives", Objective)
-AVERAGES = found_in("flatcal_dist.averaging", AverageRule)
-MIXING = found_in("flatcal_dist.data.images.mixing", MixingRule)
-SCHEDULES = found_in("flatcal_dist.schedules", Schedule)
+# mypy expects a concrete class, which could be instantiated. Here its subclasses are searched.
+RULES = found_in("flatcal_dist.sharpness.rules", Rule)  # type: ignore[type-abstract]
+OBJECTIVES = found_in("flatcal_dist.objectives", Objective)  # type: ignore[type-abstract]
+AVERAGES = found_in("flatcal_dist.averaging", AverageRule)  # type: ignore[type-abstract]
+MIXING = found_in("flatcal_dist.data.images.mixing", MixingRule)  # type: ignore[type-abstract]
+SCHEDULES = found_in("flatcal_dist.schedules", Schedule)  # type: ignore[type-abstract]
 
 Scope = Literal["global", "rank", "node"] | Annotated[int, Field(ge=1, le=2**20)]
+
+
+class Named(Protocol):
+    """A class that a configuration can choose by its name."""
+
+    name: ClassVar[str]
 
 
 class ChoiceSection(Section):
@@ -40,7 +48,7 @@ class ChoiceSection(Section):
 
 
 class NoRule(Section):
-    """Plain training: there is no perturbation, and nothing to say of one."""
+    """Plain training, without a perturbation."""
 
     rule: Literal["none"] = "none"
     rho: ClassVar[float] = 0.0
@@ -56,7 +64,7 @@ class NoRule(Section):
 
 
 class Perturbation(ChoiceSection):
-    """A rule, and how its perturbation is made of the batch and changes in training."""
+    """A rule, how its perturbation follows from the batch, and how it changes in training."""
 
     rule: str
     rho: float
@@ -74,7 +82,7 @@ class Perturbation(ChoiceSection):
         "each node (node), or groups of N consecutive ranks (N).",
     )
     per_micro_batch: bool = Field(
-        False, description="Whether each micro-batch has a perturbation of its own."
+        False, description="Whether each micro-batch has another perturbation."
     )
     allow_other_samples: bool = Field(
         False,
@@ -103,7 +111,7 @@ class Perturbation(ChoiceSection):
 
 
 class Nothing(Section):
-    """No average, or no mixing."""
+    """The section chooses nothing."""
 
     name: Literal["none"] = "none"
 
@@ -111,12 +119,20 @@ class Nothing(Section):
         return None
 
 
+class NoAverage(Nothing):
+    """The weights are not averaged."""
+
+
 class NoMixing(Nothing):
+    """Images are not mixed."""
+
     def mixing(self, classes: int) -> None:
         return None
 
 
 class MixingSection(ChoiceSection):
+    """A way to mix images."""
+
     name: str
 
     def mixing(self, classes: int) -> Mixing:
@@ -125,21 +141,21 @@ class MixingSection(ChoiceSection):
 
 
 class NamedChoice(ChoiceSection):
+    """A choice by `name`: an objective, an average or a schedule."""
+
     name: str
 
 
-def _section(choice: type, by: str, base: type[ChoiceSection]) -> type[ChoiceSection]:
-    """The section in which `by` names this choice, with its fields as keys."""
-    chosen = {by: (Literal[choice.name], choice.name)}
-    section = create_model(
-        choice.__name__, __base__=base, __doc__=choice.__doc__, **chosen, **keys_of(choice)
-    )
+def _section(choice: type[Named], by: str, base: type[ChoiceSection]) -> type[ChoiceSection]:
+    """Return the section in which `by` names this choice, with its fields as keys."""
+    keys: dict[str, Any] = {by: (Literal[choice.name], choice.name), **keys_of(choice)}
+    section = create_model(choice.__name__, __base__=base, __doc__=choice.__doc__, **keys)
     section.choice = choice
     return section
 
 
 def _one_of(
-    by: str, found: dict[str, type], base: type[ChoiceSection], *others: type[Section]
+    by: str, found: Mapping[str, type[Named]], base: type[ChoiceSection], *others: type[Section]
 ) -> Any:
     sections = [*others, *(_section(choice, by, base) for choice in found.values())]
     return Annotated[reduce(or_, sections), Field(discriminator=by)]
@@ -147,11 +163,13 @@ def _one_of(
 
 if TYPE_CHECKING:  # what all of them have
     SharpnessConfig = NoRule | Perturbation
-    ObjectiveConfig = AverageConfig = ScheduleConfig = NamedChoice
+    ObjectiveConfig = NamedChoice
+    ScheduleConfig = NamedChoice
+    AverageConfig = NoAverage | NamedChoice
     MixingConfig = NoMixing | MixingSection
 else:
     SharpnessConfig = _one_of("rule", RULES, Perturbation, NoRule)
     ObjectiveConfig = _one_of("name", OBJECTIVES, NamedChoice)
-    AverageConfig = _one_of("name", AVERAGES, NamedChoice, Nothing)
+    AverageConfig = _one_of("name", AVERAGES, NamedChoice, NoAverage)
     MixingConfig = _one_of("name", MIXING, MixingSection, NoMixing)
     ScheduleConfig = _one_of("name", SCHEDULES, NamedChoice)

@@ -1,10 +1,10 @@
-"""Keys that belong to another choice of a section: refused, or left to those that choose it.
+"""Keys that belong to another choice of a section are refused or set aside.
 
     inherits: csam.yaml            # sharpness: {rule: csam, rho: 0.1, gamma: 2}
     sharpness: {rule: sam}         # rho stays, gamma is CSAM's and is set aside
 
-A file that others inherit may hold the keys of its own choice. A key that is given together with
-the choice, or after it, was meant to be read: where it is not, it is refused.
+A file that others inherit may hold the keys of the choice that it makes. A key that is given
+together with the choice, or after it, was meant to be read. If it is not read, it is refused.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from flatcal_dist.config.files import Layers
-from flatcal_dist.config.sections import Config
+from flatcal_dist.config.root import Config
 from flatcal_dist.errors import ConfigError
 
 
@@ -32,11 +32,11 @@ class Chooser:
         return f"{self.section}.{self.by}"
 
     def owners(self, key: str) -> list[str]:
-        """The choices that have this key."""
+        """Return the choices that have this key."""
         return [name for name, section in self.sections.items() if key in section.model_fields]
 
     def where(self, key: str) -> str:
-        """In words: where a key belongs that the present choice does not have."""
+        """Return in words where a key belongs that the present choice does not have."""
         owners = self.owners(key)
         shared = len(owners) == len([name for name in self.sections if name != "none"])
         if shared and len(owners) > 1:
@@ -58,16 +58,25 @@ CHOOSERS = _choosers()
 
 
 def keys() -> Iterator[str]:
-    """Yield every key that there is, with its section: those of all choices, each once."""
-    for name, field in Config.model_fields.items():
-        sections = CHOOSERS[name].sections.values() if name in CHOOSERS else [field.annotation]
-        for key in dict.fromkeys(key for section in sections for key in section.model_fields):
+    """Yield every dotted key once, also those of all choices."""
+    for name in Config.model_fields:
+        for key in dict.fromkeys(key for one in sections_of(name) for key in one.model_fields):
             yield f"{name}.{key}"
+
+
+def sections_of(name: str) -> list[type[BaseModel]]:
+    """Return the models of a section: one for each choice, or the only one."""
+    if name in CHOOSERS:
+        return list(CHOOSERS[name].sections.values())
+    section = Config.model_fields[name].annotation
+    assert isinstance(section, type)
+    assert issubclass(section, BaseModel)
+    return [section]
 
 
 def unread(config: Config) -> dict[str, Chooser]:
     """Return the keys of choices that were not made, each with its section's chooser."""
-    found = {}
+    found: dict[str, Chooser] = {}
     for chooser in CHOOSERS.values():
         own = type(getattr(config, chooser.section)).model_fields
         for section in chooser.sections.values():
@@ -102,7 +111,7 @@ def set_aside(layers: Layers, recorded: bool) -> None:
 def _other_keys(
     chooser: Chooser, chosen: str, values: dict[str, Any], layers: Layers, recorded: bool
 ) -> list[str]:
-    """Remove the keys of other choices from `values`; what is wrong with those given on purpose."""
+    """Remove the keys of other choices from `values`. Return what is wrong with intended ones."""
     refused = []
     made = layers.origin.get(chooser.key)
     for key in [k for k in values if k not in chooser.sections[chosen].model_fields]:

@@ -8,17 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from flatcal_dist.config.choice_sections import Perturbation
 from flatcal_dist.config.files import Layers
-from flatcal_dist.config.sections import Config
+from flatcal_dist.config.root import Config
 from flatcal_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Condition:
-    """`keys` are read where `holds`, which the keys `by` decide; `where` says it in words."""
+    """The keys `keys` are read where `holds` is true.
+
+    The keys `by` decide that. `where` says it in words.
+    """
 
     keys: tuple[str, ...]
-    holds: Callable[[Config], Any]
+    holds: Callable[[Config], bool]
     by: tuple[str, ...]
     where: str
 
@@ -26,7 +30,10 @@ class Condition:
 CONDITIONS = (
     Condition(
         ("sharpness.rho_min",),
-        lambda config: config.sharpness.rho_schedule == "learning_rate",
+        lambda config: (
+            isinstance(config.sharpness, Perturbation)
+            and config.sharpness.rho_schedule == "learning_rate"
+        ),
         ("sharpness.rho_schedule",),
         "sharpness.rho_schedule=learning_rate",
     ),

@@ -17,6 +17,8 @@ from flatcal_dist.config.kinds import (
 
 
 class DataConfig(Section):
+    """Images: where they lie, and how they are read, decoded and augmented."""
+
     prepare: Literal["digits"] | None = Field(
         None,
         description="The embedded data set whose shards are written where `train` expects them.",

@@ -1,4 +1,4 @@
-"""Configuration files as layers of plain values: YAML, what inherits what, and overrides.
+"""Configuration files are layers of plain values: YAML, inherited files, and overrides.
 
 YAML is read by the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema): 010 is
 ten, 1e-3 is a number, and yes, 1:30 or 2024-05-01 are text. PyYAML alone reads YAML 1.1, where
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -45,10 +45,10 @@ class _TooMuch(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """The core schema, with merge keys; each key is a word, and is written once."""
+    """Reads the core schema and merge keys. Each key is a word, and stands there once."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012  (none of YAML 1.1's)
-    yaml_constructors: dict = {  # noqa: RUF012
+    yaml_constructors: ClassVar[dict] = {
         tag: construct
         for tag, construct in yaml.SafeLoader.yaml_constructors.items()
         if tag is None or tag.rsplit(":", 1)[1] in ("null", "bool", "str", "seq", "map")
@@ -56,7 +56,7 @@ class _Loader(yaml.SafeLoader):
 
     depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise _TooMuch
@@ -65,7 +65,8 @@ class _Loader(yaml.SafeLoader):
         finally:
             self.depth -= 1
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    # types-PyYAML takes the anchor for a dict; PyYAML passes its name.
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
@@ -79,9 +80,9 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merge keys: a mapping's own values win, then those of the first that is merged.
+        """Replace merge keys. Values of the mapping win, then those of the first merged mapping.
 
-        PyYAML does the second only in some of its versions.
+        Only some versions of PyYAML do the second.
         """
         merges = [value for key, value in node.value if key.tag.endswith(":merge")]
         own = [pair for pair in node.value if not pair[0].tag.endswith(":merge")]
@@ -120,7 +121,7 @@ def _number(loader: _Loader, node: yaml.ScalarNode) -> float:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that either version of YAML would read as something else."""
+    """Quotes text that YAML 1.1 or 1.2 would read as something else."""
 
 
 for _tag, _pattern, _first in CORE:
@@ -133,7 +134,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 def parse_yaml(text: str | bytes, where: str) -> Any:
-    """Values of a YAML document: None, bool, int, float, str, lists, and dicts with words as keys.
+    """Return the values of a YAML document: plain values, lists, and dicts with words as keys.
 
     Args:
         text: The document; bytes may be UTF-8, or UTF-16 with a byte order mark.
@@ -153,7 +154,7 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
             f"{where} cannot be read: at most {MAX_DEPTH} levels and {MAX_VALUES:,} values are "
             "allowed, aliases counted as often as they are used"
         ) from None
-    except (ValueError, KeyError) as error:  # what stands behind an explicit tag does not fit it
+    except (ValueError, KeyError) as error:  # a value does not fit its explicit tag
         raise ConfigError(f"{where} is not valid YAML: {error}") from None
 
 
@@ -161,7 +162,7 @@ def _hint(problem: str) -> str:
     if "'\\t'" in problem:
         return "\nA line is indented with a tab: write spaces"
     if "unacceptable character" in problem and "byte string" in problem:
-        return "\nIt is no text in UTF-8: save it as one"
+        return "\nIt is not text in UTF-8: save it so"
     if "could not determine a constructor" in problem:
         return "\nNo tag is needed: write numbers, words, lists and keys as they are"
     return ""
@@ -184,25 +185,25 @@ def _measure(value: Any) -> None:
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
-    """YAML that `parse_yaml` reads back as these values."""
+    """Return YAML that `parse_yaml` reads back as these values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None)
 
 
 def as_override(key: str, value: Any) -> str:
-    """`key=value` that is read back as just this value."""
+    """Return `key=value`, which is read back as just this value."""
     if isinstance(value, str):
         try:
             if parse_yaml(value, key) == value:
                 return f"{key}={value}"
         except ConfigError:
             pass
-    # JSON is YAML, but for its escapes of what lies beyond 16 bits.
+    # JSON is YAML, except for escapes of letters beyond 16 bits.
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value was written. `layer`: its place in the order of layers, the last one wins."""
+    """Where a value was written. `layer` is its place in the order of layers; the last one wins."""
 
     layer: int
     name: str
@@ -223,7 +224,7 @@ class Layers:
     origin: dict[str, Origin] = field(default_factory=dict)
 
     def add(self, values: dict[str, Any], origin: Origin) -> None:
-        """Lay values over those that are there. An empty mapping clears what was there."""
+        """Put values over those of earlier layers. An empty mapping clears a section."""
         self._merge(self.values, values, origin, "")
 
     def _merge(self, into: dict, values: dict, origin: Origin, path: str) -> None:
@@ -242,17 +243,24 @@ class Layers:
                 self.origin[full] = origin
 
     def origin_of(self, key: str) -> Origin | None:
-        """Of a key, of what lies in it, or of the section that it lies in."""
+        """Return where a key, something in it, or its section was written."""
         inner = (o for k, o in self.origin.items() if k == key or k.startswith(key + "."))
         return next(inner, None) or self.origin.get(key.rsplit(".", 1)[0])
 
 
-def read_layers(path: Path | None, overrides: Sequence[str]) -> Layers:
-    """What a file inherits, the file (None: no file), and the command line, in this order.
+def read_layers(path: Path | None, overrides: Sequence[str], recorded: bool = False) -> Layers:
+    """Read what a file inherits, the file and the command line, in this order.
+
+    Args:
+        path: The file; None for no file.
+        overrides: The words of the command line, each `key.sub=value`.
+        recorded: Whether a run wrote the file. A named pipe, which may never end, is refused then.
 
     Raises:
         ConfigError: A file cannot be read or inherits itself, or an override is not key.sub=value.
     """
+    if recorded and path is not None and path.is_fifo():
+        raise ConfigError(f"{path} is a named pipe: expected the file that the run wrote")
     layers = Layers()
     files = _files(path, ()) if path is not None else []
     for number, (name, values) in enumerate(files):
@@ -291,7 +299,7 @@ def _parse_override(override: str) -> dict[str, Any]:
 
 
 def _files(path: Path, chain: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
-    """Name and values of a file, after those that it inherits."""
+    """Return name and values of a file, after those of the files that it inherits."""
     if "\0" in str(path):
         raise ConfigError(f"cannot read the configuration {str(path)!r}: no name contains a NUL")
     path = path.resolve()
@@ -335,17 +343,17 @@ def _read_file(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def private_file(file: Path) -> Path:
-    """Where the credentials of a written configuration lie, for its owner alone."""
+    """Return the private file with the credentials of a written configuration."""
     return file.with_name(f"{file.stem}.private{file.suffix}")
 
 
 def _with_private(values: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The values of a file with the credentials that lie beside it, where they belong to them."""
+    """Return the values of a file, with the credentials beside it put into their URLs."""
     try:
         private = parse_yaml(read_bytes(private_file(file)), str(private_file(file)))
     except FileNotFoundError:
         return values
-    except (OSError, ValueError) as error:  # another user's, say: the server will tell
+    except (OSError, ValueError) as error:  # it may be of another user; the server will refuse
         print(f"URLs are opened without credentials: {hide(str(error))}", file=sys.stderr)
         return values
 

@@ -1,4 +1,4 @@
-"""What makes two configurations one run: the fingerprint, the differences, and what is written."""
+"""What makes two configurations one run: fingerprint and differences. And how they are written."""
 
 import hashlib
 import json
@@ -8,13 +8,13 @@ from typing import Any
 
 from flatcal_dist.config.choosing import CHOOSERS
 from flatcal_dist.config.files import dump_yaml, private_file
-from flatcal_dist.config.sections import Config
+from flatcal_dist.config.root import Config
 from flatcal_dist.files import write_text
 from flatcal_dist.urls import identified, public
 
-# What may differ between two starts of one run: it changes where or how fast the run computes, or
-# who watches, not what it is meant to compute (batch norm and dropout do see the micro-batches).
-# Everything else belongs to the identity of the run.
+# These may differ between two starts of one run. They change where or how fast the run computes, or
+# who watches, not what it is meant to compute (though batch norm and dropout see micro-batches).
+# Every other key belongs to the identity of the run.
 MAY_CHANGE = (
     "run.dir", "run.axes", "run.world_size", "run.start_again", "data.workers",
     "data.micro_batch_size",
@@ -28,17 +28,18 @@ MAY_CHANGE = (
 
 
 def fingerprint(config: Config) -> str:
-    """Eight hexadecimal digits that identify what the run computes, whatever its directory."""
+    """Return eight hexadecimal digits that identify what a run computes, in any directory."""
     kept = {k: identified(v) for k, v in flatten(config) if not _may_change(k)}
     text = json.dumps(kept, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """What keeps `new` from continuing the run of `old`: one line per key.
+    """Return what keeps `new` from continuing the run of `old`, one line for each key.
 
-    Another engine does not: a checkpoint is resharded. It has a fingerprint of its own all the
-    same, so that engines are compared in different directories. Neither do renewed credentials.
+    Another engine may continue it, because checkpoints are resharded. Engines still have different
+    fingerprints, so that they can be compared in different directories. Renewed credentials may
+    continue it, too.
     """
     before, after = dict(flatten(old)), dict(flatten(new))
     chosen = {c.section for c in CHOOSERS.values() if before[c.key] != after[c.key]}
@@ -50,20 +51,20 @@ def differences(old: Config, new: Config) -> list[str]:
         if identified(before.get(key)) != identified(after.get(key))
         and not _may_change(key)
         and key != "train.engine"
-        # Keys that only one of two choices has follow from the choice, which is named.
+        # Keys that only one of the two choices has follow from the choice, which is in the list.
         and not (key.partition(".")[0] in chosen and (key in before) != (key in after))
     ]
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration, loadable again, without the credentials of URLs."""
+    """Return the whole configuration as YAML, without the credentials of URLs."""
     return dump_yaml(public(config.model_dump()))
 
 
 def write(config: Config, file: Path) -> None:
-    """Write it resolved; credentials of URLs beside it, into a file that its owner alone may read.
+    """Write the whole configuration, and the credentials of URLs into a private file beside it.
 
-    `load` finds both. Raises WriteError.
+    Only its owner may read the latter. `load` finds both. Raises WriteError.
     """
     if private := _only_private(config.model_dump()):
         write_text(private_file(file), dump_yaml(private), private=True)
@@ -73,13 +74,13 @@ def write(config: Config, file: Path) -> None:
 
 
 def _only_private(values: dict) -> dict:
-    """What `public` changes, in the sections where it stands."""
+    """Return the values that `public` changes, in their sections."""
     opened = {k: _only_private(v) if isinstance(v, dict) else v for k, v in values.items()}
     return {k: v for k, v in opened.items() if v and v != public(values[k])}
 
 
 def flatten(config: Config) -> Iterator[tuple[str, Any]]:
-    """Pairs of dotted key and value, sections and options opened."""
+    """Yield pairs of dotted key and value, also of what lies in sections and options."""
 
     def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict) and value:

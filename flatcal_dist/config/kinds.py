@@ -1,4 +1,4 @@
-"""The kinds of values that a configuration has, each with what it refuses."""
+"""The kinds of values in a configuration, and what each of them refuses."""
 
 import math
 import re
@@ -15,7 +15,7 @@ MANY = 10**12  # beyond any number of images or steps
 
 
 class Section(BaseModel):
-    """Strict: no unknown keys, no silent conversion of types, no infinities; and immutable."""
+    """Immutable and strict: no unknown keys, no silent conversion of types, no infinities."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -24,7 +24,7 @@ def _text(value: str) -> str:
     if not value.strip():
         raise ValueError("is empty; is a variable of the shell unset? Write null for none")
     if value == "None":
-        raise ValueError("'None' is Python's word for nothing: write null for none")
+        raise ValueError("'None' is written in Python: write null for none")
     if len(value) > 4096:
         raise ValueError(f"has {len(value):,} characters; at most 4,096 are read")
     if odd := [c for c in value if unicodedata.category(c) in ("Cc", "Cs")]:

@@ -1,4 +1,4 @@
-"""From files and overrides to a valid configuration."""
+"""How files and overrides become a valid configuration."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from flatcal_dist.config.files import read_layers
 from flatcal_dist.config.identity import fingerprint
 from flatcal_dist.config.messages import explain
 from flatcal_dist.config.older import refuse_older, translate_older
-from flatcal_dist.config.sections import Config
+from flatcal_dist.config.root import Config
 from flatcal_dist.errors import ConfigError
 
 
@@ -22,16 +22,14 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), recorded: bool 
     Args:
         path: The file; None for the defaults.
         overrides: Values that win over those of the file.
-        recorded: Whether it is the file of a run that has begun. Keys of earlier versions are then
+        recorded: Whether a run that has begun wrote the file. Keys of earlier versions are then
             translated, and values that it does not read are passed over.
 
     Raises:
         ConfigError: The file cannot be read, a key is unknown or belongs to another choice, or a
             value does not fit.
     """
-    if recorded and path and Path(path).is_fifo():  # it may never end
-        raise ConfigError(f"{path} is a named pipe: expected the file that the run wrote")
-    layers = read_layers(Path(path) if path is not None else None, overrides)
+    layers = read_layers(Path(path) if path is not None else None, overrides, recorded)
     if recorded:
         translate_older(layers.values)
     else:
@@ -52,5 +50,5 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), recorded: bool 
 
 
 def _word(text: str) -> str:
-    """A part of a directory's name; a configuration read from a pipe has an odd one."""
+    """Return a part of a directory's name, without letters that only odd file names have."""
     return re.sub(r"[^\w.+-]+", "_", text)

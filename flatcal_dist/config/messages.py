@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words that name the key, its origin and the remedy."""
+"""Messages about a wrong configuration, which name the key, its origin and the remedy."""
 
 import difflib
 import re
@@ -24,12 +24,12 @@ def explain(
     known: Sequence[str],
     choosers: Mapping[str, Chooser],
 ) -> str:
-    """One line for each problem.
+    """Return one line for each problem.
 
     Args:
-        error: Of the validation of `layers.values`.
+        error: What the validation of `layers.values` raised.
         layers: Where the values were written.
-        known: All keys that there are, dotted.
+        known: All dotted keys.
         choosers: The sections with a choice, by their names.
     """
     lines = []
@@ -43,18 +43,18 @@ def explain(
                 problem["msg"] = f"expected one of {expected.replace(chr(39), '')}"
             else:
                 del names[1:2]  # the name of the choice
-        # A union (str or list) adds the tried type to the path: keep what is a key or an index.
+        # A union (str or list) adds the tried type to the path. Keys and indexes are kept.
         key = ".".join(
             part
             for part in names
-            if kind == "extra_forbidden"  # of which the last may be anything
+            if kind == "extra_forbidden"  # the last part may be anything
             or (part.isidentifier() and part not in ("str", "list", "int"))
         )
         origin = layers.origin_of(key)
         place = f" ({origin})" if origin else ""
         shown = SHOWN.repr(problem["input"])
         if kind == "extra_forbidden":
-            line = f"{_as_written(key)}: no such key{place}{_advice(key, names[-1], known)}"
+            line = f"{as_written(key)}: no such key{place}{_advice(key, names[-1], known)}"
         elif kind == "value_error":
             line = f"{key + ': ' if key else ''}{problem['ctx']['error']}{place}"
         elif kind in ("model_type", "model_attributes_type"):
@@ -70,8 +70,8 @@ def explain(
     return "\n".join(lines)
 
 
-def _as_written(key: str) -> str:
-    """A key as it is, or in quotes where one would not see what is wrong with it."""
+def as_written(key: str) -> str:
+    """Return a key as it is, or in quotes if letters in it could not be seen."""
     return key[:100] if re.fullmatch(r"[\w.+-]*", key, re.ASCII) else repr(key[:100])
 
 
@@ -84,9 +84,9 @@ def _advice(key: str, last: str, known: Sequence[str]) -> str:
 
 
 def nearest(key: str, known: Sequence[str]) -> str | None:
-    """The known key or section most like `key`.
+    """Return the known key or section most like `key`, or None.
 
-    By its last part first (a forgotten section), then as a section, then whole.
+    Its last part is compared first (the section may be forgotten), then sections, then whole keys.
     """
     key = key[:100].replace("-", "_")
     leaf = key.rsplit(".", 1)[-1]
@@ -102,7 +102,7 @@ def nearest(key: str, known: Sequence[str]) -> str | None:
 
 
 def _spelling(kind: str, value: Any) -> str:
-    """How to write what other readers of YAML, or of numbers, take for a value of this kind."""
+    """Say how to write what other readers of YAML or of numbers take for a value of this kind."""
     if isinstance(value, str) and kind in ONE_OF_TWO:
         if value.lower() in ("yes", "no", "on", "off", "y", "n"):
             return f"; write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'}"

@@ -1,6 +1,6 @@
 """One name of a method, derived from the configuration, so that nothing different is pooled."""
 
-from flatcal_dist.config.sections import Config
+from flatcal_dist.config.root import Config
 
 PLAIN = ("none", "cross_entropy")
 

@@ -1,4 +1,4 @@
-"""Keys of earlier versions: refused with their new place, translated where a run recorded them."""
+"""Keys of earlier versions are refused with their new place, or translated in recorded runs."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ NOW = {
 
 
 def refuse_older(layers: Layers) -> None:
-    """Raises ConfigError for keys that have another place now, and names it."""
+    """Raise ConfigError for keys that have another place now, and name this place."""
     lines = [
         f"{key} ({layers.origin_of(key)}): this key has another place now: write {now}"
         for key, now in NOW.items()
@@ -33,7 +33,7 @@ def _has(values: dict[str, Any], key: str) -> bool:
 
 
 def translate_older(values: dict[str, Any]) -> None:
-    """Give what an earlier version recorded of a run its present keys, in place."""
+    """Replace keys of earlier versions in what a run recorded by the present keys, in place."""
     sections = {key: values.get(key) for key in ("data", "train", "sharpness")}
     data, train, sharpness = (v if isinstance(v, dict) else {} for v in sections.values())
     if smoothing := train.pop("label_smoothing", None):

@@ -1,22 +1,9 @@
-"""Every key of a configuration, with its type, bounds, default and meaning."""
+"""The keys of sections without a choice, except `data`: type, bounds, default and meaning."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from flatcal_dist.config.choice_sections import (
-    OBJECTIVES,
-    RULES,
-    AverageConfig,
-    MixingConfig,
-    NoMixing,
-    NoRule,
-    Nothing,
-    ObjectiveConfig,
-    ScheduleConfig,
-    SharpnessConfig,
-)
-from flatcal_dist.config.data_section import DataConfig
 from flatcal_dist.config.kinds import (
     MANY,
     Label,
@@ -31,6 +18,8 @@ WEEK = 7 * 24 * 60.0  # minutes
 
 
 class RunConfig(Section):
+    """Which run it is, where it lies, and its seed."""
+
     dir: PathText | None = Field(
         None, description="The run directory. Default: runs/NAME-HASH, which follows from the rest."
     )
@@ -56,6 +45,8 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
+    """The network."""
+
     name: Text = Field(
         "resnet50",
         description="The network: 'mlp', a network of timm, or torchvision:NAME.",
@@ -70,6 +61,8 @@ class ModelConfig(Section):
 
 
 class OptimizerConfig(Section):
+    """The base optimizer, and the peak of its learning rate."""
+
     name: Text = Field(
         "sgd", description="The optimizer: 'sgd' (without Nesterov), or any of timm's."
     )
@@ -98,6 +91,8 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
+    """How long and how training goes, what it saves, and when it stops."""
+
     engine: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
         "ddp",
         description="Who holds the weights: every rank (ddp), or parts of them (ZeRO's stages, "
@@ -165,6 +160,8 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
+    """The evaluation at the end."""
+
     at_end: bool = Field(
         True, description="Whether to evaluate and write the report when training ends."
     )
@@ -182,6 +179,8 @@ class EvaluateConfig(Section):
 
 
 class WandbConfig(Section):
+    """Weights & Biases."""
+
     mode: Literal["offline", "online", "disabled"] = Field(
         "offline",
         description="Whether W&B is used. online: also offline, where W&B cannot be reached.",
@@ -191,7 +190,7 @@ class WandbConfig(Section):
     )
     name: Label | None = Field(None, description="The name of the run in W&B.")
     group: Label | None = Field(
-        None, description="Runs of one group are shown together. A sweep sets its own name."
+        None, description="Runs of one group are shown together. By default a sweep sets its name."
     )
     tags: list[Annotated[Text, Field(max_length=64)]] = Field(
         [], max_length=1000, description="Words by which W&B finds the run."
@@ -205,43 +204,3 @@ class WandbConfig(Section):
         le=600,
         description="How many seconds the end of a run waits for W&B at most.",
     )
-
-
-class Config(Section):
-    """A whole configuration, section by section."""
-
-    run: RunConfig = RunConfig()
-    data: DataConfig = DataConfig()
-    mixing: MixingConfig = NoMixing()
-    model: ModelConfig = ModelConfig()
-    objective: ObjectiveConfig = Field({"name": "cross_entropy"}, validate_default=True)
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = Field({"name": "cosine"}, validate_default=True)
-    sharpness: SharpnessConfig = NoRule()
-    average: AverageConfig = Nothing()
-    train: TrainConfig = TrainConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    wandb: WandbConfig = WandbConfig()
-
-    @model_validator(mode="after")
-    def _combines(self) -> "Config":
-        rule, objective = RULES.get(self.sharpness.rule), OBJECTIVES[self.objective.name]
-        if rule is not None and rule.own_loss and self.objective.name != "cross_entropy":
-            raise ValueError(
-                f"sharpness.rule={rule.name} defines the loss itself, from hard labels: set "
-                f"objective.name=cross_entropy, or another rule than {rule.name}, such as sam"
-            )
-        if self.mixing.name != "none":
-            key = None
-            if rule is not None and rule.own_loss:
-                key = f"sharpness.rule={rule.name}"
-            elif objective.hard_labels:
-                key = f"objective.name={objective.name}"
-            if key:
-                raise ValueError(
-                    f"{key} is defined for hard labels only, and mixing makes soft ones: set "
-                    f"mixing.name=none, or choose another {key.partition('=')[0]}"
-                )
-        if self.train.keep_best and self.train.validate_every_epochs is None:
-            raise ValueError("train.keep_best needs validation: set train.validate_every_epochs")
-        return self

@@ -1,16 +1,16 @@
-"""Images from WebDataset shards to the device, in an order that can be resumed exactly.
+"""Batches of images from WebDataset shards, in an order that can be resumed exactly.
 
-shards = expand("imagenet/imagenet1k-train-{0000..1023}.tar")
-index = load_index(shards, classes=1000)
-batches = training_loader(index, seed=0, global_batch_size=1024, micro_batch_size=256,
-                          transform=training_transform(Augmentation(), 224), channels=3,
-                          epochs=90, start=Position(12, 345), rank=rank, world_size=world_size)
+index = load_index(expand("imagenet/imagenet1k-train-{0000..1023}.tar"), classes=1000)
+plan = BatchPlan(seed=0, global_batch_size=1024, micro_batch_size=256, epochs=90,
+                 start=Position(12, 345), rank=rank, world_size=world_size)
+transform = training_transform(Augmentation(), 224)
+batches = training_loader(index, plan, transform, Decoding(channels=3), Workers(8))
 for micro_batches in optimizer_steps(batches):
     ...
 """
 
 from flatcal_dist.data.errors import BadImage, DataError
-from flatcal_dist.data.images.decode import describe_decoder
+from flatcal_dist.data.images.decode import Decoding, describe_decoder
 from flatcal_dist.data.images.mixing import Mixing
 from flatcal_dist.data.images.transforms import (
     Augmentation,
@@ -27,19 +27,23 @@ from flatcal_dist.data.loading.indexed import (
     sample_loader,
     training_loader,
 )
+from flatcal_dist.data.loading.plan import BatchPlan, Workers
 from flatcal_dist.data.loading.substitutes import Replaced
 from flatcal_dist.data.making.digits import prepare_digits
 from flatcal_dist.data.making.image_folder import image_folder
 from flatcal_dist.data.making.sharding import prepare_shards
 from flatcal_dist.data.order import Position, sample_seed, steps_per_epoch
-from flatcal_dist.data.shards.index import Index, index_shard, load_index
+from flatcal_dist.data.shards.index import Index, load_index
+from flatcal_dist.data.shards.sidecars import index_shard
 from flatcal_dist.data.shards.writing import Sample, expand, write_shards
 
 __all__ = [
     "Augmentation",
     "BadImage",
     "Batch",
+    "BatchPlan",
     "DataError",
+    "Decoding",
     "EvaluationBatch",
     "Index",
     "Mixing",
@@ -48,6 +52,7 @@ __all__ = [
     "Replaced",
     "Sample",
     "Some",
+    "Workers",
     "describe_decoder",
     "evaluation_loader",
     "evaluation_transform",

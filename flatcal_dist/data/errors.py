@@ -4,7 +4,7 @@ from flatcal_dist.urls import hide
 
 
 class DataError(ValueError):
-    """Data is not what it must be: the message names where, what was expected, how to mend it.
+    """Data is not as expected. The message says where, what was expected, and how to mend it.
 
     The message never holds the credentials of a URL.
     """
@@ -14,7 +14,7 @@ class DataError(ValueError):
 
 
 class BadImage(DataError):
-    """One image cannot be used, all else is in order: training may put another in its place."""
+    """One image cannot be used, but all else is right. Training may use another one instead."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)

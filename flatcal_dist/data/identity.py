@@ -1,4 +1,4 @@
-"""The identity of evaluated images: it decides which evaluations may be compared."""
+"""The identity of evaluated images, which decides which evaluations may be compared."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from numpy.typing import ArrayLike
 def data_identity(
     ids: Sequence[str], labels: ArrayLike, sizes: ArrayLike | None = None, more: str = ""
 ) -> str:
-    """SHA-256 over the images, in whatever order and files they lie.
+    """Return a SHA-256 of the images that does not depend on their order and their files.
 
     Args:
-        ids: names of the images, [N].
-        labels: their classes, numbered as the network numbers them, int [N].
-        sizes: their bytes as encoded, int [N], where they are known.
-        more: what was done to all of them, such as a corruption.
+        ids: The names of the images, [N].
+        labels: Their classes, numbered as the network numbers them, int [N].
+        sizes: Their bytes as encoded, int [N], where they are known.
+        more: What was done to all of them, such as a corruption.
     """
     names = np.asarray(ids, dtype=np.str_)
     order = np.argsort(names, kind="stable")

@@ -1,12 +1,12 @@
-"""The order of the data: pure functions of (seed, epoch), cut the same way for every world size.
+"""The order of the data, as pure functions of (seed, epoch) that hold for every world size.
 
-An epoch is a permutation of all samples; step t takes samples [t G, (t + 1) G) of it as its
-global batch of G; rank r takes a contiguous share of that; a share falls into micro-batches. So
-(epoch, step) is the whole state of the data: a run resumes there exactly, on any number of ranks
-and workers.
+An epoch is a permutation of all samples. Step t takes the samples [t G, (t + 1) G) of it as its
+global batch of G samples. Each rank takes a contiguous share of the global batch, and cuts it into
+micro-batches. So (epoch, step) is the whole state of the data: a run resumes there exactly, on any
+number of ranks and workers.
 
-Randomness is the raw output of numpy's counter-based Philox generator, sorted: raw streams are
-promised never to change between numpy versions, whereas `permutation` may.
+Permutations sort the raw output of numpy's counter-based generator Philox. numpy promises that raw
+streams never change between versions, but `permutation` may change.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,14 +19,14 @@ from flatcal_dist.data.errors import DataError
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """The optimizer step that comes next: `step` steps of `epoch` are done, both count from 0."""
+    """The optimizer step that comes next. `step` steps of `epoch` are done; both count from 0."""
 
     epoch: int = 0
     step: int = 0
 
 
 def shuffled(n: int, generator: np.random.Philox) -> np.ndarray:
-    """A random permutation [n] int64 of 0..n-1."""
+    """Return a random permutation [n] int64 of 0..n-1."""
     return np.argsort(generator.random_raw(n), kind="stable").astype(np.int64, copy=False)
 
 
@@ -37,20 +37,22 @@ def epoch_order(
     window: int | None = None,
     paired_by: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The permutation [n] int64 of all samples that one epoch visits.
+    """Return the permutation [n] int64 of all samples that one epoch visits.
 
-    Shards are permuted, consecutive ones are joined into windows of at least `window` samples,
-    and samples are permuted inside each window: reading touches few shards at a time, as slow
-    or remote disks want.
+    Shards are permuted. Consecutive shards are joined into windows of at least `window` samples,
+    and samples are permuted inside each window. So reading touches few shards at a time, which
+    suits slow or remote disks.
 
     Args:
         shard_lengths: The number of samples in each shard.
         seed: The seed of the run.
         epoch: The number of the epoch, from 0.
-        window: None is one window over everything, a perfect shuffle.
-        paired_by: Labels of all samples [n], to pair samples of one class: the samples at places 2i
-            and 2i + 1 are then of one class, drawn at random within a window, as `class_pairs` does
-            it. A sample that is left over goes to the next window; the last one ends the epoch.
+        window: The least number of samples in a window. None is one window over everything, which
+            is a perfect shuffle.
+        paired_by: The labels of all samples [n], if samples of one class are to be paired. The
+            samples at places 2i and 2i + 1 then have one class, and are drawn at random within a
+            window by `class_pairs`. A sample that is left over goes to the next window. The last
+            one ends the epoch.
     """
     lengths = np.asarray(shard_lengths, np.int64)
     starts = np.cumsum(lengths) - lengths
@@ -73,16 +75,20 @@ def epoch_order(
 def class_pairs(
     samples: np.ndarray, labels: np.ndarray, generator: np.random.Philox
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Shuffled samples with those of one class in pairs, and the sample left over, [0] or [1].
+    """Pair shuffled samples of one class.
 
-    The pairs are in random order. Of a class with an odd number of samples one has no partner in
-    it. These are paired with each other, so that nothing is left out or comes twice; an objective
-    tells them by their labels. One sample is left over if their number is odd.
+    In a class with an odd number of samples, one sample has no partner. Such samples are paired
+    with each other, so that no sample is left out or comes twice. An objective recognises these
+    pairs by their labels.
 
     Args:
-        samples: In random order, which decides who is whose partner.
+        samples: The samples in random order, which decides who is paired with whom.
         labels: The class of every sample of the data, by its number.
         generator: The source of the order of pairs.
+
+    Returns:
+        The samples of the pairs, whose order is random, and the sample that is left over, [0] or
+        [1].
     """
     by_class = samples[np.argsort(labels[samples], kind="stable")]
     classes = labels[by_class]
@@ -114,7 +120,7 @@ def _windows(shards: np.ndarray, lengths: np.ndarray, window: int) -> list[list[
 
 
 def steps_per_epoch(samples: int, global_batch_size: int) -> int:
-    """Whole global batches in an epoch; the partial last one is dropped.
+    """Return the number of whole global batches in an epoch; a partial last one is dropped.
 
     Raises DataError if there is not even one.
     """
@@ -127,19 +133,19 @@ def steps_per_epoch(samples: int, global_batch_size: int) -> int:
 
 
 def global_batch(order: np.ndarray, step: int, size: int) -> np.ndarray:
-    """The samples [size] of one step of an epoch."""
+    """Return the samples [size] of one step of an epoch."""
     return order[step * size : (step + 1) * size]
 
 
 def rank_share(batch: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """The contiguous share of one rank; the shares differ by one sample at most."""
+    """Return the contiguous share of one rank. Shares differ by one sample at most."""
     return np.array_split(batch, world_size)[rank]
 
 
 def micro_batch_count(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Micro-batches per optimizer step, the same on every rank: the largest share decides.
+    """Return the number of micro-batches of an optimizer step, which is the same on every rank.
 
-    Raises DataError if a rank would be left with an empty micro-batch.
+    The largest share decides. Raises DataError if a rank would be left with an empty micro-batch.
     """
     largest = -(-global_batch_size // world_size)
     smallest = global_batch_size // world_size
@@ -154,19 +160,25 @@ def micro_batch_count(global_batch_size: int, micro_batch_size: int, world_size:
 
 
 def micro_batches(share: np.ndarray, count: int) -> list[np.ndarray]:
-    """A rank's share cut into `count` contiguous micro-batches that differ by one at most."""
+    """Cut the share of a rank into contiguous micro-batches that differ by one sample at most."""
     return np.array_split(share, count)
 
 
 def evaluation_batches(
     samples: int, batch_size: int, rank: int, world_size: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """This rank's batches of samples 0..n-1 as (samples [batch_size] int64, how many count).
+    """Yield the batches of one rank as (samples [batch_size] int64, how many of them count).
 
-    Batch b always holds samples [b B, (b + 1) B) and goes whole to rank b % world_size, so that
-    a record does not depend on the world size. The rest of a batch repeats the last sample and
-    does not count. Every rank gets the same number of batches, for engines that communicate in
-    the forward pass: a surplus one counts 0 samples.
+    Batch b always holds the samples [b B, (b + 1) B) and goes whole to rank b % world_size, so a
+    record does not depend on the world size. The rest of a batch repeats the last sample and does
+    not count. Every rank gets the same number of batches, because some engines communicate in the
+    forward pass. In a surplus batch no sample counts.
+
+    Args:
+        samples: The number of samples.
+        batch_size: The number of samples in each batch, B.
+        rank: The number of this rank.
+        world_size: The number of ranks.
     """
     batches = -(-samples // batch_size)
     rounds = -(-batches // world_size)
@@ -176,12 +188,19 @@ def evaluation_batches(
 
 
 def sample_seed(seed: int, epoch: int, sample: int) -> int:
-    """A well-mixed 64-bit seed for the augmentation of one sample in one epoch."""
+    """Return a well-mixed 64-bit seed for the augmentation of one sample in one epoch."""
     return _mix(_mix(_mix(seed) ^ epoch) ^ sample)
 
 
 def substitutes(seed: int, epoch: int, sample: int, samples: int) -> Iterator[int]:
-    """Samples out of 0..samples-1 to try, one after the other, in place of a bad one."""
+    """Yield samples to try, one after the other, in place of a bad one.
+
+    Args:
+        seed: The seed of the run.
+        epoch: The number of the epoch, from 0.
+        sample: The bad sample.
+        samples: The number of all samples.
+    """
     state = sample_seed(seed, epoch, sample) ^ 0xB5AD4ECEDA1CE2A9  # another stream than its crops
     while True:
         state = _mix(state)
@@ -189,7 +208,7 @@ def substitutes(seed: int, epoch: int, sample: int, samples: int) -> Iterator[in
 
 
 def _mix(x: int) -> int:
-    """One output of the splitmix64 generator (Steele, Lea and Flood, 2014)."""
+    """Return one output of the generator splitmix64 (Steele, Lea and Flood, 2014)."""
     x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF

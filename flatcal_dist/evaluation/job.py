@@ -1,12 +1,14 @@
-"""Evaluation as a job of its own, on one process or under `accelerate launch`.
+"""The job of `flatcal evaluate`, on one process or under `accelerate launch`.
 
-Of the data sets named, the first that is not a shifted one is the clean one: the report is about
-it, and its temperature is applied to all others. A run's own validation data is the clean one where
-none is named. One shifted data set alone, for a network without a run, gets a report of its own.
+The clean data set is the first one that is not under shift. The report is about it, and its
+temperature is applied to all others. If no clean data set is named, it is the validation data of
+the run. If a network without a run is evaluated on one data set under shift alone, the report is
+about that data set.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,17 @@ from flatcal_dist.urls import public
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to evaluate on.
+    """What to evaluate on, and what to write.
 
-    data: PATH or NAME=PATH each, see `data.variants`. corruptions, severities: of ImageNet-C, by
-    default all that there are. real_file: other ReaL labels than timm's. save_logits: also write
-    the clean images' logits. class_names: of the network's classes, in their order. confidence:
-    scores to compute beside those of logits, instead of what the configuration says.
+    Attributes:
+        data: The data sets, each as PATH or NAME=PATH (see `data.sets.variants`).
+        corruptions: The corruptions of ImageNet-C to be used; by default all that are there.
+        severities: The severities of ImageNet-C to be used; by default all that are there.
+        real_file: A file of ReaL labels, instead of those that timm ships.
+        save_logits: Whether the logits of the clean images are written.
+        class_names: The names of the classes of the network, in their order.
+        confidence: The scores to compute beside those of logits. None computes the scores that the
+            configuration names.
     """
 
     data: Sequence[str] = ()
@@ -64,30 +71,35 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Network:
-    """A network to evaluate.
-
-    weights: a file, or a checkpoint of any engine, or None for those that its library publishes.
-    trained: how; by default unknown. key: which of several weights in the file. members: the
-    networks of an ensemble, which has no weights of its own.
-    """
+    """A network to evaluate."""
 
     title: str
     config: Config
-    weights: Path | None
-    output: Path
+    weights: Path | None  # a file or a checkpoint of any engine; None for published weights
+    output: Path  # the directory of the report
     trained: Provenance = UNKNOWN
-    log: Path | None = None  # of its training, for the curves in the report
-    key: str | None = None
-    members: tuple["Network", ...] = ()
+    log: Path | None = None  # the metrics of its training, for the curves in the report
+    key: str | None = None  # which of several weights in the file
+    members: tuple["Network", ...] = ()  # the networks of an ensemble, which has no other weights
 
 
 def evaluate_runs(
     runs: Sequence[Path], wanted: Wanted, output: Path | None = None, ensemble: bool = False
 ) -> None:
-    """Write the report of each run's model.safetensors, or of a checkpoint RUN/checkpoints/step_N.
+    """Write the reports of runs, or of checkpoints RUN/checkpoints/step_N.
 
-    Into RUN/report, or RUN/report_step_N; with `output` into that directory, one folder each if
-    there are several. ensemble: instead, one report on all of them together, into `output`.
+    The report of a run is about its model.safetensors.
+
+    Args:
+        runs: The directories of the runs or checkpoints.
+        wanted: What to evaluate on.
+        output: The directory of the report, or of one folder for each of several runs. By default
+            reports go to RUN/report or RUN/report_step_N.
+        ensemble: Whether one report is written on all networks together. It needs `output`.
+
+    Raises:
+        RunError: A directory is no run, or the run has no weights.
+        ConfigError: The options do not fit each other or the networks.
     """
     networks = [_of_run(run) for run in runs]
     if ensemble:
@@ -130,18 +142,21 @@ def evaluate_model(
 ) -> None:
     """Write the report of any weights of a network.
 
-    Image size, crop and normalization are the library's for this network, unless overrides say
-    otherwise.
+    The library says which image size, crop and normalization the network needs, unless overrides
+    say otherwise.
 
     Args:
-        name: of timm (or "mlp"), timm:NAME or torchvision:NAME; the latter two without weights have
-            those that the library publishes.
-        weights: files. Several of them are reported on one after another.
-        wanted: what to evaluate on.
-        output: directory of the report, or of a folder for each of several.
-        overrides: of the configuration, `key.sub=value` each.
-        key: which of several weights in a file to take, see `weights.load_weights`.
-        trained: how the network was trained, as far as the user tells.
+        name: NAME, timm:NAME or torchvision:NAME. For the latter two, no weights stand for those
+            that the library publishes.
+        weights: Files of weights. Several files are evaluated one after another.
+        wanted: What to evaluate on.
+        output: The directory of the report, or of one folder for each of several files.
+        overrides: Overrides of the configuration, each as `key.sub=value`.
+        key: Which of several weights in a file to take (see `load_weights`).
+        trained: How the network was trained, as far as the user tells.
+
+    Raises:
+        ConfigError: An option is missing or wrong.
     """
     published = name is not None and ":" in name and not weights
     missing = [
@@ -154,7 +169,7 @@ def evaluate_model(
         )
         if not there
     ]
-    if missing:
+    if missing or name is None or output is None:
         hint = ""
         if name and "--weights" in missing:
             hint = f" (--model timm:{name} has the weights that timm publishes)"
@@ -162,9 +177,10 @@ def evaluate_model(
     settings = pretrained.settings(name, published)
     config = configuration.load(None, [f"model.name={name}", *settings, *overrides])
     trained = trained or UNKNOWN
+    files: Sequence[Path | None] = weights or [None]
     networks = [
         Network(file.stem if file else name, config, file, output, trained, key=key)
-        for file in weights or [None]
+        for file in files
     ]
     if len(networks) > 1:
         networks = [_into(output, network, True) for network in networks]
@@ -172,10 +188,16 @@ def evaluate_model(
 
 
 def ensemble_of(members: Sequence[Network], output: Path | None, own_data: bool) -> Network:
-    """The networks of several runs as one, evaluated as the first of them is.
+    """Return the networks of several runs as one, which is evaluated as the first of them.
 
-    Raises ConfigError unless there are two or more, each once, that look at images in the same way,
-    have as many classes and, with `own_data`, the same validation data; and without `output`.
+    Args:
+        members: The networks.
+        output: The directory of the report.
+        own_data: Whether the validation data of the runs are used, which then have to be the same.
+
+    Raises:
+        ConfigError: There are less than two networks, one comes twice, they see images in different
+            ways, have different numbers of classes or validation data, or there is no `output`.
     """
     if len(members) < 2:
         raise ConfigError("--ensemble needs two runs or more")
@@ -197,14 +219,14 @@ def ensemble_of(members: Sequence[Network], output: Path | None, own_data: bool)
     trained = Provenance(method=f"ensemble of {len(members)} ({listed})")
     title = f"Ensemble of {', '.join(titles)}"
     config = members[0].config
-    if config.evaluate.confidence:  # which is of one network; what an ensemble has comes by itself
+    if config.evaluate.confidence:  # scores of one network; an ensemble gets its scores anyway
         cut = config.evaluate.model_copy(update={"confidence": []})
         config = config.model_copy(update={"evaluate": cut})
     return Network(title, config, None, output, trained, members=tuple(members))
 
 
 def _how_evaluated(config: Config, own_data: bool) -> dict[str, Any]:
-    """What decides the images that a network sees, and what its logits stand for, by key."""
+    """Return the settings that decide what a network sees and what its logits mean, by key."""
     seen = sorted(EVALUATED_DATA - {"decoder"} | ({"validation"} if own_data else set()))
     return {
         "model.num_classes": config.model.num_classes,
@@ -234,7 +256,7 @@ def _evaluate(networks: Sequence[Network], wanted: Wanted, needs_output: bool = 
         for network in networks:
             for path in filter(inputs.remote, map(path_of, wanted.data)):
                 inputs.download(_on(network.config, path).data, accelerator, "validation")
-            clean, shifted = on_all_ranks(lambda n=network: _sets(n.config, wanted))
+            clean, shifted = on_all_ranks(partial(_sets, network.config, wanted))
             if needs_output and clean is not None:
                 raise RunError(
                     "other clean data also needs --output: RUN/report is for the run's own "
@@ -262,7 +284,7 @@ def _refuse_clashes(networks: Sequence[Network]) -> None:
 
 
 def _sets(config: Config, wanted: Wanted) -> tuple[Variant | None, list[Variant]]:
-    """The clean data set (None: the run's own) and the others."""
+    """Return the clean data set (None for that of the run) and the others."""
     classes = config.model.num_classes
     groups = [
         find(text, classes, wanted.corruptions, wanted.severities, _shards(config))
@@ -292,7 +314,7 @@ def _sets(config: Config, wanted: Wanted) -> tuple[Variant | None, list[Variant]
 
 
 def _shards(config: Config) -> Callable[[str, int], Index]:
-    """What opens shards: those from URLs have been downloaded into the configuration's cache."""
+    """Return what opens shards. Shards from URLs have been downloaded into the cache before."""
 
     def opened(path: str, classes: int) -> Index:
         if inputs.remote(path):
@@ -342,7 +364,7 @@ def _evaluate_one(
 
 
 def _log(network: Network, accelerator: Accelerator) -> list[dict]:
-    """The records of the training, on rank 0."""
+    """Return the records of the training on rank 0, and nothing on other ranks."""
     if network.log is None or not accelerator.is_main_process:
         return []
     return read_metrics(network.log)
@@ -365,6 +387,6 @@ def _on_device(network: Network, accelerator: Accelerator) -> nn.Module:
                 accelerator.print(f"{network.weights}: {taken}")
         return module
 
-    if network.weights is None:  # one process of a machine fetches, the others find it there
+    if network.weights is None:  # one process of each machine downloads, the others find the file
         on_all_ranks(lambda: built() if accelerator.is_local_main_process else None)
     return on_all_ranks(built).to(accelerator.device)

@@ -1,4 +1,4 @@
-"""Several answers about one image: passes with dropout, and several networks."""
+"""Several predictions for one image, by passes with dropout or by several networks."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,24 +10,27 @@ from torch.nn.modules.dropout import _DropoutNd
 from flatcal_dist.config import ConfigError
 from flatcal_dist.sharpness.outputs import logits_of
 
-PASSES = 32  # with dropout, for each image
+PASSES = 32  # passes with dropout for each image
 
 
 def dropout_layers(module: nn.Module) -> list[nn.Module]:
-    """The modules that drop values in training: layers, and those with a `drop_rate` of their own.
+    """Return the modules that drop values in training.
 
-    The latter, of timm and torchvision, call dropout as a function. Stochastic depth is no dropout.
+    These are layers of dropout, and modules with an attribute `drop_rate`, which call dropout as a
+    function (in timm and torchvision). Stochastic depth is no dropout.
     """
     return [
         layer
         for layer in module.modules()
         if (isinstance(layer, _DropoutNd) and layer.p > 0)
-        or (isinstance(rate := vars(layer).get("drop_rate"), float) and rate > 0)  # not a wrapper's
+        or (
+            isinstance(rate := vars(layer).get("drop_rate"), float) and rate > 0
+        )  # `vars` leaves wrappers out
     ]
 
 
 def refuse_without_dropout(module: nn.Module, name: str) -> None:
-    """Raise ConfigError, with the `name` of the network, where it has no dropout."""
+    """Raise ConfigError, with the `name` of the network, if it has no dropout."""
     if not dropout_layers(module):
         raise ConfigError(
             f"mc_dropout needs a network with dropout, and {name} has none: train it with some, "
@@ -37,16 +40,16 @@ def refuse_without_dropout(module: nn.Module, name: str) -> None:
 
 @contextmanager
 def with_dropout(module: nn.Module, name: str) -> Iterator[None]:
-    """Inside, dropout is active and all else is as it was, such as norm layers in evaluation mode.
+    """Make dropout active inside, and change nothing else, such as the mode of norm layers.
 
-    Raises ConfigError where there is none, see `refuse_without_dropout`.
+    Raises ConfigError, with the `name` of the network, if it has no dropout.
     """
     refuse_without_dropout(module, name)
     layers = dropout_layers(module)
     before = [layer.training for layer in layers]
     try:
         for layer in layers:
-            layer.training = True  # without its children
+            layer.training = True  # `train()` would also change its children
         yield
     finally:
         for layer, training in zip(layers, before, strict=True):
@@ -54,9 +57,18 @@ def with_dropout(module: nn.Module, name: str) -> Iterator[None]:
 
 
 def passes_with_dropout(module: nn.Module, name: str, images: Tensor, seed: int) -> Tensor:
-    """Logits [T, N, K] float32 of `PASSES` passes of a network in evaluation mode.
+    """Return logits [T, N, K] float32 of `PASSES` passes of a network in evaluation mode.
 
-    Masks follow from the seed. The random numbers of torch are others afterwards.
+    The random stream of torch is not restored.
+
+    Args:
+        module: The network.
+        name: What errors call the network.
+        images: A batch of images.
+        seed: The seed from which the masks of dropout follow.
+
+    Raises:
+        ConfigError: The network has no dropout.
     """
     with with_dropout(module, name):
         torch.manual_seed(seed)
@@ -64,7 +76,7 @@ def passes_with_dropout(module: nn.Module, name: str, images: Tensor, seed: int)
 
 
 class Ensemble(nn.Module):
-    """Networks that answer together: their probabilities are averaged.
+    """Several networks whose probabilities are averaged.
 
     Source: Lakshminarayanan, Pritzel and Blundell, Simple and Scalable Predictive Uncertainty
     Estimation using Deep Ensembles (NeurIPS 2017), section 2.4.
@@ -77,15 +89,15 @@ class Ensemble(nn.Module):
         self.networks = nn.ModuleList(networks)
 
     def answers(self, images: Tensor) -> Tensor:
-        """Logits [M, N, K] float64 of every network."""
+        """Return the logits [M, N, K] float64 of all networks."""
         return torch.stack([logits_of(network(images)).double() for network in self.networks])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logarithms [N, K] float64 of the mean of the networks' probabilities."""
+        """Return the logarithms [N, K] float64 of the mean of the probabilities."""
         return self.mean(self.answers(images))
 
     @staticmethod
     def mean(answers: Tensor) -> Tensor:
-        """Logarithms [N, K] of the mean of the probabilities of logits [M, N, K]."""
+        """Return the logarithms [N, K] of the mean of the probabilities of logits [M, N, K]."""
         summed = answers.log_softmax(dim=2).logsumexp(dim=0)
         return summed - torch.tensor(len(answers), dtype=answers.dtype).log().to(summed.device)

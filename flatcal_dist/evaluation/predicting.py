@@ -1,4 +1,4 @@
-"""What a network says of images: logits, features when asked for, and scores of confidence."""
+"""Predictions of a network: logits, features if they are needed, and scores of confidence."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from flatcal_dist import inputs
 from flatcal_dist.calibration.confidence.score import Evidence, Reference, Score
 from flatcal_dist.calibration.confidence.sources import SCORES
 from flatcal_dist.config import Config, ConfigError
-from flatcal_dist.data import Index
+from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.order import sample_seed
 from flatcal_dist.evaluation.passes import Ensemble, passes_with_dropout, refuse_without_dropout
 from flatcal_dist.networks.features import Watch, watching_features
@@ -22,16 +22,18 @@ from flatcal_dist.networks.registry import in_evaluation_mode
 from flatcal_dist.ranks.distributed import on_all_ranks
 from flatcal_dist.sharpness.outputs import logits_of
 
-REFERENCE_IMAGES = 50_000  # of the training images, at most, that features are compared with
+REFERENCE_IMAGES = 50_000  # the most training images that features are compared with
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says of n images.
+    """The predictions of a network for n images.
 
-    samples [n]: their numbers in the index. logits [n, K], of an ensemble the logarithms of its
-    probabilities. features [n, D] float32, None unless a score needs them. scores: those that are
-    computed with the network, batch by batch, by key, each [n].
+    Attributes:
+        samples: The numbers of the images in the index [n].
+        logits: The logits [n, K]. Those of an ensemble are the logarithms of its probabilities.
+        features: The features [n, D] float32, or None if no score needs them.
+        scores: The scores that are computed with the network, batch by batch. Each is [n], by key.
     """
 
     samples: np.ndarray
@@ -41,17 +43,18 @@ class Prediction:
 
     @classmethod
     def merged(cls, parts: Sequence["Prediction"]) -> "Prediction":
-        """All parts in one, sorted by sample."""
+        """Return all parts in one, sorted by sample."""
         samples = np.concatenate([part.samples for part in parts])
         order = np.argsort(samples, kind="stable")
 
         def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
             return np.concatenate(arrays)[order]
 
+        features = [part.features for part in parts if part.features is not None]
         return cls(
             samples[order],
             joined([part.logits for part in parts]),
-            None if parts[0].features is None else joined([part.features for part in parts]),
+            joined(features) if features else None,
             {key: joined([part.scores[key] for part in parts]) for key in parts[0].scores},
         )
 
@@ -60,24 +63,25 @@ class Prediction:
 def predict(
     config: Config,
     module: nn.Module,
-    index: Index,
+    index: ImageIndex,
     accelerator: Accelerator,
     scores: Sequence[Score] = (),
     *,
     classes: Sequence[int] | None = None,
     samples: np.ndarray | None = None,
 ) -> Prediction:
-    """What this rank's network says of its share of the images, padding left out.
+    """Return the predictions of one rank for its share of the images, without padding.
 
     Args:
-        config: the network's.
-        module: the network, or an `Ensemble`.
-        index: of the images.
-        accelerator: all its ranks take part.
-        scores: those to compute, or to keep features for. Scores of passes depend on the batch
+        config: The configuration of the network.
+        module: The network, or an `Ensemble`.
+        index: The images.
+        accelerator: All its ranks take part.
+        scores: The scores to compute, or to keep features for. Scores of passes depend on the batch
             size, but not on the number of ranks.
-        classes: that compete, of which scores of passes and networks are; None: all.
-        samples: numbers [m] of the images to look at; None: all.
+        classes: The classes that compete. Scores of passes and networks are about them. None stands
+            for all.
+        samples: The numbers [m] of the images to be used; None uses all.
 
     Raises:
         ConfigError: The network has other classes than the configuration says, or lacks what a
@@ -102,7 +106,7 @@ def predict(
 
 
 class _Asked:
-    """A network, and what it is asked about each batch."""
+    """A network, and what is computed with it for each batch."""
 
     def __init__(
         self, config: Config, module: nn.Module, scores: Sequence[Score], classes: slice | list[int]
@@ -114,7 +118,7 @@ class _Asked:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Inside, features can be had of a pass, if a score needs them."""
+        """Watch the network for features inside, if a score needs them."""
         if "features" not in self.needs:
             yield
             return
@@ -123,6 +127,13 @@ class _Asked:
             yield
 
     def answer(self, images: Tensor, samples: Tensor, valid: Tensor) -> Prediction:
+        """Return the predictions for one batch.
+
+        Args:
+            images: The normalized images [N, C, H, W].
+            samples: Their numbers [N].
+            valid: Which of them are no padding, bool [N].
+        """
         module = self.module
         answers = module.answers(images) if isinstance(module, Ensemble) else None
         raw = logits_of(module(images)) if answers is None else Ensemble.mean(answers)
@@ -146,7 +157,7 @@ class _Asked:
         )
 
     def _of(self, answers: Tensor | None, kept: Tensor) -> np.ndarray | None:
-        """Of several answers [T, N, K], those on the images kept and the classes that compete."""
+        """Return the part of answers [T, N, K] for kept images and competing classes."""
         return None if answers is None else _numpy(answers[:, kept])[:, :, self.classes]
 
 
@@ -155,14 +166,14 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 
 def gathered(prediction: Prediction) -> Prediction:
-    """The predictions of all ranks in one, on every rank."""
+    """Return the predictions of all ranks in one, on every rank."""
     return Prediction.merged(gather_object([prediction]))
 
 
 def check_sources(config: Config, module: nn.Module, scores: Sequence[Score]) -> None:
-    """Raise ConfigError if the network, or the configuration, cannot give what a score needs.
+    """Raise ConfigError if the network or the configuration lacks what a score needs.
 
-    Whether a network has features is seen at its first pass only.
+    Only the first forward pass shows whether a network has features.
     """
     for score in scores:
         if score.needs in ("features", "passes") and isinstance(module, Ensemble):
@@ -193,15 +204,22 @@ def _check_training_images(config: Config, score: Score) -> None:
 def training_reference(
     config: Config, module: nn.Module, accelerator: Accelerator, scores: Sequence[Score]
 ) -> Reference | None:
-    """Features and labels of the training images, if a score needs them. Called by all ranks.
+    """Return features and labels of the training images, if a score needs them.
 
-    Of more than `REFERENCE_IMAGES` a random part, the same each time. They are prepared as images
-    are for evaluation, without augmentation.
+    All ranks call this function. If there are more than `REFERENCE_IMAGES`, a random part of them
+    is used, which is the same each time. The images are prepared as for evaluation, without
+    augmentation.
+
+    Args:
+        config: The configuration of the network.
+        module: The network.
+        accelerator: All its ranks take part.
+        scores: The scores.
     """
     of_features = [score for score in scores if score.needs == "features"]
     if not of_features:
         return None
-    if inputs.remote(config.data.train):
+    if config.data.train is not None and inputs.remote(config.data.train):
         inputs.download(config.data, accelerator, "train")
     index = on_all_ranks(lambda: inputs.open_index(config.data, "train", config.model.num_classes))
     chosen = None
@@ -210,6 +228,7 @@ def training_reference(
         chosen = np.sort(generator.choice(len(index), REFERENCE_IMAGES, replace=False))
     own = predict(config, module, index, accelerator, of_features, samples=chosen)
     found = gathered(replace(own, logits=own.logits[:, :0]))
+    assert found.features is not None  # a score needs them
     return Reference(found.features, index.label[found.samples])
 
 
@@ -219,9 +238,17 @@ def of_features(
     scores: Sequence[Score],
     classes: Sequence[int] | None,
 ) -> dict[str, np.ndarray]:
-    """Scores of features [n] by key. Where a part of the `classes` compete, among those alone.
+    """Return the scores of features [n] by key.
 
-    Raises ConfigError, with the name of the score, where it cannot be computed.
+    Args:
+        found: The predictions for all images.
+        reference: The training images.
+        scores: The scores; those that need no features are left out.
+        classes: The classes that compete, if they are a part of all classes. Then only training
+            images of these classes are used.
+
+    Raises:
+        ConfigError: A score cannot be computed. The message names it.
     """
     logits = found.logits
     if reference is not None and classes is not None:
@@ -244,7 +271,7 @@ def of_features(
 
 
 def wanted_scores(config: Config, module: nn.Module) -> list[Score]:
-    """Those that `evaluate.confidence` names, and those of networks where there are several."""
+    """Return the scores that `evaluate.confidence` names, and for an ensemble those of networks."""
     several = isinstance(module, Ensemble)
     asked = config.evaluate.confidence
     return [s for s in SCORES if s.key in asked or (several and s.needs == "networks")]

@@ -1,4 +1,4 @@
-"""Evaluation on every rank: each image is counted once, and the report is written by one rank."""
+"""Evaluation on all ranks. Each image is counted once, and one rank writes the report."""
 
 import math
 import shutil
@@ -38,7 +38,7 @@ from flatcal_dist.evaluation.provenance import UNKNOWN, Provenance, describe
 from flatcal_dist.files import write_atomically
 from flatcal_dist.ranks.distributed import on_all_ranks
 
-ALL_CLASSES = "_all_classes"  # after the name of a set of which a part of the classes compete
+ALL_CLASSES = "_all_classes"  # added to the name of a data set in which few classes compete
 
 
 def evaluate(
@@ -51,19 +51,27 @@ def evaluate(
     logits_file: Path | None = None,
     scores: Sequence[Score] = (),
 ) -> tuple[Records, Records | None] | None:
-    """One record per image, merged on rank 0; None on the other ranks. Called by all of them.
+    """Evaluate a network and return one record for each image.
 
-    The second records are those among all classes of the network, where the first are among a part
-    of them (ImageNet-A and -R); else None.
+    All ranks call this function. Where only a part of the classes compete (ImageNet-A and -R),
+    there are second records, in which all classes of the network do.
 
-    clean: of images under shift, the records of the clean ones, whose temperature is used.
-    logits_file: also write the logits there (npz: ids, labels, logits), on rank 0.
-    scores: of confidence, that need more than logits. Where a part of the classes compete, the
-    first records alone have them, of those classes.
+    Args:
+        config: The configuration of the network.
+        module: The network, or an `Ensemble`.
+        data: The images.
+        accelerator: All its ranks take part.
+        clean: For images under shift, the records of the clean images, whose temperature is used.
+        logits_file: Where rank 0 writes the logits (npz: ids, labels, logits); None writes none.
+        scores: Scores of confidence that need more than logits. Second records have none.
 
-    Raises ConfigError where the network cannot give what a score needs, and FailedTogether on all
-    ranks unless all of them see the same images and every one was counted exactly once, or if a
-    logit is not finite.
+    Returns:
+        The records and the second records (or None) on rank 0, and None on the other ranks.
+
+    Raises:
+        ConfigError: The network lacks what a score needs.
+        FailedTogether: The ranks see different images, an image was not counted exactly once, or a
+            logit is not finite. All ranks raise it.
     """
     check_sources(config, module, scores)
     identities = set(gather_object([data.index.identity]))
@@ -161,12 +169,31 @@ def report(
     logits_file: Path | None = None,
     class_names: Sequence[str] | None = None,
 ) -> tuple[Records, Report] | None:
-    """Evaluate on all ranks; on rank 0 write the report into `output`; its records and metrics.
+    """Evaluate on all ranks, and write the report on rank 0.
 
-    trained: how the network was trained. training: the records of the run's metrics.jsonl, for the
-    curves over epochs. A table of data under shift that lies there is deleted: it belongs to an
-    older evaluation. class_names: of the network's classes, where the data do not tell them. Scores
-    are computed as `evaluate.confidence` says, and of an ensemble those of several networks.
+    A table of data under shift in `output` is deleted, because it belongs to an older evaluation.
+    The scores are those that `evaluate.confidence` names, and for an ensemble those of several
+    networks.
+
+    Args:
+        config: The configuration of the network.
+        module: The network, or an `Ensemble`.
+        data: The images.
+        accelerator: All its ranks take part.
+        output: The directory of the report.
+        title: The title of the report; by default the name of the directory above `output`.
+        weights_file: The file of the weights, whose hash the report names.
+        trained: How the network was trained.
+        training: The records of the metrics.jsonl of the run, for the curves over epochs.
+        logits_file: Where to write the logits (see `evaluate`).
+        class_names: The names of the classes, if the data do not tell them.
+
+    Returns:
+        The records and the metrics on rank 0, and None on the other ranks.
+
+    Raises:
+        ConfigError: The network lacks what a score needs.
+        FailedTogether: See `evaluate`.
     """
     scores = wanted_scores(config, module)
     found = evaluate(config, module, data, accelerator, logits_file=logits_file, scores=scores)
@@ -191,7 +218,7 @@ def report(
 
 
 def _image_of(data: DataSet) -> Callable[[str], bytes | None]:
-    """What gives the encoded image of a key, or None where it cannot be read."""
+    """Return a function from a key to its encoded image, or None if it cannot be read."""
     number = {key: sample for sample, key in enumerate(data.index.keys())}
 
     def image(key: str) -> bytes | None:
@@ -215,11 +242,23 @@ def report_shift(
 ) -> None:
     """Evaluate on data under shift with the temperature of the clean images, after `report`.
 
-    Where a part of the classes compete there is a second row, NAME_all_classes, of all of them.
+    All ranks call this function. Where only a part of the classes compete, there is a second row,
+    NAME_all_classes, in which all classes do. Records and `shift.json` are written after each data
+    set, and the page is written again at the end.
 
-    Called by all ranks; clean: its records, on rank 0. Writes records and `shift.json` after each
-    data set, and the page again at the end. Raises FailedTogether where `evaluate` does, and for
-    an ImageNet-C whose subsets do not hold the same images.
+    Args:
+        config: The configuration of the network.
+        module: The network.
+        variants: The data sets under shift.
+        accelerator: All its ranks take part.
+        output: The directory of the report.
+        clean: The records of the clean images, on rank 0.
+        clean_identity: The identity of the clean images.
+        open_shards: It opens shards.
+
+    Raises:
+        FailedTogether: `evaluate` raises it, or the subsets of an ImageNet-C do not hold the same
+            images.
     """
     rows: list[Measured] = []
     clean_row: list[Measured] = []  # measured once, on rank 0
@@ -241,7 +280,7 @@ def report_shift(
 
         def written(found: Any = found, data: DataSet = data) -> None:
             for records in found or ():
-                if records is None:
+                if records is None or clean is None:
                     continue
                 rows.append(save_shifted(Shifted(records, data.identity), output))
                 if not clean_row:
@@ -267,10 +306,17 @@ def _line(variant: Variant, figures: dict[str, Any]) -> str:
 def running_metrics(
     config: Config, module: nn.Module, index: Index, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Calibration, failure prediction and entropy over all ranks, from sums alone; called by all.
+    """Return calibration, failure prediction and entropy over all ranks, from sums alone.
 
-    The report's figures, to rounding, AUROC and the areas within their binning error. NaN where
-    undefined, and everywhere when some logit is not finite.
+    All ranks call this function. The figures are those of the report up to rounding; AUROC and the
+    areas have an error of binning. A figure is NaN where it is undefined. All figures are NaN if a
+    logit is not finite.
+
+    Args:
+        config: The configuration of the network.
+        module: The network.
+        index: The images.
+        accelerator: All its ranks take part.
     """
     found = predict(config, module, index, accelerator)
     binned = BinnedEvaluation()

@@ -1,4 +1,4 @@
-"""The features of a network: what its last layer makes its logits of."""
+"""The features of a network, which are the input of its last layer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,18 +14,24 @@ Watch = Callable[[Tensor], Tensor]
 
 @contextmanager
 def watching_features(module: nn.Module, name: str, classes: int) -> Iterator[Watch]:
-    """Inside, a function gives the features [N, D] float32 that the last forward pass used.
+    """Watch the forward passes of a network for its features.
 
-    It takes the logits [N, K] of that pass. Features are the input of the last layer: the linear
-    layer, or convolution, whose output is the logits. They are what timm's
-    `forward_head(x, pre_logits=True)` gives, and are found in the same way in networks of
-    torchvision and in your own, also where an engine holds their weights in parts.
+    Inside, the function that is yielded takes the logits [N, K] of the last pass and returns the
+    features [N, D] float32 of that pass. Features are the input of the last layer, which is the
+    linear layer or convolution whose output is the logits. They are the same as those of
+    `forward_head(x, pre_logits=True)` in timm. They are found in the same way in networks of
+    torchvision and of users, also where an engine holds the weights in parts.
 
-    The function raises ConfigError, with the `name` of the network, where the logits are the output
-    of no such layer (they are a mean of two heads, or cosines), or where that layer sees a map or a
-    sequence that is pooled after it.
+    The function raises ConfigError if the logits are not the output of such a layer (they are the
+    mean of two heads, or cosines), or if that layer sees a map or a sequence that is pooled
+    afterwards.
+
+    Args:
+        module: The network.
+        name: What errors call the network.
+        classes: The number of logits.
     """
-    calls: dict[str, tuple[Tensor, Tensor]] = {}  # the last one of each layer
+    calls: dict[str, tuple[Tensor, Tensor]] = {}  # input and output of the last call of each layer
 
     def watch(place: str, layer: nn.Module) -> Any:
         def remember(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -68,7 +74,7 @@ def _outputs(layer: nn.Module) -> int | None:
 
 
 def _same(output: Tensor, logits: Tensor) -> bool:
-    """Whether the logits are this output, as it is or flattened or in another precision."""
+    """Tell whether the logits are this output, also flattened or in another precision."""
     if output.numel() != logits.numel() or output.shape[0] != logits.shape[0]:
         return False
     flat = output.flatten(1)

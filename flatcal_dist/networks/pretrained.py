@@ -1,9 +1,9 @@
 """Networks with the weights that timm or torchvision publish for them.
 
-    timm:resnet50.a1_in1k                  timm's name, with or without the tag of the weights
-    torchvision:resnet50.IMAGENET1K_V1     torchvision's; without a tag its default weights
+    timm:resnet50.a1_in1k                  the name of timm, with or without the tag of the weights
+    torchvision:resnet50.IMAGENET1K_V1     the name of torchvision; the tag may be left out, too
 
-Both libraries fetch the weights once, into their caches.
+Both libraries download the weights once, into their caches.
 """
 
 import math
@@ -15,12 +15,21 @@ import torchvision.models
 from torch import nn
 
 from flatcal_dist.config import ConfigError
-from flatcal_dist.networks.registry import check_torchvision, split_library
+from flatcal_dist.networks.registry import check_torchvision, is_registered, split_library
 from flatcal_dist.networks.weights import WeightsError
 
 
 def build_pretrained(name: str, channels: int, options: dict[str, Any]) -> nn.Module:
-    """The network with its published weights. Raises WeightsError if they cannot be had."""
+    """Build a network with its published weights.
+
+    Args:
+        name: timm:NAME or torchvision:NAME, with or without a tag.
+        channels: The number of channels of an image.
+        options: Further arguments of the network.
+
+    Raises:
+        WeightsError: The weights cannot be downloaded, or there are none.
+    """
     library, own = split_library(name)
     try:
         if library == "torchvision":
@@ -37,16 +46,16 @@ def build_pretrained(name: str, channels: int, options: dict[str, Any]) -> nn.Mo
 
 
 def settings(name: str, published: bool) -> list[str]:
-    """How the library evaluates the network, as overrides of the configuration.
+    """Return how the library evaluates a network, as overrides of the configuration.
 
-    published: the library's weights are used, so that its number of classes holds as well. No
-    settings for networks that are of neither library. Raises ConfigError for an unknown name and
-    for a preprocessing that we do not have.
+    There are none for networks of neither library. If the published weights are used, the overrides
+    include their number of classes. Raises ConfigError for an unknown name and for a preprocessing
+    that is not supported.
     """
     library, own = split_library(name)
     if library == "torchvision":
         return _torchvision_settings(own, published)
-    if not timm.is_model(own):
+    if not is_registered(own):
         return []
     cfg = timm.get_pretrained_cfg(own)
     if cfg is None:
@@ -84,7 +93,7 @@ def _torchvision_settings(name: str, published: bool) -> list[str]:
 
 
 def crop_share(size: int, resized: int) -> float:
-    """The share c with floor(size / c) == resized, which rounding of size / resized may miss."""
+    """Return the share c with floor(size / c) == resized, which size / resized may miss."""
     share = size / resized
     while math.floor(size / share) < resized:
         share = float(np.nextafter(share, 0))

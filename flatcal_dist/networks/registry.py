@@ -1,76 +1,65 @@
-"""Networks by name: the literature's small ones, and all of timm's and torchvision's."""
+"""Networks by name: the networks of timm, of torchvision and of this package."""
 
 import difflib
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from functools import cache
 from typing import Any
 
 import timm
 import torchvision.models
-from torch import Tensor, nn
+from torch import nn
 
+import flatcal_dist.networks
 from flatcal_dist.errors import ConfigError
 from flatcal_dist.sharpness.replay import SameFunctionTwice
 
 
-class MLP(nn.Module):
-    """A multilayer perceptron on flattened pixels, with GELU: smooth in its weights.
+@cache
+def _import_networks() -> None:
+    """Import all modules of this package, so that their networks are registered with timm."""
+    for module in pkgutil.iter_modules(flatcal_dist.networks.__path__):
+        importlib.import_module(f"{flatcal_dist.networks.__name__}.{module.name}")
 
-    drop_rate: the share of each hidden layer's outputs that dropout makes zero in training.
-    """
 
-    def __init__(
-        self,
-        in_chans: int,
-        image_size: int,
-        num_classes: int,
-        width: int = 512,
-        depth: int = 2,
-        drop_rate: float = 0.0,
-    ) -> None:
-        super().__init__()
-        if not 0 <= drop_rate < 1:
-            raise ValueError(f"drop_rate={drop_rate} has to be 0 or more, and less than 1")
-        self.drop_rate = float(drop_rate)
-        if not all(isinstance(n, int) and n >= 1 for n in (width, depth)):
-            raise ValueError(f"width={width!r} and depth={depth!r} have to be positive numbers")
-        sizes = [in_chans * image_size**2] + [width] * depth
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        self.head = nn.Linear(sizes[-1], num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [N, C, H, W] to logits [N, K]."""
-        x = images.flatten(1)
-        for layer in self.hidden:
-            x = nn.functional.gelu(layer(x))
-            if self.drop_rate:  # else no random number is drawn
-                x = nn.functional.dropout(x, self.drop_rate, self.training)
-        return self.head(x)
+def is_registered(name: str) -> bool:
+    """Tell whether a network of timm or of this package has this name, which may end in a tag."""
+    _import_networks()
+    return bool(timm.is_model(name))
 
 
 def build(
     name: str, num_classes: int, channels: int, image_size: int, options: dict[str, Any]
 ) -> nn.Module:
-    """The network `name`, for images [N, channels, image_size, image_size].
+    """Build a network for images [N, channels, image_size, image_size].
 
-    Raises ConfigError for an unknown name or options that the network does not take.
+    Args:
+        name: NAME or timm:NAME for a network of timm or of this package, or torchvision:NAME.
+        num_classes: The number of logits.
+        channels: The number of channels of an image.
+        image_size: The height and the width of an image in pixels.
+        options: Further arguments of the network.
+
+    Raises:
+        ConfigError: The name is unknown, or the network does not take the options.
     """
     try:
-        if name == "mlp":
-            return MLP(channels, image_size, num_classes, **options)
         library, own = split_library(name)
         if library == "torchvision":
             return _torchvision(own.partition(".")[0], num_classes, channels, options)
-        if not timm.is_model(own):
-            near = difflib.get_close_matches(own, ["mlp", *timm.list_models()], n=3, cutoff=0.5)
+        if not is_registered(own):
+            near = difflib.get_close_matches(own, timm.list_models(), n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ConfigError(f"model.name={name} is neither 'mlp' nor a network of timm{hint}")
-        return timm.create_model(own, num_classes=num_classes, in_chans=channels, **options)
+            raise ConfigError(f"model.name={name} is no network of timm or of this package{hint}")
+        sized = "img_size" in inspect.signature(timm.model_entrypoint(own)).parameters
+        arguments = ({"img_size": image_size} if sized else {}) | options
+        return timm.create_model(own, num_classes=num_classes, in_chans=channels, **arguments)
     except ConfigError:
         raise
-    except Exception as error:  # the builders of the libraries check little, each in its own way
+    except Exception as error:  # builders check little, and raise different errors
         raise ConfigError(
             f"model.options={options} or the number of classes, channels or pixels does not fit "
             f"model.name={name}: {type(error).__name__}: {error}"
@@ -78,7 +67,10 @@ def build(
 
 
 def split_library(name: str) -> tuple[str, str]:
-    """ "timm:NAME", "torchvision:NAME" or NAME as (library, NAME); timm where none is named."""
+    """Split "timm:NAME", "torchvision:NAME" or NAME into (library, NAME).
+
+    The library is timm where none is named. Raises ConfigError for another library.
+    """
     library, colon, own = name.rpartition(":")
     if colon and library not in ("timm", "torchvision"):
         raise ConfigError(f"model.name={name}: expected NAME, timm:NAME or torchvision:NAME")
@@ -109,21 +101,23 @@ def _torchvision(name: str, num_classes: int, channels: int, options: dict[str, 
 
 
 def has_auxiliary_heads(name: str) -> bool:
-    """Whether torchvision's network gives several outputs in training, unless told not to."""
+    """Tell whether a network of torchvision gives several outputs in training by default."""
     built = inspect.signature(torchvision.models.get_model_builder(name)).return_annotation
     return "aux_logits" in inspect.signature(built).parameters
 
 
 def parameter_count(model: nn.Module) -> int:
+    """Return the number of all parameters, frozen ones included."""
     return sum(weight.numel() for weight in model.parameters())
 
 
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; then all as if it had not been, so that training goes on the same.
+    """Put a model into evaluation mode inside, and restore everything afterwards.
 
-    Each module gets back the mode that it had, frozen layers included. Buffers and random numbers
-    are put back too: there are networks that count, or draw a dropout, in either mode.
+    Training goes on as if there had been no evaluation. Each module gets back its mode, frozen
+    layers included. Buffers and random numbers are restored, too, because some networks count
+    passes, or draw a dropout, in either mode.
     """
     modes = {module: module.training for module in model.modules()}
     passes = SameFunctionTwice(model, next(model.parameters()).device)

@@ -1,6 +1,6 @@
-"""What weight files hold: dictionaries of tensors, however deep, under whatever wrappers.
+"""The contents of weight files: nested dictionaries of tensors, also under wrappers.
 
-Of pickled files nothing but tensors, plain containers and the classes of `ALLOWED` is read.
+From pickled files only tensors, plain containers and the classes of `ALLOWED` are read.
 """
 
 import argparse
@@ -18,27 +18,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-# A bag of attributes: timm's train.py keeps its options in one, beside the weights.
+# The train.py of timm keeps its options in a Namespace beside the weights.
 ALLOWED = (argparse.Namespace,)
-# Components that wrappers put inside names: torch.compile, FSDP, activation checkpointing.
+# Components that torch.compile, FSDP and activation checkpointing put into names.
 INNER = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 NO_WEIGHTS = {"optimizer", "optimizers", "optim", "opt_state", "optimizer_states", "grads"}
 AVERAGES = {"ema", "swa", "avg", "average", "averaged", "shadow", "polyak"}
-INDEX = ".safetensors.index.json"  # of weights in several files, as Hugging Face writes it
-DEEPEST = 6  # dictionaries inside each other, or components before the network's own names
+INDEX = ".safetensors.index.json"  # Hugging Face writes it for weights in several files
+DEEPEST = 6  # nested dictionaries, or components in front of the names of the network
 
 
 class WeightsError(ValueError):
-    """A weight file that cannot be read, or is not of this network."""
+    """A weight file cannot be read, or does not fit the network."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Tensors that may be a network's weights.
+    """Tensors that may be the weights of a network.
 
-    name: keys of the dictionaries around them, and the component before their names where others
-    stand beside it. of: the dictionary that they are in. left_out: how many of its tensors are not
-    among them.
+    Attributes:
+        name: The keys of the dictionaries around the tensors. The component in front of their names
+            follows, if other components stand beside it.
+        tensors: The tensors by name.
+        of: The name of the dictionary that holds them.
+        left_out: The number of tensors of that dictionary that are not among these.
     """
 
     name: str
@@ -48,14 +51,17 @@ class Candidate:
 
 
 def read(path: Path) -> Any:
-    """What a file of safetensors, or one that torch.save wrote, holds. Raises WeightsError."""
+    """Return what a file of safetensors or of torch.save holds.
+
+    Raises WeightsError if the file cannot be read, or holds more than tensors.
+    """
     try:
         if path.name.endswith(INDEX):
             return _shards(path)
         if _is_safetensors(path):
             return load_file(path)
         with torch.serialization.safe_globals(list(ALLOWED)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols
+            warnings.simplefilter("ignore")  # warnings about pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
     except WeightsError:
         raise
@@ -63,14 +69,14 @@ def read(path: Path) -> Any:
         raise WeightsError(_not_tensors(path)) from None
     except (OSError, EOFError, SafetensorError) as error:
         raise WeightsError(f"cannot read the weights {path}: {_line(error)}") from None
-    except Exception as error:  # of damaged bytes the unpickler raises what it pleases
+    except Exception as error:  # for damaged bytes the unpickler raises nearly anything
         script = "TorchScript" in str(error)
         reason = "it is a TorchScript archive: save its state_dict" if script else _line(error)
         raise WeightsError(f"cannot read the weights {path}: {reason}") from None
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By the name, or by a header of JSON after its length."""
+    """Recognise safetensors by the name, or by a header of JSON after its length."""
     if path.suffix == ".safetensors":
         return True
     with path.open("rb") as file:
@@ -80,7 +86,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _shards(path: Path) -> dict[str, Tensor]:
-    """The tensors of all files that an index of safetensors names, which lie beside it."""
+    """Return the tensors of all files that an index of safetensors names; they lie beside it."""
     stored = json.loads(path.read_text())
     shard_of = stored.get("weight_map") if isinstance(stored, dict) else None
     if not isinstance(shard_of, dict) or not all(isinstance(n, str) for n in shard_of.values()):
@@ -108,7 +114,7 @@ def _line(error: BaseException) -> str:
 def _not_tensors(path: Path) -> str:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # it reads what was found to be unreadable
+    except Exception:  # it reads a file that was found to be unreadable
         names = []
     with path.open("rb") as file:
         start = file.read(2)
@@ -126,9 +132,12 @@ def _not_tensors(path: Path) -> str:
 
 
 def candidates(stored: Any, own: dict[str, Tensor]) -> list[Candidate]:
-    """All that may be the weights of a network with the names `own`, the outermost first."""
+    """Return everything that may be the weights of a network, the outermost first.
+
+    `stored` is the content of a file, and `own` is the state_dict of the network.
+    """
     least = max(1, len([n for n in own if not n.endswith("num_batches_tracked")]) // 2)
-    found = []
+    found: list[Candidate] = []
     for name, tensors in _dictionaries(stored, "", 0):
         found += _unwrapped(Candidate(name, _without_inner(tensors), name), own, least, 0)
     return found
@@ -156,7 +165,16 @@ def _without_inner(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _unwrapped(
     one: Candidate, own: dict[str, Tensor], least: int, depth: int
 ) -> Iterator[Candidate]:
-    """Itself, and those of its tensors whose names have a first component in common, without it."""
+    """Yield the candidate, and candidates without the first component of their names.
+
+    Each of the latter holds the tensors that have this component in common.
+
+    Args:
+        one: The candidate.
+        own: The state_dict of the network.
+        least: The least number of tensors of a candidate.
+        depth: How many components have been removed.
+    """
     yield one
     if depth > DEEPEST or one.tensors.keys() == own.keys():
         return
@@ -176,4 +194,5 @@ def _unwrapped(
 
 
 def is_average(name: str) -> bool:
+    """Tell whether a name is usual for averaged weights, such as "state_dict_ema"."""
     return bool(AVERAGES & set(re.split(r"[._\-]", name.lower())))

@@ -1,4 +1,4 @@
-"""Weight files: written as safetensors, read without ever unpickling more than tensors."""
+"""Weight files. They are written as safetensors, and only tensors are unpickled from them."""
 
 import hashlib
 import re
@@ -14,21 +14,17 @@ from flatcal_dist.files import WriteError, write_atomically
 from flatcal_dist.networks import weight_files
 from flatcal_dist.networks.weight_files import Candidate, WeightsError
 
-# Of torchvision's networks: published with them, and of use in their own training alone.
+# torchvision publishes weights with these heads, which only the training of a network uses.
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 
 
 @dataclass(frozen=True)
 class Taken:
-    """Which weights of a file were loaded.
+    """Which weights of a file were loaded."""
 
-    name: where they stand in the file, empty where it holds nothing else. others: more weights of
-    this network in the same file, by name. left_out: how many tensors are no weights of it.
-    """
-
-    name: str = ""
-    others: tuple[str, ...] = ()
-    left_out: int = 0
+    name: str = ""  # where they stand in the file; empty if it holds nothing else
+    others: tuple[str, ...] = ()  # names of other weights of the network in the same file
+    left_out: int = 0  # tensors of the file that are no weights of the network
 
     def __str__(self) -> str:
         parts = [f"weights taken: {self.name}"] if self.name and self.others else []
@@ -40,16 +36,17 @@ class Taken:
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Weights and buffers by name, as safetensors; appears whole or not at all.
+    """Write weights and buffers by name as safetensors.
 
-    Of names that share a tensor the first is kept, as the format wants it.
+    The file appears whole or not at all. If names share a tensor, only the first of them is kept,
+    because the format stores no tensor twice.
     """
     kept: dict[int, str] = {}
     for name, tensor in weights.items():
         kept.setdefault(tensor.data_ptr() or id(tensor), name)
     own = {name: weights[name].contiguous() for name in kept.values()}
     with write_atomically(path) as temporary:
-        temporary.touch()  # with the permissions of any new file: safetensors' own are private
+        temporary.touch()  # safetensors would make the file private, unlike other new files
         mode = temporary.stat().st_mode
         try:
             save_file(own, str(temporary))
@@ -59,21 +56,24 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def load_weights(module: nn.Module, path: Path, key: str | None = None) -> Taken:
-    """Fill a network from a safetensors file, or a PyTorch file.
+    """Fill a network from a safetensors file or a PyTorch file.
 
     Nested dictionaries and the prefixes of wrappers (DistributedDataParallel, torch.compile, FSDP,
-    AveragedModel, Lightning) come off until the names are the network's. Counts of batches
-    (`num_batches_tracked`), which old files lack, stay the network's, as torch has it.
+    AveragedModel, Lightning) are removed until the names are those of the network. Old files lack
+    counts of batches (`num_batches_tracked`); then the network keeps its counts, as in torch.
 
     Args:
-        module: the network.
-        path: the file.
-        key: which of several weights to take, such as "state_dict_ema". By default those that were
-            trained, and not their average.
+        module: The network.
+        path: The file.
+        key: Which of several weights to take, such as "state_dict_ema". By default the trained
+            weights are taken, and not their average.
+
+    Returns:
+        Which weights were taken.
 
     Raises:
-        WeightsError: the file cannot be read, holds other names or shapes, or several weights that
-            fit and `key` does not tell which.
+        WeightsError: The file cannot be read, its names or shapes do not fit, or several weights
+            fit and `key` does not tell which to take.
     """
     path = Path(path)
     own = module.state_dict()
@@ -106,7 +106,7 @@ def _without_auxiliary_heads(one: Candidate) -> Candidate:
 
 
 def _problems(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
-    """How names and shapes differ from the network's, the first of each; empty if they fit."""
+    """Return how names and shapes differ from those of the network, or nothing if they fit."""
     # safetensors keeps one of several names that share a tensor: the others are filled with it.
     shared = {tensor.data_ptr() for name, tensor in own.items() if name in state and tensor.numel()}
     missing = [
@@ -142,7 +142,10 @@ def _problems(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
 
 
 def _readable(tensor: Tensor, own: Tensor) -> bool:
-    """Whether it holds plain values, real ones for real weights: not quantised, nor sparse."""
+    """Tell whether a tensor holds plain values, neither quantised nor sparse.
+
+    For weights that are real numbers, the values have to be real numbers, too.
+    """
     plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
     return plain and (tensor.is_floating_point() or not own.is_floating_point())
 
@@ -160,13 +163,13 @@ def _overlap(one: Candidate, own: dict[str, Tensor]) -> int:
 
 
 def _rest(one: Candidate, fitting: list[Candidate]) -> int:
-    """How many tensors beside these are no weights of the network at all."""
+    """Return how many tensors beside a candidate are no weights of the network at all."""
     beside = [other for other in fitting if other is not one and other.of == one.of]
     return one.left_out - sum(len(other.tensors) for other in beside)
 
 
 def _advice(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """Where all that differs is the number of classes: what to say."""
+    """Return advice for the case that only the number of classes differs, else an empty text."""
     if state.keys() - own.keys():
         return ""
     other = {name for name in state if state[name].shape != own[name].shape}
@@ -216,12 +219,13 @@ def _same(one: Candidate, other: Candidate) -> bool:
 
 
 def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and values of all weights and buffers."""
+    """Return the SHA-256 over names, types, shapes and values of all weights and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())

@@ -1,4 +1,4 @@
-"""Objectives: what is minimized, a loss for each sample."""
+"""Objectives: the losses that are minimized, one for each sample."""
 
 from flatcal_dist.objectives.base import Objective, Pairs
 from flatcal_dist.objectives.crl import CRL

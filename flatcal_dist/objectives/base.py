@@ -1,15 +1,15 @@
-"""What an objective is: a loss for each sample, and what it needs for that.
+"""The contract of an objective: a loss for each sample, and what the objective needs for it.
 
-The step asks an objective, in this order:
+The functions of an objective are called in this order:
 
-    begin(samples, device)        Before the first step, by the loop: so many samples there are.
-    losses(output, targets)       What is the loss of each sample? Once in every pass.
-    after_step(targets, outputs)  Once for each step that was taken: what do you learn from it?
+    begin(samples, device)        By the loop, before the first step: how many samples are there?
+    losses(output, targets)       In every pass: what is the loss of each sample?
+    after_step(targets, outputs)  Once for each step that was taken: what is learnt from it?
     epoch_end(total)              Once for each epoch, on all ranks together.
     state(total), load(state)     What has to be in a checkpoint, the same on every rank?
 
-Only `losses` has to be written. An objective without state leaves the rest as it is. A new
-objective is one file with one class.
+Only `losses` has to be written. An objective without state inherits the rest. A new objective is
+one file with one class.
 """
 
 from abc import ABC, abstractmethod
@@ -23,29 +23,34 @@ from flatcal_dist.choices import check
 from flatcal_dist.objectives.targets import Targets, as_targets
 
 Pairs = Literal["none", "any", "same_class"]
-State = dict[str, Tensor]  # of an objective, whole, by names of its own
-Total = Callable[[Tensor], Tensor]  # the sum over ranks of a tensor that all of them give
+State = dict[str, Tensor]  # the whole state of an objective, by names that it chooses
+Total = Callable[[Tensor], Tensor]  # the sum over ranks of a tensor that every rank gives
 
 
 class Objective(ABC):
-    """A loss for each sample: called with the network's output and targets, it gives losses [N].
+    """A loss for each sample. Called with the network's output and targets, it gives losses [N].
 
-    The output is logits [N, K]. Targets are `Targets`, or a tensor of labels alone. Raises
-    ValueError for targets that the objective is not defined for. The fields of an objective are
-    keys of the configuration's section `objective`, and its `name` is what the section calls it.
+    The output is logits [N, K]. Targets are `Targets`, or a tensor of labels alone. The fields of
+    an objective are keys of the section `objective` in a configuration, and its `name` is the
+    value of `objective.name`.
+
+    Raises:
+        ValueError: The objective is not defined for these targets, or a field is outside its
+            bounds.
     """
 
     name: ClassVar[str]
-    # Class indices only, no probabilities of mixed samples.
+    # Whether the objective takes class indices only, and no probabilities of mixed samples.
     hard_labels: ClassVar[bool] = False
-    # Which samples are partners. The samples at places 2i and 2i + 1 of the global batch are, so
-    # every micro-batch holds an even number. "any": partners come as the order of samples has
-    # them, at random. "same_class": the order puts images of one class there, except that the odd
-    # images of classes, at most one of each class, are partners of each other.
+    # Which samples are partners. Partners are at places 2i and 2i + 1 of the global batch, so every
+    # micro-batch holds an even number. "any": the order of samples decides, at random.
+    # "same_class": the order puts images of one class there. A class with an odd number of images
+    # leaves one over, and these are partners of each other.
     pairs: ClassVar[Pairs] = "none"
-    # It learns about single samples: targets have sample numbers, and it has state.
+    # Whether the objective learns about single samples. Targets then have sample numbers, and the
+    # objective has state.
     keeps_history: ClassVar[bool] = False
-    # `losses` gets all that the network returns, whatever it is, and not its logits.
+    # Whether `losses` gets all that the network returns, and not its logits.
     whole_output: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -73,7 +78,7 @@ class Objective(ABC):
 
     @abstractmethod
     def losses(self, output: Any, targets: Targets) -> Tensor:
-        """[N], in float32 or the output's wider type."""
+        """Return the loss of each sample, [N], in float32 or the output's wider type."""
 
     def begin(self, samples: int, device: torch.device | str) -> None:
         """Learn how many samples the training data has, and where targets will be."""
@@ -82,8 +87,8 @@ class Objective(ABC):
     def after_step(self, targets: Sequence[Targets], outputs: Sequence[Any]) -> None:
         """Learn from this rank's micro-batches of a step that was taken.
 
-        outputs are the network's in the first pass, at w, without a graph. A skipped step is never
-        seen here, and the pass at w + e neither.
+        The outputs are those of the network in the first pass, at w, without a graph. Skipped steps
+        and the pass at w + e are never seen here.
         """
         return None
 
@@ -92,15 +97,18 @@ class Objective(ABC):
         return None
 
     def state(self, total: Total) -> State | None:
-        """What a checkpoint holds, or None without state. Called on all ranks together.
+        """Return what a checkpoint holds, or None without state. Called on all ranks together.
 
-        It is the same on every rank, and does not depend on how many there are. Tensors may change
+        It is the same on every rank, and does not depend on the number of ranks. Tensors may change
         in the next step.
         """
         return None
 
     def load(self, state: State) -> None:
-        """Be as when `state` gave this. Called after `begin`. Raises ValueError for another's."""
+        """Go on from what `state` gave. Called after `begin`.
+
+        Raises ValueError for the state of another objective or of other data.
+        """
         return None
 
 
@@ -115,7 +123,7 @@ class OfLabels(Objective):
 
 
 def reduce(losses: Tensor, reduction: str) -> Tensor:
-    """Per-sample losses [N] to "mean", "sum", or "none"."""
+    """Return the "mean" or "sum" of losses [N]; for "none" the losses."""
     if reduction == "none":
         return losses
     if reduction not in ("mean", "sum"):
@@ -124,5 +132,5 @@ def reduce(losses: Tensor, reduction: str) -> Tensor:
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """In float32, or the input's wider type."""
+    """Return the logits in float32, or in their wider type."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -26,19 +26,19 @@ class CRL(Objective):
     where the second term is 0 for h_i = h_j. As in the authors' code
     (daintlab/confidence-aware-learning), h = (n - min n) / (E - min n), with n the number of epochs
     in which a sample was right, in training mode and as augmented, the minimum over all samples,
-    and E the number of epochs. Of a sharpness-aware step the pass at w counts.
+    and E the number of epochs. In a sharpness-aware step the pass at w counts.
 
-    It differs from that code in three points. Partners are the samples at places 2i and 2i + 1 of
-    the global batch, where the authors compare each sample with the next one of the batch and the
-    last with the first: that pairing would depend on how a batch is cut among ranks and
-    micro-batches. The history of an epoch counts from its end on, also for the minimum, so that
-    all ranks use the same one. And where all samples were right in all epochs, 0 / 0 there, all h
-    are 1 here.
+    This class differs from that code in three points. First, partners are the samples at places 2i
+    and 2i + 1 of the global batch. The authors compare each sample with the next one of the batch,
+    and the last with the first; that pairing would depend on how a batch is cut among ranks and
+    micro-batches. Second, the history of an epoch counts from the end of the epoch on, also for the
+    minimum, so that all ranks use the same history. Third, where all samples were right in all
+    epochs, h is 0 / 0 in that code, and 1 here.
 
-    A sample that a batch left out of an epoch was not right in it. One that comes twice (it stands
-    in for a damaged image) was right in the epoch if it was right once.
+    A sample that an epoch left out was not right in it. A sample that comes twice (it stands in for
+    a damaged image) was right in the epoch if it was right once.
 
-    With weight 0 it is cross-entropy.
+    With weight 0 the loss is cross-entropy.
     """
 
     name: ClassVar[str] = "crl"
@@ -49,28 +49,30 @@ class CRL(Objective):
     weight: Annotated[
         float, Field(ge=0, le=1000, description="The weight of the ranking loss.")
     ] = 1.0
-    epochs: int = field(default=0, init=False)  # that ended
-    correct: Tensor | None = field(default=None, init=False, repr=False)  # n, [samples] int32
-    # Of the epoch that goes on: how often each sample was right, [samples] int32. Summed over ranks
-    # so far, and what this rank saw since.
-    agreed: Tensor | None = field(default=None, init=False, repr=False)
-    own: Tensor | None = field(default=None, init=False, repr=False)
+    begun: bool = field(default=False, init=False, repr=False)  # the next three are there
+    epochs: int = field(default=0, init=False)  # the number of epochs that ended
+    correct: Tensor = field(init=False, repr=False)  # n, [samples] int32
+    # How often each sample was right in the present epoch, [samples] int32: the sum over ranks that
+    # was agreed on, and what this rank saw since.
+    agreed: Tensor = field(init=False, repr=False)
+    own: Tensor = field(init=False, repr=False)
 
     def begin(self, samples: int, device: torch.device | str) -> None:
         self.epochs = 0
         self.correct, self.agreed, self.own = (
             torch.zeros(samples, dtype=torch.int32, device=device) for _ in range(3)
         )
+        self.begun = True
         self._measure()
 
     def _measure(self) -> None:
-        """The least n and E, once for the whole epoch: reading them waits for the device."""
+        """Read the least n and E once for the whole epoch, because it waits for the device."""
         least = int(self.correct.min()) if len(self.correct) else 0
         self.least, self.most = least, max(self.epochs, 1)
 
     def correctness(self, samples: Tensor) -> Tensor:
-        """h of these samples, float32 [N] in [0, 1]."""
-        if self.correct is None:
+        """Return h of these samples, float32 [N] in [0, 1]."""
+        if not self.begun:
             raise ValueError(
                 "CRL does not know how many samples there are: call "
                 "begin(samples=len(dataset), device=...) before the first step"
@@ -87,7 +89,7 @@ class CRL(Objective):
         return (self.correct[samples] - self.least).float() / (self.most - self.least)
 
     def losses(self, output: Tensor, targets: Targets) -> Tensor:
-        history = self.correctness(targets.samples)
+        history = self.correctness(_numbers(targets))
         confidence = at_least_float32(output).softmax(1).amax(1)
         apart = history[0::2] - history[1::2]
         # max(0, -sign (c_i - (c_j + |apart| / sign))); |apart| / sign is apart itself.
@@ -101,7 +103,7 @@ class CRL(Objective):
     def after_step(self, targets: Sequence[Targets], outputs: Sequence[Tensor]) -> None:
         for those, output in zip(targets, outputs, strict=True):
             right = output.argmax(1) == those.labels
-            self.own.index_add_(0, those.samples, right.to(torch.int32))
+            self.own.index_add_(0, _numbers(those), right.to(torch.int32))
 
     def epoch_end(self, total: Total) -> None:
         self._agree(total)
@@ -125,8 +127,8 @@ class CRL(Objective):
     def load(self, state: State) -> None:
         if state.keys() != {"correct", "agreed", "epochs"}:
             raise ValueError(f"this is no history of CRL, it holds {sorted(state)}")
-        if self.correct is None or len(state["correct"]) != len(self.correct):
-            own = "none" if self.correct is None else len(self.correct)
+        if not self.begun or len(state["correct"]) != len(self.correct):
+            own = len(self.correct) if self.begun else "none"
             raise ValueError(
                 f"the history is of {len(state['correct'])} samples, the training data has {own}"
             )
@@ -135,3 +137,9 @@ class CRL(Objective):
         self.own.zero_()
         self.epochs = int(state["epochs"])
         self._measure()
+
+
+def _numbers(targets: Targets) -> Tensor:
+    """Return the sample numbers, without which `Objective.__call__` takes no targets here."""
+    assert targets.samples is not None
+    return targets.samples

@@ -12,7 +12,10 @@ from flatcal_dist.objectives.targets import Targets
 
 @dataclass(frozen=True)
 class CrossEntropy(Objective):
-    """-sum_k q_k log p_k, with q the target: one class, or the probabilities of a mixed sample."""
+    """The loss is -sum_k q_k log p_k.
+
+    The target q is one class, or the probabilities of a mixed sample.
+    """
 
     name: ClassVar[str] = "cross_entropy"
 
@@ -23,9 +26,13 @@ class CrossEntropy(Objective):
 def cross_entropy(
     logits: Tensor, target: Tensor, reduction: str = "mean", label_smoothing: float = 0.0
 ) -> Tensor:
-    """Cross-entropy of logits [N, K] and class indices [N], or probabilities [N, K] of mixed ones.
+    """Return the cross-entropy, a scalar, or [N] for reduction "none".
 
-    A scalar, or [N] for reduction "none". Label smoothing applies to either.
+    Args:
+        logits: Logits [N, K].
+        target: Class indices [N], or probabilities [N, K] of mixed samples.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: The probability that is spread over all classes, for either kind of target.
     """
     logits = at_least_float32(logits)
     return F.cross_entropy(logits, target, reduction=reduction, label_smoothing=label_smoothing)

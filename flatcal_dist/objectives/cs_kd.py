@@ -21,16 +21,16 @@ class CSKD(Objective):
 
         -log p(x) + weight * T^2 * KL(softmax(z(x') / T) || softmax(z(x) / T)),
 
-    where the partner's side, the teacher, has no gradient. T^2 and weight 1 are those of the
-    authors' code (alinlab/cs-kd), as is T = 4.
+    where the partner is the teacher and has no gradient. The factor T^2, weight 1 and T = 4 are
+    taken from the authors' code (alinlab/cs-kd).
 
     Both images of a pair are trained, and each is the teacher of the other. The authors' loader
     gives each image of a batch a second image that is only a teacher, which costs one more forward
-    pass; there the second image may be the first one itself, and here it is always another. An
+    pass. There the second image may be the first one again, and here it is always another. An
     image that has no partner of its class (see `Objective.pairs`) has cross-entropy alone. Each
-    pass of a sharpness-aware step computes its teachers anew, at the weights of the pass.
+    pass of a sharpness-aware step computes its teachers at the weights of the pass.
 
-    With weight 0 it is cross-entropy.
+    With weight 0 the loss is cross-entropy.
     """
 
     name: ClassVar[str] = "cs_kd"

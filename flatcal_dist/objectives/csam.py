@@ -21,11 +21,17 @@ def csam_loss(
         l(p) = -(1 + p)^-gamma * log p       elsewhere,  0 <= gamma <= 2.
 
     The weight is differentiated. It jumps at p = 1/2 and tends to 2^-gamma as p goes to 1, so
-    samples that are already right with confidence push less. Defined for hard labels; gamma 0 is
-    exactly `cross_entropy`.
+    samples that are already right with confidence push less. With gamma 0 the loss is exactly
+    `cross_entropy`.
 
-    logits: [N, K]; target: class indices [N], or Targets; returns a scalar, or [N] with reduction
-    "none". Raises ValueError for gamma outside [0, 2], soft labels, or an unknown reduction.
+    Args:
+        logits: Logits [N, K].
+        target: Class indices [N], or Targets with them.
+        gamma: How much less a confident sample weighs.
+        reduction: "mean" or "sum" gives a scalar, "none" gives [N].
+
+    Raises:
+        ValueError: gamma is outside [0, 2], labels are soft, or the reduction is unknown.
     """
     if not 0 <= gamma <= 2:
         raise ValueError(f"csam_loss: gamma must lie in [0, 2], not {gamma}")

@@ -14,10 +14,10 @@ from flatcal_dist.objectives.targets import Targets
 
 @dataclass(frozen=True)
 class Focal(Objective):
-    """-(1 - p)^gamma * log p, with p the probability of the true class (Lin et al., ICCV 2017).
+    """The loss is -(1 - p)^gamma * log p (Lin et al., ICCV 2017).
 
-    Mukhoti et al. (NeurIPS 2020) use it for calibration, with gamma 3. With gamma 0 it is
-    cross-entropy. The factor is differentiated.
+    Here p is the probability of the true class. Mukhoti et al. (NeurIPS 2020) use the loss for
+    calibration, with gamma 3. With gamma 0 it is cross-entropy. The factor is differentiated.
     """
 
     name: ClassVar[str] = "focal"

@@ -13,9 +13,9 @@ from flatcal_dist.objectives.targets import Targets
 
 @dataclass(frozen=True)
 class LabelSmoothing(Objective):
-    """-sum_k q_k log p_k, with q = (1 - smoothing) * target + smoothing / K.
+    """The loss is -sum_k q_k log p_k, with q = (1 - smoothing) * target + smoothing / K.
 
-    The form is that of Szegedy et al. (CVPR 2016, section 7) and of torch: the true class keeps
+    Szegedy et al. (CVPR 2016, section 7) and torch use this form, in which the true class keeps
     1 - smoothing + smoothing / K.
     """
 

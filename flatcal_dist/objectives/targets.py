@@ -1,4 +1,4 @@
-"""What a batch is compared with: labels, and which samples of which epoch they belong to."""
+"""The targets of a batch: labels, and the samples and the epoch that they belong to."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ class Targets:
 
     Args:
         labels: Class indices [N], or probabilities [N, K] of mixed samples.
-        samples: Which sample of the training data each one is, [N] int64, or None where samples
+        samples: The number of each sample in the training data, [N] int64, or None where samples
             have no numbers. A number means the same sample in every epoch and on every rank.
         epoch: The number of the epoch, counted from 0.
 
@@ -38,12 +38,12 @@ class Targets:
         return len(self.labels)
 
     def __getitem__(self, part: slice) -> "Targets":
-        """The targets of a part of the samples."""
+        """Return the targets of a part of the samples."""
         samples = None if self.samples is None else self.samples[part]
         return replace(self, labels=self.labels[part], samples=samples)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
-        """The same targets on another device."""
+        """Return the same targets on another device."""
         samples = None
         if self.samples is not None:
             samples = self.samples.to(device, non_blocking=non_blocking)
@@ -53,10 +53,10 @@ class Targets:
 
 
 def as_targets(targets: Tensor | Targets) -> Targets:
-    """Targets as they are; or a tensor of labels as targets without sample numbers."""
+    """Return targets as they are, and a tensor of labels as targets without sample numbers."""
     return targets if isinstance(targets, Targets) else Targets(targets)
 
 
 def labels_of(targets: Tensor | Targets) -> Tensor:
-    """The labels in targets; or a tensor of labels as it is."""
+    """Return the labels in targets, and a tensor of labels as it is."""
     return targets.labels if isinstance(targets, Targets) else targets

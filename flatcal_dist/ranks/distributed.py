@@ -1,4 +1,4 @@
-"""Starting ranks with Accelerate, checking that they are those asked for, failing together."""
+"""Ranks start with Accelerate, check that they are those that were asked for, and fail together."""
 
 import os
 import sys
@@ -27,15 +27,16 @@ from flatcal_dist.ranks.launcher import (
 )
 from flatcal_dist.ranks.signals import ignore_signals
 from flatcal_dist.runs.directory import RunDirectory
+from flatcal_dist.sharpness.engines.registry import ENGINES, PLUGINS, launched_engine
 from flatcal_dist.urls import hide
 from flatcal_dist.warning_lines import print_warnings_plainly
 
 T = TypeVar("T")
 
-# After this long without an answer a collective fails, instead of waiting for a rank for ever.
+# A collective without an answer fails after this time, instead of waiting for ever.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
-# What gloo and NCCL say when the process at the other end is no more.
+# What gloo and NCCL say when the process at the other end has ended.
 LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -45,7 +46,7 @@ LOST = (
 
 
 class FailedTogether(RuntimeError):
-    """Some rank could not go on; raised on every rank, with the first cause as its message."""
+    """Some rank could not go on. All ranks raise this, with the first cause as the message."""
 
 
 def start(
@@ -56,17 +57,25 @@ def start(
 ) -> Accelerator:
     """Join the other ranks, on the accelerator of the machine or on its CPU.
 
-    Works under `accelerate launch`, torchrun, or alone (one process). Raises LaunchError when the
-    launcher (or `world_size`) asked for another number of processes than is found here, or the
-    launcher for another precision or engine, or where the launcher's variables make no sense.
+    It works under `accelerate launch`, under torchrun, or alone as one process.
+
+    Args:
+        engine: The engine of the configuration.
+        precision: The precision of the configuration.
+        world_size: The number of ranks that the configuration asks for, if it does.
+        timeout: How long a collective waits for other ranks.
+
+    Raises:
+        LaunchError: The launcher or `world_size` asked for another number of processes than run
+            here, the launcher asked for another precision or engine, or its variables make no
+            sense.
     """
-    preempted_code()  # a wrong variable is named now, and not when the run ends
+    preempted_code()  # so that a wrong variable is named now, and not when the run ends
     launch = launch_of(os.environ)
     print_warnings_plainly()
-    # The new name that torch >= 2.13 asks for is one that Accelerate does not pass on yet.
+    # torch >= 2.13 asks for a new name, which Accelerate does not pass on yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    # Only replicated weights are cast by autocast; the other engines keep low-precision copies.
-    mixed = {"fp32": "no"}.get(precision, precision) if engine == "ddp" else "no"
+    mixed = {"fp32": "no"}.get(precision, precision) if ENGINES[engine].autocasts else "no"
     _refuse_other_launch(engine, precision)
     settle(os.environ, launch)
     cpu = not torch.accelerator.is_available()
@@ -84,37 +93,45 @@ def start(
                 InitProcessGroupKwargs(timeout=timeout),
             ],
         )
-    except (RuntimeError, ValueError, OSError) as error:  # torch's DistErrors are RuntimeErrors
-        if misread := _misread(error):
-            raise LaunchError(
-                f"Accelerate does not start: {error}. It stands in the environment as "
-                f"{', '.join(misread)}: mend it, or `unset {' '.join(misread)}`"
-            ) from error
-        if launch.world_size > 1:
-            raise LaunchError(_not_joined(launch, error)) from error
-        variables = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
-        if not variables:
+    except (RuntimeError, ValueError, OSError) as error:  # DistErrors of torch are RuntimeErrors
+        if (why := _not_started(launch, error)) is None:
             raise
-        raise LaunchError(
-            f"Accelerate does not start: {error}. It reads {', '.join(variables)} from the "
-            "environment: `unset` those that are left over"
-        ) from error
-    if accelerator.num_processes != launch.world_size:
+        raise LaunchError(why) from error
+    found = accelerator.num_processes
+    if found != launch.world_size:
         raise LaunchError(
             f"the launcher was asked for {launch.world_size} processes, but this one found itself "
-            f"among {accelerator.num_processes}; check the launcher's configuration against "
+            f"among {found}; check the launcher's configuration against "
             f"configs/accelerate/*_{engine}.yaml"
         )
-    if world_size not in (None, accelerator.num_processes):
+    if world_size not in (None, found):
         raise LaunchError(
-            f"run.world_size={world_size}, but {accelerator.num_processes} processes run; launch "
-            "as many as the configuration wants, or set run.world_size=null"
+            f"run.world_size={world_size}, but {found} processes run; launch as many as the "
+            "configuration wants, or set run.world_size=null"
         )
     return accelerator
 
 
+def _not_started(launch: Launch, error: Exception) -> str | None:
+    """Return why Accelerate does not start and what to do, or None if the error says enough."""
+    if misread := _misread(error):
+        return (
+            f"Accelerate does not start: {error}. It stands in the environment as "
+            f"{', '.join(misread)}: mend it, or `unset {' '.join(misread)}`"
+        )
+    if launch.world_size > 1:
+        return _not_joined(launch, error)
+    variables = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
+    if not variables:
+        return None
+    return (
+        f"Accelerate does not start: {error}. It reads {', '.join(variables)} from the "
+        "environment: `unset` those that are left over"
+    )
+
+
 def _misread(error: Exception) -> list[str]:
-    """The variables whose value an error says is of a wrong kind, such as OMP_NUM_THREADS=4,2."""
+    """Return the variables whose value an error names, such as OMP_NUM_THREADS=4,2."""
     if not isinstance(error, ValueError):
         return []
     return sorted(name for name, value in os.environ.items() if value and repr(value) in str(error))
@@ -149,59 +166,58 @@ def _refuse_other_launch(engine: str, precision: str) -> None:
             "(ACCELERATE_MIXED_PRECISION in the environment), the configuration "
             f"has '{mixed}'; drop it from the launcher, train.precision decides"
         )
-    launched = _launched_engine()
-    if under_accelerate and "RANK" in os.environ and launched != engine:
+    named = launched_engine(os.environ)
+    if under_accelerate and "RANK" in os.environ and named is None:
+        keys = {key for plugin in PLUGINS for key in (plugin.switch, plugin.key)}
+        found = ", ".join(f"{key}={os.environ[key]}" for key in sorted(keys & set(os.environ)))
         raise LaunchError(
-            f"`accelerate launch` was asked for {launched}, the configuration has "
-            f"train.engine={engine}: launch with configs/accelerate/*_{engine}.yaml, or set "
-            f"train.engine={launched}"
+            f"`accelerate launch` was asked for a plugin that no engine here uses ({found}): "
+            f"launch with configs/accelerate/*_{engine}.yaml"
         )
-    # We drive the engines ourselves: Accelerate is to start processes, and to wrap for DDP.
-    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
-        os.environ.pop(variable, None)
-
-
-def _launched_engine() -> str:
-    """What the configuration of `accelerate launch` asks for, by our names."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '')}"
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        return f"fsdp{os.environ.get('FSDP_VERSION', '1')}"
-    return "ddp"
+    if under_accelerate and "RANK" in os.environ and named != engine:
+        raise LaunchError(
+            f"`accelerate launch` was asked for {named}, the configuration has "
+            f"train.engine={engine}: launch with configs/accelerate/*_{engine}.yaml, or set "
+            f"train.engine={named}"
+        )
+    # This package drives the engines. Accelerate only starts processes, and wraps for DDP.
+    for plugin in PLUGINS:
+        os.environ.pop(plugin.switch, None)
 
 
 def on_all_ranks(work: Callable[[], T]) -> T:
-    """Do `work` on every rank; where it fails on one, raise FailedTogether with its cause on all.
+    """Do `work` on every rank. If it fails on one, raise FailedTogether with its cause on all.
 
-    For work that ends on its own (reading, checking, building), never for work with collectives.
+    It is for work without collectives, such as reading, checking and building.
     """
-    result, cause = None, ""
+    result: list[T] = []
+    cause = ""
     try:
-        result = work()
+        result.append(work())
     except Exception as error:
-        cause = describe(error)
+        cause = describe(error) or type(error).__name__
     causes = gather_object([cause])
     for rank, text in enumerate(causes):
         if text:
             alone = len(causes) == 1 or all(other == text for other in causes)
             raise FailedTogether(text if alone else f"rank {rank}: {text}")
-    return result
+    return result[0]
 
 
 def said_by_rank_0(value: T) -> T:
-    """The same on all ranks: what rank 0 passed. Called by all ranks."""
+    """Return on all ranks what rank 0 passed. Called by all ranks."""
     return gather_object([value])[0]
 
 
 def meant_for_people(error: BaseException) -> bool:
-    """Whether its message says what is wrong and how to mend it: then a traceback adds nothing."""
+    """Whether the message of an error says what is wrong, so that a traceback adds nothing."""
     return type(error).__module__.startswith("flatcal_dist")
 
 
 def describe(error: BaseException) -> str:
-    """The message of an error meant for people as it is; any other with the name of its type."""
+    """Return the message of an error, with its type unless the message is meant for people."""
     if isinstance(error, KeyboardInterrupt):
-        by = str(error) or "SIGINT"  # Python's own handler does not say
+        by = str(error) or "SIGINT"  # the handler of Python does not say so
         return f"interrupted by {by}; the same command goes on"
     text = hide(str(error) if meant_for_people(error) else f"{type(error).__name__}: {error}")
     if any(sign in text for sign in LOST):
@@ -218,10 +234,9 @@ def ending_together(
 ) -> Iterator[None]:
     """Turn any error into a message and an exit code, at once, on the rank that has it.
 
-    1, or 75 for an interruption.
-
-    The launcher and the closed connections then end the other ranks, whose own errors come after:
-    they name the first cause, which the run directory keeps.
+    The code is 1, or 75 for an interruption. The launcher and the closed connections then end the
+    other ranks. Their errors come later, and they name the first cause, which the run directory
+    keeps.
     """
     try:
         yield
@@ -230,7 +245,7 @@ def ending_together(
         interrupted = isinstance(error, KeyboardInterrupt)
         if interrupted:
             ignore_signals()
-            if directory and directory.entered:
+            if directory:
                 with suppress(OSError, RuntimeError):
                     directory.interrupt(str(error))
         elif not meant_for_people(error):
@@ -251,12 +266,17 @@ def end(
     agreed: bool = False,
     code: int = 1,
 ) -> NoReturn:
-    """Say why, first of all what failed first, and exit at once. From any thread.
+    """Print the cause and the first recorded one, and exit at once. Any thread may call this.
 
-    agreed: all ranks end for this cause, so that one says it.
+    Args:
+        cause: Why this rank ends.
+        rank: This rank.
+        directory: The run directory, which records the failure.
+        agreed: Whether all ranks end for this cause, so that only rank 0 prints it.
+        code: The exit code.
     """
     first = cause
-    if directory and directory.entered:
+    if directory:
         with suppress(OSError, RuntimeError):  # a full disk must not hide what happened
             first = directory.fail(cause, rank)
     if not agreed:
@@ -269,5 +289,5 @@ def end(
     tell_launcher(first)
     sys.stderr.flush()
     sys.stdout.flush()
-    # No orderly shutdown: it would wait for ranks that may be waiting for this one.
+    # An orderly shutdown would wait for ranks that may be waiting for this one.
     os._exit(code)

@@ -1,6 +1,6 @@
-"""What a rank does first, before imports that take seconds: who launched it, and whom it tells.
+"""What a rank does before imports that take seconds: find its launcher, and report errors to it.
 
-Needs nothing but Python.
+This module needs nothing but Python.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from flatcal_dist.urls import hide
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PREEMPTED = 75  # sysexits.h: a temporary failure, the same command goes on
-FIRST_RANK_SECONDS = 2.0  # that rank 0 has to say what all ranks would say
-SUMMARY_LINES = 7  # of a message in the summary of a launcher
+FIRST_RANK_SECONDS = 2.0  # how long other ranks let rank 0 speak first
+SUMMARY_LINES = 7  # the longest message in the summary of a launcher
 
-# What MPI's launchers set, and Accelerate reads beside the usual variables.
+# The launchers of MPI set these, and Accelerate reads them besides the usual variables.
 MPI = ("OMPI_COMM_WORLD", "MV2_COMM_WORLD", "PMI")
 MPI_ENDINGS = ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
 RANK_VARIABLES = (
@@ -42,7 +42,10 @@ class LaunchError(RuntimeError):
 class Launch:
     """This process among those that were started together.
 
-    watched: whether a launcher waits for it, and is to be followed when it ends.
+    Attributes:
+        rank: The rank of this process.
+        world_size: The number of processes.
+        watched: Whether a launcher waits for this process, which then has to end with it.
     """
 
     rank: int = 0
@@ -51,13 +54,13 @@ class Launch:
 
 
 def launch_of(environment: Mapping[str, str]) -> Launch:
-    """What the variables of launchers say, those of earlier launches told apart from this one's.
+    """Return what the variables of launchers say, without those that an earlier launch left.
 
-    A process is a rank of several if RANK and WORLD_SIZE say so. Variables that say nothing, or
-    speak of one process, may be left over: the process then runs alone.
+    A process is one of several ranks if RANK and WORLD_SIZE say so. Variables that are empty, or
+    that name only one process, may be left over: the process then runs alone.
 
     Raises:
-        LaunchError: A variable speaks of several processes, but this one does not know its place
+        LaunchError: A variable names several processes, but this one does not know its place
             among them, or a variable is no number.
     """
     rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
@@ -104,7 +107,7 @@ def _number(
 
 
 def _refuse_lost_process(environment: Mapping[str, str]) -> None:
-    """Several processes that each take themselves for the only one would share a run directory."""
+    """Raise LaunchError for one of several processes that would all run alone, in one directory."""
     counts = [f"{prefix}_SIZE" for prefix in MPI]
     if "SLURM_PROCID" in environment:  # a task of srun; a shell of salloc has no such count
         counts.append("SLURM_STEP_NUM_TASKS")
@@ -124,7 +127,7 @@ def _refuse_lost_process(environment: Mapping[str, str]) -> None:
 
 
 def settle(environment: dict[str, str] | os._Environ, launch: Launch) -> None:
-    """Remove what would mislead the libraries that look for the same variables."""
+    """Remove variables that would mislead the libraries which read them."""
     names = [f"{prefix}_{ending}" for prefix in MPI for ending in MPI_ENDINGS]
     names += ["MPI_LOCALRANKID", "MPI_LOCALNRANKS"]
     if launch.world_size == 1:
@@ -134,7 +137,7 @@ def settle(environment: dict[str, str] | os._Environ, launch: Launch) -> None:
 
 
 def rank_to_speak() -> int:
-    """The rank of this process; 0 where the variables make no sense, so that somebody speaks."""
+    """Return the rank of this process, or 0 if the variables make no sense: then each speaks."""
     try:
         return launch_of(os.environ).rank
     except LaunchError:
@@ -142,7 +145,7 @@ def rank_to_speak() -> int:
 
 
 def preempted_code() -> int:
-    """The exit code of a run that was asked to stop: FLATCAL_EXIT_PREEMPTED, or 75.
+    """Return the exit code of a run that was asked to stop: FLATCAL_EXIT_PREEMPTED, or 75.
 
     Raises:
         LaunchError: The variable is no exit code.
@@ -152,14 +155,14 @@ def preempted_code() -> int:
 
 
 def end_with_the_launcher() -> None:
-    """Be told by SIGTERM when the process that launched this rank ends. Linux only.
+    """Let this rank get SIGTERM when the process that launched it ends. Linux only.
 
-    And leave an error that nothing else catches, of an import for instance, to the launcher.
+    An error that nothing else catches, such as one of an import, is reported to the launcher.
     """
     sys.excepthook = _uncaught
     try:
         if not launch_of(os.environ).watched:
-            return  # from a shell, which may well go away
+            return  # a shell started it, which may end before it
     except LaunchError:
         return
     with contextlib.suppress(OSError, AttributeError):
@@ -167,7 +170,7 @@ def end_with_the_launcher() -> None:
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if isinstance(error, KeyboardInterrupt):  # ranks that are set up end in other ways
+    if isinstance(error, KeyboardInterrupt):  # ranks that have started end in other ways
         if rank_to_speak() == 0:
             print("interrupted before the work began: the same command begins it", file=sys.stderr)
     else:
@@ -177,10 +180,10 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 def give_up(cause: str) -> NoReturn:
-    """End a process that cannot begin, with its message; before ranks can agree on who speaks.
+    """End a process that cannot begin, with a message.
 
-    Rank 0 speaks at once, and the launcher ends the others. What only another rank has to say is
-    said by that rank, a moment later.
+    Ranks cannot agree yet on who speaks. Rank 0 speaks at once, and the launcher ends the others. A
+    rank that alone has a message speaks a moment later.
     """
     rank, cause = rank_to_speak(), hide(cause)
     tell_launcher(cause if rank == 0 else f"rank {rank}: {cause}")
@@ -190,11 +193,11 @@ def give_up(cause: str) -> NoReturn:
 
 
 def tell_launcher(cause: str) -> None:
-    """Leave the cause where the launcher's own last lines come from.
+    """Write the cause to where the last lines of the launcher come from.
 
-    torchrun, and `accelerate launch` of several processes, end with what stands in this file as
-    `py_callstack`. `accelerate launch` of one process ends with a traceback of its own: a small
-    process waits for that, and says the cause once more.
+    torchrun, and `accelerate launch` with several processes, end with the `py_callstack` of this
+    file. `accelerate launch` with one process ends with another traceback. A small process waits
+    for it, and prints the cause once more.
     """
     lines = hide(cause).splitlines()
     if len(lines) > SUMMARY_LINES:

@@ -6,13 +6,15 @@ SIGINT, SIGTERM, SIGUSR1, SIGUSR2, and SIGHUP (a terminal that was closed; not u
 import signal
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS: tuple[signal.Signals, ...] = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2,
+)  # fmt: skip
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     SIGNALS += (signal.SIGHUP,)
 
 
 def interrupt_on_signals() -> None:
-    """Outside the steps each of the signals ends the process as Ctrl-C does."""
+    """Let each of the signals end the process as Ctrl-C does. For the time outside of steps."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
@@ -22,6 +24,6 @@ def interrupt_on_signals() -> None:
 
 
 def ignore_signals() -> None:
-    """For a process that is ending because of one: others mean the same."""
+    """Ignore all of the signals. For a process that already ends because of one."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

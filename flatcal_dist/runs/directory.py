@@ -1,8 +1,8 @@
-"""The run directory: who it belongs to, what state the run is in.
+"""The run directory: which run it belongs to, and in which state this run is.
 
 config.yaml  environment.json  state.json  metrics.jsonl  bad_samples.jsonl (if there are any)
 checkpoints/  model.safetensors  report/
-code/  slurm/ (of a submitted run, there before its first start)
+code/  slurm/ (of a submitted run; they are there before its first start)
 """
 
 import fcntl
@@ -13,7 +13,7 @@ import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TextIO
 
 from pydantic import (
     BaseModel,
@@ -26,40 +26,52 @@ from pydantic import (
 )
 
 from flatcal_dist import config as configuration
-from flatcal_dist.config import Config, ConfigError
+from flatcal_dist.errors import ConfigError
 from flatcal_dist.files import open_to_append, read_bytes, read_json, write_json
 
-# What may lie in a run directory before the first start: launch/submit.py's, a request to stop, and
-# what a start that was killed, or had no room, left.
+if TYPE_CHECKING:  # `flatcal status` needs no configuration, whose import takes seconds
+    from flatcal_dist.config import Config
+
+# These may lie in a run directory before the first start: what launch/submit.py writes, a request
+# to stop, and what a start left that was killed or had no room.
 BEFORE = ("code", "slurm", "STOP", ".lock", "checkpoints", "config.private.yaml")
-# What a writer of ours that was killed leaves beside the file that it was about to replace.
+# A writer that was killed leaves such a file beside the one that it was about to replace.
 LEFTOVER = re.compile(
     r"\.(config|config\.private|state|environment|wandb_id|bad_samples|model)\.[0-9a-f]{8}(\.\w+)?"
 )
-# What a run writes there, of which nothing else may stand in the way.
+# A run writes these. Nothing else may have their names.
 FILES = (
     "config.yaml", "environment.json", "state.json", "metrics.jsonl", "bad_samples.jsonl",
     "model.safetensors", "wandb_id", ".lock",
 )  # fmt: skip
 DIRECTORIES = ("checkpoints", "report", "wandb")
-LOCK_PATIENCE = 5.0  # seconds; a job that was just killed may take as long to be gone
+LOCK_PATIENCE = 5.0  # seconds; a job that was just killed may need them to end
+
+
+Phase = Literal["running", "preempted", "finished", "failed"]
 
 
 class RunError(RuntimeError):
-    """A run directory that cannot be used as asked; the message says how to go on."""
+    """A run directory cannot be used as asked. The message says how to go on."""
 
 
 @dataclass
 class State:
-    """`phase`: what became of the run. `seconds` of training, over all restarts.
+    """The state of a run.
 
-    `cause`: the first error of a failure; what asked a preempted run to stop. `saved`: the step of
-    the newest checkpoint there was when this was written, 0 for none.
+    Attributes:
+        phase: What became of the run.
+        epoch: How many epochs are done.
+        step: How many steps are done.
+        restarts: How often the run was started again.
+        seconds: The time of training, over all starts.
+        cause: The first error of a failed run, or what asked a preempted run to stop.
+        saved: The step of the newest checkpoint when this was written; 0 for none.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    phase: Literal["running", "preempted", "finished", "failed"] = "running"
+    phase: Phase = "running"
     epoch: NonNegativeInt = 0
     step: NonNegativeInt = 0
     restarts: NonNegativeInt = 0
@@ -73,7 +85,7 @@ Text = Annotated[str, StringConstraints(strict=True, min_length=1)]
 
 
 class Recorded(BaseModel):
-    """What a start compares of environment.json; there is more in it."""
+    """The part of environment.json that a start compares."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -83,7 +95,7 @@ class Recorded(BaseModel):
 
 
 def in_words(error: Exception) -> str:
-    """What is wrong with a file, in one line."""
+    """Say in one line what is wrong with a file."""
     if not isinstance(error, ValidationError):
         return str(error)
     each = [(".".join(map(str, one["loc"])), one["msg"].lower()) for one in error.errors()]
@@ -91,6 +103,8 @@ def in_words(error: Exception) -> str:
 
 
 class RunDirectory:
+    """The directory of one run: its files, its lock and its recorded state."""
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.config_file = self.path / "config.yaml"
@@ -101,11 +115,11 @@ class RunDirectory:
         self.report = self.path / "report"
         self.wandb_id_file = self.path / "wandb_id"
         self.stop_file = self.path / "STOP"
-        self.entered = False  # whether this start may write here
+        self.entered = False  # whether this start may record how it ends
         self.lock: TextIO | None = None
 
-    def check(self, config: Config) -> None:
-        """Whether this configuration may run here. Reads only. Raises RunError."""
+    def check(self, config: "Config") -> None:
+        """Raise RunError if this configuration may not run here. Nothing is written."""
         try:
             self._check(config)
         except OSError as error:
@@ -114,7 +128,7 @@ class RunDirectory:
                 "permissions, or name another run.dir"
             ) from None
 
-    def _check(self, config: Config) -> None:
+    def _check(self, config: "Config") -> None:
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -136,7 +150,7 @@ class RunDirectory:
             old = configuration.load(self.config_file, recorded=True)
         except ConfigError as error:
             raise RunError(
-                f"{error}\nThat is the configuration which the run was begun with. If another "
+                f"{error}\nThat is the configuration with which the run began. If another "
                 "version wrote it, go on with the version that environment.json names; if it was "
                 f"damaged, {self._put_back()}"
             ) from None
@@ -153,12 +167,12 @@ class RunDirectory:
 
     def _put_back(self) -> str:
         return (
-            "put its config.yaml back, or write it anew: the command that began the run, with "
+            "put its config.yaml back, or write it again: the command that began the run, with "
             f"--print-config > {shlex.quote(str(self.config_file))}"
         )
 
     def _refuse_in_the_way(self) -> None:
-        """Now, and not when the file is written, which may be after days of training."""
+        """Raise RunError if the run could not write one of its files or directories later."""
         for name in (*FILES, *DIRECTORIES):
             path, expected = self.path / name, "directory" if name in DIRECTORIES else "file"
             if path.is_symlink() and not path.exists():
@@ -173,9 +187,9 @@ class RunDirectory:
                 )
 
     def check_data(self, identities: dict[str, str], decoder: str) -> None:
-        """Whether the run was begun with this data and this decoder. Raises RunError.
+        """Raise RunError if the run began with other data or another decoder.
 
-        Another version of the decoder may go on: environment.json then names that one.
+        Another version of the decoder may go on. environment.json then names that version.
         """
         before = self.environment()
         for key, identity in identities.items():
@@ -192,7 +206,7 @@ class RunDirectory:
             )
 
     def environment(self) -> dict:
-        """What the last start recorded; empty before the first."""
+        """Return what the last start recorded, or nothing before the first."""
         file = self.path / "environment.json"
         try:
             found = read_json(file) if file.exists() else {}
@@ -207,13 +221,13 @@ class RunDirectory:
             raise RunError(_refused(file, error)) from None
 
     def claim(self) -> None:
-        """Have the directory to oneself from here on. Raises RunError while another job is in it.
+        """Lock the directory for this process. Raises RunError while another job uses it.
 
-        Before anything in it is looked at: another job may be about to change it.
+        This comes before anything in it is read, because another job may be about to change it.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:  # a name may hold what no name can
+        except (OSError, ValueError) as error:  # ValueError: a letter that no name may have
             raise RunError(
                 f"run.dir={self.path}: no directory can be made as {self.checkpoints} "
                 f"({getattr(error, 'strerror', None) or error}). Name another run.dir, or mend the "
@@ -221,12 +235,12 @@ class RunDirectory:
             ) from None
         if self.lock is None or self.lock.closed:
             self._lock()
-        for left in self.path.glob(".*"):  # of writers that were killed: the lock is ours
+        for left in self.path.glob(".*"):  # left by killed writers, for we have the lock
             if LEFTOVER.fullmatch(left.name) and not left.is_dir():
                 left.unlink(missing_ok=True)
 
-    def open(self, config: Config, environment: dict) -> State:
-        """Enter the run (one rank does): claim it, write what describes it, count the start."""
+    def open(self, config: "Config", environment: dict) -> State:
+        """Claim the directory, describe the run in it, and count the start. One rank calls it."""
         self.claim()
         state = self.state()
         state = State() if state is None else state
@@ -236,10 +250,18 @@ class RunDirectory:
         write_json(self.path / "environment.json", environment)
         state.phase, state.cause = "running", None
         self.write(state)
+        self.enter()
         return state
 
+    def enter(self) -> None:
+        """Let this process record how this start of the run ends. Every rank calls it.
+
+        Before that `fail` and `interrupt` record nothing: the directory may belong to another job.
+        """
+        self.entered = True
+
     def _lock(self) -> None:
-        """Hold the directory until this process ends, however it ends."""
+        """Lock the directory until this process ends, in whatever way."""
         self.lock = open_to_append(self.path / ".lock")
         until = time.monotonic() + LOCK_PATIENCE
         while True:
@@ -264,7 +286,7 @@ class RunDirectory:
         self.lock.flush()
 
     def in_use(self) -> str | None:
-        """Who holds the directory; None where nobody does, or that cannot be told."""
+        """Return who uses the directory, or None if nobody does or it cannot be known."""
         try:
             descriptor = os.open(self.path / ".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:  # no lock
@@ -280,11 +302,11 @@ class RunDirectory:
         return None
 
     def holder(self) -> str:
-        """The job that was the last to hold the directory, by its own words; "" for none."""
+        """Return how the last job that locked the directory described itself, or ""."""
         return _words(self.path / ".lock")
 
     def state(self) -> State | None:
-        """The recorded state, or None before the first start. Raises RunError if unreadable."""
+        """Return the recorded state, or None before the first start. Raises RunError if damaged."""
         file = self.path / "state.json"
         try:
             if not file.exists():
@@ -299,7 +321,7 @@ class RunDirectory:
             raise RunError(_refused(file, error)) from None
 
     def write(self, state: State) -> None:
-        """Raises RunError where the directory is gone, instead of beginning an empty one."""
+        """Write the state. Raises RunError if the directory is gone; none is created."""
         try:
             self._refuse_vanished()
             write_json(self.path / "state.json", asdict(state))
@@ -315,29 +337,31 @@ class RunDirectory:
             )
 
     def wandb_id(self) -> str | None:
-        """The id of the W&B run; None before there is one, or where the file holds none."""
+        """Return the id of the W&B run, or None without a valid one."""
         found = _words(self.wandb_id_file)
         return found if re.fullmatch(r"[\w-]{1,64}", found, re.ASCII) else None
 
     def job(self) -> str | None:
-        """The number of the SLURM job that the run was submitted as, such as 41 or 41_3."""
+        """Return the number of the SLURM job of the run, such as 41 or 41_3, or None."""
         found = _words(self.path / "slurm/job")
         return found if re.fullmatch(r"[0-9]+(_[0-9]+)?", found) else None
 
     def has_ended(self) -> bool:
-        """Whether a rank has recorded that this start of the run is over."""
+        """Whether a rank has recorded that this start of the run has ended."""
         state = self.state()
         return state is not None and state.phase != "running"
 
     def fail(self, cause: str, rank: int) -> str:
-        """Record a failure; the first rank to do so keeps its word. Returns the first cause."""
+        """Record a failure unless another rank has already recorded one. Return the first cause."""
         return self._end("failed", cause, f"rank {rank}: {cause}")
 
     def interrupt(self, cause: str) -> str:
-        """Record that the run was asked to stop, by any rank; unless it has ended before."""
+        """Record that the run was asked to stop, unless it has ended before. Return the cause."""
         return self._end("preempted", cause, cause)
 
-    def _end(self, phase: str, cause: str, recorded: str) -> str:
+    def _end(self, phase: Phase, cause: str, recorded: str) -> str:
+        if not self.entered:
+            return cause
         state = self.state()
         if state is None:
             return recorded
@@ -352,13 +376,13 @@ def _before(name: str) -> bool:
 
 
 def _refused(file: Path, error: OSError) -> str:
-    """It may hold what it should: to delete it would be the wrong advice."""
+    """Say that a file cannot be read. It may be whole, so the advice is not to delete it."""
     why = error.strerror or error
     return f"{file} cannot be read ({why}); mend its permissions or the file system"
 
 
 def _words(file: Path) -> str:
-    """What stands in a small file that a job wrote about itself; "" where that cannot be read."""
+    """Return what a job wrote about itself into a small file, or "" if that cannot be read."""
     try:
         return " ".join(read_bytes(file, 1000).decode(errors="replace").split())
     except (OSError, ValueError):

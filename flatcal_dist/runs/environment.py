@@ -1,4 +1,4 @@
-"""What a run ran on: versions, code, devices; for environment.json and `flatcal environment`."""
+"""Versions, code and devices of a run, for environment.json and `flatcal environment`."""
 
 import hashlib
 import json
@@ -9,10 +9,6 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
-from flatcal_dist.data.images.decode import describe_decoder
-
 PACKAGES = (
     "flatcal_dist", "torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset",
     "wandb", "numpy", "scikit-learn", "pillow", "simplejpeg",
@@ -20,10 +16,14 @@ PACKAGES = (
 
 
 def describe_environment(decoder: str = "auto") -> dict:
-    """Plain JSON: versions of Python and packages, git commit and change, host, devices, job.
+    """Return versions of Python and packages, git commit and changes, host, devices and job.
 
-    decoder: as `data.decoder`; recorded is what it comes to here.
+    `decoder` is what `data.decoder` holds. The record names the decoder that is used here.
     """
+    import torch  # here, because launch/submit.py needs the rest of this module alone
+
+    from flatcal_dist.data.images.decode import describe_decoder
+
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -48,7 +48,7 @@ def _version(package: str) -> str | None:
 
 
 def code_version() -> dict[str, str | None]:
-    """The git commit that runs, and a hash of what was changed since; None outside a repository."""
+    """Return the git commit, and a hash of the changes since; None outside of a repository."""
     root = Path(__file__).resolve().parents[2]
     snapshot = root / "snapshot.json"  # written by launch/submit.py, beside the code it copied
     if snapshot.exists():

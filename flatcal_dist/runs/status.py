@@ -1,4 +1,4 @@
-"""What runs are doing: `flatcal status RUN ...`, from what they write and from SLURM's queue."""
+"""`flatcal status RUN ...`: what runs do, from what they write and from the queue of SLURM."""
 
 import shutil
 import socket
@@ -9,22 +9,36 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.cells import cell_len
 from rich.console import Console
 
-from flatcal_dist import config as configuration
-from flatcal_dist.runs.directory import RunDirectory, RunError
+from flatcal_dist.config.files import read_layers
+from flatcal_dist.config.older import translate_older
+from flatcal_dist.config.sections import TrainConfig
+from flatcal_dist.runs.directory import RunDirectory, RunError, in_words
 from flatcal_dist.tracking.tracker import read_metrics
 
 
 @dataclass(frozen=True)
 class Status:
-    """One run. `job`: its number in SLURM; `queue`: what SLURM says of it (None: not queued).
+    """The status of one run.
 
-    `phase`: the run's, or: submitted, not begun; dead, if it was killed and could not say so;
-    unreadable, for a directory that is no run's or is damaged (`cause` tells).
-    `seconds_left` is what is left at the speed of the run so far, pauses between steps included;
-    `quiet_seconds` since it last wrote. `val` holds the last value of each val/ metric.
+    Attributes:
+        run: The run directory.
+        phase: The phase of the run, or: submitted; not begun; dead, if it was killed before it
+            could record that; unreadable, for a directory that is damaged or of no run.
+        step: How many steps are done.
+        total_steps: The number of steps of the run, if it is known.
+        restarts: How often it was started again.
+        where: The nodes or the host.
+        job: The number of the job in SLURM.
+        queue: What SLURM says about the job; None if it is not queued.
+        seconds_left: The time left at the speed of the run so far, with pauses between steps.
+        quiet_seconds: The time since the run last wrote.
+        loss: The last training loss.
+        val: The last value of each val/ metric.
+        cause: Why the run failed or stopped, or cannot be read.
     """
 
     run: str
@@ -43,13 +57,13 @@ class Status:
 
 
 def status(runs: Sequence[Path]) -> list[Status]:
-    """The status of each run, also of one that is submitted and has not begun."""
+    """Return the status of each run, also of one that is submitted and has not begun."""
     queue = _queue()
     return [_readable(RunDirectory(run), queue) for run in runs]
 
 
 def _readable(directory: RunDirectory, queue: dict[str, tuple[str, str]]) -> Status:
-    """One that cannot be read does not hide the others."""
+    """Return the status of one run. A run that cannot be read does not hide the others."""
     try:
         return _status(directory, queue)
     except (RunError, OSError, ValueError, ArithmeticError, RecursionError) as error:
@@ -94,14 +108,23 @@ def _status(directory: RunDirectory, queue: dict[str, tuple[str, str]]) -> Statu
 
 
 def _is_dead(directory: RunDirectory, queued: str | None) -> bool:
-    """Whether nobody holds the directory, and that can be told: locks may not reach other hosts."""
+    """Whether it is known that nobody uses the directory. Locks may not reach other hosts."""
     here = directory.holder().startswith(f"host {socket.gethostname()},")
     return queued is None and here and directory.in_use() is None
 
 
 def _total_steps(directory: RunDirectory, last: dict[str, float]) -> int | None:
-    """Of the whole run; steps of an epoch follow from the last record, which knows both."""
-    train = configuration.load(directory.config_file, recorded=True).train
+    """Return the number of steps of the whole run, or None if it is not known yet.
+
+    The number of steps in an epoch follows from the last record, which names both. Only the section
+    `train` is validated: the others need torch, whose import takes seconds.
+    """
+    layers = read_layers(directory.config_file, (), recorded=True)
+    translate_older(layers.values)
+    try:
+        train = TrainConfig.model_validate(layers.values.get("train", {}))
+    except ValidationError as error:
+        raise RunError(f"{directory.config_file}: the section train: {in_words(error)}") from None
     if train.max_steps:
         return train.max_steps
     epoch, step = last.get("epoch"), last.get("step")
@@ -109,7 +132,7 @@ def _total_steps(directory: RunDirectory, last: dict[str, float]) -> int | None:
 
 
 def _queue() -> dict[str, tuple[str, str]]:
-    """State and nodes of the jobs in the queue by number; none where there is no SLURM."""
+    """Return state and nodes of queued jobs by number. Without SLURM there are none."""
     if shutil.which("squeue") is None:
         return {}
     words = ["squeue", "--noheader", "--array", "--format=%i|%T|%N|%r"]
@@ -119,7 +142,7 @@ def _queue() -> dict[str, tuple[str, str]]:
         return {}
     found = {}
     for line in done.stdout.splitlines() if done.returncode == 0 else ():
-        if line.count("|") < 3:  # a greeting of the site
+        if line.count("|") < 3:  # some sites print a greeting
             continue
         number, state, nodes, reason = line.strip().split("|", 3)
         waiting = f" ({reason})" if state == "PENDING" and reason != "None" else ""
@@ -128,12 +151,12 @@ def _queue() -> dict[str, tuple[str, str]]:
 
 
 ALWAYS = ("run", "phase", "step")
-IMPORTANCE = ("job", "left", "loss", "wrote", "restarts", "where", "val")  # of the others
+IMPORTANCE = ("job", "left", "loss", "wrote", "restarts", "where", "val")  # shown if there is room
 BETWEEN = 2  # blanks
 
 
 def print_status(found: Sequence[Status], console: Console) -> None:
-    """One line a run, with the columns that the console has room for; no value is cut or split."""
+    """Print one line for each run, with the columns that have room. No value is cut or split."""
     rows = [_row(one) for one in found]
     told = [name for name in IMPORTANCE if any(row[name] for row in rows)]
     chosen = list(ALWAYS)
@@ -144,7 +167,7 @@ def print_status(found: Sequence[Status], console: Console) -> None:
     columns = [name for name in rows[0] if name in chosen]
     left_out = [name for name in told if name not in chosen]
     widths = _widths(rows, columns)
-    # Where even these have no room the terminal breaks the line, which can still be copied.
+    # If even these have no room, the terminal breaks the line, which can still be copied.
     for row in ({name: name for name in columns}, *rows):
         cells = (row[name] + " " * (widths[name] - cell_len(row[name])) for name in columns)
         line = (" " * BETWEEN).join(cells).rstrip()
@@ -159,7 +182,7 @@ def print_status(found: Sequence[Status], console: Console) -> None:
 
 
 def _plain(text: str) -> str:
-    """Without what would move the cursor of a terminal, or is no text at all."""
+    """Return a text without what would move the cursor of a terminal."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
@@ -182,7 +205,7 @@ def _row(one: Status) -> dict[str, str]:
 
 
 def _widths(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> dict[str, int]:
-    """Of each column, in cells of the terminal."""
+    """Return the width of each column in cells of the terminal."""
     return {
         name: max(cell_len(text) for text in (name, *(row[name] for row in rows)))
         for name in columns

@@ -1,4 +1,4 @@
-"""A sweep: one base configuration, axes and a grid of values; each combination is a run.
+"""A sweep has one base configuration, axes and a grid of values. Each combination is a run.
 
     name: digits_sweep                     # by default the file's
     base: ../digits/csam.yaml              # relative to the sweep's file
@@ -15,9 +15,9 @@
     exclude:                               # what matches all of an entry is left out
       - {method: focal, model.options.width: [64]}
 
-The last key of the grid turns fastest, the first axis slowest. A run is named by its places and
-values, not by its number, so that a study that grows finds the runs it has. Its places are recorded
-in its configuration, as `run.axes`.
+The last key of the grid changes fastest, the first axis slowest. A run is named by its places and
+values, not by its number, so that a study that grows finds the runs that it has. The configuration
+of a run records its places as `run.axes`.
 """
 
 import hashlib
@@ -29,40 +29,47 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, ValidationError
 
 from flatcal_dist import config as configuration
-from flatcal_dist.config import Config, ConfigError, Section, choosing, conditions, fingerprint
 from flatcal_dist.config.files import as_override
-from flatcal_dist.config.kinds import PathText
+from flatcal_dist.config.kinds import PathText, Section
+from flatcal_dist.errors import ConfigError
 from flatcal_dist.files import expanded, read_bytes
 from flatcal_dist.urls import identified, public
 
-FROM_SWEEP = ("run.dir", "run.axes", "wandb.name")  # each run has its own
+if TYPE_CHECKING:  # its import takes seconds, and only loading needs it
+    from flatcal_dist.config import Config
+
+FROM_SWEEP = ("run.dir", "run.axes", "wandb.name")  # the sweep sets them for each run
 TAKEN = ("code", "comparison", "logs", "slurm", "summary.csv")  # beside the runs
 MOST_RUNS = 10_000  # before `exclude`; each is read as a configuration
-LONGEST = 200  # bytes of a run's name; file systems take 255, with what is put around it
+LONGEST = 200  # bytes of a run's name; file systems take 255, and something is added
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w+-]*$", max_length=64)]
 
 
 class Sweep(Section):
+    """The file of a sweep."""
+
     name: str = Field(
-        pattern=r"^[\w+-][\w.+-]*$", max_length=100, description="also the W&B group of its runs"
+        pattern=r"^[\w+-][\w.+-]*$",
+        max_length=100,
+        description="The name of the sweep, and the W&B group of its runs.",
     )
-    base: PathText = Field(description="configuration that all runs start from")
-    directory: PathText = Field(description="holds the run directories")
-    set: dict[str, Any] = Field({}, description="overrides of all runs, by dotted key")
+    base: PathText = Field(description="The configuration that all runs start from.")
+    directory: PathText = Field(description="The directory of the run directories.")
+    set: dict[str, Any] = Field({}, description="Values of all runs, by dotted key.")
     axes: dict[Word, dict[Word, dict[str, Any]]] = Field(
-        {}, description="bundles of overrides, by the name of the axis and of the place on it"
+        {}, description="Bundles of values, by the names of the axis and of the place on it."
     )
-    grid: dict[str, list[Any]] = Field({}, description="values by dotted key")
-    exclude: list[dict[str, Any]] = Field([], description="combinations to leave out")
+    grid: dict[str, list[Any]] = Field({}, description="The values of each dotted key.")
+    exclude: list[dict[str, Any]] = Field([], description="Combinations to leave out.")
 
     def points(self) -> Iterator[dict[str, Any]]:
-        """Every combination that is not excluded: places by axis, then values by key."""
+        """Yield every combination that is not excluded: places by axis, then values by key."""
         turned = {name: list(places) for name, places in self.axes.items()} | self.grid
         for values in itertools.product(*turned.values()):
             point = dict(zip(turned, values, strict=True))
@@ -70,7 +77,7 @@ class Sweep(Section):
                 yield point
 
     def overrides(self, point: dict[str, Any]) -> dict[str, Any]:
-        """What a combination sets, by dotted key, the places that it has among it."""
+        """Return what a combination sets by dotted key, with its places."""
         found: dict[str, Any] = {}
         for name, value in point.items():
             found |= self.axes[name][value] if name in self.axes else {name: value}
@@ -78,7 +85,7 @@ class Sweep(Section):
         return found | ({"run.axes": places} if places else {})
 
     def turned(self) -> Iterator[str]:
-        """Every key that differs between runs."""
+        """Yield every key that differs between runs."""
         yield from self.grid
         for places in self.axes.values():
             for bundle in places.values():
@@ -89,8 +96,13 @@ class Sweep(Section):
 class Element:
     """One run of a sweep.
 
-    point: its place on each axis, and its values of the grid. overrides: of the base configuration,
-    all but its run.dir.
+    Attributes:
+        index: The number of the run, from 0.
+        name: The name of its directory.
+        point: Its place on each axis, and its values of the grid.
+        run: Its directory.
+        overrides: What it changes in the base configuration, except run.dir.
+        config: Its whole configuration.
     """
 
     index: int
@@ -98,11 +110,11 @@ class Element:
     point: dict[str, Any]
     run: Path
     overrides: tuple[str, ...]
-    config: Config
+    config: "Config"
 
     @property
     def arguments(self) -> list[str]:
-        """What a recipe takes after `--config BASE`."""
+        """The words that a recipe takes after `--config BASE`."""
         return [as_override("run.dir", str(self.run)), *self.overrides]
 
 
@@ -136,11 +148,10 @@ def load_sweep(path: str | Path) -> Sweep:
 
 
 def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[Element]:
-    """Every run of the sweep, in the order of the grid, numbered from 0.
+    """Return every run of the sweep in the order of the grid, numbered from 0.
 
-    `overrides` of all runs win over the file's `set`. Raises ConfigError for a run whose
-    configuration cannot be used, for two that would be the same, and for an override of what
-    belongs to each run.
+    `overrides` hold for all runs, and win over `set` in the file. Raises ConfigError for a run
+    whose configuration cannot be used, for two equal runs, and for an override of what each sets.
     """
     for override in overrides:
         key = override.partition("=")[0].strip()
@@ -148,7 +159,7 @@ def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[
             raise ConfigError(f"{override}: {key} follows from the sweep (`directory`, `grid`)")
         if key in set(sweep.turned()):
             raise ConfigError(
-                f"{override}: {key} is turned by the axes or the grid; change it in the file"
+                f"{override}: {key} is set by axes or grid, for each run; change it in the file"
             )
     common = [as_override(key, value) for key, value in sweep.set.items()] + list(overrides)
     found: list[Element] = []
@@ -172,7 +183,9 @@ def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[
 
 
 def _read_ones(sweep: Sweep, overrides: list[str]) -> list[str]:
-    """Without those that a choice in the grid leaves unread: plain training has no gamma."""
+    """Return the overrides that a run reads. Plain training, chosen by the grid, has no gamma."""
+    from flatcal_dist.config import choosing, conditions
+
     try:
         config = configuration.load(sweep.base, overrides, recorded=True)
     except ConfigError:
@@ -237,7 +250,7 @@ def _check(sweep: Sweep, path: Path) -> None:
 
 
 def _refuse_two_writers(sweep: Sweep, path: Path) -> set[str]:
-    """The keys that axes and grid set. Raises ConfigError if two of them set the same."""
+    """Return the keys that axes and grid set. Raises ConfigError if two of them set the same."""
     writers = {f"grid.{key}": {key} for key in sweep.grid}
     writers |= {
         f"axes.{axis}": {key for bundle in places.values() for key in bundle}
@@ -261,9 +274,9 @@ def _matches(point: dict[str, Any], entry: dict[str, Any]) -> bool:
 
 
 def _name(point: dict[str, Any]) -> str:
-    """Of a run: a plain name of a directory, whatever the values hold.
+    """Return the name of a run, which can name a directory whatever the values hold.
 
-    Shortened, and told from the sweep's own directories, by a hash of all values.
+    A hash of all values shortens a long name, or tells it from other directories of the sweep.
     """
     name = "-".join(_part(key, value) for key, value in point.items())
     digest = hashlib.sha256(json.dumps(identified(point), sort_keys=True).encode()).hexdigest()[:8]
@@ -273,7 +286,7 @@ def _name(point: dict[str, Any]) -> str:
 
 
 def _part(key: str, value: Any) -> str:
-    """Of a run's name: the value, behind the last part of its key unless it is a word itself."""
+    """Return a part of a run's name: the value, after the last part of its key unless a word."""
     leaf, value = key.rsplit(".", 1)[-1], public(value)
     text = value if isinstance(value, str) else leaf + json.dumps(value)
     # A name does not begin with a dot: `..` is another directory.
@@ -281,10 +294,14 @@ def _part(key: str, value: Any) -> str:
 
 
 def _refuse_twins(found: list[Element]) -> None:
-    """Two runs of one name would share a directory; two of one configuration are one run."""
+    """Raise ConfigError for two runs of one name, or of one configuration."""
     for what, key, hint in (
         ("are called", lambda e: e.name, ""),
-        ("compute", lambda e: fingerprint(e.config), "; leave one of them out by `exclude`"),
+        (
+            "compute",
+            lambda e: configuration.fingerprint(e.config),
+            "; leave one of them out by `exclude`",
+        ),
     ):
         seen: dict[str, Element] = {}
         for element in found:

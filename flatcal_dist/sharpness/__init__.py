@@ -1,4 +1,4 @@
-"""Sharpness-aware training: rules (the mathematics), the step (the order of things), engines."""
+"""Sharpness-aware training: rules (the mathematics), the step (the order), and engines."""
 
 from flatcal_dist.sharpness.engines.base import Engine
 from flatcal_dist.sharpness.engines.replicated import ReplicatedEngine

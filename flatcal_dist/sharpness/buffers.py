@@ -1,7 +1,7 @@
 """Buffers of a network by module and name: as they were at a moment, and the same on all ranks.
 
-A forward pass may change a buffer in its memory, or bind its name to another tensor; it may begin
-as None, change its shape, and share memory with others or within itself (expand, slices).
+A forward pass may change a buffer in its memory, or bind its name to another tensor. A buffer may
+begin as None, change its shape, and share memory with others or within itself (expand, slices).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ class BufferState:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Bind every name to the tensor of before, and put into it what it held then."""
+        """Bind every name to the tensor that it had, with the values that the tensor had."""
         for module, own in self.held:
             now = module._buffers
             if now.keys() != own.keys() or any(now[name] is not own[name] for name in own):
@@ -38,10 +38,10 @@ class BufferState:
 
 
 def distinct_memory(tensor: Tensor) -> Tensor:
-    """A view that holds each element of the tensor's memory once, so that it can be written to.
+    """Return a view that holds each element of the tensor's memory once, so that it can be written.
 
-    Of an expanded tensor it is one copy, of overlapping windows their whole range; any other
-    tensor is its own.
+    For an expanded tensor the view is one copy, and for overlapping windows it is their whole
+    range. Any other tensor is returned as it is.
     """
     if not _has_strides(tensor) or tensor.is_contiguous():
         return tensor
@@ -58,7 +58,7 @@ def distinct_memory(tensor: Tensor) -> Tensor:
 
 
 def _as_stored(tensor: Tensor) -> Tensor:
-    """Without a conjugation or a sign that torch has yet to carry out."""
+    """Return the tensor without a conjugation or a sign that torch has yet to carry out."""
     tensor = tensor.conj() if tensor.is_conj() else tensor
     return torch._neg_view(tensor) if tensor.is_neg() else tensor
 
@@ -69,9 +69,12 @@ def _has_strides(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def set_buffers(module: nn.Module, values: Mapping[str, Tensor], device: torch.device) -> None:
-    """Give the buffers of these names these values, of whatever shape they are until then.
+    """Give the buffers of these names these values. Buffers may have another shape before.
 
-    Other names are left alone.
+    Args:
+        module: The network.
+        values: Values by name. Buffers of other names are left alone.
+        device: Where new buffers are put.
     """
     for prefix, part in module.named_modules(remove_duplicate=False):
         for name, buffer in list(part._buffers.items()):
@@ -87,7 +90,7 @@ def set_buffers(module: nn.Module, values: Mapping[str, Tensor], device: torch.d
 def broadcast_buffers(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Give all ranks of the group (None: all that run) the buffers of its first one.
 
-    A buffer that is None, or has another shape, on another rank becomes as it is on the first.
+    A buffer that is None, or has another shape, on another rank becomes what it is on the first.
     """
     places = {
         f"{prefix}.{name}" if prefix else name: (part, name)
@@ -111,10 +114,10 @@ def broadcast_buffers(module: nn.Module, group: dist.ProcessGroup | None = None)
 
 @torch.no_grad()
 def broadcast(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Those of the first rank to all ranks of the group (None: all that run), in place.
+    """Give all ranks of the group (None: all that run) the tensors of its first one, in place.
 
-    A collective takes no notice of strides, so that what travels is contiguous; and not every
-    backend knows every type of numbers, so that it travels as bytes.
+    A collective takes no notice of strides, so contiguous copies are sent. Not every backend knows
+    every type of numbers, so bytes are sent.
     """
     for tensor in tensors:
         if _has_strides(tensor):
@@ -130,7 +133,7 @@ def broadcast(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None)
 
 
 def _write(tensor: Tensor, value: Tensor) -> None:
-    """As copy_, also where several elements of the tensor are one in memory."""
+    """Copy values, as copy_, even if several elements of the tensor share memory."""
     if distinct_memory(tensor) is tensor:
         tensor.copy_(value)
         return

@@ -1,2 +1,2 @@
 class StepError(ValueError):
-    """What a rule, scope or engine cannot do; the message gives the reason and the alternatives."""
+    """A rule, scope or engine cannot do something. The message says why, and what to do instead."""

@@ -26,21 +26,29 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 class Evaluated(NamedTuple):
-    """Of one micro-batch. total: the sum of the losses that are followed, with a graph."""
+    """What a forward pass of one micro-batch gave.
+
+    `total` is the sum of the losses that are followed, with a graph. `reported` is the sum of the
+    losses that are reported, without a graph. `losses` is their number. `output` is the logits of a
+    pair, or what the user's function returned, without a graph.
+    """
 
     total: Tensor
-    reported: Tensor  # the sum of the losses that are reported, without one
-    count: float | Tensor  # of losses
-    output: Any  # logits of a pair, or what the user's function returned; without a graph
+    reported: Tensor
+    losses: float | Tensor
+    output: Any
 
 
 Pass = Callable[[nn.Module, Any], Evaluated]
 
 
 def pair(loss: Loss, reported: Objective, scales_losses: bool) -> Pass:
-    """The forward pass of (inputs, target), which follows `loss` and reports another one, or it.
+    """Return the forward pass of a pair (inputs, target).
 
-    scales_losses: Whether the engine does, which logits in float16 need.
+    Args:
+        loss: The loss that is followed.
+        reported: The loss that is reported. It may be the same.
+        scales_losses: Whether the engine scales losses, which logits in float16 need.
     """
 
     def forward(model: nn.Module, batch: Any) -> Evaluated:
@@ -53,7 +61,7 @@ def pair(loss: Loss, reported: Objective, scales_losses: bool) -> Pass:
         if losses.shape != (samples,):
             raise StepError(
                 f"the loss gave {list(losses.shape)} for {samples} samples: the step weighs "
-                "samples itself and wants one value each, such as reduction='none' gives"
+                "samples itself and needs one value each, as reduction='none' gives"
             )
         if not scales_losses and any(t.dtype == torch.float16 for t in _tensors(output)):
             raise StepError(
@@ -68,10 +76,11 @@ def pair(loss: Loss, reported: Objective, scales_losses: bool) -> Pass:
 
 
 def of_user(forward: Forward, wrapped: bool) -> Pass:
-    """The forward pass of any batch, by a function of the user's.
+    """Return the forward pass of any batch, by a function that the user wrote.
 
-    wrapped: Whether an engine is around the network, which has to see the call. Raises StepError
-    unless the function calls the model that it gets and returns losses in one of the forms above.
+    `wrapped` says whether a wrapper is around the network, which has to see the call. The pass
+    raises StepError unless the function calls the model that it gets, and returns losses in one of
+    the forms above.
     """
 
     def evaluated(model: nn.Module, batch: Any) -> Evaluated:
@@ -94,8 +103,8 @@ def of_user(forward: Forward, wrapped: bool) -> Pass:
         elif weight is not None and not isinstance(weight, int | float):
             raise StepError(
                 f"forward(model, batch) gave a {type(weight).__name__} beside the loss, where a "
-                "number is expected: how many samples the loss is the mean of. To get anything "
-                "else back, return an object with `losses`"
+                "number is expected: the number of samples that the loss is the mean of. To get "
+                "other things back, return an object with `losses`"
             )
         if weight is not None and losses.dim() != 0:
             raise StepError(
@@ -114,7 +123,10 @@ def of_user(forward: Forward, wrapped: bool) -> Pass:
 
 @contextmanager
 def _called(model: nn.Module, wrapped: bool) -> Iterator[None]:
-    """Raises StepError if the wrapped model is not called within: gradients stay unreduced then."""
+    """Raise StepError if the wrapped model is not called inside.
+
+    Its gradients would not be reduced.
+    """
     calls: list[None] = []
     hook = model.register_forward_pre_hook(lambda *_: calls.append(None)) if wrapped else None
     try:
@@ -142,7 +154,7 @@ def _losses_in(output: Any) -> tuple[Any, Any]:
 
 
 def without_graph(output: Any) -> Any:
-    """The same containers, with tensors that keep no graph alive."""
+    """Return the same containers, with tensors that keep no graph alive."""
     if isinstance(output, Tensor):
         return output.detach()
     if isinstance(output, dict):
@@ -158,10 +170,10 @@ def without_graph(output: Any) -> Any:
 
 
 def size_of(batch: Any, is_pair: bool) -> int | None:
-    """How many samples a batch has, by the first tensor in it that tells; None if none does.
+    """Return the number of samples in a batch, by the first tensor in it that has a dimension.
 
     The target of a pair comes before its inputs. The losses are counted later, so that a wrong
-    guess is found.
+    guess is found. None is returned if no tensor has a dimension.
     """
     parts = batch[::-1] if is_pair else [batch]
     for tensor in (tensor for part in parts for tensor in _tensors(part)):
@@ -183,9 +195,12 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _head(batch: Any, share: float, even: bool) -> Any:
-    """The first samples of a pair of tensors, `share` of them and at least one; two if `even`.
+    """Return the first samples of a pair of tensors.
 
-    Raises StepError for what is not a pair of things with one row a sample.
+    Args:
+        batch: The pair, with one row a sample. StepError is raised for anything else.
+        share: The share of the samples. At least one is taken.
+        even: Whether an even number is taken.
     """
     if not all(isinstance(part, Tensor | Targets) for part in batch):
         raise StepError(
@@ -199,9 +214,12 @@ def _head(batch: Any, share: float, even: bool) -> Any:
 
 
 def on_a_share(forward: Pass, share: float, even: bool) -> Pass:
-    """The pass on the first samples of a micro-batch, weighed as if they were all of it.
+    """Return the pass on the first samples of a micro-batch, weighed as if they were all of it.
 
-    even: Whether they are to be a whole number of pairs.
+    Args:
+        forward: The pass on a whole micro-batch.
+        share: The share of the samples.
+        even: Whether an even number is taken, for whole pairs.
     """
 
     def evaluated(model: nn.Module, batch: Any) -> Evaluated:

@@ -1,4 +1,4 @@
-"""What the step does for its objective: refusals before, and what the objective learns after."""
+"""What the step does for its objective: checks before it, and learning after it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +11,9 @@ from flatcal_dist.sharpness.rules import Loss, Rule
 
 
 def objective_of(loss: Loss | None, rule: Rule | None) -> Objective:
-    """The objective that is meant by the step's `loss`. Raises StepError if the rule cannot use it.
+    """Return the objective that is meant by the step's `loss`. A plain function sees labels only.
 
-    A plain function sees labels only.
+    Raises StepError if the rule cannot use it.
     """
     if loss is None:
         return CrossEntropy()
@@ -23,14 +23,14 @@ def objective_of(loss: Loss | None, rule: Rule | None) -> Objective:
     objective = loss if isinstance(loss, Objective) else OfLabels(loss)
     if rule and objective.keeps_history and rule.ascent_share != 1:
         raise StepError(
-            f"{type(objective).__name__} learns from the pass at w of every sample, and {name} "
-            "makes none, or on a part of the batch only: use SAM"
+            f"{type(objective).__name__} learns from a pass at w of every sample, and {name} "
+            "makes no such pass, or makes it on a part of the batch only: use SAM"
         )
     return objective
 
 
 def refuse_without_targets(objective: Objective) -> None:
-    """Raises StepError for an objective that learns from targets which the step does not see."""
+    """Raise StepError for an objective that learns from targets which the step does not see."""
     if objective.keeps_history:
         raise StepError(
             f"with forward= the step sees no targets, and {type(objective).__name__} keeps a "
@@ -39,7 +39,13 @@ def refuse_without_targets(objective: Objective) -> None:
 
 
 def learn(objective: Objective, micro_batches: Sequence[Any], outputs: Sequence[Any]) -> None:
-    """Show the objective a step that was taken, if it keeps a history."""
+    """Show the objective a step that was taken, if it keeps a history.
+
+    Args:
+        objective: The objective.
+        micro_batches: The pairs (inputs, targets) of this rank.
+        outputs: The outputs of the first pass, one for each micro-batch.
+    """
     if objective.keeps_history:
         objective.after_step([as_targets(targets) for _, targets in micro_batches], outputs)
 
@@ -47,7 +53,7 @@ def learn(objective: Objective, micro_batches: Sequence[Any], outputs: Sequence[
 def load_state(objective: Objective, state: State | None) -> None:
     """Let an objective go on from a saved state.
 
-    Raises ValueError if it keeps a history and there is none, or one that is not its own.
+    Raises ValueError if it keeps a history, and the state has none or has another objective's.
     """
     if not objective.keeps_history:
         return

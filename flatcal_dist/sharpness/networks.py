@@ -1,4 +1,4 @@
-"""Networks that an engine cannot hold, refused by the name of what is in the way."""
+"""Networks that an engine cannot hold are refused with the name of the layer or parameter."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from flatcal_dist.sharpness.errors import StepError
@@ -20,7 +21,7 @@ SPARSE = (
 
 
 def refuse_unheld(network: nn.Module, by: str | None = None) -> None:
-    """Called before an engine takes the network, on every rank.
+    """Refuse a network that no engine can hold. Called on every rank before an engine takes it.
 
     Args:
         network: The network as the user built it.
@@ -64,21 +65,21 @@ def refuse_unheld(network: nn.Module, by: str | None = None) -> None:
 
 
 class Parameters:
-    """Those of a network and of its optimizer, as they were when a step was built."""
+    """The parameters of a network and of its optimizer, as they were when a step was built."""
 
     def __init__(self, engine: "Engine") -> None:
         self.engine = engine
         self.parameters, self.trained, self.held = self._now()
 
     def _now(self) -> tuple[list[nn.Parameter], list[bool], list[Tensor]]:
-        """The network's parameters, whether each is trained, and what the optimizer holds."""
+        """Return the parameters, whether each is trained, and what the optimizer holds."""
         parameters = self.engine.all_parameters()
         groups = self.engine.optimizer.param_groups
         held = [weight for group in groups for weight in group["params"]]
         return parameters, [w.requires_grad for w in parameters], held
 
     def refuse_changed(self) -> None:
-        """Raises StepError if network or optimizer have others now."""
+        """Raise StepError if network or optimizer have other parameters now."""
         parameters, trained, held = self._now()
         what = None
         if not _same(self.parameters, parameters):
@@ -98,13 +99,13 @@ def _same(a: Sequence[object], b: Sequence[object]) -> bool:
 
 
 class FrozenWeights:
-    """Finds networks whose forward pass changes weights that are not trained.
+    """A watch for networks whose forward pass changes weights that are not trained.
 
-    Momentum encoders do (MoCo's, BYOL's). Both passes of a step would change them, each by other
-    weights, and the second would see another function than the first. They are looked for in a few
-    passes only, since every look reads all frozen weights; the very first may change nothing, when
-    the two encoders are still equal. Where ranks hold parts of weights (ZeRO-3, FSDP2), changes to
-    the whole ones that a pass gathers are not seen.
+    Momentum encoders do so, as in MoCo and BYOL. Both passes of a step would change them, each by
+    other weights, and the second would see another function than the first. Only the first few
+    passes are watched, since every look reads all frozen weights. One pass is not enough: the very
+    first may change nothing, when the two encoders are still equal. Where ranks hold parts of
+    weights (ZeRO-3, FSDP2), changes to the whole weights that a pass gathers are not seen.
     """
 
     LOOKS = 3  # first passes
@@ -120,7 +121,7 @@ class FrozenWeights:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Around a first pass. Raises StepError, with the name, if it changed one."""
+        """Watch a first pass. Raises StepError with the name of a frozen weight that it changes."""
         if not self.looks:
             yield
             return
@@ -131,30 +132,31 @@ class FrozenWeights:
             if not torch.equal(_squares(weight), before[name]):
                 raise StepError(
                     f"the forward pass changes the frozen weight {name}, as momentum encoders do: "
-                    "both passes of a step would, and see other weights. Make it a buffer "
-                    "(register_buffer), which both passes get alike, or change it after the step"
+                    "both passes of a step would change it, and see other weights. Make it a "
+                    "buffer (register_buffer), which both passes get alike, or change it after "
+                    "the step"
                 )
 
 
 @torch.no_grad()
 def _squares(weight: Tensor) -> Tensor:
-    """A number that is another one when the weight is."""
-    weight = weight.to_local() if hasattr(weight, "to_local") else weight.detach()
+    """Return a number that changes when the weight changes."""
+    weight = weight.to_local() if isinstance(weight, DTensor) else weight.detach()
     weight = torch.view_as_real(weight.resolve_conj()) if weight.is_complex() else weight
     return weight.double().square().sum().nan_to_num()
 
 
 def refuse_sparse(name: str, gradient: Tensor) -> None:
-    """Raises StepError for a gradient that a function made sparse."""
+    """Raise StepError for a gradient that a function made sparse."""
     if gradient.layout != torch.strided:
         raise StepError(SPARSE.format(f"of {name} "))
 
 
 @contextmanager
 def sparse_refused() -> Iterator[None]:
-    """Around a backward pass: libraries that pack gradients fail at a sparse one, without its name.
+    """Raise StepError where a backward pass inside fails at a sparse gradient.
 
-    Raises StepError in place of their error.
+    Libraries that pack gradients raise errors without the name of the gradient.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a network gives: one tensor of logits, or a refusal that says how to get it."""
+"""The output of a network: one tensor of logits, or an error that says how to get it."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -10,10 +10,10 @@ from flatcal_dist.sharpness.errors import StepError
 
 
 def logits_of(output: Any) -> Tensor:
-    """The output itself, if it is a tensor.
+    """Return the output, if it is a tensor.
 
-    Raises StepError, which names the tensors in it, for anything else: a tuple, a mapping, a
-    dataclass or an object of a library.
+    Raises StepError for anything else: a tuple, a mapping, a dataclass or an object of a library.
+    The message names the tensors in it.
     """
     if isinstance(output, Tensor):
         return output
@@ -31,13 +31,13 @@ def logits_of(output: Any) -> Tensor:
         if "aux" in held:
             remedy += "; or build it without auxiliary heads"
     raise StepError(
-        "the step wants a network that gives one tensor of logits [N, K], and this one gave a "
+        "the step needs a network that gives one tensor of logits [N, K], and this one gave a "
         f"{type(output).__name__}: {remedy}"
     )
 
 
 def _tensors_in(output: Any) -> list[tuple[str, Tensor]]:
-    """How each tensor is reached from the output, and itself."""
+    """Return each tensor in the output, and the expression that reaches it."""
     if isinstance(output, Mapping):  # also the outputs of transformers
         parts = [(f"[{key!r}]", value) for key, value in output.items()]
     elif hasattr(output, "_fields"):  # a named tuple

@@ -24,11 +24,11 @@ class SameFunctionTwice:
     whose forward pass reads them (batch renormalisation, spectral norm, queues, codebooks) is one
     function; the step ends with the buffers that the first pass, at w, left. The random state of
     the first pass is replayed in the second (the same dropout and drop-path masks), and ends where
-    one pass would have left it: torch's, Python's, NumPy's, and that of generators which modules
+    one pass would have left it. This holds for torch, Python, NumPy, and generators which modules
     hold as attributes. An exception, or `undo`, gives buffers back as they were before the step.
 
-    What it cannot see is not replayed: other attributes of modules (a counter that is a plain
-    number, a tensor that is no buffer), generators outside modules, files and processes.
+    State that this class cannot see is not replayed: other attributes of modules (a counter that is
+    a plain number, a tensor that is no buffer), generators outside modules, files and processes.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -40,32 +40,32 @@ class SameFunctionTwice:
         return self
 
     def start_from_here(self) -> None:
-        """Buffers were changed for all passes of the step."""
+        """Take note that buffers were changed for all passes of the step."""
         self.buffers_at_start = BufferState(self.modules)
 
     def begin(self) -> None:
-        """Before the first pass."""
+        """Remember the random state before the first pass."""
         self.random_before = self._random_state()
 
     def rewind(self) -> None:
-        """After the first pass: go back to the state before it, remember what it made."""
+        """Remember what the first pass left, and go back to the state before it."""
         self.buffers_after = BufferState(self.modules)
         self.random_after = self._random_state()
         self._set_buffers(self.buffers_at_start)
         self._set_random_state(self.random_before)
 
     def forward(self) -> None:
-        """After the second pass: leave everything as the first pass left it."""
+        """Leave everything as the first pass left it, after the second pass."""
         self._set_buffers(self.buffers_after)
         self._set_random_state(self.random_after)
         self.buffers_at_start = self.buffers_after  # of the step's next unit
 
     def undo(self) -> None:
-        """The step does not count: buffers as before it."""
+        """Give buffers back as before the step, which does not count."""
         self._set_buffers(self.buffers_before)
 
     def forget(self) -> None:
-        """No pass counts: buffers and random numbers as before the first one."""
+        """Give buffers and random numbers back as before the first pass. No pass counts."""
         self.undo()
         self._set_random_state(self.random_before)
 
@@ -103,7 +103,7 @@ Generator = torch.Generator | random.Random | np.random.Generator | np.random.Ra
 
 
 def _generators(modules: Sequence[nn.Module]) -> Iterator[Generator]:
-    """Those that are attributes of modules, or in a list, tuple or dictionary that is one."""
+    """Yield generators that are attributes of modules, or in a container that is one."""
     for module in modules:
         for value in vars(module).values():
             if isinstance(value, dict):
@@ -125,9 +125,10 @@ def _state_of(generator: Generator) -> tuple[Callable[[Any], Any], Any]:
 
 @contextmanager
 def no_weights_in_autocast() -> Iterator[None]:
-    """Inside somebody's outer autocast block the low-precision copies of weights are kept.
+    """Drop autocast's low-precision copies of weights on the way out.
 
-    Whatever comes after the step would see those of w + e, or of w before the optimizer's step.
+    Inside an outer autocast block they are kept. Code after the step would then see copies of
+    w + e, or of w before the optimizer's step.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""What a step saw and what it reports: figures by name, on one rank and of all ranks."""
+"""What a step saw and what it reports: figures by name, on one rank and on all ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,21 +14,31 @@ from flatcal_dist.sharpness.rules import Memory
 
 @dataclass(frozen=True)
 class StepResult:
-    """What happened in one step. Losses are means over the global batch, norms of its gradients.
+    """What happened in one step. Losses are means over the global batch.
 
-    loss and perturbed_loss are of the same objective, that of the ascent, at w and at w + e: their
-    difference is the sharpness. A rule without an ascent pass sees one loss only, that at w + e,
-    and it stands in loss.
-    skipped: a value was not finite on some rank in either pass, so no rank moved. stop: some rank
-    passed stop=True. votes: sums of the ranks' own. outputs: of this rank's micro-batches, in the
-    first pass: the logits of a pair, or what the user's `forward` returned; without a graph.
-    None in a step without an ascent gradient: perturbed_loss and ascent_gradient_norm (of a scope
-    smaller than all ranks, the mean of the ranks' own norms). Only with measure=True, means over
-    the ranks: cosine, between the perturbation e (SAM's: the ascent gradient) and the descent
-    gradient; perturbation_norm, the length of e; and of what the forward pass saw of e, after
-    rounding to its precision: effective_rho, its length, to which the noise of rounding adds;
-    seen_along, its component along e; seen_cosine, between it and e, which tells whether the
-    direction survived.
+    Both losses are values of one objective, that of the ascent. So their difference is the
+    sharpness. Means over ranks are taken where a scope smaller than all ranks has several values.
+
+    Args:
+        loss: The loss at w. A rule without an ascent pass sees only the loss at w + e, and it
+            stands here.
+        perturbed_loss: The loss at w + e. None in a step without an ascent gradient.
+        ascent_gradient_norm: The norm of the ascent gradient. None in a step without one.
+        gradient_norm: The norm of the gradient that the optimizer got, before clipping.
+        skipped: Whether a value was not finite on some rank in either pass, so that no rank moved.
+        stop: Whether some rank passed stop=True.
+        loss_scale: The loss scale after the step, 1 but in fp16.
+        cosine: The cosine between the perturbation e (for SAM: the ascent gradient) and the descent
+            gradient. This and the next four are there only with measure=True.
+        perturbation_norm: The length of e.
+        effective_rho: The length of what the forward pass saw of e after rounding to its
+            precision. The noise of rounding adds to it.
+        seen_along: The component along e of what the forward pass saw.
+        seen_cosine: The cosine between e and what the forward pass saw. It tells whether the
+            direction survived.
+        votes: The sums over ranks of the votes.
+        outputs: The outputs of this rank's micro-batches in the first pass, without a graph: the
+            logits of a pair, or what the user's `forward` returned.
     """
 
     loss: float
@@ -48,7 +58,10 @@ class StepResult:
 
 
 class Sums:
-    """Over the micro-batches of one pass, on this rank. loss: a float64 scalar on the device."""
+    """What one pass saw on this rank, summed over its micro-batches.
+
+    `loss` is a float64 scalar on the device, `losses` is the number of losses.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -56,42 +69,81 @@ class Sums:
         self.outputs: list[Any] = []
 
     def add(self, evaluated: Evaluated) -> None:
+        """Add a micro-batch."""
         self.loss += evaluated.reported
-        self.losses = self.losses + evaluated.count
+        self.losses = self.losses + evaluated.losses
         self.outputs.append(evaluated.output)
 
 
 class Seen:
-    """What this rank saw in a step, summed over its units; float64 scalars on the device."""
+    """What this rank saw in a step, summed over its units, in float64 scalars on the device.
+
+    `losses` is the number of losses in one pass over the whole batch.
+    """
 
     def __init__(self, device: torch.device) -> None:
         zero = torch.zeros((), dtype=torch.float64, device=device)
         self.loss = self.perturbed_loss = self.ascent_norm = zero
         self.measured = [zero] * len(Measured._fields)
-        self.losses: float | Tensor = 0  # their number, in one pass over the whole batch
+        self.losses: float | Tensor = 0
         self.outputs: list[Any] = []
         self.ascent: Memory | None = None
         self.memory: Memory | None = None
 
     def add_only(self, sums: Sums) -> None:
-        """Of a unit that has one pass."""
+        """Add the only pass of a unit."""
         self.add_first(sums)
         self.losses = self.losses + sums.losses
 
     def add_first(self, sums: Sums) -> None:
-        """Of a unit's pass at w, which may be on a share of the batch."""
+        """Add a unit's pass at w, which may be on a share of the batch."""
         self.loss = self.loss + sums.loss
         self.outputs += sums.outputs
 
     def add_second(self, sums: Sums) -> None:
-        """Of a unit's pass at w + e."""
+        """Add a unit's pass at w + e."""
         self.perturbed_loss = self.perturbed_loss + sums.loss
         self.losses = self.losses + sums.losses
 
     def add_measured(self, measured: Measured) -> None:
+        """Add what was measured of a unit's perturbation."""
         self.measured = [a + b for a, b in zip(self.measured, measured, strict=True)]
 
-    def figures(self) -> dict[str, Tensor]:
-        named = {"loss": self.loss, "perturbed_loss": self.perturbed_loss}
-        named |= {"ascent_norm": self.ascent_norm}
-        return named | dict(zip(Measured._fields, self.measured, strict=True))
+    def agree(
+        self,
+        summed: Callable[[Sequence[Tensor | float]], list[float]],
+        norm: Tensor,
+        stop: bool,
+        votes: Sequence[float],
+    ) -> "Agreed":
+        """Sum the figures of all ranks in one reduction.
+
+        Args:
+            summed: Sums scalars over ranks (`Engine.sum`).
+            norm: The norm of the gradient.
+            stop: Whether this rank wishes to end.
+            votes: The votes of this rank, as many on every rank.
+        """
+        figures = {"loss": self.loss, "perturbed_loss": self.perturbed_loss}
+        figures |= {"ascent_norm": self.ascent_norm}
+        figures |= dict(zip(Measured._fields, self.measured, strict=True))
+        figures |= {"norm": norm.double()}
+        skip = 1 - torch.stack(list(figures.values())).isfinite().all().double()
+        total = summed([*figures.values(), skip, float(stop), self.losses, *votes])
+        skips, stops, losses, *sums = total[len(figures) :]
+        by_name = dict(zip(figures, total, strict=False))
+        return Agreed(by_name, skips > 0, stops > 0, losses, tuple(sums))
+
+
+class Agreed(NamedTuple):
+    """What all ranks saw together.
+
+    `total` has the sums of the figures by name, `losses` the number of losses. `skipped` says
+    whether some rank has a value that is not finite.
+    """
+
+    total: dict[str, float]
+    skipped: bool
+    stop: bool
+    losses: float
+    votes: tuple[float, ...]

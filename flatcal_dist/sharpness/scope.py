@@ -1,4 +1,4 @@
-"""Whose gradient perturbs: the scope of m-sharpness over ranks."""
+"""The ranks whose gradient perturbs: the scope of m-sharpness."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,10 @@ BUCKET = 64 * 2**20  # bytes of one reduction
 
 @dataclass(frozen=True)
 class Scope:
-    """Consecutive groups of `ranks` ranks perturb together; `everyone` when that is all of them."""
+    """Groups of `ranks` consecutive ranks that perturb together.
+
+    `everyone` says that there is one group of all ranks.
+    """
 
     name: str
     ranks: int
@@ -24,7 +27,7 @@ class Scope:
 
     @classmethod
     def of(cls, scope: str | int, world_size: int) -> "Scope":
-        """As `ranks_of`, with the group to sum over: called by all ranks."""
+        """Return the scope of this name or number, with its group. Called by all ranks."""
         ranks = ranks_of(scope, world_size)
         between = 1 < ranks < world_size
         group = dist.new_subgroups(ranks)[0] if between else None
@@ -42,7 +45,7 @@ class Scope:
 
 
 def ranks_of(scope: str | int, world_size: int) -> int:
-    """How many ranks perturb together: "global", "rank", "node", or a number of them.
+    """Return how many ranks perturb together in a scope: "global", "rank", "node", or a number.
 
     Raises StepError for another name, for groups that do not divide the world, and for nodes whose
     size is not known or not the same everywhere.
@@ -73,8 +76,8 @@ def _ranks_of_a_node(world_size: int) -> int:
         dist.all_gather_object(sizes, sizes[0])
     if sizes[0] is None or len(set(sizes)) > 1:
         raise StepError(
-            f"scope 'node' needs LOCAL_WORLD_SIZE, the same on every rank, and found {set(sizes)}; "
-            "launchers set it, under srun export it; or name the number of ranks"
+            f"scope 'node' needs LOCAL_WORLD_SIZE, the same on every rank, and found {set(sizes)}: "
+            "launchers set it, and under srun you export it; or give the number of ranks as scope"
         )
     return int(sizes[0])
 

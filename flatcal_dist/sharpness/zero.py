@@ -1,4 +1,4 @@
-"""The name that users import DeepSpeed's engine by; it lives in `engines`."""
+"""The module from which users import DeepSpeed's engine. The code is in `engines`."""
 
 from flatcal_dist.sharpness.engines.zero import ZeroEngine, start_zero
 

@@ -1,7 +1,7 @@
-"""Where numbers go: metrics.jsonl is the truth; the console and W&B show what stands in it.
+"""Numbers are written into metrics.jsonl. The console and W&B show what stands there.
 
-One JSON object per logged step or epoch, with flat keys. A resumed run appends; where it writes a
-step again, the last record of the step counts.
+The file has one JSON object for each logged step or epoch, with flat keys. A resumed run appends to
+it. If it takes a step again, the last record of that step counts.
 """
 
 import json
@@ -10,21 +10,31 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flatcal_dist.config import Config
 from flatcal_dist.files import WriteError, open_to_append, read_bytes
 from flatcal_dist.tracking.wandb_sink import WandbSink
 
+if TYPE_CHECKING:
+    from flatcal_dist.config import Config
+
 
 class Tracker:
-    """Opened by rank 0 of a run; any other rank has one that does nothing (`active` False)."""
+    """Writes and shows what is logged. Rank 0 has an active tracker; that of others does nothing.
+
+    Args:
+        config: The configuration.
+        path: The run directory.
+        total_steps: The number of steps of the run.
+        start: How many of them are done.
+        active: Whether this is rank 0.
+    """
 
     def __init__(
-        self, config: Config, path: Path, total_steps: int, start: int, active: bool
+        self, config: "Config", path: Path, total_steps: int, start: int, active: bool
     ) -> None:
         self.active = active
         if not active:
@@ -35,10 +45,10 @@ class Tracker:
         self.total_steps = total_steps
         self.console = Console(file=sys.stdout)
         self.bar = self._progress_bar(start) if self.console.is_terminal else None
-        self.wandb = self._start_wandb(config, path) if config.wandb.mode != "disabled" else None
+        self.wandb = self._start_wandb(config, path)
 
     def log(self, step: int, values: dict[str, float | int | None]) -> None:
-        """Write one record, such as {"train/loss": 0.7}; what is not finite becomes null."""
+        """Write one record, such as {"train/loss": 0.7}. Values that are not finite become null."""
         if not self.active:
             return
         record = {"step": step} | {key: _finite_or_none(value) for key, value in values.items()}
@@ -51,7 +61,7 @@ class Tracker:
         self._watch_wandb()
 
     def _reopen_if_removed(self, step: int) -> None:
-        """A file that was removed takes all that is written into it along."""
+        """Open a new file if the old one was removed: what is written into that one is lost."""
         removed = os.fstat(self.file.fileno()).st_nlink == 0
         if removed and self.path.parent.is_dir():  # else the run directory says that it is gone
             self.file.close()
@@ -59,7 +69,7 @@ class Tracker:
             self.say(f"{self.path} was removed: a new one begins with step {step}")
 
     def sync(self) -> None:
-        """Make what was logged durable: it outlives the machine."""
+        """Make what was logged durable, so that it survives a crash of the machine."""
         if self.active:
             try:
                 os.fsync(self.file.fileno())
@@ -67,12 +77,19 @@ class Tracker:
                 raise WriteError(self.path, error) from None
 
     def say(self, text: str) -> None:
-        """A line for the person who watches."""
+        """Print a line for the person who watches."""
         if self.active:
             self._print(text)
 
     def show(self, step: int, text: str, images_per_second: float, seconds_left: float) -> None:
-        """Progress: the bar on a terminal, else a line with the time left."""
+        """Show the progress: a bar on a terminal, else a line with the time that is left.
+
+        Args:
+            step: How many steps are done.
+            text: What to show of the last one.
+            images_per_second: The speed.
+            seconds_left: How long the rest takes at this speed.
+        """
         if not self.active:
             return
         if self.bar is not None:
@@ -85,6 +102,7 @@ class Tracker:
             )
 
     def close(self, exit_code: int = 0) -> None:
+        """Close the file, and end the W&B run with this exit code."""
         if not self.active:
             return
         self.active = False
@@ -110,18 +128,21 @@ class Tracker:
         return bar
 
     def _print(self, text: str) -> None:
-        with suppress(OSError):  # the terminal was closed: the run is not about it
+        with suppress(OSError):  # the terminal was closed, which must not end the run
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _start_wandb(self, config: Config, path: Path) -> WandbSink | None:
+    def _start_wandb(self, config: "Config", path: Path) -> WandbSink | None:
+        mode = config.wandb.mode
+        if mode == "disabled":
+            return None
         try:
-            return WandbSink(path, config.wandb.mode, config.wandb.finish_seconds)
-        except OSError as error:  # a sink can never fail a run
+            return WandbSink(path, mode, config.wandb.finish_seconds)
+        except OSError as error:  # W&B must not end the run
             self._print(f"W&B did not start, the run goes on without it: {error}")
             return None
 
     def _watch_wandb(self) -> None:
-        """Show what W&B's process says; once it has ended there is nothing more to come."""
+        """Show what the process of W&B says, until it has ended."""
         if self.wandb is not None:
             for text in self.wandb.messages():
                 self._print(text)
@@ -130,9 +151,9 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, in the order written; lines that are torn are left out.
+    """Return the records of a metrics.jsonl in their order. Torn lines are left out.
 
-    Empty where there is no such file. Raises OSError, and ValueError for what is no regular file.
+    Without such a file there are none. Raises OSError, and ValueError for a device or a pipe.
     """
     if not path.exists():
         return []
@@ -141,9 +162,9 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def parse_record(line: bytes) -> dict | None:
-    """One line of metrics.jsonl; None for what is no record.
+    """Return the record of one line of metrics.jsonl, or None for a line that is no record.
 
-    A machine that went down may leave anything. Values are numbers or None, `step` is a number.
+    A machine that crashed may leave anything. Values are numbers or None, `step` is a number.
     """
     try:
         record = json.loads(line)
@@ -159,7 +180,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _end_torn_line(path: Path) -> None:
-    """End a last line that was cut off when the run was killed, so that the next one is whole."""
+    """End a last line that was cut off by a kill, so that the next line is whole."""
     with path.open("rb+") as file:
         if file.seek(0, 2) == 0:
             return

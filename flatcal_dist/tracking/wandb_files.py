@@ -1,8 +1,8 @@
 """W&B's transaction logs, which it writes offline and online: `RUN/wandb/*run-*/run-*.wandb`.
 
-LevelDB's log format behind a header of 7 bytes: blocks of 32 KiB hold records of checksum (4
-bytes), length (2), type (1: whole, 2, 3, 4: first, middle and last part) and data. The data is a
-protobuf `Record` of W&B.
+A log is a header of 7 bytes and then LevelDB's log format. Blocks of 32 KiB hold records of a
+checksum (4 bytes), a length (2), a type (1: whole; 2, 3, 4: first, middle and last part) and data.
+The data is a protobuf `Record` of W&B.
 """
 
 import json
@@ -19,15 +19,17 @@ WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def segments(run: Path) -> list[Path]:
-    """The logs of a run directory, oldest first: one for each start of the run."""
+    """Return the logs of a run directory, oldest first. There is one for each start of the run."""
     found = (run / "wandb").glob("*run-*/run-*.wandb")
     return sorted(found, key=lambda file: file.parent.name.split("run-", 1)[1])
 
 
 def read_records(file: Path) -> Iterator[Any]:
-    """The records of a log, up to where it was cut off or is damaged."""
+    """Yield the records of a log, up to where it was cut off or is damaged."""
     from google.protobuf.message import DecodeError
-    from wandb.proto.wandb_internal_pb2 import Record
+
+    # Protobuf makes its classes at import.
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     for payload in _payloads(read_bytes(file, limit=None)):
         record = Record()
@@ -39,7 +41,7 @@ def read_records(file: Path) -> Iterator[Any]:
 
 
 def history(file: Path) -> list[dict[str, Any]]:
-    """The rows that were logged, `_step` among their keys."""
+    """Return the rows that were logged. Each has a key `_step`."""
     return [
         {".".join(item.nested_key) or item.key: json.loads(item.value_json)
          for item in record.history.item}

@@ -1,11 +1,11 @@
-"""W&B as a process of its own that follows metrics.jsonl; started by `sink.WandbSink`.
+"""A separate process sends metrics.jsonl to W&B. `wandb_sink.WandbSink` starts it.
 
     python -m flatcal_dist.tracking.wandb_process RUN offline|online [EXIT_CODE]
 
-The file is the queue: training writes a line and is done with it, whatever happens here. Line n
-of the file is W&B's `_step` n, which therefore grows over all restarts, so that W&B, which drops
-what goes back, drops nothing where a resumed run takes a step again; charts are over our `step`
-(define_metric). A later start, or `flatcal sync`, sends what an earlier one did not.
+The file is the queue: training writes a line and needs nothing more, whatever happens here. Line n
+of the file is `_step` n of W&B, which therefore grows over all starts of a run. W&B drops records
+whose `_step` goes back, so it drops nothing when a resumed run takes a step again. Charts are drawn
+over our `step` (define_metric). A later start, or `flatcal sync`, sends what an earlier one missed.
 """
 
 import os
@@ -25,6 +25,7 @@ from flatcal_dist.printing import never_fail
 from flatcal_dist.runs.directory import RunDirectory
 from flatcal_dist.tracking.tracker import parse_record
 from flatcal_dist.tracking.wandb_files import history, segments
+from flatcal_dist.tracking.wandb_sink import Mode
 from flatcal_dist.urls import hide, public
 
 BEST = {"val/accuracy": max, "val/nll": min}
@@ -37,7 +38,7 @@ COLUMNS = ("low", "high", "count", "mean_confidence", "accuracy")
 
 
 class Lines:
-    """The records of a metrics.jsonl as it grows, numbered; a torn line counts and is left out."""
+    """The numbered records of a growing metrics.jsonl. A torn line has a number but no record."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.offset, self.number = file, 0, 0
@@ -57,21 +58,21 @@ class Lines:
 
 
 class Follower:
-    """One W&B run: its rows, its summary, and at the end its tables, figures and artifacts."""
+    """One W&B run with its rows and summary, and at its end with tables, figures and artifacts."""
 
-    def __init__(self, directory: Path, config: Config, mode: str) -> None:
+    def __init__(self, directory: Path, config: Config, mode: Mode) -> None:
         self.directory, self.config = directory, config
         self.lines = Lines(directory / "metrics.jsonl")
         self.best: dict[str, float] = {}
         self.saved: set[str] = set()
-        sent = lines_sent(directory)  # before this start adds a log of its own
+        sent = lines_sent(directory)  # before this start adds another log
         self.run = start(directory, config, mode)
         if mode == "online":  # what the server has, not what was written for it
             sent = self.run.starting_step if self.run.resumed else 0
         self.begin_at = sent
 
     def send(self) -> None:
-        """Every record that is new."""
+        """Send every record that is new."""
         before: dict[str, Any] = {}
         for number, record in self.lines.new():
             self._remember(record)
@@ -88,7 +89,7 @@ class Follower:
             self._checkpoints()
 
     def finish(self, exit_code: int) -> None:
-        """Everything that is left, then the end of the W&B run."""
+        """Send everything that is left, then end the W&B run."""
         self.send()
         self.run.summary.update(self.best)
         phase = _json(self.directory / "state.json").get("phase")
@@ -141,9 +142,15 @@ class Follower:
         self.run.log_artifact(artifact, aliases=aliases)
 
 
-def start(directory: Path, config: Config, mode: str) -> Any:
-    """The one W&B run of this directory, whose id is kept in it. W&B's exceptions pass through."""
-    # Staged artifacts beside the run, whose disk is meant for such things, not under HOME.
+def start(directory: Path, config: Config, mode: Mode) -> Any:
+    """Return the one W&B run of a run directory, which keeps its id. Raises what W&B raises.
+
+    Args:
+        directory: The run directory.
+        config: The configuration of the run.
+        mode: The mode of W&B.
+    """
+    # Artifacts are staged beside the run, whose disk is meant for such things, not under HOME.
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
         os.environ.setdefault(name, str((directory / "wandb/data").resolve()))
     import wandb
@@ -180,8 +187,14 @@ def start(directory: Path, config: Config, mode: str) -> Any:
     return run
 
 
-def follow(directory: Path, mode: str, code: int | None) -> None:
-    """Send what comes until the training process says it is over (`code`), or is no more."""
+def follow(directory: Path, mode: Mode, code: int | None) -> None:
+    """Send every record until the training process ends, or orders the end.
+
+    Args:
+        directory: The run directory.
+        mode: The mode of W&B.
+        code: The exit code of training, if training has ended already.
+    """
     config = configuration.load(directory / "config.yaml", recorded=True)
     order = Order(config.wandb.finish_seconds, code)
     try:
@@ -193,11 +206,11 @@ def follow(directory: Path, mode: str, code: int | None) -> None:
         order.again(directory, "offline")
     while not order.came.wait(1.0):
         follower.send()
-    follower.finish(order.exit_code)
+    follower.finish(1 if order.exit_code is None else order.exit_code)
 
 
 class Order:
-    """The end of the work, as told on standard input: `finish CODE`, or the end of the stream."""
+    """The order to end, on standard input: `finish CODE`, or the end of the stream."""
 
     def __init__(self, seconds: float, code: int | None) -> None:
         self.came, self.exit_code, self.seconds = threading.Event(), code, seconds
@@ -212,10 +225,10 @@ class Order:
         self.came.set()
         threading.Event().wait(self.seconds + 3)
         say(f"W&B did not finish within {self.seconds:g} s")
-        os.killpg(os.getpid(), signal.SIGKILL)  # we lead a group of our own; W&B's service is in it
+        os.killpg(os.getpid(), signal.SIGKILL)  # this process leads a group, with W&B's service
 
     def again(self, directory: Path, mode: str) -> None:
-        """Begin this process anew: W&B's service does not take a run twice."""
+        """Start this process again, because the service of W&B does not take a run twice."""
         code = [str(self.exit_code)] if self.came.is_set() else []
         os.dup2(self.stdin, 0)
         os.dup2(MESSAGES, 1)
@@ -224,15 +237,15 @@ class Order:
 
 
 def say(text: str) -> None:
-    """To the training process, which shows it."""
+    """Send a line to the training process, which shows it."""
     try:
         os.write(MESSAGES, (hide(text).replace("\n", " ") + "\n").encode())
-    except OSError:  # it is no more
+    except OSError:  # it has ended
         print(text, file=sys.stderr)
 
 
 def lines_sent(directory: Path) -> int:
-    """How many lines of metrics.jsonl W&B's logs hold; one more where the report follows them."""
+    """Return how many lines of metrics.jsonl the logs of W&B hold. A report counts as one more."""
     steps = [row.get("_step", -1) for file in segments(directory) for row in history(file)]
     return max(steps, default=-1) + 1
 
@@ -241,7 +254,7 @@ def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -254,9 +267,10 @@ if __name__ == "__main__":
     os.dup2(2, 1)
     never_fail()
     try:
-        follow(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) if sys.argv[3:] else None)
+        mode: Mode = "online" if sys.argv[2] == "online" else "offline"
+        follow(Path(sys.argv[1]), mode, int(sys.argv[3]) if sys.argv[3:] else None)
     except BaseException as error:
         say(f"W&B failed: {_first_line(error)}")
         print(hide(traceback.format_exc()), file=sys.stderr)
         sys.stderr.flush()
-        os._exit(1)  # not by way of W&B's own handlers, which may wait for what is no more
+        os._exit(1)  # handlers of W&B may wait for processes that have ended

@@ -1,7 +1,7 @@
-"""Training's side of W&B: starts the process that follows metrics.jsonl, and waits for none of it.
+"""The side of W&B in the training process: it starts the process that follows metrics.jsonl.
 
-It can neither slow nor stop nor fail the run: nothing is handed over but the end of the run, there
-the wait is bounded, and whatever goes wrong is said once.
+That process can neither slow down nor stop the run. It is told nothing but the end of the run, the
+wait for it is bounded then, and whatever goes wrong is said once.
 """
 
 import os
@@ -9,21 +9,32 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 from flatcal_dist.files import open_to_append
 
+Mode = Literal["offline", "online"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class WandbSink:
-    """`mode`: offline or online. Raises OSError where no process can be started."""
+    """The process that follows metrics.jsonl of a run directory.
 
-    def __init__(self, directory: Path, mode: str, finish_seconds: float) -> None:
+    Args:
+        directory: The run directory.
+        mode: The mode of W&B.
+        finish_seconds: How long the end of the run waits for W&B at most.
+
+    Raises:
+        OSError: No process can be started.
+    """
+
+    def __init__(self, directory: Path, mode: Mode, finish_seconds: float) -> None:
         self.directory, self.finish_seconds, self.ended = directory, finish_seconds, False
         (directory / "wandb").mkdir(exist_ok=True)
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-        environment.pop("WANDB_SERVICE", None)  # a service of its own, not one we live in
+        environment.pop("WANDB_SERVICE", None)  # a service that this process has is not shared
         with open_to_append(directory / "wandb/process.log") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "flatcal_dist.tracking.wandb_process", str(directory), mode],
@@ -33,13 +44,16 @@ class WandbSink:
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for training, which ends this in order
             )
-        os.set_blocking(self.process.stdout.fileno(), False)
+        assert self.process.stdin is not None  # they are pipes
+        assert self.process.stdout is not None
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        os.set_blocking(self.stdout.fileno(), False)
 
     def messages(self) -> list[str]:
-        """What the process has said since the last call; and that it ended, if it did."""
+        """Return what the process has said since the last call, and that it ended if it did."""
         code = self.process.poll()
         self.ended = code is not None
-        said = (self.process.stdout.read() or b"").decode(errors="replace").splitlines()
+        said = (self.stdout.read() or b"").decode(errors="replace").splitlines()
         if code:
             said.append(
                 f"W&B is left out from here on (its process ended with {code}, see "
@@ -49,10 +63,10 @@ class WandbSink:
         return said
 
     def finish(self, exit_code: int) -> list[str]:
-        """End the W&B run, within `wandb.finish_seconds` and a little; what there is to say."""
+        """End the W&B run within `wandb.finish_seconds` and a little. Return what it said."""
         try:
-            self.process.stdin.write(b"finish %d\n" % exit_code)
-            self.process.stdin.close()
+            self.stdin.write(b"finish %d\n" % exit_code)
+            self.stdin.close()
         except OSError:  # it has ended
             pass
         try:
@@ -61,5 +75,5 @@ class WandbSink:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         said = self.messages()
-        self.process.stdout.close()
+        self.stdout.close()
         return said

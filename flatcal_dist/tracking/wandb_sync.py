@@ -1,7 +1,7 @@
-"""`flatcal sync RUN...`: bring runs that were recorded offline to the W&B server.
+"""`flatcal sync RUN...` sends runs that were recorded offline to the W&B server.
 
-A run has a log for each of its starts, which `wandb sync` sends in their order into one W&B run.
-What no log holds, because W&B was killed or failed, is first written from metrics.jsonl.
+A run has a log for each of its starts. `wandb sync` sends the logs in their order into one W&B run.
+If W&B was killed or failed, the missing records are first written from metrics.jsonl.
 """
 
 import subprocess
@@ -15,13 +15,20 @@ from flatcal_dist.tracking.wandb_files import history, segments
 from flatcal_dist.tracking.wandb_process import Lines, lines_sent
 from flatcal_dist.tracking.wandb_sink import WandbSink
 
-SECONDS = 600.0  # that writing a log may take
+SECONDS = 600.0  # the longest time to write a log
 
 
 def sync(directories: Sequence[Path], dry_run: bool = False, minutes: float = 30.0) -> None:
-    """Complete the logs of each run and send them, each in `minutes` at most.
+    """Complete the logs of each run, and send them.
 
-    Raises ValueError, RuntimeError with the run.
+    Args:
+        directories: The run directories.
+        dry_run: Whether to say only what would be sent.
+        minutes: How long sending one run may take.
+
+    Raises:
+        ValueError: A directory is no run directory, or is in use.
+        RuntimeError: Some runs were not sent; the message names them.
     """
     for directory in directories:
         if not (directory / "config.yaml").exists():
@@ -45,18 +52,18 @@ def sync(directories: Sequence[Path], dry_run: bool = False, minutes: float = 30
 
 
 def _sync(directory: Path, dry_run: bool, minutes: float) -> bool:
-    """Whether all of a run is sent, or would be."""
+    """Send one run. Return whether all of it is sent, or would be."""
     if lost := lines_lost(directory):
         print(
             f"{directory}: {lost} records before the last one sent stand in no log that can be "
             f"read. If W&B lacks them, move {directory / 'wandb'} aside and sync again: all is "
-            "then written anew from metrics.jsonl",
+            "then written again from metrics.jsonl",
             file=sys.stderr,
         )
     missing = lines_wanted(directory) - lines_sent(directory)
     if dry_run:
-        logs = "".join(f"\n  {file}" for file in segments(directory))
-        print(f"{directory}: {max(missing, 0)} records to write into a new log first{logs}")
+        there = "".join(f"\n  {file}" for file in segments(directory))
+        print(f"{directory}: {max(missing, 0)} records to write into a new log first{there}")
         return True
     if missing > 0:
         complete(directory)
@@ -75,7 +82,7 @@ def _sync(directory: Path, dry_run: bool, minutes: float) -> bool:
 
 
 def lines_wanted(directory: Path) -> int:
-    """How many records there are for W&B; the report of a finished run counts as one."""
+    """Return how many records there are for W&B. The report of a finished run counts as one."""
     metrics = directory / "metrics.jsonl"
     lines = read_bytes(metrics, limit=None).count(b"\n") if metrics.exists() else 0
     return lines + (
@@ -84,9 +91,9 @@ def lines_wanted(directory: Path) -> int:
 
 
 def lines_lost(directory: Path) -> int:
-    """How many records should stand in the logs there are and do not: one is damaged, or removed.
+    """Return how many records are missing between those in the logs: a log is damaged or removed.
 
-    They cannot be added: W&B takes no row that lies before its last one.
+    They cannot be added, because W&B takes no row that lies before its last one.
     """
     held = {row.get("_step", -1) for log in segments(directory) for row in history(log)}
     lines = Lines(directory / "metrics.jsonl").new()
@@ -94,7 +101,7 @@ def lines_lost(directory: Path) -> int:
 
 
 def complete(directory: Path) -> None:
-    """Write an offline log of the records that no log holds. Raises RuntimeError."""
+    """Write an offline log of the records that no log holds. Raises RuntimeError if W&B fails."""
     code = 0 if _phase(directory) == "finished" else 1
     said = WandbSink(directory, "offline", SECONDS).finish(code)
     if said or lines_sent(directory) < lines_wanted(directory):

@@ -1,8 +1,8 @@
-"""RUN/bad_samples.jsonl: which images of the training data were replaced, and when to stop.
+"""RUN/bad_samples.jsonl lists the images of the training data that were replaced.
 
-One JSON object per replacement: step (of the run, from 1), epoch, shard, key, reason, and the key
-that was trained on instead. Like everything else of a run the list follows from its steps alone: a
-run that goes on from a checkpoint drops what was listed after it, and finds it again.
+The file has one JSON object for each replacement: the step of the run (from 1), epoch, shard, key,
+reason, and the key of the image that took its place. The list follows from the steps alone. A run
+that goes on from a checkpoint drops the entries after it, and finds them again.
 """
 
 import json
@@ -35,9 +35,21 @@ ENTRY = TypeAdapter(Entry)
 
 
 class BadSamples:
-    """All ranks know the whole list, so they agree on its end; rank 0 (`main`) writes it.
+    """The list of replaced images. All ranks know it, so they stop together; rank 0 writes it.
 
-    Made by all ranks together, after `done` steps of the run. Raises FailedTogether.
+    All ranks create it together.
+
+    Args:
+        file: Where it is kept.
+        train: The training data.
+        epoch_steps: The number of steps of an epoch.
+        limit: How many different images may be replaced.
+        done: How many steps of the run are done.
+        main: Whether this is rank 0.
+        say: It prints a line for the person who watches.
+
+    Raises:
+        FailedTogether: The file cannot be read or written.
     """
 
     def __init__(
@@ -55,17 +67,21 @@ class BadSamples:
         entries = on_all_ranks(lambda: [e for e in _read(file) if e["step"] <= done])
         self.replaced = len(entries)
         self.samples = {(entry["shard"], entry["key"]) for entry in entries}
-        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-        on_all_ranks(lambda: main and file.exists() and write_text(file, lines))
+
+        def drop_later_ones() -> None:
+            if main and file.exists():
+                write_text(file, "".join(json.dumps(entry) + "\n" for entry in entries))
+
+        on_all_ranks(drop_later_ones)
 
     def add(self, replaced: Sequence[Replaced]) -> None:
-        """List what the ranks replaced in a step, each its own; called by all of them.
+        """List what the ranks replaced in a step. Each passes what it replaced; all call this.
 
-        Raises FailedTogether, on all ranks, beyond the limit.
+        Raises FailedTogether beyond the limit.
         """
         found = sorted(gather_object(list(replaced)), key=lambda r: (r.step, r.sample))
         entries = on_all_ranks(lambda: [self._entry(one) for one in found])
-        on_all_ranks(lambda: self.main and self._append(entries))
+        on_all_ranks(lambda: self._append(entries))
         self.replaced += len(entries)
         for entry in entries:
             sample = (entry["shard"], entry["key"])
@@ -92,9 +108,10 @@ class BadSamples:
         }
 
     def _where(self, sample: int | tuple[int, str]) -> tuple[str, str]:
-        """Shard and key."""
+        """Return shard and key of a sample of the index (its number) or a stream (shard, key)."""
         if isinstance(sample, tuple):
-            return shown(self.train.shards[sample[0]]), sample[1]
+            return shown(str(self.train.shards[sample[0]])), sample[1]
+        assert isinstance(self.train, Index)  # samples of a stream have no numbers
         shard = str(self.train.shards[self.train.shard[sample]])
         try:
             return shard, self.train.key(sample)
@@ -102,6 +119,8 @@ class BadSamples:
             return shard, f"number {sample}"
 
     def _append(self, entries: list[Entry]) -> None:
+        if not self.main:
+            return
         try:
             with open_to_append(self.file) as file:
                 file.write("".join(json.dumps(entry) + "\n" for entry in entries))
@@ -110,7 +129,7 @@ class BadSamples:
 
 
 def _read(file: Path) -> list[Entry]:
-    """The entries of the list so far; a line that is none, cut off by a kill say, is left out."""
+    """Return the entries so far. A line that was cut off by a kill is left out."""
     entries = []
     for line in read_bytes(file).split(b"\n") if file.exists() else ():
         try:

@@ -1,4 +1,4 @@
-"""After many steps without a finite gradient: which layer, in which pass, is where it begins."""
+"""Find the layer and the pass in which values become not finite, after many skipped steps."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,10 +23,10 @@ def explain_divergence(
 ) -> NoReturn:
     """Raise FailedTogether, with the layer and the pass where the last step is first not finite.
 
-    take: takes that step again. micro_batches: in it. done: steps so far, the last `skipped`
-    without a finite gradient. saved: the step of the last checkpoint, or 0. Called by all ranks.
+    take: takes that step again, with its number (`at`). micro_batches: in it. done: steps so far,
+    the last `skipped` without a finite gradient. saved: the step of the last checkpoint, or 0.
+    Called by all ranks.
     """
-    step.taken = done - 1
     findings = gather_object([first_not_finite(step, micro_batches, take)])
     where = [f"{found}, on rank {rank}" for rank, found in enumerate(findings) if found]
     first = where[0] if where else "the norm of the gradients, each of which is finite"

@@ -1,4 +1,4 @@
-"""`--dry-run`: build everything, take two steps on made-up images, say what a run would be."""
+"""`--dry-run` builds everything, takes two steps on made-up images, and describes the run."""
 
 import math
 import resource
@@ -10,49 +10,47 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from flatcal_dist import inputs
+from flatcal_dist import batch_sizes, inputs
 from flatcal_dist.config import Config
 from flatcal_dist.data import DataError
 from flatcal_dist.data.order import micro_batch_count, micro_batches, rank_share
 from flatcal_dist.networks.registry import in_evaluation_mode
 from flatcal_dist.objectives import Targets
 from flatcal_dist.sharpness import SharpnessAwareStep
+from flatcal_dist.sharpness.engines.registry import ENGINES
 from flatcal_dist.training.build import build_step
 
 STEPS = 2
-CPU_IMAGES = 2  # per micro-batch on a CPU: enough to try everything, batch norm included
+CPU_IMAGES = 2  # in a micro-batch on a CPU; batch norm needs two
 CPU_MICRO_BATCHES = 2
 
 
 def dry_run(config: Config, accelerator: Accelerator) -> None:
     """Print batch arithmetic, parameters, FLOPs, memory and time of two steps. Writes nothing."""
-    # Imported here alone: it takes seconds, and speaks on standard output.
+    # The import takes seconds, and prints to standard output.
     from deepspeed.profiling.flops_profiler import get_model_profile
 
     say = accelerator.print
     objective = config.objective.build()
-    say(inputs.batch_arithmetic(config, accelerator.num_processes, _images(config), objective))
-    say(inputs.check_room(config))
+    say(batch_sizes.batch_arithmetic(config, accelerator.num_processes, _images(config), objective))
+    say(batch_sizes.check_room(config))
     step = build_step(config, accelerator)
     module = step.engine.module
     sizes = _micro_batch_sizes(config, accelerator)
     step.loss.begin(max(sizes), accelerator.device)
-    # ZeRO's module holds low-precision weights, which nothing casts the image to here.
-    # Two images: a norm that never keeps statistics takes no single one.
+    # The module of ZeRO holds low-precision weights, and nothing casts the images here.
+    # A norm without running statistics needs at least two images.
     images = _made_up(config, 2, accelerator.device)[0].to(next(module.parameters()).dtype)
     with in_evaluation_mode(module):
         flops, macs, parameters = get_model_profile(
             module, args=[images], print_profile=False, as_string=False, warm_up=0
         )
     flops, macs = flops / 2, macs / 2
-    second = step.rule is not None and step.rule.ascent_share > 0
-    share = 1 / step.rule.every if second else 0.0  # of steps with two passes
-    passes = "a forward and a backward pass"
-    if share:
-        often = (
-            "" if share == 1 else f" in one of {step.rule.every} steps, one of each in the others"
-        )
-        passes = f"two forward and two backward passes{often}"
+    share, passes = 0.0, "a forward and a backward pass"  # the share of steps with two passes
+    if step.rule is not None and step.rule.ascent_share > 0:
+        every = step.rule.every
+        often = "" if every == 1 else f" in one of {every} steps, one of each in the others"
+        share, passes = 1 / every, f"two forward and two backward passes{often}"
     step_flops = 3 * (1 + share) * flops * config.data.global_batch_size
     say(
         f"network {config.model.name}: {parameters:,} parameters; forward, an image takes "
@@ -75,7 +73,7 @@ def _scaled(count: float) -> str:
 
 
 def _images(config: Config) -> int | None:
-    """The number of training images, where it can be known from this machine alone."""
+    """Return the number of training images, or None if this machine alone cannot tell."""
     if inputs.remote(config.data.train or []):
         return config.data.epoch_samples
     try:
@@ -85,9 +83,9 @@ def _images(config: Config) -> int | None:
 
 
 def _micro_batch_sizes(config: Config, accelerator: Accelerator) -> list[int]:
-    """This rank's micro-batches as in the run, but few and small ones on a CPU."""
+    """Return the sizes of this rank's micro-batches, which are few and small on a CPU."""
     data, world_size = config.data, accelerator.num_processes
-    micro = inputs.micro_batch_size(data, world_size)
+    micro = batch_sizes.micro_batch_size(data, world_size)
     count = micro_batch_count(data.global_batch_size, micro, world_size)
     share = rank_share(
         torch.arange(data.global_batch_size).numpy(), accelerator.process_index, world_size
@@ -116,11 +114,10 @@ def _timed_step(
 
 
 def memory_in_words(step: SharpnessAwareStep, engine: str) -> str:
-    """What weights, gradients, optimizer state and the perturbation's backup take on one rank."""
+    """Say how much memory weights, gradients, optimizer state and the backup take on one rank."""
     weights = sum(w.numel() * w.element_size() for w in step.engine.module.parameters())
     state = sum(t.numel() * t.element_size() for t in _tensors(step.engine.optimizer.state))
-    # ZeRO goes back to its master copy.
-    needs_backup = step.rule is not None and not engine.startswith("zero")
+    needs_backup = step.rule is not None and not ENGINES[engine].has_master
     backup = weights if needs_backup else 0
     text = (
         f"memory per rank: weights {weights / 2**20:,.1f} MiB, gradients the same, optimizer state "

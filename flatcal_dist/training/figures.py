@@ -1,4 +1,4 @@
-"""What a record of metrics.jsonl says of steps: figures of one, speed of those since the last."""
+"""What a record of metrics.jsonl holds: figures of one step, and the speed since the last one."""
 
 import time
 
@@ -6,7 +6,7 @@ from flatcal_dist.sharpness import Rule, StepResult
 
 
 def sharpness_figures(result: StepResult, rho: float) -> dict[str, float | None]:
-    """What only a step with a perturbation has; empty for one without.
+    """Return what only a step with a perturbation has; nothing for a step without one.
 
     A rule without an ascent pass has no loss at w, and so no sharpness.
     """
@@ -29,20 +29,30 @@ def sharpness_figures(result: StepResult, rho: float) -> dict[str, float | None]
 
 
 class Speed:
-    """Of the `steps` since the last reading; add to `since` what is not part of any step."""
+    """The speed of steps since the last reading.
+
+    The caller counts `steps`, and adds to `since` the time that is not part of any step.
+    """
 
     def __init__(self) -> None:
-        self.since, self.steps, self.waited = time.monotonic(), 0, 0.0
-        self.waits_for_data()
+        self.steps, self.waited = 0, 0.0
+        self.since = self.waiting_since = time.monotonic()
+
+    def begin(self) -> None:
+        """Start to measure; the first step waits for its data."""
+        self.steps, self.waited = 0, 0.0
+        self.since = self.waiting_since = time.monotonic()
 
     def waits_for_data(self) -> None:
+        """Say that a step waits for its data from now on."""
         self.waiting_since = time.monotonic()
 
     def has_data(self) -> None:
+        """Say that the data of the step is there."""
         self.waited += time.monotonic() - self.waiting_since
 
     def read(self, samples: int) -> dict[str, float]:
-        """samples: in a step. Begins anew."""
+        """Return the speed, for steps of so many samples, and start to measure again."""
         now = time.monotonic()
         elapsed = now - self.since
         values = {

@@ -1,4 +1,4 @@
-"""The end of a run: weights that others can load, and the report on them."""
+"""The end of a run: weights that other programs can load, and the report on them."""
 
 import shlex
 
@@ -26,7 +26,20 @@ def export_and_report(
     step: int,
     training_seconds: float,
 ) -> None:
-    """Write the engine's weights as they are now and, if asked for, evaluate. All ranks."""
+    """Write the weights of the engine as they are now, and evaluate them if the run is to.
+
+    All ranks call this.
+
+    Args:
+        config: The configuration.
+        directory: The run directory.
+        engine: The engine, which holds the weights.
+        validation: The data to evaluate on.
+        accelerator: This rank among the others.
+        tracker: It logs the figures.
+        step: The number of steps that were taken.
+        training_seconds: The time of training, over all starts.
+    """
     weights = engine.full_weights()
     if accelerator.is_main_process:
         save_weights(weights, directory.weights_file)
@@ -51,7 +64,7 @@ def export_and_report(
 
 
 def missing(config: Config, directory: RunDirectory) -> str:
-    """What a finished run no longer has, and how to make it anew."""
+    """Say what a finished run no longer has, and how to make it again."""
     commands, path = [], shlex.quote(str(directory.path))
     if not directory.weights_file.exists():
         commands.append(f"flatcal export {path} {shlex.quote(str(directory.weights_file))}")

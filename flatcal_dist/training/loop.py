@@ -1,6 +1,6 @@
 """A run from start to end, in the order in which things happen.
 
-claim the directory -> data -> network, engine, step -> resume -> steps -> weights -> report
+data -> network, engine, step -> enter the directory, resume -> steps -> weights -> report
 """
 
 import math
@@ -14,29 +14,23 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from flatcal_dist import inputs
-from flatcal_dist.averaging.average import Average
 from flatcal_dist.checkpoints import format as checkpoint
 from flatcal_dist.checkpoints.format import Progress
-from flatcal_dist.checkpoints.saving import Saver
 from flatcal_dist.config import Config
-from flatcal_dist.data import Index, Position, optimizer_steps, steps_per_epoch
+from flatcal_dist.data import Position, optimizer_steps
 from flatcal_dist.data.order import sample_seed
-from flatcal_dist.data.shards.listing import Stream
 from flatcal_dist.evaluation import reporting as evaluation
 from flatcal_dist.ranks.distributed import FailedTogether, on_all_ranks
-from flatcal_dist.runs.directory import RunDirectory
-from flatcal_dist.sharpness import SharpnessAwareStep, StepResult
-from flatcal_dist.tracking.tracker import Tracker
+from flatcal_dist.runs.directory import Phase, RunDirectory
+from flatcal_dist.sharpness import StepResult
+from flatcal_dist.sharpness.engines.registry import ENGINES
 from flatcal_dist.training import finishing, resuming
-from flatcal_dist.training import stopping as preemption
-from flatcal_dist.training.bad_samples import BadSamples
-from flatcal_dist.training.build import build_step, samples_per_perturbation
+from flatcal_dist.training.build import samples_per_perturbation
 from flatcal_dist.training.diagnosis import explain_divergence
 from flatcal_dist.training.figures import Speed, measured_at, sharpness_figures
-from flatcal_dist.training.objectives import refuse_unfit
-from flatcal_dist.training.on_device import OnDevice, statistics_inputs
-from flatcal_dist.training.optimizers import build_schedule
-from flatcal_dist.training.stopping import StopRequest
+from flatcal_dist.training.resuming import Started
+from flatcal_dist.training.setup import Setup, prepare
+from flatcal_dist.training.stopping import StopRequest, deadline
 from flatcal_dist.training.watchdog import Watchdog
 from flatcal_dist.verification.traffic import counted
 
@@ -49,10 +43,18 @@ def run(
     accelerator: Accelerator,
     watchdog: Watchdog,
     started: float,
-) -> str:
-    """Train, or go on training; evaluate; report. Returns the run's phase at the end.
+) -> Phase:
+    """Train, or continue training, evaluate and report. Returns the phase of the run at the end.
 
-    started: when this process began, in seconds since 1970.
+    Args:
+        config: The configuration.
+        directory: The run directory.
+        accelerator: This rank among the others.
+        watchdog: It is told of every step.
+        started: When this process began, in seconds since 1970.
+
+    Raises:
+        FailedTogether: Some rank could not continue.
     """
     on_all_ranks(partial(directory.check, config))
     state = on_all_ranks(directory.state)
@@ -61,109 +63,48 @@ def run(
             f"{directory.path} is finished already{finishing.missing(config, directory)}"
         )
         return "finished"
-    on_all_ranks(lambda: accelerator.is_main_process and inputs.prepare(config.data))
-    inputs.download(config.data, accelerator, "train", "validation", alive=watchdog.beat)
-    classes = config.model.num_classes
-    train, validation = on_all_ranks(
-        lambda: (
-            inputs.open_training(config.data, classes),
-            inputs.open_index(config.data, "validation", classes),
-        )
-    )
-    on_all_ranks(partial(inputs.check_classes, config.data))
-    inputs.agree_on_decoder(config.data)
-    objective = on_all_ranks(config.objective.build)
-    on_all_ranks(partial(refuse_unfit, objective, config, train, accelerator.num_processes))
-    inputs.check_room(config)
-    step = build_step(config, accelerator)
-    trainer = Trainer(config, directory, accelerator, train, validation, step)
-    trainer.watchdog = watchdog
-    trainer.deadline, remark = preemption.deadline(config.train, started)
+    setup = prepare(config, directory, accelerator, watchdog)
+    end, remark = deadline(config.train, started)
     if remark:
         accelerator.print(remark)
-    return trainer.run()
+    return Trainer(setup, resuming.start(setup), watchdog, end).run()
 
 
 class Trainer:
-    """The loop over optimizer steps, and what happens between them."""
+    """The loop over optimizer steps, and what happens between them.
 
-    watchdog: Watchdog
-    deadline: float | None
+    Args:
+        setup: What the run is made of.
+        started: Where this start of the run goes on.
+        watchdog: It is told of every step.
+        deadline: When to stop, in seconds since 1970; None for no such time.
+    """
 
     def __init__(
-        self,
-        config: Config,
-        directory: RunDirectory,
-        accelerator: Accelerator,
-        train: Index | Stream,
-        validation: Index,
-        step: SharpnessAwareStep,
+        self, setup: Setup, started: Started, watchdog: Watchdog, deadline: float | None
     ) -> None:
-        self.config, self.directory, self.accelerator = config, directory, accelerator
-        self.train, self.validation, self.step = train, validation, step
-        self.engine = step.engine
-        self.batch_size = config.data.global_batch_size
-        self.epoch_steps = steps_per_epoch(len(train), self.batch_size)
-        self.total_steps = config.train.max_steps or config.train.epochs * self.epoch_steps
-        self.schedule = build_schedule(
-            config, self.engine.optimizer, self.total_steps, self.epoch_steps
-        )
-        self.on_device = OnDevice(config, accelerator.device)
-        step.loss.begin(len(train), accelerator.device)
-        self.main = accelerator.is_main_process
-        self.samples_per_perturbation = samples_per_perturbation(config, accelerator.num_processes)
-        self.average: Average | None = None
-        if (rule := config.average.build()) is not None:
-            anew = rule.norm_statistics == "reestimate"
-            batches = partial(statistics_inputs, config, train, accelerator, self.on_device)
-            self.average = Average(step.engine, rule, batches if anew else None)
-        self.skipped = self.skipped_in_a_row = 0  # steps without a finite gradient, all and last
+        self.setup, self.watchdog, self.deadline = setup, watchdog, deadline
+        self.config, self.directory, self.step = setup.config, setup.directory, setup.step
+        self.accelerator, self.engine, self.main = setup.accelerator, setup.engine, setup.main
+        self.average, self.batch_size = setup.average, setup.config.data.global_batch_size
+        self.epoch_steps, self.total_steps = setup.epoch_steps, setup.total_steps
+        self.state, self.saver = started.state, started.saver
+        self.tracker, self.bad_samples = started.tracker, started.bad_samples
+        self.done = self.saved = started.done  # steps; the step of the last checkpoint
+        self.started = time.monotonic() - started.seconds
+        self.skipped, self.skipped_in_a_row = started.skipped, 0  # steps without a finite gradient
         self.stopped_by: str | None = None
-        self.saved = 0  # the step of the last checkpoint
         self.validated: tuple[int, dict[str, float]] = (0, {})  # at which step, what
         self.traffic: dict[str, int] = {}
+        self.speed = Speed()
+        self.rho = 0.0  # of the next step
 
-    def run(self) -> str:
-        """Enter the run directory, train to the end or until asked to stop, evaluate and report."""
-        on_all_ranks(lambda: self.main and self.directory.claim())
-        found, remarks = resuming.find(self.directory, self.config, self.accelerator)
-        self.state, entry_remarks = on_all_ranks(
-            lambda: resuming.enter(
-                self.directory, self.config, self.accelerator, self.train, self.validation, found
-            )
-        )
-        self.directory.entered = True
-        self.done, self.seconds = 0, 0.0
-        self.saver = Saver(
-            self.directory.checkpoints,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.config.train.keep_checkpoints,
-            self.config.train.keep_best,
-        )
-        if found is not None:
-            remarks += resuming.load(
-                found, self.step, self.config, self.accelerator, self.directory, self.average
-            )
-            progress = checkpoint.load_progress(found)
-            self.done, self.seconds, self.saved = progress.step, progress.seconds, progress.step
-            self.skipped = progress.skipped
-        self.started = time.monotonic() - self.seconds
-        self.tracker = Tracker(
-            self.config, self.directory.path, self.total_steps, self.done, self.main
-        )
+    def run(self) -> Phase:
+        """Train to the end or until asked to stop, then evaluate and report."""
+        phase: Phase = "finished"
         try:
-            self._announce([*remarks, *entry_remarks])
-            self.bad_samples = BadSamples(
-                self.directory.bad_samples_file,
-                self.train,
-                self.epoch_steps,
-                self.config.data.max_bad_samples,
-                self.done,
-                self.main,
-                self.tracker.say,
-            )
-            phase = self._train() if self.done < self.total_steps else "finished"
+            if self.done < self.total_steps:
+                phase = self._train()
             if phase == "finished":
                 self.watchdog.rest()
                 self._finish()
@@ -174,7 +115,7 @@ class Trainer:
             self.tracker.close(exit_code=1)
             raise
         except BaseException as error:
-            if isinstance(error, FailedTogether):  # all ranks are here: a save under way can end
+            if isinstance(error, FailedTogether):  # all ranks are here, so a save in flight can end
                 with suppress(FailedTogether):
                     self.saver.finish()
             self.tracker.close(exit_code=1)
@@ -182,17 +123,17 @@ class Trainer:
         self.tracker.close()
         return phase
 
-    def _train(self) -> str:
-        """Optimizer steps from `done` on. Returns "finished", or "preempted" after a checkpoint."""
+    def _train(self) -> Phase:
+        """Take optimizer steps. Returns "finished", or "preempted" after a checkpoint."""
         config, device = self.config, self.accelerator.device
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         position = Position(*divmod(self.done, self.epoch_steps))
         same_class, pin_memory = self.step.loss.pairs == "same_class", device.type == "cuda"
         batches = inputs.training_batches(
-            config, self.train, position, rank, world_size, pin_memory, same_class
+            config, self.setup.train, position, rank, world_size, pin_memory, same_class
         )
         every = config.train.log_every_steps
-        self.speed = Speed()
+        self.speed.begin()
         first = self.done + 1
         stop_file = self.directory.stop_file if self.main else None
         with StopRequest(stop_file, self.deadline) as request:
@@ -203,7 +144,9 @@ class Trainer:
                 replaced = [one for batch in micro_batches for one in batch.replaced]
                 take = partial(
                     self.step,
-                    [self.on_device(batch) for batch in micro_batches],
+                    [self.setup.on_device(batch) for batch in micro_batches],
+                    at=self.done,
+                    rho=self.rho,
                     samples=self.batch_size,
                     stop=request.asked,
                     measure=measured_at(self.step.rule, self.done, every, self.total_steps),
@@ -212,8 +155,8 @@ class Trainer:
                 self.done += 1
                 # By the third step DDP has arranged its buckets for good.
                 result = self._count_traffic(take) if self.done == first + 2 else take()
-                anywhere_replaced, *saved = result.votes
-                self.saver.agreed(saved)
+                anywhere_replaced, written, failed = result.votes
+                self.saver.agreed((written, failed))
                 if anywhere_replaced:
                     self.bad_samples.add(replaced)
                 self._after_step(result)
@@ -231,7 +174,7 @@ class Trainer:
         return "finished"
 
     def _stop(self, request: StopRequest) -> None:
-        """With a checkpoint, unless steps are being skipped: then the one before them is better."""
+        """Write a checkpoint, unless steps are being skipped: the one before them is better."""
         if not self.skipped_in_a_row:
             self._checkpoint()
         self.saver.finish()
@@ -244,7 +187,7 @@ class Trainer:
         )
 
     def _set_random_state(self, step: int) -> None:
-        """Dropout and the like follow from (seed, rank, step): nothing to save or restore."""
+        """Seed dropout and the like by (seed, rank, step): there is nothing to save or restore."""
         rank = self.accelerator.process_index
         torch.manual_seed(sample_seed(self.config.run.seed, rank, step))
 
@@ -258,11 +201,10 @@ class Trainer:
         return result
 
     def _set_rates(self) -> None:
-        """Learning rate and rho of this step, both functions of its number."""
-        self.schedule.step_update(self.done)
+        """Set the learning rate and rho of this step, which follow from its number."""
+        self.setup.schedule.step_update(self.done)
         rate = self.engine.optimizer.param_groups[0]["lr"]
-        self.step.rho = self.config.sharpness.rho_at(rate / self.config.optimizer.learning_rate)
-        self.step.taken = self.done
+        self.rho = self.config.sharpness.rho_at(rate / self.config.optimizer.learning_rate)
 
     def _after_step(self, result: StepResult) -> None:
         train = self.config.train
@@ -274,7 +216,7 @@ class Trainer:
         if self.done % train.log_every_steps == 0 or self.done == self.total_steps:
             self._log(result)
         elif result.cosine is not None:  # the regular record's own step has no perturbation
-            self.tracker.log(self.done, sharpness_figures(result, self.step.rho))
+            self.tracker.log(self.done, sharpness_figures(result, self.rho))
         epoch, left = divmod(self.done, self.epoch_steps)
         end = self.done == self.total_steps
         whole_epoch = left == 0
@@ -282,7 +224,7 @@ class Trainer:
             self.step.end_epoch()
         paused = time.monotonic()
         every = train.validate_every_epochs
-        validated = every and (end or (whole_epoch and epoch % every == 0))
+        validated = every is not None and (end or (whole_epoch and epoch % every == 0))
         if validated:
             self._validate(epoch)
         due = end or (whole_epoch and epoch % train.checkpoint_every_epochs == 0)
@@ -292,10 +234,10 @@ class Trainer:
         # While steps are skipped nothing new is worth keeping: the checkpoint before them is.
         if due and not self.skipped_in_a_row:
             self._checkpoint()
-        self.speed.since += time.monotonic() - paused  # it is that of steps
+        self.speed.since += time.monotonic() - paused  # the speed is that of steps
 
     def _log(self, result: StepResult) -> None:
-        """This step's own figures, which a resumed run repeats, and the speed since the last."""
+        """Log the figures of this step, which a resumed run repeats, and the speed of training."""
         speed = self.speed.read(self.batch_size)
         values = {
             "epoch": self.done / self.epoch_steps,
@@ -310,7 +252,7 @@ class Trainer:
         self.traffic = {}
         if self.config.train.precision == "fp16":
             values["optim/loss_scale"] = result.loss_scale
-        self.tracker.log(self.done, values | sharpness_figures(result, self.step.rho))
+        self.tracker.log(self.done, values | sharpness_figures(result, self.rho))
         self._record("running")
         left = (self.total_steps - self.done) * speed["perf/step_seconds"]
         text = f"loss {result.loss:.4f}"
@@ -320,7 +262,7 @@ class Trainer:
         self.engine.synchronize_buffers()
         with self._averaged():
             values = evaluation.running_metrics(
-                self.config, self.engine.inference, self.validation, self.accelerator
+                self.config, self.engine.inference, self.setup.validation, self.accelerator
             )
         figures = {key: values[f"val/{key}"] for key in checkpoint.BEST}
         self.validated = self.done, {k: v for k, v in figures.items() if math.isfinite(v)}
@@ -331,24 +273,26 @@ class Trainer:
         )
 
     def _averaged(self) -> AbstractContextManager[None]:
-        """Around what is evaluated or given away: with the average's weights, if there is one."""
+        """Return a context in which the network has the weights of the average, if there is one."""
         return self.average.applied() if self.average else nullcontext()
 
     def _checkpoint(self) -> None:
-        """Of this step, once. Goes on while it is being written."""
+        """Begin a checkpoint of this step, unless there is one. Training goes on meanwhile."""
         if self.saved == self.done:
             return
         self.saved = self.done
         self.engine.synchronize_buffers()
         if self.average:
             self.average.settle()
-        self.tracker.sync()  # what a run that goes on from here does not write again
+        self.tracker.sync()  # a run that goes on from here does not write these records again
         progress = Progress(
             step=self.done,
-            samples_per_perturbation=self.samples_per_perturbation,
+            samples_per_perturbation=samples_per_perturbation(
+                self.config, self.accelerator.num_processes
+            ),
             engine=self.config.train.engine,
             world_size=self.accelerator.num_processes,
-            sharded=self.config.train.engine != "ddp",
+            sharded=ENGINES[self.config.train.engine].sharded,
             seconds=time.monotonic() - self.started,
             skipped=self.skipped,
             validation=self.validated[1] if self.validated[0] == self.done else {},
@@ -358,36 +302,30 @@ class Trainer:
         self._record("running")
 
     def _finish(self) -> None:
-        """The weights to use, and what they are worth."""
+        """Write the weights, evaluate them and report."""
         self.engine.synchronize_buffers()
         with self._averaged():
             finishing.export_and_report(
                 self.config,
                 self.directory,
                 self.engine,
-                self.validation,
+                self.setup.validation,
                 self.accelerator,
                 self.tracker,
                 self.done,
                 training_seconds=time.monotonic() - self.started,
             )
 
-    def _announce(self, remarks: list[str]) -> None:
-        say = self.tracker.say
-        for remark in remarks:
-            say(remark)
-        at = f", going on after step {self.done}" if self.done else ""
-        say(f"run directory: {self.directory.path}{at}")
-        say(inputs.promise(self.train))
-        say(inputs.batch_arithmetic(self.config, self.accelerator.num_processes, len(self.train)))
-
-    def _record(self, phase: str) -> None:
-        if self.main:
-            if phase == "running" and self.directory.has_ended():
-                return  # another rank has ended the run: its word stays
-            self.state.phase, self.state.step = phase, self.done
-            self.state.saved = max(checkpoint.found(self.directory.checkpoints), default=0)
-            self.state.cause = self.stopped_by if phase == "preempted" else None
-            self.state.epoch = self.done // self.epoch_steps
-            self.state.seconds = round(time.monotonic() - self.started, 1)
-            self.directory.write(self.state)
+    def _record(self, phase: Phase) -> None:
+        """Write the state of the run. Rank 0 does so, which alone has the state."""
+        state = self.state
+        if state is None:
+            return
+        if phase == "running" and self.directory.has_ended():
+            return  # another rank has ended the run: its record stays
+        state.phase, state.step = phase, self.done
+        state.saved = max(checkpoint.found(self.directory.checkpoints), default=0)
+        state.cause = self.stopped_by if phase == "preempted" else None
+        state.epoch = self.done // self.epoch_steps
+        state.seconds = round(time.monotonic() - self.started, 1)
+        self.directory.write(state)

@@ -1,8 +1,8 @@
-"""What a recipe calls: command line -> ranks -> run; and how all of it ends."""
+"""The function that a recipe calls: command line, ranks, run, and how all of it ends."""
 
 from flatcal_dist.ranks.launcher import end_with_the_launcher
 
-end_with_the_launcher()  # here: ranks that are importing when it dies would wait for it in vain
+end_with_the_launcher()  # before imports: a rank must also end if its launcher dies meanwhile
 
 # ruff: noqa: E402
 import sys
@@ -31,13 +31,14 @@ from flatcal_dist.training.watchdog import Watchdog
 
 
 def main(default_config: Path, description: str | None = None) -> None:
-    """Train as a configuration says, evaluate, report. Exits with 0, 1 (error), 75 (preempted).
+    """Train as a configuration says, evaluate and report.
 
-    Launchers turn both of the latter into 1: state.json in the run directory tells them apart.
-    FLATCAL_EXIT_PREEMPTED=0 makes 0 of the 75, for launchers that end the other ranks otherwise.
+    The exit code is 0, 1 after an error, or 75 if the run was preempted. Launchers turn 75 into 1;
+    state.json in the run directory tells the two apart. FLATCAL_EXIT_PREEMPTED=0 replaces 75 by 0,
+    for launchers that would end the other ranks.
     """
     started = time.time()
-    end_with_the_launcher()  # where this module was imported before the rank was forked
+    end_with_the_launcher()  # again: this module may be imported before the rank is forked
     never_fail()
     try:
         parser = configuration.command_line(description, default_config)
@@ -55,6 +56,7 @@ def main(default_config: Path, description: str | None = None) -> None:
         )
     except (ConfigError, LaunchError) as error:
         give_up(str(error))
+    assert config.run.dir is not None  # `load` derives one from the configuration's file
     directory = RunDirectory(config.run.dir)
     phase = "finished"
     interrupt_on_signals()

@@ -1,6 +1,6 @@
-"""Whether a run's data can give an objective what it needs."""
+"""Whether the data of a run has what an objective needs."""
 
-from flatcal_dist import inputs
+from flatcal_dist import batch_sizes
 from flatcal_dist.config import Config
 from flatcal_dist.data import DataError, Index
 from flatcal_dist.data.shards.listing import Stream
@@ -21,7 +21,7 @@ def refuse_unfit(
         world_size: The number of ranks.
 
     Raises:
-        DataError: They have not; the remedy is named.
+        DataError: They lack something; the message names the remedy.
     """
     name = f"objective.name={objective.name}"
     if isinstance(train, Stream) and objective.pairs == "same_class":
@@ -34,4 +34,4 @@ def refuse_unfit(
             f"{name} keeps a history of each image, and images of streamed shards have no numbers "
             f"to keep it by. {READ_BY_INDEX}"
         )
-    inputs.batch_arithmetic(config, world_size, len(train), objective)
+    batch_sizes.batch_arithmetic(config, world_size, len(train), objective)

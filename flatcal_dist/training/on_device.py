@@ -1,4 +1,4 @@
-"""A micro-batch on its way from the loader to the step."""
+"""How a micro-batch gets from the loader to the step."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ from flatcal_dist.ranks.distributed import on_all_ranks
 
 
 class OnDevice:
-    """Called with a batch, it gives images and targets on the device, normalized and mixed."""
+    """Returns images and targets of a batch on the device, normalized and mixed."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.device, self.seed = device, config.run.seed
@@ -37,7 +37,16 @@ class OnDevice:
 def statistics_inputs(
     config: Config, train: Index | Stream, accelerator: Accelerator, on_device: OnDevice
 ) -> Iterator[tuple[Tensor, bool]]:
-    """This rank's inputs to estimate norm statistics on, and whether they count. All ranks."""
+    """Yield inputs of this rank to estimate norm statistics on, and whether they count.
+
+    All ranks call this.
+
+    Args:
+        config: The configuration.
+        train: The training data.
+        accelerator: This rank among the others.
+        on_device: Brings batches to the device.
+    """
     rank, ranks = accelerator.process_index, accelerator.num_processes
     pin_memory = accelerator.device.type == "cuda"
     loader, count = inputs.statistics_batches(config, train, rank, ranks, pin_memory)

@@ -1,9 +1,17 @@
-"""The base optimizer, timm's, and the schedule of its learning rate."""
+"""The base optimizer comes from timm; so does the schedule of its learning rate."""
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import (
+    OptimInfo,
+    create_optimizer_v2,
+    get_optimizer_class,
+    get_optimizer_info,
+    list_optimizers,
+)
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
@@ -15,17 +23,17 @@ OWN_KEYS = ("lr", "weight_decay", "momentum")
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer of this name; biases and norm weights are not decayed.
+    """Return timm's optimizer of this name. Biases and norm weights are not decayed.
 
-    'sgd' is the papers' (no Nesterov momentum): timm's own 'sgd' switches Nesterov on.
-    Raises ConfigError for an unknown name, options that it does not take, or one that needs more of
-    the network than gradients.
+    'sgd' is without Nesterov momentum, as in the papers; the 'sgd' of timm has it.
+    Raises ConfigError for an unknown name, for options that the optimizer does not take, and for an
+    optimizer that needs more than gradients, or a package that is not installed.
     """
-    if config.name not in list_optimizers():
-        raise ConfigError(
-            f"optimizer.name={config.name} is not one of timm's: {', '.join(list_optimizers())}"
-        )
-    if get_optimizer_info(config.name).second_order:
+    names = [str(name) for name in list_optimizers()]
+    if config.name not in names:
+        raise ConfigError(f"optimizer.name={config.name} is not one of timm's: {', '.join(names)}")
+    info = get_optimizer_info(config.name)
+    if info.second_order:
         raise ConfigError(
             f"optimizer.name={config.name} differentiates the gradient once more, for which a "
             "sharpness-aware step keeps no graph; choose a first-order one, such as adamw"
@@ -33,14 +41,14 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     options = dict(config.options)
     if config.name == "sgd":
         options.setdefault("nesterov", False)
-    takes = inspect.signature(get_optimizer_info(config.name).opt_class).parameters
+    takes = inspect.signature(_class_of(info)).parameters
     known = [key for key in takes if key not in ("params", "self", *OWN_KEYS)]
     if strange := [key for key in options if key not in known]:
         raise ConfigError(
             f"optimizer.options.{strange[0]}: {config.name} takes {', '.join(known)} here; rate, "
-            "decay and momentum have keys of their own in the section optimizer"
+            "decay and momentum are other keys of the section optimizer"
         )
-    if not get_optimizer_info(config.name).has_momentum and config.momentum != MOMENTUM:
+    if not info.has_momentum and config.momentum != MOMENTUM:
         raise ConfigError(
             f"optimizer.momentum={config.momentum} belongs to optimizers with momentum, and "
             f"optimizer.name={config.name} has none: leave it out, or choose sgd"
@@ -61,6 +69,17 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         ) from None
 
 
+def _class_of(info: OptimInfo) -> Callable[..., Any]:
+    """Return the class of an optimizer. Raises ConfigError if its package is missing."""
+    try:
+        return get_optimizer_class(info.name, bind_defaults=False)
+    except (ImportError, AssertionError) as error:  # apex's and bitsandbytes' need CUDA, too
+        raise ConfigError(
+            f"optimizer.name={info.name} cannot be used here ({error}): install what it needs, or "
+            "choose another optimizer"
+        ) from None
+
+
 def build_schedule(
     config: Config, optimizer: torch.optim.Optimizer, total_steps: int, epoch_steps: int
 ) -> Scheduler:
@@ -69,8 +88,8 @@ def build_schedule(
     Args:
         config: Its sections `schedule` and `optimizer` are read.
         optimizer: Its learning rates are set by `step_update(step)`.
-        total_steps: Of the run.
-        epoch_steps: Of an epoch.
+        total_steps: The number of steps of the run.
+        epoch_steps: The number of steps of an epoch.
     """
     peak = config.optimizer.learning_rate
     warmup = min(round(config.optimizer.warmup_epochs * epoch_steps), total_steps - 1)

@@ -1,6 +1,6 @@
-"""Asking a run to end: noted as it comes, acted on between steps by all ranks together.
+"""Requests to end a run, which all ranks follow together between two steps.
 
-By a signal, by a file STOP in the run directory, or by a deadline.
+A signal, a file STOP in the run directory, or a deadline makes such a request.
 """
 
 import contextlib
@@ -10,24 +10,30 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 from flatcal_dist.config import TrainConfig
 from flatcal_dist.ranks.signals import SIGNALS
 
-LOOK_EVERY = 1.0  # seconds between two looks for the file STOP: a shared file system is slow
+LOOK_EVERY = 1.0  # seconds between two looks for the file STOP; shared file systems are slow
 
 
 class StopRequest:
-    """While entered, signals only set `reason`; the training loop ends at a whole step.
+    """A context in which signals only set `reason`, so that training ends after a whole step.
 
-    Signals reach the loader's worker processes too; only the process that entered listens.
-    stop_file: looked for by rank 0 alone (None elsewhere). deadline: on the clock of time.time.
+    Worker processes of the loader get the signals, too, and ignore them.
+
+    Args:
+        stop_file: A file that asks to stop. Rank 0 alone looks for it; other ranks pass None.
+        deadline: When to stop, in seconds since 1970.
     """
 
     def __init__(self, stop_file: Path | None = None, deadline: float | None = None) -> None:
         self.stop_file, self.deadline = stop_file, deadline
         self.reason: str | None = None
         self.looked = -LOOK_EVERY
+        self.process = os.getpid()
+        self.previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         self.process = os.getpid()
@@ -40,6 +46,7 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
+        """Whether this rank knows of a reason to stop."""
         now = time.monotonic()
         if self.reason is None and self.deadline is not None and time.time() >= self.deadline:
             self.reason = "deadline"
@@ -53,9 +60,9 @@ class StopRequest:
         return f"the file {self.stop_file}"
 
     def heeded(self) -> None:
-        """The run has stopped: a file that asked for it has had its way, and goes.
+        """Remove the file that asked for the stop, now that the run has stopped.
 
-        Where a signal was first the file stays, for the next start: a job may requeue itself.
+        If a signal came first the file stays for the next start, because a job may requeue itself.
         """
         if self.stop_file is not None and self.reason == self._by_file():
             with contextlib.suppress(OSError):
@@ -74,10 +81,10 @@ class StopRequest:
 
 
 def deadline(config: TrainConfig, started: float) -> tuple[float | None, str | None]:
-    """When to stop by itself, in seconds since 1970, or None; and a remark, or None.
+    """Return when the run stops by itself, in seconds since 1970 or None, and a remark or None.
 
-    train.stop_after_minutes after `started`; and SLURM's end of the job less
-    train.stop_margin_minutes. What cannot be the end of this job is left out, with a remark.
+    That is train.stop_after_minutes after `started`, or train.stop_margin_minutes before the end of
+    the SLURM job. A time that cannot be the end of this job is left out, with a remark.
     """
     ends, remark = [], None
     if config.stop_after_minutes is not None:

@@ -1,4 +1,4 @@
-"""Nothing hangs: a thread that ends this rank when no step comes, or when its launcher is gone."""
+"""Nothing hangs: a thread ends this rank when no step comes, or when its launcher is gone."""
 
 import faulthandler
 import os
@@ -13,15 +13,17 @@ from typing import NoReturn
 from flatcal_dist.ranks.launcher import launch_of
 
 TICK = 0.5  # seconds
-ORPHAN_SECONDS = 40.0  # to end in order, with a checkpoint, once the launcher is gone
-WAITING_SECONDS = 3.0  # that ranks which wait for another leave it to speak first
+ORPHAN_SECONDS = 40.0  # time to end with a checkpoint once the launcher is gone
+WAITING_SECONDS = 3.0  # ranks that wait for another let it speak first
 
 
 class Watchdog:
-    """Watches the process that makes it, from then on.
+    """Watches the process that creates it, from then on.
 
-    end: called in the watching thread with the cause, to say it and exit with; never returns.
-    minutes: without a call of `beat` until the process ends; None: only the launcher is watched.
+    Args:
+        end: It is called in the watching thread with the cause. It says it and exits.
+        minutes: How long the process may live without a call of `beat`. None: only the launcher is
+            watched.
     """
 
     def __init__(self, end: Callable[[str], NoReturn], minutes: float | None = None) -> None:
@@ -33,10 +35,11 @@ class Watchdog:
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def beat(self) -> None:
+        """Say that this rank is alive."""
         self.silent = 0.0
 
     def rest(self) -> None:
-        """From here on only the launcher is watched."""
+        """Watch only the launcher from here on."""
         self.limit = None
 
     def _watch(self) -> None:
@@ -54,7 +57,7 @@ class Watchdog:
                 self._hangs()
 
     def _hangs(self) -> None:
-        frame = sys._current_frames().get(self.main)
+        frame = None if self.main is None else sys._current_frames().get(self.main)
         where, waiting = _place(frame)
         sys.stderr.write(f"no step for {self.limit:.0f} s; all threads of this rank:\n")
         sys.stderr.flush()
@@ -67,7 +70,7 @@ class Watchdog:
 
 
 def _place(frame: FrameType | None) -> tuple[str, bool]:
-    """Where a thread is, our own code first; and whether torch is what it waits in."""
+    """Return where a thread is, preferably in this package, and whether it waits in torch."""
     if frame is None:
         return "an unknown place", False
     stack = traceback.extract_stack(frame)

@@ -1,4 +1,4 @@
-"""The command around the verification: arguments in, table and exit code out."""
+"""The command around the verification, from arguments to a table and an exit code."""
 
 import sys
 import time
@@ -15,16 +15,18 @@ from flatcal_dist.printing import never_fail
 from flatcal_dist.ranks import distributed
 from flatcal_dist.ranks.launcher import LaunchError, give_up, tell_launcher
 from flatcal_dist.runs.environment import describe_environment
+from flatcal_dist.sharpness.engines.registry import ENGINES
 from flatcal_dist.urls import public
 from flatcal_dist.verification.faults import FAULTS, refuse_fault
-from flatcal_dist.verification.invariants import Row, engine_class, verify
+from flatcal_dist.verification.invariants import Row, verify
 
 DEFAULT = Path(__file__).parents[2] / "configs/digits/csam.yaml"
 
 
 def main(description: str | None = None) -> None:
-    parser = configuration.command_line(description, DEFAULT)
-    parser.add_argument("--fault", choices=FAULTS, help="break one thing on purpose")
+    """Measure the invariants, print and save the table, and exit with 1 if one does not hold."""
+    parser = configuration.command_line(description or "", DEFAULT)
+    parser.add_argument("--fault", choices=FAULTS, help="Break one thing on purpose.")
     parser.add_argument("--output", type=Path, default=Path("verification.json"), metavar="FILE")
     never_fail()
     try:
@@ -38,8 +40,8 @@ def main(description: str | None = None) -> None:
     started = time.monotonic()
     holds = False
     with distributed.ending_together(accelerator):
-        fault = FAULTS[arguments.fault] if arguments.fault else lambda _: nullcontext()
-        with fault(engine_class(config)):
+        engine = ENGINES[train.engine].engine_class()
+        with FAULTS[arguments.fault](engine) if arguments.fault else nullcontext():
             rows = verify(config, accelerator)
         holds = all(row.holds for row in rows)
         if accelerator.is_main_process:

@@ -2,24 +2,32 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from flatcal_dist.config import Config, ConfigError
-from flatcal_dist.sharpness import CSAM
+from flatcal_dist.sharpness import CSAM, Engine
+from flatcal_dist.sharpness import step as step_module
+from flatcal_dist.sharpness.buffers import BufferState
+from flatcal_dist.sharpness.engines.move import Displacement
+from flatcal_dist.sharpness.engines.registry import ENGINES
 from flatcal_dist.sharpness.replay import SameFunctionTwice
+from flatcal_dist.sharpness.rules import Context, Shards
+from flatcal_dist.sharpness.rules.base import Total
 
-Fault = Callable[[type], AbstractContextManager]
+Fault = Callable[[type[Engine]], AbstractContextManager[None]]
 
 
 @contextmanager
-def restore(engine: type) -> Iterator[None]:
+def restore(engine: type[Engine]) -> Iterator[None]:
     """Weights come back with a little of the perturbation left."""
     original = engine.moved
 
     @contextmanager
-    def moved(self, shards):
+    def moved(self: Engine, shards: Shards) -> Iterator[Displacement]:
         with original(self, shards) as displacement:
             yield displacement
         with torch.no_grad():
@@ -30,20 +38,26 @@ def restore(engine: type) -> Iterator[None]:
 
 
 @contextmanager
-def norm(engine: type) -> Iterator[None]:
+def norm(engine: type[Engine]) -> Iterator[None]:
     """The norm is off by a tenth, as when parts of it are missing."""
-    original = engine.total
-    with patch.object(engine, "total", lambda self, part: original(self, part) * 1.21):
+
+    def context(rho: float, memory: Any, total: Total, ascent: Any) -> Context:
+        def too_much(part: Tensor) -> Tensor:
+            return total(part) * 1.21
+
+        return Context(rho, memory, too_much, ascent)
+
+    with patch.object(step_module, "Context", context):
         yield
 
 
 @contextmanager
-def sync(engine: type) -> Iterator[None]:
+def sync(engine: type[Engine]) -> Iterator[None]:
     """Ranks perturb differently in a scope where they should not."""
     original = engine.moved
 
     @contextmanager
-    def moved(self, shards):
+    def moved(self: Engine, shards: Shards) -> Iterator[Displacement]:
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 1
         for gradient in shards.gradients:
             gradient.mul_(1 + rank)
@@ -55,18 +69,18 @@ def sync(engine: type) -> Iterator[None]:
 
 
 @contextmanager
-def rng(engine: type) -> Iterator[None]:
-    """The second pass draws its own dropout."""
+def rng(engine: type[Engine]) -> Iterator[None]:
+    """The second pass draws other dropout masks than the first."""
     with patch.object(SameFunctionTwice, "_set_random_state", lambda self, state: None):
         yield
 
 
 @contextmanager
-def batch_norm(engine: type) -> Iterator[None]:
+def batch_norm(engine: type[Engine]) -> Iterator[None]:
     """The perturbed pass counts in the running statistics."""
     original = SameFunctionTwice._set_buffers
 
-    def keep(self, state):
+    def keep(self: SameFunctionTwice, state: BufferState) -> None:
         if state is self.buffers_before:
             original(self, state)
 
@@ -75,32 +89,41 @@ def batch_norm(engine: type) -> Iterator[None]:
 
 
 @contextmanager
-def autocast(engine: type) -> Iterator[None]:
+def autocast(engine: type[Engine]) -> Iterator[None]:
     """Low-precision copies of the weights outlive the first pass."""
     with patch.object(torch, "clear_autocast_cache", lambda: None):
         yield
 
 
 @contextmanager
-def objective(engine: type) -> Iterator[None]:
+def objective(engine: type[Engine]) -> Iterator[None]:
     """The second pass follows the loss of the first, so that CSAM is SAM."""
     with patch.object(CSAM, "descent_loss", lambda self, loss: loss):
         yield
 
 
-FAULTS = {f.__name__: f for f in (restore, norm, sync, rng, batch_norm, autocast, objective)}
+FAULTS: dict[str, Fault] = {
+    "restore": restore,
+    "norm": norm,
+    "sync": sync,
+    "rng": rng,
+    "batch_norm": batch_norm,
+    "autocast": autocast,
+    "objective": objective,
+}
 
 
 def refuse_fault(name: str | None, config: Config) -> None:
-    """Raises ConfigError for a fault that this configuration cannot have."""
+    """Raise ConfigError for a fault that this configuration cannot have."""
     rule = config.sharpness.build()
     if name == "objective" and (not isinstance(rule, CSAM) or rule.gamma == 0):
         raise ConfigError(
             "--fault objective breaks CSAM's loss: use it with sharpness.rule=csam and a "
             "sharpness.gamma above 0"
         )
-    if name == "autocast" and config.train.engine != "ddp":
+    if name == "autocast" and not ENGINES[config.train.engine].autocasts:
+        usable = " or ".join(entry.name for entry in ENGINES.values() if entry.autocasts)
         raise ConfigError(
             f"--fault autocast keeps autocast's copies of weights, and {config.train.engine} makes "
-            "its low-precision copies itself: use it with train.engine=ddp"
+            f"its low-precision copies itself: use it with train.engine={usable}"
         )

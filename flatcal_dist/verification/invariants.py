@@ -1,4 +1,4 @@
-"""Is the step right here? Invariants, measured on the engine, precision and hardware at hand."""
+"""The invariants of a step, measured on the engine, precision and hardware at hand."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -10,13 +10,17 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from flatcal_dist.config import Config
-from flatcal_dist.sharpness import CSAM, SAM, ReplicatedEngine
-from flatcal_dist.verification.laboratory import Laboratory, Weights, reference_steps
+from flatcal_dist.sharpness import CSAM, SAM, StepResult
+from flatcal_dist.verification.laboratory import Laboratory, Weights
+from flatcal_dist.verification.reference import reference_steps
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: `measured` must be at most `bound` (at least, where `above`)."""
+    """One line of the table.
+
+    `measured` must be at most `bound`; where `above` is true, it must be at least `bound`.
+    """
 
     invariant: str
     measured: float
@@ -25,11 +29,12 @@ class Row:
 
     @property
     def holds(self) -> bool:
+        """Whether the invariant holds."""
         return self.measured >= self.bound if self.above else self.measured <= self.bound
 
 
 def verify(config: Config, accelerator: Accelerator) -> list[Row]:
-    """Measure every invariant; called by all ranks, the rows are rank 0's to judge."""
+    """Measure every invariant. Called by all ranks; only the rows of rank 0 are to be judged."""
     lab = Laboratory(config, accelerator)
     return [row for check in CHECKS for row in check(lab)]
 
@@ -42,7 +47,7 @@ def _reference(lab: Laboratory) -> Iterator[Row]:
     expected = reference_steps(lab, 1) if lab.rank == 0 else {}
     yield _compared(lab, "equals one process (weights after a step)", before, after, expected)
     held = {n: after[n] for n in lab.trained if n in after}
-    reported = asdict(result) | {"outputs": None}  # those are of the rank's own samples
+    reported = asdict(result) | {"outputs": None}  # outputs belong to the samples of a rank
     yield Row("all ranks report and hold the same", _spread(reported, held), 0.0)
     if isinstance(lab.step.rule, CSAM):
         share = lab.sure / lab.samples
@@ -50,7 +55,7 @@ def _reference(lab: Laboratory) -> Iterator[Row]:
 
 
 def _next_step(lab: Laboratory) -> Iterator[Row]:
-    """Of rules that perturb in some steps only, or by what they remember: the second step."""
+    """Measure the second step of rules that perturb in some steps only, or from memory."""
     rule = lab.step.rule
     if rule is None or (rule.perturbs_at(1) and rule.ascent_share):
         return
@@ -64,7 +69,10 @@ def _next_step(lab: Laboratory) -> Iterator[Row]:
 def _compared(
     lab: Laboratory, invariant: str, before: Weights, after: Weights, expected: Weights
 ) -> Row:
-    """To rounding in fp32; in less, where rounding decides more, to a tenth of the step."""
+    """Compare weights with the reference, to rounding in fp32.
+
+    In lower precision, where rounding decides more, the bound is a tenth of the step.
+    """
     largest = max((float(w.abs().max()) for w in expected.values()), default=0.0)
     bound = 0.1 * _distance(after, before, lab.trained) if lab.low else 1e-6 * largest
     return Row(invariant, _distance(after, expected, lab.trained), bound)
@@ -72,12 +80,12 @@ def _compared(
 
 def _length(lab: Laboratory) -> Iterator[Row]:
     result, *_ = lab.take(lab.sam, measure=True)
-    off = abs(result.perturbation_norm / lab.sam.rho - 1)
+    off = abs(_measured(result.perturbation_norm) / lab.sam.rho - 1)
     yield Row("length of the perturbation is rho (relative)", off, 1e-3)
     if lab.low:
-        share = result.seen_along / lab.sam.rho
+        share = _measured(result.seen_along) / lab.sam.rho
         yield Row("share of rho along e that survives rounding", share, 0.5, above=True)
-        cosine = result.seen_cosine
+        cosine = _measured(result.seen_cosine)
         yield Row("cosine between e and what is seen of it after rounding", cosine, 0.4, above=True)
 
 
@@ -87,7 +95,7 @@ def _restored(lab: Laboratory) -> Iterator[Row]:
 
 
 def _error(lab: Laboratory) -> Iterator[Row]:
-    """An exception in the second pass, on all ranks; then a step as if it had not been."""
+    """Raise an exception in the second pass on all ranks, then take a step as if nothing was."""
     _, before, clean = lab.take(lab.sam)
 
     def fail(logits: Tensor, target: Tensor) -> Tensor:
@@ -109,7 +117,7 @@ def _nothing_at_rho_zero(lab: Laboratory) -> Iterator[Row]:
     plain_next = torch.rand(8)
     off = _distance(plain, sharp, lab.trained)
     yield Row("rho 0 is the plain step, bit for bit", off, 0.0)
-    off = abs(zero.perturbed_loss - zero.loss)
+    off = abs(_rise(zero))
     yield Row("both passes see one function (loss difference at rho 0)", off, 0.0)
     off = float((sharp_next - plain_next).abs().max())
     yield Row("the random stream goes on as after a plain step", off, 0.0)
@@ -123,7 +131,7 @@ def _autocast(lab: Laboratory) -> Iterator[Row]:
     free, *_ = lab.take(large)
     with torch.autocast(lab.engine.device.type, torch.bfloat16):
         within, *_ = lab.take(large)
-    share = (within.perturbed_loss - within.loss) / (free.perturbed_loss - free.loss)
+    share = _rise(within) / _rise(free)
     yield Row("an outer autocast block hides nothing (share of loss rise)", share, 0.5, above=True)
 
 
@@ -141,7 +149,7 @@ CHECKS: tuple[Callable[[Laboratory], Iterator[Row]], ...] = (
 
 
 def _distance(a: Weights, b: Weights, names: Sequence[str] | None = None) -> float:
-    """Largest difference of two sets of tensors; 0 on a rank that has none of them."""
+    """Return the largest difference of two sets of tensors, and 0 on a rank that has none."""
     if not a or not b:
         return 0.0
     # Not Python's max, which may pass over a NaN.
@@ -150,23 +158,25 @@ def _distance(a: Weights, b: Weights, names: Sequence[str] | None = None) -> flo
     )
 
 
+def _measured(value: float | None) -> float:
+    """Return a field of StepResult that a step with a perturbation fills in."""
+    assert value is not None, "the step did not perturb"
+    return value
+
+
+def _rise(result: StepResult) -> float:
+    """Return how much the perturbation raises the loss."""
+    return _measured(result.perturbed_loss) - result.loss
+
+
 def _spread(result: dict, weights: Weights) -> float:
-    """0 if every rank has the same result, and the same bits of weights where it has any."""
-    bits = b"".join(w.contiguous().flatten().view(torch.uint8).numpy() for w in weights.values())
+    """Return 0 if all ranks have the same result, and the same bits of weights, else 1.
+
+    A rank without weights is left out of the second comparison.
+    """
+    parts = [w.contiguous().flatten().view(torch.uint8) for w in weights.values()]
+    bits = b"".join(part.numpy().tobytes() for part in parts)
     everyone = gather_object([(result, hashlib.sha256(bits).hexdigest() if weights else None)])
     held = {digest for _, digest in everyone if digest}
     same = all(r == result for r, _ in everyone) and len(held) == 1
     return 0.0 if same else 1.0
-
-
-def engine_class(config: Config) -> type:
-    """The class that faults are put into."""
-    if config.train.engine == "ddp":
-        return ReplicatedEngine
-    if config.train.engine == "fsdp2":
-        from flatcal_dist.sharpness.engines.fsdp2 import ShardedEngine
-
-        return ShardedEngine
-    from flatcal_dist.sharpness.engines.zero import ZeroEngine
-
-    return ZeroEngine

@@ -14,9 +14,11 @@ BYTES = {"double": 8, "float": 4, "c10::BFloat16": 2, "c10::Half": 2, "long int"
 
 
 def counted(work: Callable[[], T]) -> tuple[T, int, int]:
-    """Run `work`; its result, the number of collectives that it started, and the bytes of them.
+    """Run `work` and count what it sends.
 
-    Bytes are those of the tensors handed over on this rank, not what a ring or tree makes of them.
+    Returns:
+        The result, the number of collectives that were started, and their bytes. The bytes are
+        the size of the tensors handed over on this rank, not what a ring or tree sends for them.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it speaks of GPUs that are not there
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:

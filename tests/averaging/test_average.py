@@ -19,6 +19,7 @@ from flatcal_dist.inputs import (
 from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
 from tests.support.engines import ENGINES, everywhere, make_engine
 from tests.support.ranks import on_ranks
+from tests.support.readme import example_class
 
 LEFT = ("num_batches_tracked", "frozen")
 
@@ -265,3 +266,16 @@ def test_training_images_are_dealt_the_same_to_any_number_of_ranks(tmp_path, mix
         other = dealt(ranks)
         assert other.keys() == one.keys()
         assert all(torch.equal(other[b], one[b]) for b in one)
+
+
+def test_the_average_of_the_readme():
+    network = nn.Linear(1, 1, bias=False)
+    engine = ReplicatedEngine(network, torch.optim.SGD(network.parameters(), lr=0.1))
+    average = Average(engine, example_class("averaging", "EveryStep")())
+    for step, value in enumerate((1.0, 2.0, 6.0, 100.0), start=1):
+        with torch.no_grad():
+            network.weight.fill_(value)
+        average.update(step, skipped=value == 100, epoch_steps=2, total_steps=4)
+    with average.applied():
+        assert network.weight.item() == pytest.approx(3.0)
+    assert network.weight.item() == 100

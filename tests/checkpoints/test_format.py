@@ -239,7 +239,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 def test_an_error_in_the_background_is_a_vote_and_raised_at_the_next_step(tmp_path):
     saver = Saver(tmp_path / "gone", alone=True)
     saver.start(checkpoint.state_of(make()), make_progress(2))
-    saver.thread.join()
+    saver.save.join()
     assert saver.votes == (0.0, 1.0)
     with pytest.raises(CheckpointError, match=r"step 2 could not be written .*gone"):
         saver.agreed(saver.votes)

@@ -4,12 +4,27 @@ import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from flatcal_dist.data import Index, Sample, image_folder, load_index, prepare_shards, write_shards
+from flatcal_dist.data import (
+    BatchPlan,
+    Decoding,
+    Index,
+    Sample,
+    Workers,
+    image_folder,
+    load_index,
+    prepare_shards,
+    training_loader,
+    write_shards,
+)
+from flatcal_dist.data.images.decode import MAX_PIXELS
+from flatcal_dist.data.images.transforms import Training
+from flatcal_dist.data.loading.delivery import Batches
 from tests.support.photographs import write_photographs
 
 
@@ -22,6 +37,20 @@ def png(seed: int, height: int = 12, width: int = 10) -> bytes:
 
 def make_samples(n: int, prefix: str = "s") -> list[Sample]:
     return [Sample(f"{prefix}{i:03d}", png(i), "png", i % 7, f"{i}.png") for i in range(n)]
+
+
+def train_on(
+    index: Index, transform: Training, *, workers: int = 0, pin_memory: bool = False,
+    context: str | None = None, channels: int = 3, max_pixels: int = MAX_PIXELS, **plan: Any,
+) -> Batches:  # fmt: skip
+    """Return a training loader with the plan that the other arguments describe."""
+    return training_loader(
+        index,
+        BatchPlan(**plan),
+        transform,
+        Decoding(channels, max_pixels=max_pixels),
+        Workers(workers, pin_memory=pin_memory, context=context),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -6,20 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import train_on
 from PIL import Image
 
 from flatcal_dist.data import (
     Augmentation,
     BadImage,
     DataError,
+    Decoding,
     Position,
     Sample,
+    Workers,
     evaluation_loader,
     evaluation_transform,
     load_index,
     optimizer_steps,
     sample_seed,
-    training_loader,
     training_transform,
     write_shards,
 )
@@ -73,14 +75,13 @@ def steps_of(index, world_size=1, **options):
     merged: dict[tuple[int, int], list] = {}
     replaced = []
     for rank in range(world_size):
-        loader = training_loader(
+        loader = train_on(
             index,
             **{
                 "seed": SEED,
                 "global_batch_size": 8,
                 "micro_batch_size": 3,
                 "transform": TRAIN,
-                "channels": 3,
                 "epochs": 2,
                 "rank": rank,
                 "world_size": world_size,
@@ -166,7 +167,7 @@ def _rows(steps, epoch):
 
 def test_evaluation_names_the_bad_image_and_stops(index, shards):
     transform = evaluation_transform(Augmentation(), 32)
-    loader = evaluation_loader(index, batch_size=23, transform=transform, channels=3, workers=1)
+    loader = evaluation_loader(index, 23, transform, Decoding(3), Workers(1))
     with pytest.raises(BadImage) as error:
         list(loader)
     assert str(error.value).startswith(f"{shards[1]}: the image of sample 's22' cannot be decoded")
@@ -174,19 +175,16 @@ def test_evaluation_names_the_bad_image_and_stops(index, shards):
 
 
 def test_a_limit_of_pixels(index):
-    small = Images(index, 3, max_pixels=96 * 72 - 1)
+    small = Images(index, Decoding(3, max_pixels=96 * 72 - 1))
     with pytest.raises(BadImage, match=r"'s00' has 96 x 72 pixels, more than data\.max_pixels="):
         small.image(0)
-    assert Images(index, 3, max_pixels=96 * 72).image(0).shape == (3, 72, 96)
+    assert Images(index, Decoding(3, max_pixels=96 * 72)).image(0).shape == (3, 72, 96)
 
 
 def test_data_that_is_bad_throughout_ends(tmp_path):
     samples = [Sample(f"s{i}", b"no image", "jpg", 0) for i in range(4)]
     index = load_index(write_shards(samples, tmp_path, "x", split="x", samples_per_shard=4))
-    loader = training_loader(
-        index, seed=0, global_batch_size=4, micro_batch_size=4, transform=TRAIN, channels=3,
-        epochs=1,
-    )  # fmt: skip
+    loader = train_on(index, TRAIN, seed=0, global_batch_size=4, micro_batch_size=4, epochs=1)
     with pytest.raises(DataError, match=rf"{TRIES} images drawn in place of .*no known format"):
         list(loader)
 

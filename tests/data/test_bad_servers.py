@@ -17,10 +17,11 @@ from conftest import make_samples
 
 from flatcal_dist.data import DataError, expand, load_index, write_shards
 from flatcal_dist.data.making.validation import validate_shards
+from flatcal_dist.data.shards.access import Access
 from flatcal_dist.data.shards.cache import ShardCache
-from flatcal_dist.data.shards.index import HEADER, sidecar
 from flatcal_dist.data.shards.listing import open_stream
-from flatcal_dist.data.shards.remote import Access, RemoteFile, read_small
+from flatcal_dist.data.shards.remote import RemoteFile, read_small
+from flatcal_dist.data.shards.sidecars import HEADER, sidecar
 from flatcal_dist.data.shards.tar_stream import read_samples
 from tests.support.web import serving
 

@@ -14,10 +14,10 @@ import pytest
 from conftest import make_samples
 
 from flatcal_dist.data import DataError, index_shard, write_shards
-from flatcal_dist.data.loading.streaming import _Piece, _read_piece
+from flatcal_dist.data.loading.pieces import Piece, read_piece
+from flatcal_dist.data.shards.access import Access
 from flatcal_dist.data.shards.cache import ShardCache
 from flatcal_dist.data.shards.listing import open_stream
-from flatcal_dist.data.shards.remote import Access
 from tests.support.web import Web, serving
 
 QUICK = Access(stall_timeout=60, retries=2, backoff=0.01)
@@ -108,9 +108,9 @@ def test_recorded_checksums_are_checked_while_streaming(tmp_path, cache):
     path.write_text(path.read_text().replace(digest, wrong))
     with serving(tmp_path) as web:
         stream = open_stream(f"{web.url}/", "train", 7, QUICK, cache=cache)
-        assert len(list(_read_piece(stream, _Piece(0, 0, 6)))) == 6
+        assert len(list(read_piece(stream, Piece(0, 0, 6)))) == 6
         with pytest.raises(DataError, match=rf"s-0001.tar came twice .* expected {wrong}"):
-            next(_read_piece(stream, _Piece(1, 0, 6)))
+            next(read_piece(stream, Piece(1, 0, 6)))
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -121,7 +121,7 @@ def test_a_flipped_bit_in_a_kept_shard_is_found(tmp_path, cache, recorded):
         (tmp_path / "s.sha256").unlink()
     with serving(tmp_path) as web:
         stream = open_stream(f"{web.url}/", "train", 7, QUICK, cache=cache)
-        assert len(list(_read_piece(stream, _Piece(0, 0, 6)))) == 6
+        assert len(list(read_piece(stream, Piece(0, 0, 6)))) == 6
         kept = cache.path(stream.shards[0])
         with tarfile.open(kept) as tar:
             label = next(member for member in tar if member.name.endswith(".cls"))
@@ -129,7 +129,7 @@ def test_a_flipped_bit_in_a_kept_shard_is_found(tmp_path, cache, recorded):
             file.seek(label.offset_data)
             file.write(b"6")
         with pytest.raises(DataError, match=rf"is damaged: .* Delete {kept}"):
-            list(_read_piece(stream, _Piece(0, 0, 6)))
+            list(read_piece(stream, Piece(0, 0, 6)))
 
 
 @pytest.mark.parametrize(

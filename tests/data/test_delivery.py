@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
+from conftest import train_on
 
-from flatcal_dist import inputs
+from flatcal_dist import batch_sizes
 from flatcal_dist.config import load
-from flatcal_dist.data import Augmentation, DataError, training_loader, training_transform
+from flatcal_dist.data import Augmentation, DataError, training_transform
 from flatcal_dist.ranks.distributed import FailedTogether
 
 SCRIPT = """
@@ -25,9 +26,9 @@ if __name__ == "__main__":
     index = load_index(expand(sys.argv[1]))
     for limit in sys.argv[3:] or ["0"]:
         loader = training_loader(
-            index, seed=0, global_batch_size=16, micro_batch_size=16, channels=3, epochs=60,
-            transform=training_transform(Augmentation(kind="none"), 64), workers=2,
-            multiprocessing_context=sys.argv[2],
+            index, BatchPlan(seed=0, global_batch_size=16, micro_batch_size=16, epochs=60),
+            training_transform(Augmentation(kind="none"), 64), Decoding(3),
+            Workers(2, context=sys.argv[2]),
         )
         if int(limit):
             resource.setrlimit(resource.RLIMIT_NOFILE, (int(limit), 1024))
@@ -96,10 +97,9 @@ class Dies:
 
 
 def training(index, **options):
-    sizes = {"global_batch_size": 8, "micro_batch_size": 8, "channels": 3, "epochs": 3}
+    sizes = {"seed": 0, "global_batch_size": 8, "micro_batch_size": 8, "epochs": 3}
     transform = training_transform(Augmentation(kind="none"), 8)
-    about = {"seed": 0, "transform": transform, "workers": 2} | sizes
-    return training_loader(index, **about | options)
+    return train_on(index, **{"transform": transform, "workers": 2, **sizes, **options})
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV])
@@ -154,9 +154,11 @@ def test_room_is_computed_and_checked(monkeypatch):
         ["data.workers=4", "data.micro_batch_size=256", "evaluate.batch_size=128"],
     )
     mebibytes = 10 * (256 + 128) * 150_544 / 2**20
-    assert f"up to {mebibytes:,.1f} MiB of batches in shared memory" in inputs.check_room(config)
-    monkeypatch.setattr(inputs, "free_room", lambda: 64 << 20)
+    assert f"up to {mebibytes:,.1f} MiB of batches in shared memory" in batch_sizes.check_room(
+        config
+    )
+    monkeypatch.setattr(batch_sizes, "free_room", lambda: 64 << 20)
     with pytest.raises(FailedTogether, match=r"/dev/shm has 64\.0 MiB free.*--shm-size=8g"):
-        inputs.check_room(config)
-    monkeypatch.setattr(inputs, "free_room", lambda: None)  # a system without /dev/shm
-    inputs.check_room(config)
+        batch_sizes.check_room(config)
+    monkeypatch.setattr(batch_sizes, "free_room", lambda: None)  # a system without /dev/shm
+    batch_sizes.check_room(config)

@@ -16,7 +16,8 @@ from conftest import make_samples, png
 
 from flatcal_dist.data import DataError, Sample, index_shard, load_index, write_shards
 from flatcal_dist.data.errors import BadImage
-from flatcal_dist.data.shards.index import COLUMNS, Index, _open, sidecar
+from flatcal_dist.data.shards.index import ALL_COLUMNS, Index, _open
+from flatcal_dist.data.shards.sidecars import sidecar
 from flatcal_dist.data.shards.tar_stream import read_samples
 from flatcal_dist.data.shards.walk import ShardIndex
 
@@ -45,7 +46,7 @@ def _own_memory(index, queue):
 
     The kernel may cut one block of memory into several mappings, or join it with its neighbours.
     """
-    total = sum(int(getattr(index, name).sum()) for name in COLUMNS)
+    total = sum(int(getattr(index, name).sum()) for name in ALL_COLUMNS)
     first_byte, found = index._memory.data_ptr(), Counter()
     last_byte = first_byte + index._memory.numel() - 1
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -66,13 +67,13 @@ def test_workers_share_the_index(method):
         tar_size=1,
         **{
             name: generator.integers(0, 2**31, n).astype(kind)
-            for name, kind in COLUMNS.items()
+            for name, kind in ALL_COLUMNS.items()
             if name != "shard"
         },
         key=np.zeros(n, "S1"),
     )
     index = Index([Path("x.tar")], [part], "id")
-    expected = sum(int(getattr(index, name).sum()) for name in COLUMNS)
+    expected = sum(int(getattr(index, name).sum()) for name in ALL_COLUMNS)
     context = multiprocessing.get_context(method)
     queue = context.Queue()
     for _ in range(2):  # and the columns of this process survive being handed over
@@ -80,7 +81,7 @@ def test_workers_share_the_index(method):
         worker.start()
         total, found = queue.get(timeout=120)
         worker.join()
-        assert total == expected == sum(int(getattr(index, name).sum()) for name in COLUMNS)
+        assert total == expected == sum(int(getattr(index, name).sum()) for name in ALL_COLUMNS)
         assert 28 * n <= found["Size:"]
         assert found["Private_Dirty:"] + found["Private_Clean:"] < 28 * n / 10
         if method == "spawn":

@@ -7,19 +7,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_samples, png
+from conftest import make_samples, png, train_on
 
 from flatcal_dist.data import (
     Augmentation,
     BadImage,
     DataError,
+    Decoding,
     Position,
     Sample,
+    Workers,
     evaluation_loader,
     evaluation_transform,
     load_index,
     optimizer_steps,
-    training_loader,
     training_transform,
     write_shards,
 )
@@ -30,16 +31,18 @@ EVALUATE = evaluation_transform(Augmentation(), 8)
 
 
 def training(index, **options):
-    defaults = {
-        "seed": 3,
-        "global_batch_size": 14,
-        "micro_batch_size": 3,
-        "transform": TRAIN,
-        "channels": 3,
-        "epochs": 3,
-        "window": 20,
-    }
-    return training_loader(index, **(defaults | options))
+    return train_on(
+        index,
+        **{
+            "seed": 3,
+            "global_batch_size": 14,
+            "micro_batch_size": 3,
+            "transform": TRAIN,
+            "epochs": 3,
+            "window": 20,
+            **options,
+        },
+    )
 
 
 def steps_of(index, world_size=1, **options):
@@ -97,7 +100,7 @@ def test_batches_do_not_depend_on_ranks_and_workers(index, reference, world_size
 
 @pytest.mark.parametrize("context", ["spawn", "forkserver"])
 def test_start_methods(index, reference, context):
-    steps = steps_of(index, workers=1, max_steps=1, multiprocessing_context=context)
+    steps = steps_of(index, workers=1, max_steps=1, context=context)
     assert steps == {(0, 0): reference[0, 0]}
 
 
@@ -141,7 +144,7 @@ def test_loading_leaves_the_process_stream_alone(index):
     before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
     for workers in (0, 1):
         list(training(index, workers=workers, max_steps=1))
-        list(evaluation_loader(index, batch_size=20, transform=EVALUATE, channels=3))
+        list(evaluation_loader(index, 20, EVALUATE, Decoding(3)))
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(np.random.get_state()[1], numpys)
 
@@ -169,9 +172,7 @@ def test_errors_arrive_as_they_were_raised(tmp_path, kind, workers):
         "swapped": f"{shards[1]}: reading the image of sample 'bad' found another member",
     }[kind]
     expected = {"damaged": BadImage, "swapped": DataError}[kind]
-    loaders = [
-        evaluation_loader(index, batch_size=3, transform=EVALUATE, channels=3, workers=workers)
-    ]
+    loaders = [evaluation_loader(index, 3, EVALUATE, Decoding(3), Workers(workers))]
     if kind == "swapped":  # training replaces a damaged image, see test_bad_images.py
         loaders.append(training(index, global_batch_size=8, workers=workers))
     for loader in loaders:
@@ -190,12 +191,12 @@ def test_evaluation_covers_each_sample_once(index, world_size, workers):
     for rank in range(world_size):
         loader = evaluation_loader(
             index,
-            batch_size=16,
-            transform=EVALUATE,
-            channels=3,
+            16,
+            EVALUATE,
+            Decoding(3),
+            Workers(workers),
             rank=rank,
             world_size=world_size,
-            workers=workers,
         )
         batches = list(loader)
         assert len(loader) == len(batches)
@@ -240,9 +241,9 @@ from flatcal_dist.data import *
 
 if __name__ == "__main__":
     loader = training_loader(
-        load_index(expand(sys.argv[1])), seed=0, global_batch_size=8, micro_batch_size=4,
-        transform=training_transform(Augmentation(), 8), channels=3, epochs=9, workers=2,
-        multiprocessing_context=sys.argv[2],
+        load_index(expand(sys.argv[1])),
+        BatchPlan(seed=0, global_batch_size=8, micro_batch_size=4, epochs=9),
+        training_transform(Augmentation(), 8), Decoding(3), Workers(2, context=sys.argv[2]),
     )
     batches = iter(loader)
     next(batches)

@@ -78,7 +78,7 @@ STRANGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a loop as a class": ("cow", lambda p: p.symlink_to(p), r"cow cannot be read .Too many"),
     "a broken link": ("ant/x.png", lambda p: p.symlink_to("/none"), r"cannot be read .No such"),
     "a link up": ("ant/x", lambda p: p.symlink_to(p.parent.parent), "folder inside of a class"),
-    "a nested class": ("ant/red", lambda p: p.mkdir(), "a folder inside of a class folder"),
+    "a nested class": ("ant/red", lambda p: p.mkdir(), "a folder inside a class folder"),
     "an empty class": ("cow", lambda p: p.mkdir(), "cow holds no images. Fill it, or remove"),
     "a class of litter": (
         "cow/Thumbs.db", lambda p: (p.parent.mkdir(), p.touch()), "cow holds no images"

@@ -20,16 +20,21 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from flatcal_dist.data import (
     Augmentation,
+    BatchPlan,
     DataError,
+    Decoding,
     Position,
+    Workers,
     load_index,
     training_transform,
     write_shards,
 )
 from flatcal_dist.data.images.decode import decode
 from flatcal_dist.data.loading.streaming import streaming_loader
+from flatcal_dist.data.shards.access import Access
+from flatcal_dist.data.shards.connections import NotThere
 from flatcal_dist.data.shards.listing import Stream, list_shards, open_stream
-from flatcal_dist.data.shards.remote import Access, NotThere, RemoteFile, read_small
+from flatcal_dist.data.shards.remote import RemoteFile, read_small
 from flatcal_dist.data.shards.tar_stream import read_samples
 from tests.support.web import Web, serving
 
@@ -342,18 +347,10 @@ def opened(pattern: str, access: Access = QUICK, **options) -> Stream:
 
 
 def batches(stream: Stream, *, rank: int = 0, world_size: int = 1, workers: int = 0, **options):
-    options = {"global_batch_size": 24, "micro_batch_size": 3, "epochs": 2, **options}
-    loader = streaming_loader(
-        stream,
-        seed=5,
-        transform=training_transform(Augmentation("resized_crop"), 8),
-        channels=3,
-        rank=rank,
-        world_size=world_size,
-        workers=workers,
-        buffer=10,
-        **options,
-    )
+    sizes = {"global_batch_size": 24, "micro_batch_size": 3, "epochs": 2, **options}
+    plan = BatchPlan(seed=5, rank=rank, world_size=world_size, **sizes)
+    transform = training_transform(Augmentation("resized_crop"), 8)
+    loader = streaming_loader(stream, plan, transform, Decoding(3), Workers(workers), buffer=10)
     found = list(loader)
     assert len(found) == len(loader)
     return found

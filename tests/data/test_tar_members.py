@@ -15,12 +15,12 @@ from conftest import make_samples, png
 
 from flatcal_dist.cli import main
 from flatcal_dist.data import DataError, index_shard, load_index, write_shards
-from flatcal_dist.data.loading.streaming import _Piece, _read_piece
+from flatcal_dist.data.loading.pieces import Piece, read_piece
 from flatcal_dist.data.making.archives import ilsvrc_archive
 from flatcal_dist.data.making.validation import validate_shards
-from flatcal_dist.data.shards.index import sidecar
+from flatcal_dist.data.shards.access import Access
 from flatcal_dist.data.shards.listing import open_stream
-from flatcal_dist.data.shards.remote import Access
+from flatcal_dist.data.shards.sidecars import sidecar
 from flatcal_dist.data.shards.tar_stream import read_samples
 from tests.support.web import serving
 
@@ -138,7 +138,7 @@ def test_hard_links_over_http(shard, tmp_path, ranges):
     expected = [("a", IMAGES[1], 1), ("b", IMAGES[2], 2), ("c", IMAGES[1], 5)]
     with serving(tmp_path, ranges=ranges) as web:
         stream = open_stream(f"{web.url}/", "train", 9, Access(backoff=0.01))
-        assert [raw[1:] for raw in _read_piece(stream, _Piece(0, 0, None))] == expected
+        assert [raw[1:] for raw in read_piece(stream, Piece(0, 0, None))] == expected
         assert ("t-train-0000.tar", 512) in web.requests
 
 

@@ -16,7 +16,7 @@ from flatcal_dist.cli import main
 from flatcal_dist.data import Sample, expand, index_shard, load_index, write_shards
 from flatcal_dist.data.making.findings import print_validation
 from flatcal_dist.data.making.validation import validate_shards
-from flatcal_dist.data.shards.index import sidecar
+from flatcal_dist.data.shards.sidecars import sidecar
 from tests.support.photographs import awkward_image, encoded, photograph
 
 

@@ -20,7 +20,7 @@ from flatcal_dist.runs.directory import RunDirectory
 from flatcal_dist.runs.status import status
 from tests.support.launching import ROOT
 
-GOLDEN = Path(__file__).parent / "submitted.sh"
+GOLDEN = Path(__file__).parents[1] / "support/submitted.sh"
 PREEMPTED = '{"phase": "preempted"}'
 DIGITS = str(ROOT / "configs/digits/csam.yaml")
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from flatcal_dist.data import prepare_digits
+from flatcal_dist.runs.sweep import elements, load_sweep
 from tests.support.launching import ROOT, interrupt, run
 
 
@@ -49,3 +50,13 @@ def steps(run_: Path) -> int:
 
 def phase(run_: Path) -> str:
     return json.loads((run_ / "state.json").read_text())["phase"]
+
+
+def test_the_sweep_of_the_readme_is_one(tmp_path):
+    text = (ROOT / "launch/README.md").read_text()
+    (block,) = [part for part in text.split("```yaml\n")[1:] if part.startswith("base:")]
+    (tmp_path / "digits").symlink_to(ROOT / "configs/digits")
+    (tmp_path / "studies").mkdir()
+    file = tmp_path / "studies/methods.yaml"
+    file.write_text(block.partition("```")[0].replace("base: ..", f"base: {ROOT}/configs"))
+    assert len(elements(load_sweep(file))) == 3 * 2 * 3 - 3

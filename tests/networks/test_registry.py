@@ -8,17 +8,36 @@ import torch
 import torchvision
 from torch import nn
 
+from flatcal_dist import networks
 from flatcal_dist.config import ConfigError, OptimizerConfig, load
+from flatcal_dist.networks import registry
 from flatcal_dist.networks.registry import build, in_evaluation_mode
 from flatcal_dist.networks.weights import load_weights
 from flatcal_dist.training.optimizers import build_optimizer, build_schedule
 
+LENET = """
+from timm.models import register_model
+from torch import nn
 
-def test_mlp_has_the_shape_of_the_protocol():
-    network = build("mlp", 10, channels=1, image_size=8, options={"width": 512, "depth": 2})
-    shapes = [tuple(weight.shape) for weight in network.parameters() if weight.ndim == 2]
-    assert shapes == [(512, 64), (512, 512), (10, 512)]
-    assert network(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+
+@register_model
+def lenet(pretrained=False, *, num_classes, in_chans, kernel=3, **ignored):
+    return nn.Sequential(
+        nn.Conv2d(in_chans, 4, kernel), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, num_classes),
+    )
+"""
+
+
+def test_a_new_file_in_the_package_is_a_network(tmp_path, monkeypatch):
+    (tmp_path / "lenet.py").write_text(LENET)
+    monkeypatch.setattr(networks, "__path__", [*networks.__path__, str(tmp_path)])
+    registry._import_networks.cache_clear()
+    network = build("lenet", 7, channels=1, image_size=8, options={"kernel": 5})
+    assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
+    assert network[0].kernel_size == (5, 5)
+    with pytest.raises(ConfigError, match=r"lenett is no network .*did you mean .*lenet"):
+        build("lenett", 7, 1, 8, {})
 
 
 def test_unknown_names_and_options_are_refused():
@@ -30,7 +49,7 @@ def test_unknown_names_and_options_are_refused():
         build("mlp", 10, 3, 32, {"widht": 1})
     with pytest.raises(ValueError, match=r"optimizer\.name=sgdd is not one of timm's"):
         build_optimizer(OptimizerConfig(name="sgdd"), nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"optimizer\.options\.lr: .* keys of their own"):
+    with pytest.raises(ValueError, match=r"optimizer\.options\.lr: .* are other keys"):
         build_optimizer(OptimizerConfig(options={"lr": 1}), nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"optimizer.options.beta: adamw takes .*betas"):
         build_optimizer(OptimizerConfig(name="adamw", options={"beta": 1}), nn.Linear(2, 2))

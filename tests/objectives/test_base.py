@@ -21,6 +21,7 @@ from flatcal_dist.sharpness import CSAM, SAM, ReplicatedEngine, SharpnessAwareSt
 from flatcal_dist.sharpness.forward import on_a_share, pair
 from tests.support.engines import make_engine
 from tests.support.ranks import on_ranks
+from tests.support.readme import example_class
 from tests.support.reference import CLOSE, far, make_batch, make_network, make_optimizer
 
 LABELS, SAMPLES = torch.arange(6) % 3, torch.arange(6) + 10
@@ -138,3 +139,9 @@ def test_a_share_of_a_micro_batch_keeps_pairs_whole():
         2, 4, 6, 8, 12, 22, 24,
     ]  # fmt: skip
     assert sizes[0.1, False] == 3
+
+
+def test_the_objective_of_the_readme():
+    logits = torch.tensor([[9.0, 0.0], [0.0, 9.0]])
+    losses = example_class("objectives", "Clipped")(most=2.0)(logits, torch.tensor([0, 0]))
+    assert losses.tolist() == pytest.approx([1.2e-4, 2.0], rel=0.1)

@@ -14,9 +14,10 @@ from flatcal_dist import config as configuration
 from flatcal_dist.config import ConfigError
 from flatcal_dist.data import DataError, prepare_digits
 from flatcal_dist.data.sets.variants import find
+from flatcal_dist.data.shards.access import Access
 from flatcal_dist.data.shards.cache import ShardCache
 from flatcal_dist.data.shards.listing import list_shards
-from flatcal_dist.data.shards.remote import Access, read_small
+from flatcal_dist.data.shards.remote import read_small
 from tests.support.launching import digits, launch
 from tests.support.web import serving
 

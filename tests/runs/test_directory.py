@@ -77,6 +77,19 @@ def test_restarts_are_counted_and_the_first_cause_is_kept(config):
     assert (state.restarts, state.phase, state.cause) == (1, "running", None)
 
 
+def test_a_start_that_has_not_entered_records_nothing(config):
+    """A second job whose configuration is wrong must not end the first one."""
+    directory = RunDirectory(config.run.dir)
+    directory.open(config, {})
+    other = RunDirectory(config.run.dir)
+    assert other.fail("wrong key", rank=0) == "wrong key"
+    other.interrupt("SIGTERM")
+    assert directory.state().phase == "running"
+    other.enter()
+    assert other.fail("disk full", rank=1) == "rank 1: disk full"
+    assert directory.state().phase == "failed"
+
+
 def test_a_second_job_is_refused_and_told_who_is_there(config):
     first, second = RunDirectory(config.run.dir), RunDirectory(config.run.dir)
     first.open(config, {})

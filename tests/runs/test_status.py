@@ -1,11 +1,13 @@
 """The table of `flatcal status` in terminals of every width."""
 
 import io
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
 
-from flatcal_dist.runs.status import Status, print_status
+from flatcal_dist.runs.status import Status, print_status, status
 
 RUNS = [
     Status(
@@ -46,3 +48,31 @@ def test_values_are_never_split_and_fit_the_width(width):
 def test_columns_that_say_nothing_are_left_out():
     header = shown(80, [Status("runs/a", "not begun")]).splitlines()[0]
     assert header.split() == ["run", "phase", "step"]
+
+
+def test_status_imports_neither_torch_nor_matplotlib(tmp_path):
+    """Their imports take seconds, and the state of a run is plain JSON and YAML."""
+    (tmp_path / "state.json").write_text('{"phase": "preempted", "step": 30, "seconds": 60.0}')
+    (tmp_path / "config.yaml").write_text("train: {max_steps: 90}\n")
+    code = (
+        "import sys; from flatcal_dist import cli; "
+        f"cli.main(['status', {str(tmp_path)!r}]); "
+        "sys.exit(', '.join({'torch', 'matplotlib'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "30/90" in done.stdout
+
+
+def test_keys_of_earlier_versions_do_not_hide_the_length_of_a_run(tmp_path):
+    (tmp_path / "state.json").write_text('{"phase": "finished", "step": 90}')
+    (tmp_path / "config.yaml").write_text("train: {max_steps: 90, label_smoothing: 0.1}\n")
+    assert status([tmp_path])[0].total_steps == 90
+
+
+def test_a_recorded_section_that_does_not_fit_is_named(tmp_path):
+    (tmp_path / "state.json").write_text('{"phase": "finished", "step": 90}')
+    (tmp_path / "config.yaml").write_text("train: {max_steps: many}\n")
+    (one,) = status([tmp_path])
+    assert one.phase == "unreadable"
+    assert "config.yaml: the section train: max_steps" in one.cause

@@ -75,7 +75,7 @@ def test_axes_are_bundles_of_overrides(sweep_file):
     assert found[4].config.sharpness.rho == 0.1
     for element in found:
         assert load(sweep.base, element.arguments) == element.config
-    with pytest.raises(ConfigError, match=r"sharpness\.rho is turned by the axes or the grid"):
+    with pytest.raises(ConfigError, match=r"sharpness\.rho is set by axes or grid"):
         elements(sweep, ["sharpness.rho=0.3"])
     twins = AXES.replace("large: {}", "large: {}, again: {}")
     with pytest.raises(ConfigError, match=r"compute the same"):
@@ -158,7 +158,7 @@ def test_what_cannot_be_swept_is_refused_with_its_key(sweep_file, text, message)
     [
         ("run.dir=/elsewhere", "run.dir follows from the sweep"),  # of all runs at once
         ("wandb.name=one", "wandb.name follows from the sweep"),
-        ("run.seed=5", "run.seed is turned by the axes or the grid"),
+        ("run.seed=5", "run.seed is set by axes or grid"),
     ],
 )
 def test_an_override_of_what_is_each_runs_own_is_refused(sweep_file, override, message):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from flatcal_dist.sharpness import SAM, MomentumSAM, ReplicatedEngine, SharpnessAwareStep
 from flatcal_dist.training.figures import sharpness_figures
 from tests.support.engines import EVERYWHERE, everywhere, make_engine
+from tests.support.readme import example_class
 from tests.support.reference import (
     CLOSE,
     far,
@@ -122,3 +123,11 @@ def test_a_rule_without_an_ascent_pass_has_no_sharpness_to_report():
     figures = sharpness_figures(second, 0.5)
     assert figures["optim/effective_rho"] == pytest.approx(0.5, rel=1e-5)
     assert not any(name.startswith("train/") for name in figures)
+
+
+def test_the_rule_of_the_readme():
+    network = make_network()
+    engine = ReplicatedEngine(network, make_optimizer(network))
+    rule = example_class("sharpness", "BiasSAM")(rho=0.05, factor=2.0)
+    train(SharpnessAwareStep(engine, rule), 0, 1, numbers=STEPS)
+    assert far(network.state_dict(), by_hand(lambda name: name.endswith("bias"), 1, 1)) < CLOSE

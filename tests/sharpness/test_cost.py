@@ -151,8 +151,8 @@ def compiled(rank, world_size):
     step = SharpnessAwareStep(engine, CSAM(0.1))
     seen = []
     for number in range(5):
-        step.rho = 0.1 / (number + 1)
-        step(my_part(rank, world_size, number, 2), measure=number == 3)
+        rho = 0.1 / (number + 1)
+        step(my_part(rank, world_size, number, 2), rho=rho, measure=number == 3)
         seen.append(len(graphs))
     return seen
 
@@ -193,7 +193,7 @@ def pointers(rank, world_size, kind):
     seen = set()
     for number in range(3):
         step(my_part(rank, world_size, number))
-        shards = engine.shards().weights if kind == "fsdp2" else engine.module.parameters()
+        shards = engine.masters().values() if kind == "fsdp2" else engine.module.parameters()
         if kind == "zero3":
             shards = [part.used for part in engine.layout.parts]
         seen.add(tuple(w.data_ptr() for w in shards))

@@ -128,15 +128,19 @@ def test_the_verification_on_every_engine(engine, fault, tmp_path):
     assert (done.returncode == 0) == (fault is None), done.stdout
 
 
-BLOCKS = re.findall(
-    r"```python\n(# [^\n]*loop\n.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL
-)
+def loops_in(readme: str) -> list[str]:
+    text = (ROOT / readme).read_text()
+    return re.findall(r"```python\n(# [^\n]*loop\n.*?)```", text, flags=re.DOTALL)
+
+
+BLOCKS = loops_in("flatcal_dist/sharpness/README.md")
 
 
 @pytest.mark.parametrize("number", range(3))
 def test_the_loops_of_the_readme(number):
     """The very lines, on the same batches: plain on one process, the others on two."""
     assert len(BLOCKS) == 3
+    assert set(loops_in("README.md")) <= set(BLOCKS), "the main one shows the same loops"
     expected = on_ranks(1, _run_block, BLOCKS[0])[0]
     full = on_ranks(1 if number == 0 else 2, _run_block, BLOCKS[number])[0]
     assert far(full, expected) < CLOSE

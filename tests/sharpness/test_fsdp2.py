@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flatcal_dist.sharpness import SharpnessAwareStep
+from flatcal_dist.sharpness.scope import Scope
 from tests.sharpness.test_refusals import message
 from tests.support.engines import make_engine, used
 from tests.support.ranks import on_ranks
@@ -39,10 +40,22 @@ def groups(rank, world_size):
                 results += train(step, rank, world_size, 2, [number], measure=True)
                 seen.append(bits(used(engine)))
             outcome[rule, scope] = used(engine), seen, results
-    other = message(lambda: SharpnessAwareStep(engine, RULES["sam"], scope=2))
-    fresh = make_engine("fsdp2", ranks_per_group=2)
-    rank_scope = message(lambda: SharpnessAwareStep(fresh, RULES["sam"], scope="rank"))
-    return outcome, other, rank_scope, bad_group(rank, world_size)
+    rank_scope = message(lambda: SharpnessAwareStep(engine, RULES["sam"], scope="rank"))
+    return outcome, both_scopes(rank, world_size), rank_scope, bad_group(rank, world_size)
+
+
+def both_scopes(rank, world_size):
+    """Whether one engine steps in two scopes in turn as two engines do, one after the other."""
+    one = make_engine("fsdp2", ranks_per_group=2)
+    in_groups, for_all = (SharpnessAwareStep(one, RULES["sam"], scope=s) for s in (2, "global"))
+    train(in_groups, rank, world_size, numbers=[0])
+    first = make_engine("fsdp2", ranks_per_group=2)
+    train(SharpnessAwareStep(first, RULES["sam"], scope=2), rank, world_size, numbers=[0])
+    second = make_engine("fsdp2", ranks_per_group=2)
+    second.load_local_state(first.local_state())
+    train(SharpnessAwareStep(second, RULES["sam"]), rank, world_size, numbers=[1])
+    train(for_all, rank, world_size, numbers=[1])
+    return bits(used(one)) == bits(used(second))
 
 
 def bad_group(rank, world_size):
@@ -72,9 +85,9 @@ def test_groups_perturb_by_themselves_and_stay_replicas():
             assert reported == results, "ranks must report the same"
         if rule == "csam":
             assert results[0].effective_rho == pytest.approx(0.1, rel=1e-4)
-    for _, other, rank_scope, stopped in outcomes:
-        assert "already perturbs in scope 'global'" in other
-        assert "2 ranks gather theirs" in rank_scope
+    for _, as_two_engines, rank_scope, stopped in outcomes:
+        assert as_two_engines
+        assert "2 ranks gather their weights" in rank_scope
         assert stopped == (True, True)
 
 
@@ -210,7 +223,7 @@ def test_norms_with_statistics_stay_in_fp32_beside_bf16(names):
 
 def leftovers(rank, world_size):
     """Whether a backward pass that was never reduced is gone: by precision, and way to end."""
-    outcome = {}
+    outcome, everyone = {}, Scope.of("global", world_size)
     for precision in (torch.float32, torch.bfloat16):
         pairs = my_part(rank, world_size, 0, 2)
         engine = make_engine("fsdp2", precision=precision)
@@ -223,7 +236,7 @@ def leftovers(rank, world_size):
                     _ = engine.model(pairs[1][0]), 1 / 0
             engine.zero_gradients()
             backward(engine, pairs[1], reduce=True)
-            gradients.append(bits(dict(enumerate(engine.shards().gradients))))
+            gradients.append(bits(dict(enumerate(engine.shards(everyone).gradients))))
             engine.zero_gradients()
         outcome[precision] = [g == gradients[0] for g in gradients]
     return outcome

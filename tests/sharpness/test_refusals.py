@@ -91,10 +91,9 @@ def test_a_batch_that_cannot_be_taken_changes_nothing():
     before = bits(network.state_dict())
     batch = make_batch(0)
 
-    def refused(expected, micro_batches, loss=None, rho=0.1, **options):
+    def refused(expected, micro_batches, loss=None, **options):
         engine = ReplicatedEngine(network, make_optimizer(network))
         step = SharpnessAwareStep(engine, SAM(0.1), loss=loss)
-        step.rho = rho
         with pytest.raises(StepError, match=expected):
             step(micro_batches, **options)
         assert bits(network.state_dict()) == before
@@ -103,7 +102,7 @@ def test_a_batch_that_cannot_be_taken_changes_nothing():
     refused("nothing to learn from", [(batch[0][:0], batch[1][:0])])
     refused("nothing to learn from", [batch], samples=0)
     refused(r"list of \(inputs, target\) pairs", batch)
-    refused("wants one value each", [batch], loss=F.cross_entropy)
+    refused("needs one value each", [batch], loss=F.cross_entropy)
     refused("rho must be finite", [batch], rho=math.nan)
     for weight in network[0].parameters():
         weight.requires_grad_(False)
@@ -215,7 +214,7 @@ def under_fsdp2(rank, world_size):
 
 def test_under_fsdp2():
     refused = on_ranks(2, under_fsdp2)[0]
-    assert "gather theirs from each other's shards; use scope 'global'" in refused["rank"]
+    assert "gather their weights from each other's shards; use scope 'global'" in refused["rank"]
     assert "use DDP, or perturb once per step" in refused["micro"]
     assert "build it after shard()" in refused["stale"]
     assert "every parameter is sharded" in refused["plain"]

@@ -92,10 +92,18 @@ def test_periodic_rules_have_a_second_pass_in_every_third_step_only(kind):
 def test_rho_may_change_between_steps():
     ours, theirs = make_network(), make_network()
     step = SharpnessAwareStep(ReplicatedEngine(ours, make_optimizer(ours)), SAM(0.1))
-    step.rho = 0.3
-    step([make_batch(0)])
+    step([make_batch(0)], rho=0.3)
     one_step(SAM(0.3), theirs)
     assert bits(ours.state_dict()) == bits(theirs.state_dict())
+
+
+def test_the_number_of_a_step_decides_whether_a_periodic_rule_perturbs():
+    network = make_network()
+    step = SharpnessAwareStep(ReplicatedEngine(network, make_optimizer(network)), SAM(0.1, every=3))
+    perturbed = [step([make_batch(0)], at=at).perturbed_loss is not None for at in (3, 4, 7, 6)]
+    assert perturbed == [True, False, False, True]
+    assert step.taken == 7, "a step without a number comes after the last one"
+    assert step([make_batch(0)]).perturbed_loss is None
 
 
 # What a step reports

@@ -128,4 +128,4 @@ def test_what_is_wrapped_in_part_or_for_another_engine_is_refused():
         assert "the engine for that is ShardedEngine" in fsdp2
         assert "the engine for that is ZeroEngine" in zero
         assert "the engine for that is ZeroEngine" in zero3
-        assert "ZeroEngine wants DeepSpeed's engine itself" in wrapper
+        assert "ZeroEngine takes DeepSpeed's engine itself" in wrapper

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -52,10 +52,24 @@ def launch(
     words = command(recipe, *arguments, processes=processes, launcher=launcher)
     if through_accelerate:
         return run(words, cwd)
-    environments = [{}]
+    environments: list[dict[str, str]] = [{}]
     if processes > 1:
         environments = _as_launched(ROOT / f"configs/accelerate/{launcher}.yaml", processes)
-    call = str(ROOT / f"recipes/{recipe}.py"), list(map(str, arguments))
+    code, text = _forked(ROOT / f"recipes/{recipe}.py", arguments, environments, cwd)
+    return subprocess.CompletedProcess(words, code if processes == 1 else min(abs(code), 1), text)
+
+
+def script(path: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run `python PATH ARGUMENTS` as `launch` runs one process of a recipe."""
+    code, text = _forked(path, arguments, [{}], cwd)
+    return subprocess.CompletedProcess([str(path), *arguments], code, text)
+
+
+def _forked(
+    path: Path, arguments: Sequence[str], environments: list[dict[str, str]], cwd: Path | None
+) -> tuple[int, str]:
+    """The exit code and the output of a script in processes with these environments."""
+    call = str(path), list(map(str, arguments))
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "output")
         ranks = [
@@ -65,8 +79,7 @@ def launch(
         for rank in ranks:
             rank.start()
         code = _end_of(ranks)
-        text = output.read_text(errors="replace")
-    return subprocess.CompletedProcess(words, code if processes == 1 else min(abs(code), 1), text)
+        return code, output.read_text(errors="replace")
 
 
 def _as_launched(config: Path, processes: int) -> list[dict[str, str]]:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from flatcal_dist.batch_sizes import batch_arithmetic
 from flatcal_dist.config import load
 from flatcal_dist.data import DataError, expand, load_index, prepare_digits
 from flatcal_dist.data.order import epoch_order, substitutes
 from flatcal_dist.data.shards.index import Index
-from flatcal_dist.inputs import batch_arithmetic
 from flatcal_dist.tracking.tracker import read_metrics
 from tests.support.launching import digits, launch
 

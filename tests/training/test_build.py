@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.networks.registry import build
 from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
-from flatcal_dist.training.build import arrange_buckets
+from flatcal_dist.sharpness.engines.replicated_start import arrange_buckets
 from tests.support.ranks import on_ranks
 
 SHAPE, RANKS = (1, 8, 8), 4  # two ranks add up alike in any order

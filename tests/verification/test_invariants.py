@@ -31,8 +31,9 @@ ASAM_EACH = ["sharpness.rule=asam", "sharpness.rho=0.5", "sharpness.scope=rank"]
 def failing(rank: int, world_size: int, cases: list) -> list[tuple[int, list[str]]]:
     """How many invariants there are and which fail, for each (fault or None, overrides)."""
     from flatcal_dist.ranks import distributed
+    from flatcal_dist.sharpness.engines.registry import ENGINES
     from flatcal_dist.verification.faults import FAULTS
-    from flatcal_dist.verification.invariants import engine_class, verify
+    from flatcal_dist.verification.invariants import verify
 
     local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
     os.environ |= {name: str(value) for name, value in local.items()}
@@ -40,7 +41,8 @@ def failing(rank: int, world_size: int, cases: list) -> list[tuple[int, list[str
     for fault, overrides in cases:
         config = load(CSAM, overrides)
         accelerator = distributed.start(config.train.engine, config.train.precision)
-        with FAULTS[fault](engine_class(config)) if fault else nullcontext():
+        engine = ENGINES[config.train.engine].engine_class()
+        with FAULTS[fault](engine) if fault else nullcontext():
             rows = verify(config, accelerator)
         outcome.append((len(rows), [row.invariant for row in rows if not row.holds]))
     return outcome

@@ -1,1 +1,1 @@
-"""From encoded images to tensors: decoding, augmentation, mixing, corruption."""
+"""Decoding, augmentation, mixing and corruption of images."""

@@ -1,9 +1,10 @@
 """The corruptions of ImageNet-C, applied to clean images as they are read.
 
-The published ImageNet-C was made from ImageNet's validation images: shorter side resized to 256,
-centre crop of 224, corrupted, stored as JPEG of quality 85. Images are made the same way here, but
-by other code (the package imagecorruptions-imaug) with other random numbers: figures on them are
-near those on the published files and not the same, and are labelled as generated.
+The published ImageNet-C was made from ImageNet's validation images. Their shorter side was resized
+to 256, a centre crop of 224 was corrupted, and the result was stored as a JPEG of quality 85. Here
+images are made in the same way, but by other code (the package imagecorruptions-imaug) and with
+other random numbers. Figures on them are near the figures on the published files, but not the same.
+They are labelled as generated.
 
 Source: Hendrycks and Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and
 Perturbations (ICLR 2019), section 4 and its published code.
@@ -14,13 +15,13 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image
 from torchvision.transforms import v2 as T
 
 from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.images.decode import decode
 
 RESIZE, CROP, QUALITY = 256, 224, 85  # as the published images
@@ -36,9 +37,15 @@ OWN_SEED = ("impulse_noise", "glass_blur")  # do not draw from numpy's global st
 
 
 def corrupted_jpeg(image: Image.Image, corruption: str, severity: int, key: str) -> bytes:
-    """The image cropped, corrupted and encoded as ImageNet-C's are.
+    """Return an image cropped, corrupted and encoded as in ImageNet-C.
 
-    Random numbers depend on (key, corruption, severity) alone. `image` is RGB.
+    Random numbers depend on (key, corruption, severity) alone.
+
+    Args:
+        image: The clean image, RGB.
+        corruption: One of `COMMON` or `EXTRA`.
+        severity: One of `SEVERITIES`.
+        key: The key of the image.
     """
     pixels = np.asarray(T.CenterCrop(CROP)(T.Resize(RESIZE)(image)))
     damaged = _corrupt(pixels, corruption, severity, key)
@@ -61,7 +68,7 @@ def _corrupt(pixels: np.ndarray, corruption: str, severity: int, key: str) -> np
 
 @contextmanager
 def _numpy_seeded(seed: int) -> Iterator[None]:
-    """numpy's global random stream seeded, and afterwards as it was."""
+    """Seed the global random stream of numpy inside, and restore it afterwards."""
     state = np.random.get_state()
     np.random.seed(seed)
     try:
@@ -83,10 +90,10 @@ def require_package() -> None:
 
 @dataclass(frozen=True)
 class Corrupted:
-    """The clean index, its images corrupted as they are read: with what evaluation uses of one."""
+    """An index whose images are corrupted as they are read."""
 
-    clean: Any  # Index or TreeIndex
-    keys_: tuple[str, ...]  # of all images: an Index would look each one up in its shard's sidecar
+    clean: ImageIndex
+    keys_: tuple[str, ...]  # kept here: an Index would look each key up in the sidecar of its shard
     corruption: str
     severity: int
 
@@ -94,7 +101,7 @@ class Corrupted:
         return len(self.clean)
 
     def read(self, sample: int) -> bytes:
-        """The corrupted image as JPEG. Raises DataError where the clean one cannot be read."""
+        """Return the corrupted image as JPEG. Raises DataError if the clean one cannot be read."""
         key = self.keys_[sample]
         data = self.clean.read(sample)
         pixels = decode(data, 3, self.clean.name(sample)).permute(1, 2, 0).numpy()
@@ -117,15 +124,23 @@ class Corrupted:
         return self.clean.label
 
     @property
+    def size(self) -> np.ndarray:
+        """The bytes of each clean image."""
+        return self.clean.size
+
+    @property
     def identity(self) -> str:
         text = f"{self.clean.identity} {self.corruption} {self.severity}"
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def choose(corruptions: Sequence[str] | None, severities: Sequence[int] | None) -> tuple:
-    """The corruptions and severities meant: by default the 15 common ones and all five.
+def choose(
+    corruptions: Sequence[str] | None, severities: Sequence[int] | None
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the corruptions and severities that are meant.
 
-    "common", "extra" and "all" stand for lists. Raises DataError for one that does not exist.
+    None stands for the 15 common corruptions and for all five severities. "common", "extra" and
+    "all" stand for lists. Raises DataError for a corruption or a severity that does not exist.
     """
     lists = {"common": COMMON, "extra": EXTRA, "all": COMMON + EXTRA}
     names = [n for c in corruptions or ("common",) for n in lists.get(c, (c,))]

@@ -1,13 +1,14 @@
-"""Encoded images to tensors.
+"""Decoding of images into tensors.
 
-JPEGs are decoded by the fastest decoder at hand that decodes as libjpeg does by default; all else,
-and what that decoder refuses, by Pillow, whose word is final. As in timm's and torchvision's
-recipes the EXIF orientation is left alone and transparency is dropped. Decoders built on other
-libraries may differ by a level or two per pixel, so the one in use belongs to a run's identity.
+The fastest decoder that is installed and decodes as libjpeg does by default decodes JPEGs. Pillow
+decodes everything else, and what that decoder refuses. As in the recipes of timm and torchvision,
+the EXIF orientation is not applied and transparency is dropped. Decoders that are built on other
+libraries may differ by a level or two per pixel, so the decoder belongs to the identity of a run.
 """
 
 import io
 import warnings
+from dataclasses import dataclass
 from importlib import metadata
 
 import numpy as np
@@ -27,17 +28,26 @@ try:
 except ImportError:  # torchvision has announced to leave it to torchcodec
     decode_jpeg = None
 
-# What shards hold, and what hides under a JPEG's name on the web. Pillow would also try formats
-# that start other programs, such as PostScript.
+# Formats that shards hold, and formats that web sites store under the name of a JPEG. Pillow would
+# also try formats that start other programs, such as PostScript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MiB of RGB
 JPEG = b"\xff\xd8"
 
 
-def choose_decoder(wanted: str = "auto") -> str:
-    """The decoder of JPEGs that `wanted` ("auto", "simplejpeg", "torchvision", "pil") comes to.
+@dataclass(frozen=True)
+class Decoding:
+    """How encoded images become tensors; the fields are parameters of `decode`."""
 
-    Raises DataError for one that is not installed.
+    channels: int  # 1 (gray) or 3 (RGB)
+    decoder: str = "auto"
+    max_pixels: int = MAX_PIXELS
+
+
+def choose_decoder(wanted: str = "auto") -> str:
+    """Return the decoder of JPEGs that "auto", "simplejpeg", "torchvision" or "pil" stands for.
+
+    Raises DataError for a decoder that is not installed.
     """
     there = {"simplejpeg": simplejpeg, "torchvision": decode_jpeg, "pil": PIL}
     if wanted == "auto":
@@ -51,7 +61,7 @@ def choose_decoder(wanted: str = "auto") -> str:
 
 
 def describe_decoder(wanted: str = "auto") -> str:
-    """The decoder and its version, for the record of a run: "simplejpeg 1.9.0"."""
+    """Return the decoder and its version, such as "simplejpeg 1.9.0", for the record of a run."""
     decoder = choose_decoder(wanted)
     package = {"pil": "pillow"}.get(decoder, decoder)
     return f"{decoder} {metadata.version(package)}"
@@ -64,10 +74,18 @@ def decode(
     decoder: str = "auto",
     max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
-    """One image as uint8 [channels, H, W], channels 1 (gray) or 3 (RGB), whatever it was stored as.
+    """Decode one image as uint8 [channels, H, W], whatever it was stored as.
 
-    `name` is what errors call the image; `decoder` as in `choose_decoder`. Raises BadImage if the
-    bytes are no whole image, or one of more than `max_pixels` pixels, before it takes memory.
+    Args:
+        data: The encoded image.
+        channels: 1 (gray) or 3 (RGB).
+        name: What errors call the image.
+        decoder: See `choose_decoder`.
+        max_pixels: The most pixels that the image may have. Its size is checked before it takes
+            memory.
+
+    Raises:
+        BadImage: The bytes are no whole image, or the image is too large.
     """
     decoder = choose_decoder(decoder)
     pixels = None
@@ -93,7 +111,7 @@ def _by_simplejpeg(
         raise
     except ValueError:
         return None
-    # Its memory is [H, W, C], as Pillow's; the view keeps it, which resizing likes best.
+    # The memory is [H, W, C], as in Pillow. The view keeps it so, which is fastest to resize.
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -114,23 +132,24 @@ def _by_torchvision(
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
     except (BadImage, MemoryError):
         raise
-    except Exception:  # as in Pillow's own, below
+    except Exception:  # a damaged file raises nearly anything, as below
         return None
 
 
 def _is_plain(space: str, channels: int) -> bool:
-    """Whether decoders agree: not of CMYK, nor of gray made from colours."""
+    """Tell whether decoders agree. They do not on CMYK, nor on gray made from colours."""
     return space == "Gray" or (channels == 3 and space in ("YCbCr", "RGB"))
 
 
 def _by_pillow(data: bytes | memoryview, channels: int, name: str, max_pixels: int) -> Tensor:
     mode = {1: "L", 3: "RGB"}[channels]
     try:
-        # Palettes with transparency and large but allowed images: nothing to be done.
+        # Pillow warns about palettes with transparency and about large images, which are allowed.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_size(image.height, image.width, name, max_pixels)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as stored:
+                _check_size(stored.height, stored.width, name, max_pixels)
+                image: Image.Image = stored
                 if image.mode.startswith(("I", "F")):  # `convert` would clip these at 255
                     image = _of_sixteen_bits(image, name)
                 pixels = np.array(image.convert(mode))
@@ -148,7 +167,10 @@ def _by_pillow(data: bytes | memoryview, channels: int, name: str, max_pixels: i
 
 
 def _of_sixteen_bits(image: Image.Image, name: str) -> Image.Image:
-    """The upper 8 bits of 16; of other values nobody knows which of them is white."""
+    """Return the upper 8 bits of 16.
+
+    Raises BadImage for other values, because nothing tells which of them is white.
+    """
     values = np.asarray(image)
     if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
         raise BadImage(

@@ -1,15 +1,16 @@
-"""Mixup and cutmix of pairs, on the device, the same on any number of ranks.
+"""Mixup and cutmix of pairs of images on the device, the same on any number of ranks.
 
-Partners are neighbours in the global batch, the samples at places 2i and 2i + 1 of it. Its order is
-a random one, so they are as good as any drawn at random; and as long as every micro-batch holds an
-even number of samples, a pair never falls apart between two ranks or micro-batches. What a pair
-draws follows from (seed, epoch, its first sample) alone. So N ranks with batch B mix as one rank
-with N x B does, bit for bit in the draws, and a resumed run mixes as if it had not stopped. Both
-passes of a sharpness-aware step see the images that were mixed once, before it.
+Partners are the samples at places 2i and 2i + 1 of the global batch. The order of the batch is
+random, so these pairs are as good as pairs drawn at random. A pair stays together on one rank and
+in one micro-batch as long as every micro-batch holds an even number of samples. The random numbers
+of a pair follow from (seed, epoch, its first sample) alone. So N ranks with batch B mix as one rank
+with batch N x B does, bit for bit in the random numbers, and a resumed run mixes as if it had not
+stopped. Images are mixed once, before both passes of a sharpness-aware step.
 
-Each pair draws for itself (timm's mode "pair"), which varies less from step to step than one draw
-for a whole batch does. Targets become probabilities [N, K]; label smoothing is the loss's. An
-accuracy on mixed images says little: train/loss is reported, accuracy on clean images only.
+Each pair draws its random numbers alone (mode "pair" of timm). This varies less from step to step
+than one draw for a whole batch. Targets become probabilities [N, K]. The loss smooths labels. An
+accuracy on mixed images says little, so training reports the loss on mixed images, and accuracy on
+clean images only.
 """
 
 from abc import ABC, abstractmethod
@@ -39,7 +40,7 @@ Alpha = Annotated[
 
 @dataclass(frozen=True)
 class MixingRule(ABC):
-    """How pairs of images are mixed: the keys of the configuration's section `mixing`.
+    """How pairs of images are mixed. The fields are the keys of the section `mixing`.
 
     Raises ValueError for a field outside its bounds.
     """
@@ -55,12 +56,12 @@ class MixingRule(ABC):
 
     @abstractmethod
     def mixing(self, classes: int) -> "Mixing":
-        """For targets of this many classes."""
+        """Return the mixing for targets of this many classes."""
 
 
 @dataclass(frozen=True)
 class Mixup(MixingRule):
-    """mixup (Zhang et al., ICLR 2018): the sum of two images, weighted, and of their targets."""
+    """mixup (Zhang et al., ICLR 2018) is the weighted sum of two images and of their targets."""
 
     name: ClassVar[str] = "mixup"
 
@@ -72,7 +73,7 @@ class Mixup(MixingRule):
 
 @dataclass(frozen=True)
 class CutMix(MixingRule):
-    """CutMix (Yun et al., ICCV 2019): a rectangle of one image in the other."""
+    """CutMix (Yun et al., ICCV 2019) puts a rectangle of one image into the other."""
 
     name: ClassVar[str] = "cutmix"
 
@@ -97,10 +98,14 @@ class MixupCutMix(MixingRule):
 
 @dataclass(frozen=True)
 class Mixing:
-    """mixup (Zhang et al., ICLR 2018) or cutmix (Yun et al., ICCV 2019), half and half where both.
+    """mixup (Zhang et al., ICLR 2018), cutmix (Yun et al., ICCV 2019), or each for half the pairs.
 
-    mixup, cutmix: alpha of Beta(alpha, alpha), from which the share of the first image is drawn; 0
-    leaves it out. probability: that a pair is mixed at all.
+    Attributes:
+        classes: The number of classes K.
+        mixup: The alpha of Beta(alpha, alpha), from which mixup draws the share of the first image;
+            0 leaves mixup out.
+        cutmix: The same for cutmix.
+        probability: The probability that a pair is mixed at all.
     """
 
     classes: int
@@ -111,15 +116,26 @@ class Mixing:
     def __call__(
         self, images: Tensor, labels: Tensor, samples: Tensor, seed: int, epoch: int
     ) -> tuple[Tensor, Tensor]:
-        """Images float [N, C, H, W] and labels [N] to mixed images and targets [N, K] float32.
+        """Mix the images and labels of a micro-batch.
 
-        samples: their numbers [N], on the CPU. Raises ValueError for an odd N.
+        Args:
+            images: Floating-point images [N, C, H, W].
+            labels: Their classes [N].
+            samples: The numbers of the samples [N], on the CPU.
+            seed: The seed of the run.
+            epoch: The number of the epoch, from 0.
+
+        Returns:
+            Mixed images, and targets [N, K] float32.
+
+        Raises:
+            ValueError: N is odd.
         """
         if len(samples) % 2:
             raise ValueError(f"mixing needs an even number of images, got {len(samples)}")
         height, width = images.shape[2:]
         boxes, shares = self.draw(samples[::2].tolist(), seed, epoch, height, width)
-        # Of each pixel, the share of the pair's own image: shares outside the box, 0 inside.
+        # The share of an image in its mixed pixels: 0 inside the box, 1 outside, `own` without one.
         top, bottom, left, right = boxes.repeat_interleave(2, 1).to(images.device)
         rows = torch.arange(height, device=images.device)
         columns = torch.arange(width, device=images.device)
@@ -137,13 +153,25 @@ class Mixing:
     def draw(
         self, firsts: list[int], seed: int, epoch: int, height: int, width: int
     ) -> tuple[Tensor, Tensor]:
-        """Of pairs: box [4, n] (top, bottom, left, right; zeros: none), own share [n] float64."""
+        """Draw how pairs are mixed.
+
+        Args:
+            firsts: The numbers of the first sample of each pair [n].
+            seed: The seed of the run.
+            epoch: The number of the epoch, from 0.
+            height: The height of the images in pixels.
+            width: The width of the images in pixels.
+
+        Returns:
+            Boxes [4, n] (top, bottom, left, right; all zero without a box), and the share of an
+            image in its target [n] float64.
+        """
         uniform = _uniform([sample_seed(seed, epoch, first) for first in firsts], 5)
         mixes = uniform[0] < self.probability
         cuts = mixes & (uniform[1] < self._cutmix_share())
         alpha = np.where(cuts, self.cutmix, self.mixup)
         share = np.where(mixes, betaincinv(alpha, alpha, uniform[2]), 1.0)
-        # A box of relative area 1 - share around a uniform centre, cut off at the borders.
+        # The box has the relative area 1 - share and a uniform centre. The borders cut it off.
         side = np.where(cuts, np.sqrt(1 - share), 0.0)
         boxes = []
         for length, centre in ((height, uniform[3]), (width, uniform[4])):
@@ -160,7 +188,7 @@ class Mixing:
 
 
 def _uniform(seeds: list[int], count: int) -> np.ndarray:
-    """[count, n] numbers in (0, 1): outputs of splitmix64, another stream than the crops'."""
+    """Return numbers in (0, 1), [count, n], of splitmix64, by another stream than the crops."""
     states = np.array(seeds, np.uint64) ^ np.uint64(0x9A3C5B17D4E8F261)
     numbers = []
     for _ in range(count):

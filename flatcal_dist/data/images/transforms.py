@@ -1,8 +1,8 @@
-"""What happens to an image between decoding and the network.
+"""Transforms of images between decoding and the network.
 
-Transforms work on uint8 tensors in the worker processes; `Normalize` turns whole batches into
-float32 on the device. Augmentation draws from a seed per sample, never from the process's own
-random stream, so it is the same on any number of ranks and workers.
+Transforms work on uint8 tensors in the worker processes. `Normalize` turns whole batches into
+float32 on the device. Augmentation draws from one seed for each sample, and never from the random
+stream of the process. So it is the same on any number of ranks and workers.
 """
 
 import math
@@ -20,7 +20,7 @@ from flatcal_dist.data.errors import BadImage
 from flatcal_dist.data.images.decode import MAX_PIXELS
 
 Evaluation = Callable[[Tensor], Tensor]  # uint8 [C, H, W] -> uint8 [C, S, S]
-Training = Callable[[Tensor, int], Tensor]  # the same, given the sample's seed
+Training = Callable[[Tensor, int], Tensor]  # the same, with the seed of the sample
 
 
 AutoAugment = Literal["none", "randaugment", "autoaugment", "trivial_augment", "augmix"]
@@ -28,21 +28,29 @@ AutoAugment = Literal["none", "randaugment", "autoaugment", "trivial_augment", "
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How images are cut to the network's size and varied.
+    """How images are cut to the size of the network and varied.
 
-    "resized_crop": training takes a random crop of relative area `scale` and aspect `ratio`,
-    resizes it, and mirrors it with probability `flip`; evaluation resizes the shorter side to
-    image_size / crop_pct and cuts out the centre, as timm does.
-    "none": no randomness, no cropping; an image of another size is stretched to image_size.
+    After the crop, training applies auto_augment, color_jitter and random_erasing in this order.
 
-    After crop and flip of training, in this order:
-    auto_augment: "randaugment" (Cubuk et al., CVPR workshops 2020; `operations` of strength
-    `magnitude` out of 0..30 each), "autoaugment" (Cubuk et al., CVPR 2019, ImageNet's policy),
-    "trivial_augment" (Müller and Hutter, ICCV 2021, wide), "augmix" (Hendrycks et al., ICLR 2020,
-    the images alone, strength `magnitude` out of 0..10), as torchvision has them.
-    color_jitter: brightness, contrast and saturation change by up to this share each.
-    random_erasing: probability that a rectangle (2 to 33 % of the area) is painted with `fill`
-    (Zhong et al., AAAI 2020); `fill`: uint8, one per channel, by default black.
+    Attributes:
+        kind: "resized_crop" takes a random crop in training and resizes it. In evaluation it
+            resizes the shorter side to image_size / crop_pct and cuts out the centre, as timm does.
+            "none" neither crops nor varies, and stretches images of another size to image_size.
+        scale: The least and the largest share of the area that a crop takes.
+        ratio: The least and the largest aspect ratio of a crop.
+        flip: The probability that a crop is mirrored.
+        interpolation: How images are resized.
+        crop_pct: The share of the resized image that evaluation sees, along each side.
+        auto_augment: "randaugment" (Cubuk et al., CVPR workshops 2020), "autoaugment" (Cubuk et
+            al., CVPR 2019, the policy for ImageNet), "trivial_augment" (Müller and Hutter, ICCV
+            2021, wide), or "augmix" (Hendrycks et al., ICLR 2020, the images alone), as torchvision
+            has them.
+        magnitude: The strength of randaugment (0 to 30) or augmix (0 to 10).
+        operations: How many operations randaugment applies.
+        color_jitter: The largest share by which brightness, contrast and saturation change.
+        random_erasing: The probability that a rectangle of 2 to 33 % of the area is painted with
+            `fill` (Zhong et al., AAAI 2020).
+        fill: The colour of these rectangles, uint8, one value for each channel.
     """
 
     kind: Literal["none", "resized_crop"] = "resized_crop"
@@ -60,7 +68,7 @@ class Augmentation:
 
 
 def training_transform(augmentation: Augmentation, image_size: int) -> Training:
-    """The transform (image uint8 [C, H, W], seed) -> uint8 [C, image_size, image_size]."""
+    """Return the transform (image uint8 [C, H, W], seed) -> uint8 [C, image_size, image_size]."""
     if augmentation.kind == "none":
         return _Unseeded(_stretch(augmentation, image_size))
     crop = _Crop(
@@ -80,7 +88,10 @@ def training_transform(augmentation: Augmentation, image_size: int) -> Training:
 
 
 class _Crop(T.RandomResizedCrop):
-    """The same pixels, resized from a copy of the crop: a quarter faster than from a view of it."""
+    """A random-resized crop that resizes a copy of the crop.
+
+    The pixels are the same, and it is a quarter faster than resizing a view.
+    """
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
         cut = F.crop(inpt, **params).permute(1, 2, 0).contiguous().permute(2, 0, 1)
@@ -106,9 +117,10 @@ def _colours_and_shapes(augmentation: Augmentation) -> list[nn.Module]:
 
 
 def evaluation_transform(augmentation: Augmentation, image_size: int) -> Evaluation:
-    """The transform image uint8 [C, H, W] -> uint8 [C, image_size, image_size].
+    """Return the transform image uint8 [C, H, W] -> uint8 [C, image_size, image_size].
 
-    It raises BadImage for one so long that resizing would take more memory than MAX_PIXELS do.
+    The transform raises BadImage for an image so long that resizing would take more memory than
+    MAX_PIXELS pixels.
     """
     if augmentation.kind == "none":
         return _stretch(augmentation, image_size)
@@ -124,13 +136,16 @@ def _stretch(augmentation: Augmentation, image_size: int) -> Evaluation:
 
 
 def stack(images: Sequence[Tensor]) -> Tensor:
-    """Images [C, H, W] to a batch [N, C, H, W] that lies in memory as they do, as [N, H, W, C]."""
+    """Return a batch [N, C, H, W] of images [C, H, W]; its memory is [N, H, W, C], as theirs is."""
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
 class _Bounded:
-    """Resizing the shorter side of an image of 1 x 60,000 pixels would make gigabytes of it."""
+    """A transform that refuses images which are too long and thin.
+
+    Resizing the shorter side of an image of 1 x 60,000 pixels would take gigabytes.
+    """
 
     transform: Evaluation
     shorter: int
@@ -144,7 +159,7 @@ class _Bounded:
 
 @dataclass(frozen=True)
 class _Seeded:
-    """A random torchvision transform whose randomness is the seed's alone."""
+    """A random transform of torchvision whose randomness follows from the seed alone."""
 
     transform: Callable[[Tensor], Tensor]
 
@@ -164,15 +179,18 @@ class _Unseeded:
 
 
 class Normalize(nn.Module):
-    """uint8 [N, C, H, W] -> float32, contiguous: (x / 255 - mean) / std per channel.
+    """A layer from uint8 [N, C, H, W] to contiguous float32: (x / 255 - mean) / std per channel.
 
-    `mean` and `std` are fractions of full intensity, one per channel. Holds no parameters and
-    nothing that a checkpoint would store.
+    `mean` and `std` are fractions of full intensity, one for each channel. The layer holds no
+    parameters and nothing that a checkpoint would store.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        # On 0..255 images: one subtraction, one division.
+        # Both are scaled to 0..255, so that a batch needs one subtraction and one division.
         for name, values in (("mean", mean), ("std", std)):
             scaled = torch.tensor(values, dtype=torch.float64).mul(255).float().view(-1, 1, 1)
             self.register_buffer(name, scaled, persistent=False)

@@ -1,8 +1,9 @@
-"""Batches out of worker processes; and where none can come, the reason and the remedy.
+"""Batches from worker processes, or the reason and the remedy where none can come.
 
-Workers hand batches on in shared memory (/dev/shm) and by file descriptors. Where one of these runs
-out, DataLoader's worker loses the batch in a background thread, and the run waits for ever. Here
-such a worker ends, and the run with it: within seconds, with what the worker could not do.
+Workers pass batches on in shared memory (/dev/shm) and by file descriptors. Where one of these runs
+out, the worker of a DataLoader loses the batch in a background thread, and the run waits for ever.
+Here such a worker ends instead. The run then ends within seconds and says what the worker could not
+do.
 """
 
 import os
@@ -16,63 +17,41 @@ from collections.abc import Iterator
 from functools import partial
 from multiprocessing import queues
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.loading.plan import PREFETCH, Workers
 
 SHARED_MEMORY = Path("/dev/shm")
-PREFETCH = 2  # batches that a worker holds ready, unless asked otherwise
 GAVE_UP = 70  # exit code of a worker that cannot deliver
 
 
-class Delivery(TypedDict, total=False):
-    """What every loader passes on to `Batches`."""
-
-    workers: int  # processes; 0: none
-    prefetch: int  # batches that each worker holds ready
-    pin_memory: bool
-    multiprocessing_context: str | None  # how processes are started, None for the system's way
-
-
 class Batches:
-    """The batches of a DataLoader without collation; `requests` are what each is made of.
+    """The batches of a data set that makes one batch from each request.
 
     A DataError that a worker returns is raised here as it was raised there. Iterating also raises
-    DataError where a worker was killed or cannot deliver. requests: None for a stream, which makes
-    its own batches. The rest: see `Delivery`.
+    DataError where a worker was killed or cannot deliver.
     """
 
-    def __init__(
-        self,
-        images: Dataset,
-        requests: Any,
-        *,
-        workers: int = 0,
-        prefetch: int = PREFETCH,
-        pin_memory: bool = False,
-        multiprocessing_context: str | None = None,
-    ) -> None:
-        self._workers, self._pinned = workers, pin_memory
+    def __init__(self, images: Dataset, requests: Any, workers: Workers) -> None:
+        """Prepare the loader. No process is started before the first batch is asked for.
+
+        Args:
+            images: The data set, which returns whole batches, or a DataError instead of one.
+            requests: What each batch is made of, in order; None for a stream, which makes its
+                batches without being asked.
+            workers: The processes that load.
+        """
+        self._workers = workers
         # Not a Queue: it has no background thread, and its pipe is open before anything runs out.
-        self._causes = torch.multiprocessing.get_context(multiprocessing_context).SimpleQueue()
-        self._loader = DataLoader(
-            images,
-            sampler=requests,
-            batch_size=None,  # the sampler makes the batches
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            pin_memory=pin_memory,
-            worker_init_fn=partial(start_worker, self._causes),
-            multiprocessing_context=multiprocessing_context if workers else None,
-            generator=torch.Generator(),  # else DataLoader draws from the process's random stream
-        )
+        self._causes = torch.multiprocessing.get_context(workers.context).SimpleQueue()
+        self._loader = _loader(images, requests, workers, self._causes)
 
     def __len__(self) -> int:
-        """Batches that one pass yields on this rank."""
+        """Return the number of batches that one pass yields on this rank."""
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
@@ -84,7 +63,7 @@ class Batches:
                     raise batch
                 yield batch
         except (RuntimeError, OSError, EOFError) as error:
-            if not self._workers:
+            if not self._workers.count:
                 raise
             raise DataError(self._in_words(error, iterator)) from error
 
@@ -100,14 +79,29 @@ class Batches:
         return f"A loader worker could not deliver a batch: {cause}. {_remedy(cause, killed)}"
 
 
+def _loader(images: Dataset, requests: Any, workers: Workers, causes: Any) -> DataLoader:
+    return DataLoader(
+        images,
+        sampler=requests,
+        batch_size=None,  # the data set makes the batches
+        collate_fn=_as_it_is,
+        num_workers=workers.count,
+        prefetch_factor=workers.prefetch if workers.count else None,
+        pin_memory=workers.pin_memory,
+        worker_init_fn=partial(start_worker, causes),
+        multiprocessing_context=workers.context if workers.count else None,
+        generator=torch.Generator(),  # else DataLoader draws from the process's random stream
+    )
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
 
 def _quiet_iterator(loader: DataLoader) -> Iterator[Any]:
-    """An iterator of `loader` that reports dead workers when it is asked for a batch.
+    """Return an iterator that reports dead workers only when it is asked for a batch.
 
-    DataLoader's handler of SIGCHLD would raise in whatever the main process does just then.
+    The handler of SIGCHLD that DataLoader installs would raise in any line of the main process.
     """
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)
@@ -133,7 +127,7 @@ def _remedy(cause: str, killed: list[str]) -> str:
             "Most often the system kills a process because memory has run out: lower data.workers, "
             f"or give the job more memory. {_room()}"
         )
-    return f"Its own error stands further up. {files}. {_room()} {MORE_ROOM}"
+    return f"The error of the worker stands further up. {files}. {_room()} {MORE_ROOM}"
 
 
 MORE_ROOM = (
@@ -143,15 +137,20 @@ MORE_ROOM = (
 
 
 def needed_room(images: int, bytes_each: int, workers: int) -> int:
-    """Bytes of shared memory that the batches of `images` take which `workers` hold ready.
+    """Return the bytes of shared memory that batches take while training runs.
 
-    One more batch is on its way, and one in use.
+    Each worker holds `PREFETCH` batches ready, one more batch is on its way, and one is in use.
+
+    Args:
+        images: The number of images in a batch.
+        bytes_each: The bytes of one image with its label and number.
+        workers: The number of worker processes.
     """
     return (workers * PREFETCH + 2) * images * bytes_each if workers else 0
 
 
 def free_room() -> int | None:
-    """Bytes of shared memory that are free; None on a system that keeps it elsewhere."""
+    """Return the free bytes of shared memory, or None on a system that has no /dev/shm."""
     try:
         return shutil.disk_usage(SHARED_MEMORY).free
     except OSError:
@@ -167,13 +166,15 @@ def _room() -> str:
 
 
 def start_worker(causes: Any, number: int) -> None:
-    """Workers leave signals to the main process, and end if they cannot deliver.
+    """Make a worker leave signals to the main process, and end if it cannot deliver.
 
-    Ctrl-C, a closed terminal and SLURM's preemption reach every process of a job; a worker that
-    died of one would take the run with it before it could write its checkpoint. The main process
-    itself ends its workers by SIGTERM, so that one is obeyed when it comes from there.
+    Ctrl-C, a closed terminal and the preemption of SLURM reach every process of a job. A worker
+    that died of one would end the run before it could write its checkpoint. The main process ends
+    its workers by SIGTERM, so a worker obeys this signal when the main process has sent it.
 
-    causes: a SimpleQueue, which gets what a worker that ends could not do.
+    Args:
+        causes: A SimpleQueue, which gets the reason if this worker gives up.
+        number: The number of the worker, which DataLoader passes.
     """
     for received in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(received, signal.SIG_IGN)
@@ -185,8 +186,8 @@ def start_worker(causes: Any, number: int) -> None:
         os._exit(GAVE_UP)
 
     # The threads that pack batches and pass descriptors on print their errors and lose the batch.
-    queues.Queue._on_queue_feeder_error = staticmethod(lambda error, _: give_up(error))
-    threading.excepthook = lambda about: give_up(about.exc_value)
+    setattr(queues.Queue, "_on_queue_feeder_error", staticmethod(lambda error, _: give_up(error)))  # noqa: B010
+    threading.excepthook = lambda about: give_up(about.exc_value or about.exc_type())
     sys.excepthook = lambda _, error, __: give_up(error)
 
 
@@ -195,6 +196,8 @@ def _end_with_the_main_process() -> None:
     # would let a run that fails wait for its workers for ever. (The parent's own number is no
     # help: it is the fork server's where there is one.)
     main = torch.multiprocessing.parent_process()
+    if main is None:  # not a worker
+        return
     while main.is_alive():
         received = signal.sigtimedwait({signal.SIGTERM}, 5)
         if received is not None and received.si_pid == main.pid:

@@ -1,14 +1,14 @@
 """Batches for training and evaluation, from an index to pinned tensors.
 
-Training is one DataLoader over all remaining epochs, so that workers keep reading across their
-ends. What a worker is handed is a whole micro-batch's sample numbers; what comes back depends on
-(index, seed, epoch, sample) alone, hence not on ranks, workers or where a run was interrupted. That
-holds for images that cannot be decoded, too: others stand in for them, and batches say so.
+Training is one DataLoader over all remaining epochs, so workers keep reading when an epoch ends. A
+worker gets the numbers of the samples of a whole micro-batch. What it returns depends on (index,
+seed, epoch, sample) alone. It does not depend on ranks, on workers, or on where a run was
+interrupted. This also holds for images that cannot be decoded: substitutes take their places, and
+the batch lists them.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -16,19 +16,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flatcal_dist.data.errors import BadImage, DataError
-from flatcal_dist.data.images.decode import MAX_PIXELS
+from flatcal_dist.data.image_index import ImageIndex
+from flatcal_dist.data.images.decode import Decoding
 from flatcal_dist.data.images.transforms import Evaluation, Training, stack
-from flatcal_dist.data.loading.delivery import Batches, Delivery
+from flatcal_dist.data.loading.delivery import Batches
+from flatcal_dist.data.loading.plan import BatchPlan, Workers
 from flatcal_dist.data.loading.schedule import Ahead, Request, Schedule
 from flatcal_dist.data.loading.substitutes import Images, Replaced
 from flatcal_dist.data.order import (
-    Position,
     epoch_order,
     evaluation_batches,
     global_batch,
-    micro_batch_count,
     sample_seed,
-    steps_per_epoch,
 )
 from flatcal_dist.data.shards.index import Index
 
@@ -39,22 +38,28 @@ class Batch:
 
     images: Tensor  # [N, C, H, W] uint8, in memory [N, H, W, C]
     labels: Tensor  # [N] int64
-    samples: Tensor  # [N] int64: numbers in the index; where one was bad, that of its substitute
+    samples: Tensor  # [N] int64: numbers in the index, of the substitute where an image was bad
     epoch: int
     step: int  # of the epoch
     last: bool  # the final micro-batch of its optimizer step on this rank
     replaced: tuple[Replaced, ...] = ()
 
     def pin_memory(self) -> "Batch":
-        return _pinned(self)
+        """Return the same batch in pinned memory."""
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            labels=self.labels.pin_memory(),
+            samples=self.samples.pin_memory(),
+        )
 
 
-Some = np.ndarray | None  # numbers of some samples, or all
+Some = np.ndarray | None  # numbers of some samples; None for all
 
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """One batch of evaluation; padding repeats the last sample and is marked False in `valid`."""
+    """One batch of evaluation. Padding repeats the last sample and is marked False in `valid`."""
 
     images: Tensor  # [N, C, H, W] uint8, in memory [N, H, W, C]
     labels: Tensor  # [N] int64
@@ -62,123 +67,109 @@ class EvaluationBatch:
     valid: Tensor  # [N] bool
 
     def pin_memory(self) -> "EvaluationBatch":
-        return _pinned(self)
-
-
-def _pinned(batch: Any) -> Any:
-    tensors = {k: v.pin_memory() for k, v in vars(batch).items() if isinstance(v, Tensor)}
-    return replace(batch, **tensors)
+        """Return the same batch in pinned memory."""
+        return EvaluationBatch(
+            images=self.images.pin_memory(),
+            labels=self.labels.pin_memory(),
+            samples=self.samples.pin_memory(),
+            valid=self.valid.pin_memory(),
+        )
 
 
 def training_loader(
     index: Index,
-    *,
-    seed: int,
-    global_batch_size: int,
-    micro_batch_size: int,
+    plan: BatchPlan,
     transform: Training,
-    channels: int,
-    epochs: int,
-    max_steps: int | None = None,
-    start: Position = Position(),  # noqa: B008 (frozen)
-    rank: int = 0,
-    world_size: int = 1,
-    window: int | None = None,
-    same_class: bool = False,
-    decoder: str = "auto",
-    max_pixels: int = MAX_PIXELS,
-    **delivery: Unpack[Delivery],
+    decoding: Decoding,
+    workers: Workers = Workers(),  # noqa: B008 (frozen)
 ) -> Batches:
-    """Training from `start` to the end as `Batch` objects, this rank's share of it.
+    """Return the training batches of one rank, as `Batch` objects.
 
-    The end is `epochs` epochs, or `max_steps` optimizer steps where that is given, both counted
-    from the beginning of the run. Micro-batches hold `micro_batch_size` samples at most; every
-    rank gets the same number of them in every step, with at most one sample difference.
-    `window`: see `epoch_order`. `same_class`: pair images of one class, as it says of `paired_by`.
-    `decoder`, `max_pixels`: see `decode`. The rest is `Delivery`'s.
+    Every rank gets the same number of micro-batches in every step, and their sizes differ by one
+    sample at most. An image that cannot be used is replaced by one that follows from (seed, epoch,
+    sample) alone, and by the label of that one. `Batch.replaced` lists the replacements. Iterating
+    raises DataError for bad data.
 
-    An image that cannot be used is replaced by one that (seed, epoch, sample) alone decide, with
-    the label of that one; `Batch.replaced` lists these.
+    Args:
+        index: The samples.
+        plan: How they are cut into batches.
+        transform: The augmentation.
+        decoding: How images are decoded.
+        workers: The processes that load.
 
-    Raises DataError for fewer samples than a global batch, a global batch that leaves a rank
-    with nothing, or a start that the data does not have; iterating raises it for bad data.
+    Raises:
+        DataError: The data holds fewer samples than a global batch, a global batch leaves a rank
+            with nothing, or training would start where the data has no step.
     """
-    schedule = Schedule(
-        shard_lengths=index.lengths,
-        seed=seed,
-        global_batch_size=global_batch_size,
-        count=micro_batch_count(global_batch_size, micro_batch_size, world_size),
-        rank=rank,
-        world_size=world_size,
-        window=window,
-        start=start,
-        steps=steps_per_epoch(len(index), global_batch_size),
-        epochs=epochs,
-        max_steps=max_steps,
-        paired_by=index.label if same_class else None,
-    )
-    images = _TrainingImages(Images(index, channels, decoder, max_pixels), seed, transform)
-    return Batches(images, Ahead(schedule, max(delivery.get("workers", 0), 1)), **delivery)
+    images = _TrainingImages(Images(index, decoding), plan.seed, transform)
+    return Batches(images, Ahead(Schedule(plan, index), workers.readers), workers)
 
 
 def sample_loader(
     index: Index,
-    *,
-    seed: int,
-    batch_size: int,
+    plan: BatchPlan,
     batches: int,
     transform: Training,
-    channels: int,
-    rank: int = 0,
-    world_size: int = 1,
-    window: int | None = None,
-    decoder: str = "auto",
-    max_pixels: int = MAX_PIXELS,
-    **delivery: Unpack[Delivery],
+    decoding: Decoding,
+    workers: Workers = Workers(),  # noqa: B008 (frozen)
 ) -> Batches:
-    """The first `batches` batches of the first epoch, as `Batch` objects; the same at every call.
+    """Return the first batches of the first epoch, as `Batch` objects; the same at every call.
 
     Batch b (`Batch.step`) holds the same images, cut in the same way, on any number of ranks, and
-    goes whole to rank b % world_size. Every rank gets the same number of batches: a surplus one
-    has a step of `batches` or more, and the images of the last. Iterating raises DataError for
+    goes whole to rank b % world_size. Every rank gets the same number of batches. A surplus batch
+    has a step of `batches` or more, and the images of the last one. Iterating raises DataError for
     bad data.
+
+    Args:
+        index: The samples.
+        plan: The seed, the size of a global batch, the window, the rank and the world size are
+            used.
+        batches: How many batches of all ranks together.
+        transform: The augmentation.
+        decoding: How images are decoded.
+        workers: The processes that load.
     """
-    order = epoch_order(index.lengths, seed, 0, window)
-    rounds = -(-batches // world_size)
+    order = epoch_order(index.lengths, plan.seed, 0, plan.window)
+    rounds = -(-batches // plan.world_size)
     requests = [
-        Request(global_batch(order, min(b, batches - 1), batch_size), epoch=0, step=b, last=True)
-        for b in range(rank, rounds * world_size, world_size)
+        Request(global_batch(order, min(b, batches - 1), plan.global_batch_size), 0, b, last=True)
+        for b in range(plan.rank, rounds * plan.world_size, plan.world_size)
     ]
-    images = _TrainingImages(Images(index, channels, decoder, max_pixels), seed, transform)
-    return Batches(images, Ahead(requests, max(delivery.get("workers", 0), 1)), **delivery)
+    images = _TrainingImages(Images(index, decoding), plan.seed, transform)
+    return Batches(images, Ahead(requests, workers.readers), workers)
 
 
 def evaluation_loader(
-    index: Index,
-    *,
+    index: ImageIndex,
     batch_size: int,
     transform: Evaluation,
-    channels: int,
+    decoding: Decoding,
+    workers: Workers = Workers(),  # noqa: B008 (frozen)
+    *,
     rank: int = 0,
     world_size: int = 1,
-    decoder: str = "auto",
-    max_pixels: int = MAX_PIXELS,
     samples: Some = None,
-    **delivery: Unpack[Delivery],
 ) -> Batches:
-    """Every sample once, over all ranks, as `EvaluationBatch` objects of exactly `batch_size`.
+    """Return one rank's share of all samples, as `EvaluationBatch` objects of `batch_size`.
 
-    samples: numbers [m] of those to take; None: all.
+    Every sample comes once, over all ranks. Which samples share a batch does not depend on the
+    world size, and every rank gets the same number of batches (see `evaluation_batches`). No image
+    stands in for another here: iterating raises DataError for bad data.
 
-    Which samples share a batch does not depend on the world size, and every rank gets the same
-    number of batches (see `evaluation_batches`). Iterating raises DataError for bad data: here no
-    image stands in for another.
+    Args:
+        index: The samples.
+        batch_size: The number of samples in each batch, padding included.
+        transform: How images are cut.
+        decoding: How images are decoded.
+        workers: The processes that load.
+        rank: The number of this rank.
+        world_size: The number of ranks.
+        samples: The numbers [m] of the samples to take; None takes all.
     """
     taken = np.arange(len(index)) if samples is None else samples
     batches = evaluation_batches(len(taken), batch_size, rank, world_size)
     requests = [(taken[places], valid) for places, valid in batches]
-    images = _EvaluationImages(Images(index, channels, decoder, max_pixels), transform)
-    return Batches(images, requests, **delivery)
+    return Batches(_EvaluationImages(Images(index, decoding), transform), requests, workers)
 
 
 def optimizer_steps(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
@@ -209,8 +200,8 @@ class _TrainingImages(Dataset[Batch | DataError]):
                 if reason:
                     at = (request.epoch, request.step)
                     replaced.append(Replaced(sample, int(samples[place]), *at, reason))
-                # A substitute is cut as the image that it stands for would have been: it is in the
-                # epoch a second time, and not to look the same there.
+                # A substitute is cut as the image that it replaces would have been: it comes twice
+                # in the epoch, and should not look the same both times.
                 seed = sample_seed(self.seed, request.epoch, sample)
                 tensors.append(self.transform(image, seed))
         except DataError as error:
@@ -233,7 +224,7 @@ class _EvaluationImages(Dataset[EvaluationBatch | DataError]):
 
     def __getitem__(self, request: tuple[np.ndarray, int]) -> EvaluationBatch | DataError:
         samples, valid = request
-        # Padding repeats one sample: decode it once, even where it is all there is.
+        # Padding repeats one sample: decode it once, also in a batch of padding alone.
         distinct = samples[: max(valid, 1)].tolist()
         self.images.index.announce(distinct)
         try:
@@ -256,5 +247,5 @@ class _EvaluationImages(Dataset[EvaluationBatch | DataError]):
             raise BadImage(self.images.index.name(sample), error.reason) from error
 
 
-def _labels(index: Index, samples: np.ndarray) -> Tensor:
+def _labels(index: ImageIndex, samples: np.ndarray) -> Tensor:
     return torch.from_numpy(index.label[samples].astype(np.int64))

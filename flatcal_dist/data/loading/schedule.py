@@ -6,8 +6,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from flatcal_dist.data.errors import DataError
-from flatcal_dist.data.order import Position, epoch_order, global_batch, micro_batches, rank_share
+from flatcal_dist.data.loading.plan import BatchPlan
+from flatcal_dist.data.order import (
+    epoch_order,
+    global_batch,
+    micro_batches,
+    rank_share,
+    steps_per_epoch,
+)
+from flatcal_dist.data.shards.index import Index
 
 
 @dataclass(frozen=True)
@@ -21,58 +28,38 @@ class Request:
     ahead: np.ndarray | None = None  # samples that the same worker will be asked for next
 
 
-@dataclass(frozen=True)
 class Schedule:
-    """All micro-batches of this rank from `start` on."""
+    """All micro-batches of a rank, from the start of its plan to the end."""
 
-    shard_lengths: np.ndarray
-    seed: int
-    global_batch_size: int
-    count: int  # micro-batches per optimizer step
-    rank: int
-    world_size: int
-    window: int | None
-    start: Position
-    steps: int  # per epoch
-    epochs: int
-    max_steps: int | None
-    paired_by: np.ndarray | None = None  # labels of all samples: see `epoch_order`
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start.step <= self.steps or self.start.epoch < 0:
-            raise DataError(
-                f"Training cannot start at step {self.start.step} of epoch {self.start.epoch}: an "
-                f"epoch of this data has {self.steps} steps. Resume with the data and the "
-                "data.global_batch_size that the run began with."
-            )
-
-    def _range(self) -> range:
-        end = self.epochs * self.steps if self.max_steps is None else self.max_steps
-        return range(self.start.epoch * self.steps + self.start.step, end)
+    def __init__(self, plan: BatchPlan, index: Index) -> None:
+        """The constructor raises DataError if the data and the plan do not fit together."""
+        self._plan, self._lengths = plan, index.lengths
+        self._paired_by = index.label if plan.same_class else None
+        self._count = plan.micro_batches
+        self._steps = steps_per_epoch(len(index), plan.global_batch_size)
+        self._left = plan.steps_left(self._steps)
 
     def __len__(self) -> int:
-        return len(self._range()) * self.count
+        return len(self._left) * self._count
 
     def __iter__(self) -> Iterator[Request]:
-        ordered = None
-        for done in self._range():
-            epoch, step = divmod(done, self.steps)
+        plan, ordered = self._plan, None
+        for done in self._left:
+            epoch, step = divmod(done, self._steps)
             if epoch != ordered:
-                order = epoch_order(
-                    self.shard_lengths, self.seed, epoch, self.window, self.paired_by
-                )
+                order = epoch_order(self._lengths, plan.seed, epoch, plan.window, self._paired_by)
                 ordered = epoch
-            batch = global_batch(order, step, self.global_batch_size)
-            parts = micro_batches(rank_share(batch, self.rank, self.world_size), self.count)
+            batch = global_batch(order, step, plan.global_batch_size)
+            parts = micro_batches(rank_share(batch, plan.rank, plan.world_size), self._count)
             for i, samples in enumerate(parts):
                 yield Request(samples, epoch, step, last=i == len(parts) - 1)
 
 
 @dataclass(frozen=True)
 class Ahead:
-    """The same requests, each with the samples of the one that its worker will get next.
+    """The same requests, each with the samples of the request that its worker will get next.
 
-    DataLoader deals requests to its workers in turn: that is the one `workers` further on.
+    DataLoader deals requests to its workers in turn, so the next one is `workers` further on.
     """
 
     schedule: Schedule | list[Request]
@@ -88,7 +75,7 @@ class Ahead:
             if number >= self.workers:
                 earlier = waiting.popleft()
                 ahead = [request.samples]
-                if number < 2 * self.workers:  # its worker's first: nobody announced that
+                if number < 2 * self.workers:  # the first of its worker: nobody announced it
                     ahead.insert(0, earlier.samples)
                 yield replace(earlier, ahead=np.concatenate(ahead))
         yield from waiting

@@ -1,4 +1,4 @@
-"""Images of an index, decoded; and, in training, others in place of those that cannot be."""
+"""Decoded images of an index. In training, other images replace those that cannot be used."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,18 +7,19 @@ from itertools import islice
 from torch import Tensor
 
 from flatcal_dist.data.errors import BadImage, DataError
-from flatcal_dist.data.images.decode import MAX_PIXELS, decode
+from flatcal_dist.data.image_index import ImageIndex
+from flatcal_dist.data.images.decode import Decoding, decode
 from flatcal_dist.data.order import substitutes
-from flatcal_dist.data.shards.index import Index
 
 TRIES = 100  # bad substitutes in a row, after which the data as a whole must be wrong
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """In a step of an epoch, `by` took the place of `sample`.
+    """A record that `by` took the place of `sample` in a step of an epoch.
 
-    Both are numbers in the index; or, of a stream, number of the shard and key.
+    Both are numbers of samples in the index. In a stream, both are pairs of the number of the shard
+    and the key of the sample.
     """
 
     sample: int | tuple[int, str]
@@ -30,29 +31,43 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Images:
-    """Images of an index as tensors. channels, decoder, max_pixels: as for `decode`."""
+    """The images of an index as tensors."""
 
-    index: Index
-    channels: int
-    decoder: str = "auto"
-    max_pixels: int = MAX_PIXELS
+    index: ImageIndex
+    decoding: Decoding
 
     def __len__(self) -> int:
         return len(self.index)
 
     def image(self, sample: int) -> Tensor:
-        """One image, uint8 [channels, H, W]. Raises BadImage, with its name; or DataError."""
+        """Return one image, uint8 [channels, H, W].
+
+        Raises BadImage, with the name of the image, if it cannot be used. Raises DataError if the
+        shard cannot be read.
+        """
+        how = self.decoding
         try:
             data = self.index.read(sample)
-            return decode(data, self.channels, "", self.decoder, self.max_pixels)
+            return decode(data, how.channels, "", how.decoder, how.max_pixels)
         except BadImage as error:  # now the name is worth looking up
             raise BadImage(self.index.name(sample), error.reason) from error
 
     def image_or_another(self, sample: int, seed: int, epoch: int) -> tuple[Tensor, int, str]:
-        """The image of `sample`, or of a substitute that is drawn from (seed, epoch, sample) alone.
+        """Return the image of `sample`, or a substitute if that image is bad.
 
-        Returns it, its number, and why it is another ("" if it is not). Raises DataError when
-        TRIES substitutes in a row are bad, too.
+        The substitute follows from the three arguments alone.
+
+        Args:
+            sample: The number of the image.
+            seed: The seed of the run.
+            epoch: The number of the epoch, from 0.
+
+        Returns:
+            The image, its number, and the reason why it is a substitute. The reason is "" if it is
+            the image that was asked for.
+
+        Raises:
+            DataError: `TRIES` substitutes in a row are bad, too.
         """
         reason = ""
         for candidate in self._candidates(sample, seed, epoch):

@@ -1,10 +1,10 @@
-"""The official ILSVRC2012 archives as a source of shards, read where they are, never unpacked.
+"""The official ILSVRC2012 archives as a source of shards. They are read without unpacking.
 
-ILSVRC2012_img_train.tar is a tar of one tar per class, nXXXXXXXX.tar; ILSVRC2012_img_val.tar holds
-ILSVRC2012_val_00000001.JPEG to _00050000.JPEG without labels. Line k of the development kit's
-ILSVRC2012_validation_ground_truth.txt is the ILSVRC2012_ID of validation image k, and its meta.mat
-says which WordNet id (wnid) that is. These IDs are NOT the labels: like timm's and torchvision's,
-labels count the wnids in their sorted order.
+ILSVRC2012_img_train.tar holds one tar for each class, nXXXXXXXX.tar. ILSVRC2012_img_val.tar holds
+ILSVRC2012_val_00000001.JPEG to _00050000.JPEG without labels. In the development kit, line k of
+ILSVRC2012_validation_ground_truth.txt is the ILSVRC2012_ID of validation image k, and meta.mat says
+which WordNet id (wnid) that is. These IDs are NOT the labels: as in timm and torchvision, labels
+count the wnids in their sorted order.
 """
 
 import io
@@ -30,13 +30,18 @@ Member = tuple[str, int, int]  # name, first byte in the file, bytes
 
 
 def ilsvrc_archive(tar: Path, split: str, devkit: Path | None = None, workers: int = 1) -> Members:
-    """The images of ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar.
+    """Return the images of ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar.
 
-    The validation images need the `devkit`: its .tar.gz, or a directory with meta.mat and the
-    ground truth (also in data/); by default what lies beside the tar.
+    Args:
+        tar: The archive.
+        split: "train" or "validation", which has to fit the archive.
+        devkit: The development kit, which the validation images need: its .tar.gz, or a directory
+            with meta.mat and the ground truth (also in data/). By default it lies beside the tar.
+        workers: The number of processes that read the archive.
 
-    Raises DataError if the tar is neither or not that of `split`, is cut short, if the devkit is
-    missing or does not fit, and for images of 0 bytes.
+    Raises:
+        DataError: The tar is neither of the two, is not the one of the split or is cut short, the
+            development kit is missing or does not fit, or an image has 0 bytes.
     """
     tar = Path(tar)
     members = list(_members(tar, 0, None))
@@ -80,12 +85,12 @@ def _class_members(tar: Path, start: int, stop: int) -> list[Member]:
 def _validation(tar: Path, members: list[Member], devkit: Path | None, workers: int) -> Members:
     members = sorted((name.rpartition("/")[2], start, size) for name, start, size in members)
     truth, wnid_of = _read_devkit(devkit, tar.parent)
-    numbers = [int(re.search(r"(\d{8})\.JPEG$", name)[1]) for name, _, _ in members]
+    numbers = [int(name.removesuffix(".JPEG")[-8:]) for name, _, _ in members]
     if numbers != list(range(1, len(truth) + 1)):
         raise DataError(
             f"{tar} holds {len(numbers)} images, numbers {numbers[0]} to {numbers[-1]}, but the "
             f"ground truth has {len(truth)} lines, one for each of 1 to {len(truth)}. One of the "
-            "two is not whole, or of another year."
+            "two is not whole, or belongs to another year."
         )
     wnids = sorted(wnid_of.values())
     label_of = {number: wnids.index(wnid) for number, wnid in wnid_of.items()}
@@ -118,13 +123,13 @@ def _source(
 
 
 def _members(path: Path, start: int, stop: int | None) -> Iterator[Member]:
-    """The files in the tar that lies between two bytes of `path` (None: to its end)."""
+    """Yield the files in the tar that lies between two bytes of `path` (None for its end)."""
     where = f"{path}" if stop is None else f"{path}, class archive at byte {start},"
     try:
         with open_regular(path) as file:
             for member in members(Seekable(file, start, stop)):
                 if is_system_file(member.name) or member.kind == DIRECTORY:
-                    continue  # no images: neither is in the official archives
+                    continue  # the official archives hold neither
                 if member.kind != FILE:
                     raise DataError(
                         f"{where} holds {member.name!r}, a {member.kind}; the official archive "
@@ -147,7 +152,7 @@ def _members(path: Path, start: int, stop: int | None) -> Iterator[Member]:
 
 
 def _read_devkit(devkit: Path | None, beside: Path) -> tuple[list[int], dict[int, str]]:
-    """The ILSVRC2012_ID of every validation image, and the wnid of every such ID."""
+    """Return the ILSVRC2012_ID of every validation image, and the wnid of every such ID."""
     found = devkit or next(
         (p for p in (beside / f"{DEVKIT}.tar.gz", beside / DEVKIT) if p.exists()), beside
     )
@@ -176,7 +181,7 @@ def _wnids(meta: bytes, found: Path) -> dict[int, str]:
 
 
 def _read_from(devkit: Path, name: str) -> bytes:
-    """A file of the development kit, which may be a tar, or a directory around it."""
+    """Read a file of the development kit, which may be a tar or a directory."""
     if devkit.is_dir():
         for folder in (devkit, devkit / "data", devkit / DEVKIT / "data"):
             if (folder / name).is_file():
@@ -185,8 +190,10 @@ def _read_from(devkit: Path, name: str) -> bytes:
         try:
             with tarfile.open(devkit) as tar:
                 for member in tar:
-                    if member.isreg() and member.name.rpartition("/")[2] == name:
-                        return tar.extractfile(member).read()
+                    if member.name.rpartition("/")[2] != name or not member.isreg():
+                        continue
+                    if (file := tar.extractfile(member)) is not None:
+                        return file.read()
         except (OSError, EOFError, tarfile.TarError) as error:
             raise DataError(f"{devkit} cannot be read as a tar ({error}).") from error
     raise DataError(

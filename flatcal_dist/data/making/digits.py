@@ -1,19 +1,20 @@
-"""Real images that need no download: scikit-learn's handwritten digits as shards.
+"""Shards of real images that need no download: the handwritten digits of scikit-learn.
 
 The data are 1,797 gray images of 8x8 pixels in ten classes (the test part of UCI's "Optical
 Recognition of Handwritten Digits"). The protocol:
 
-- A seeded permutation chooses 800 images for training; the other 997, untouched, are the
-  validation split.
+- A seeded permutation chooses 800 images for training. The other 997 are the validation split and
+  do not change.
 - 20 % of the training labels, exactly 160, are wrong: each is replaced by one of the nine other
-  classes, uniformly at random. This is the setting in which sharpness-aware training shows most
-  clearly on little data (Foret et al. 2021, section 3.3, flip a fraction of CIFAR-10's training
-  labels and keep the test labels). Some authors draw the new label from all ten classes, so that
-  a tenth of the "noise" is none; here the rate is what it says.
-- Only the label of training (`.cls`) is noisy; the json member keeps the true one as `clean_label`.
+  classes, uniformly at random. In this setting the effect of sharpness-aware training is clearest
+  on little data (Foret et al. 2021, section 3.3, flip a fraction of CIFAR-10's training labels and
+  keep the test labels). Some authors draw the new label from all ten classes, so that a tenth of
+  these labels are right. Here the rate is exact.
+- Only the label for training (`.cls`) is noisy. The json member keeps the true one as
+  `clean_label`.
 - Pixels 0..16 are stored as round(value * 255 / 16) in 8-bit PNGs, which round(stored * 16 / 255)
   undoes exactly.
-- Keys are `digits_0000` to `digits_1796`, numbers in scikit-learn's order.
+- Keys are `digits_0000` to `digits_1796`, which count the images in the order of scikit-learn.
 """
 
 import io
@@ -33,25 +34,34 @@ from flatcal_dist.data.shards.index import load_index
 from flatcal_dist.data.shards.regular import read_regular
 from flatcal_dist.data.shards.writing import Sample, write_shards
 
-SEED = 1  # 0 happens to choose 58 zeros where 79 are expected, as one seed in a thousand does
+SEED = 1  # 0 chooses 58 zeros where 79 are expected, as one seed in a thousand does
 IMAGES = 1797
 TRAIN_IMAGES = 800
-NOISE = 0.2  # of the training labels
+NOISE = 0.2  # share of the training labels
 CLASSES = 10
 
-# Two ranks with two workers find a shard each; nothing in the loader depends on it.
+# Two ranks with two workers find one shard each. The loader does not need this.
 SHARDS = {"train": 4, "validation": 2}
 
 
 def prepare_digits(directory: Path, *, label_noise: float = NOISE, seed: int = SEED) -> Path:
-    """Write the digits' shards into `directory`, unless they are there; return `directory`.
+    """Write the shards of the digits, unless they are there.
 
-    It gets digits-train-{0000..0003}.tar, digits-validation-{0000..0001}.tar, their indexes,
-    `_info.json` for timm and `digits.json` with the parameters. It appears whole, by rename:
-    any number of processes may call this at once.
+    The directory gets digits-train-{0000..0003}.tar, digits-validation-{0000..0001}.tar, their
+    indexes, `_info.json` for timm, and `digits.json` with the parameters. It appears whole, by
+    rename, so any number of processes may call this function at once.
 
-    Raises DataError if the directory holds something else, only a part, or the digits with
-    other parameters.
+    Args:
+        directory: Where the shards will lie.
+        label_noise: The share of training labels that are wrong.
+        seed: The seed of the split and of the wrong labels.
+
+    Returns:
+        The directory.
+
+    Raises:
+        DataError: The directory holds something else, only a part of the digits, or digits with
+            other parameters.
     """
     if not 0 <= label_noise <= 1:
         raise DataError(f"label_noise is a fraction of the labels, 0 to 1, not {label_noise}.")
@@ -115,16 +125,16 @@ def _check(directory: Path, parameters: dict[str, float]) -> None:
 
 
 def _mend(directory: Path) -> str:
-    """What to do about a directory that is not as it should be: it may hold somebody's own data."""
+    """Say how to mend a directory that is not as expected; it may hold the data of a user."""
     ours = re.compile(r"digits-(train|validation)(-\d{4}\.tar(\.index)?|\.sha256)|_info\.json")
     names = {path.name for path in directory.iterdir()} if directory.is_dir() else {"a file"}
     strange = [name for name in names - {"digits.json"} if not ours.fullmatch(name)]
     if "digits.json" in names and not strange:
         return "Delete the directory to have it written again, or choose another one."
     return (
-        "What is there was not written by this program, and is left as it is. Set "
-        "data.prepare=null to train on shards of your own; for the digits, name a directory that "
-        "does not exist yet."
+        "This program did not write what is there, and leaves it as it is. Set "
+        "data.prepare=null to train on your shards; for the digits, name a directory that does not "
+        "exist yet."
     )
 
 

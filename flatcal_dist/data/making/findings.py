@@ -1,6 +1,6 @@
-"""What `flatcal validate` found, for people and for programs.
+"""The findings of `flatcal validate`, for people and for programs.
 
-An error is what would stop a run, lose samples or mislabel them; a warning is worth a look.
+An error would stop a run, lose samples or mislabel them. A warning is worth a look.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from flatcal_dist.data.shards.walk import WARNINGS, Problem
 
-EXAMPLES = 5  # of each finding are kept
+EXAMPLES = 5  # examples of each finding that are kept
 
 
 @dataclass
@@ -32,11 +32,11 @@ class Finding:
 
 @dataclass
 class Validation:
-    """What was looked at, and what was found."""
+    """All findings, and what was examined."""
 
     shards: int = 0
     images: int = 0
-    bytes: int = 0  # of the images
+    bytes: int = 0  # bytes of the images
     decoded: int = 0  # images
     checksums: int = 0  # shards whose recorded SHA-256 was compared
     labels: Counter = field(default_factory=Counter)  # images by label
@@ -44,6 +44,7 @@ class Validation:
     notes: list[str] = field(default_factory=list)
 
     def add(self, shard: Path | str, problem: Problem) -> None:
+        """Count a problem of a shard, and keep it if it is one of the first examples."""
         finding = self.findings.setdefault(problem.kind, Finding(problem.kind))
         finding.count += problem.count
         if len(finding.examples) < EXAMPLES:
@@ -56,9 +57,11 @@ class Validation:
         return sum(f.count for f in self.findings.values() if f.severity == "error")
 
     def sorted(self) -> list[Finding]:
+        """Return all findings, the worst first."""
         return sorted(self.findings.values(), key=lambda f: (f.severity, -f.count, f.kind))
 
     def to_json(self) -> dict[str, Any]:
+        """Return everything as values that JSON can hold."""
         simple = ("shards", "images", "bytes", "decoded", "checksums", "notes")
         return {
             **{name: getattr(self, name) for name in simple},
@@ -69,7 +72,7 @@ class Validation:
 
 
 def print_validation(found: Validation, console: Console) -> None:
-    """The findings as a table, worst first, and a line of what was looked at."""
+    """Print the findings as a table, the worst first, and what was examined."""
     if found.findings:
         table = Table(title="Findings", title_justify="left", expand=True)
         for name in ("finding", "severity", "count"):

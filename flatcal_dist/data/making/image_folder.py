@@ -1,4 +1,4 @@
-"""An ImageFolder tree (one folder a class) as a source of shards."""
+"""ImageFolder trees (one folder for each class) as sources of shards."""
 
 import os
 import stat
@@ -18,18 +18,21 @@ IMAGENET_IMAGES = 1_281_167, 50_000  # train, validation (Russakovsky et al. 201
 
 
 def image_folder(root: Path) -> Files:
-    """The images ROOT/CLASS/*; labels count the folders by name, as timm and torchvision do.
+    """Return the images ROOT/CLASS/*.
 
-    Folders that are all plain numbers count in their own order: those of ImageNet-V2, 0 to 999, are
-    class numbers, of which torchvision's order of texts (0, 1, 10, 100, ...) makes others.
+    Labels count the folders in the order of their names, as in timm and torchvision. If the names
+    of all folders are plain numbers, labels count them as numbers: the folders of ImageNet-V2, 0 to
+    999, are numbers of classes, and the order of texts (0, 1, 10, 100, ...) would change them.
 
-    Hidden files, what operating systems add (Thumbs.db), and files beside the class folders are
-    left out; `left_out` of the result names them.
+    Hidden files, files that operating systems add (Thumbs.db), and files beside the class folders
+    are left out. `left_out` of the result names them.
 
-    Raises DataError for a tree without class folders, a folder without images, empty files, a
-    file that is neither JPEG, PNG nor WebP, folders inside of class folders, what is no regular
-    file (FIFOs, links that lead nowhere), names that are not UTF-8, and two images that differ only
-    in their extension.
+    Raises DataError for:
+
+    - a tree without class folders, a folder without images, and folders inside class folders;
+    - a file that is empty, is neither JPEG, PNG nor WebP, or is not regular (FIFOs, links that lead
+      nowhere);
+    - names that are not UTF-8, and two images that differ only in their extensions.
     """
     root = Path(root)
     left_out: list[str] = []
@@ -63,9 +66,11 @@ def image_folder(root: Path) -> Files:
 
 
 def class_folders(root: Path, left_out: list[str] | None = None) -> list[str]:
-    """The names of the folders in `root`, sorted; `left_out` gets the paths of all else.
+    """Return the names of the folders in `root`, sorted.
 
-    Hidden folders and those of operating systems are left out. Raises DataError.
+    Hidden folders and folders of operating systems are left out. `left_out` gets the paths of
+    everything that is left out. Raises DataError if `root` cannot be read, or if the name of a
+    folder is not UTF-8 or holds control characters.
     """
     names = []
     for entry in _entries(root):
@@ -82,7 +87,7 @@ def class_folders(root: Path, left_out: list[str] | None = None) -> list[str]:
 
 
 def warn_of_left_out(left_out: tuple[str, ...]) -> None:
-    """Say on standard error which files of a tree are not used. One rank of a job says it."""
+    """Print on standard error which files of a tree are not used, on one rank of a job."""
     if not left_out or os.environ.get("RANK", "0") != "0":
         return
     system = sum(is_system_file(os.path.basename(path)) for path in left_out)  # noqa: PTH119
@@ -95,7 +100,7 @@ def warn_of_left_out(left_out: tuple[str, ...]) -> None:
 
 
 def refuse_empty(names: list[str]) -> None:
-    """Raise DataError if there are names of images of 0 bytes."""
+    """Raise DataError if there are any names; they are the names of images of 0 bytes."""
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise DataError(
@@ -134,7 +139,7 @@ def _images(folder: Path, left_out: list[str]) -> Iterator[tuple[os.DirEntry, os
         found += 1
         if _is_folder(entry):
             raise DataError(
-                f"{entry.path} is a folder inside of a class folder, whose images would be lost: "
+                f"{entry.path} is a folder inside a class folder, so its images would be lost: "
                 "images have to lie in the folder of their class itself. Move them there, or name "
                 "the directory whose folders are the classes."
             )
@@ -160,7 +165,7 @@ def _regular(entry: os.DirEntry) -> os.stat_result:
 
 
 def _refuse_other_levels(root: Path, classes: list[str]) -> None:
-    """A directory above the class folders looks like one with a few classes."""
+    """Raise DataError for a directory above the class folders, which looks like a few classes."""
     for name in classes:
         inside = [entry for entry in _entries(root / name) if not is_system_file(entry.name)]
         if not inside or not all(map(_is_folder, inside)):
@@ -173,7 +178,7 @@ def _refuse_other_levels(root: Path, classes: list[str]) -> None:
 
 
 def _is_imagenet(classes: list[str], images: int) -> bool:
-    """Whether this is a split of ImageNet-1K, of which a few images may be missing."""
+    """Tell whether this is a split of ImageNet-1K, of which a few images may be missing."""
     if len(classes) != 1000 or not any(0.99 * n <= images <= n for n in IMAGENET_IMAGES):
         return False
     from flatcal_dist.data.sets.imagenet import wnids  # loads timm

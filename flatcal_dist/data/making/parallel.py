@@ -1,4 +1,4 @@
-"""Work spread over processes, one task a shard, with results as they come."""
+"""Tasks on several processes, with results in the order of their completion."""
 
 import itertools
 import multiprocessing
@@ -18,9 +18,17 @@ def in_parallel(
 ) -> Iterator[tuple[int, Any]]:
     """Yield (number of the task, function(*task)) in the order of completion.
 
-    Tasks are taken as workers become free, so they may be made lazily. With one worker all
-    happens in this process. The first error is raised after the tasks then running have ended; a
-    worker that was killed (by the kernel, for its memory) is a DataError.
+    Tasks are taken as workers become free, so they may be made lazily. With one worker, this
+    process does all the work. The first error is raised after the tasks that run then have ended.
+
+    Args:
+        function: It is called once for each task.
+        tasks: The arguments of each call.
+        workers: The number of processes.
+
+    Raises:
+        DataError: There is no worker, or a worker was killed (most often by the kernel, for its
+            memory).
     """
     if workers < 1:
         raise DataError(f"{workers} workers cannot work: use 1 or more.")
@@ -59,10 +67,11 @@ def _results(
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends us in order
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()  # returns only if the parent was killed
-    os._exit(1)
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()  # returns only if the parent was killed
+        os._exit(1)

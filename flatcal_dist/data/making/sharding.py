@@ -1,25 +1,22 @@
-"""From a source to the shards of a split: shuffled once, in parallel, resumable shard by shard.
+"""Making the shards of a split from a source: shuffled once, in parallel, and resumable.
 
-Which images go into which shard, in which order, follows from the source and the seed alone, and
-is written down beforehand (PREFIX-SPLIT.plan.json). A shard appears whole by rename; the split
-appears in `_info.json` when all are there. Until then readers refuse it, and the same command
-writes what is missing. PREFIX-SPLIT.sha256 is for `sha256sum -c` and `flatcal validate`.
+The source and the seed alone decide which images go into which shard, and in which order. A plan
+(PREFIX-SPLIT.plan.json) says so beforehand. A shard appears whole by rename. The split appears in
+`_info.json` when all of its shards are there. Until then readers refuse it, and the same command
+writes the missing shards. PREFIX-SPLIT.sha256 is for `sha256sum -c` and `flatcal validate`.
 """
 
 import hashlib
 import io
 import itertools
-import json
 import os
 import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import PIL
@@ -29,33 +26,34 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.making.parallel import in_parallel
+from flatcal_dist.data.making.plans import Plan, planned, refuse_other_plan
 from flatcal_dist.data.making.sources import Source
 from flatcal_dist.data.order import shuffled
-from flatcal_dist.data.shards.index import index_shard, load_index, sidecar
+from flatcal_dist.data.shards.index import load_index
+from flatcal_dist.data.shards.sidecars import index_shard, sidecar
 from flatcal_dist.data.shards.writing import (
     Sample,
     add_to_info,
-    locked,
     refuse_other_shards,
     write_checksums,
     write_shard,
 )
 from flatcal_dist.files import WriteError
 
-QUALITY = 90  # of JPEGs that are encoded again, unless another is asked for
-SHARD_BYTES = 150_000_000  # of images; files of this size are read at full speed
+QUALITY = 90  # for JPEGs that are encoded again, unless another quality is asked for
+SHARD_BYTES = 150_000_000  # bytes of images; files of this size are read at full speed
 FEWEST_SHARDS, FEWEST_IMAGES = 32, 64
-OVERHEAD = 4096  # bytes of a sample beside its image: headers, label, json, padding
+OVERHEAD = 4096  # bytes that a sample takes beside its image: headers, label, json, padding
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images are encoded again, as JPEG; without either number they are copied."""
+    """How images are encoded again as JPEG. Without either number they are copied."""
 
     max_edge: int | None = None  # pixels: larger images are scaled down until they fit
     quality: int | None = None  # without max_edge, every image is encoded again
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_edge is not None and self.max_edge < 1:
             raise DataError(f"max_edge is a number of pixels, 1 or more, not {self.max_edge}.")
         if self.quality is not None and not 1 <= self.quality <= 95:
@@ -66,7 +64,7 @@ class Encoding:
         return self.max_edge is None and self.quality is None
 
     def encode(self, data: bytes) -> bytes | None:
-        """The new JPEG; None if the image may stay as it is. Raises what Pillow raises."""
+        """Return the new JPEG, or None if the image may stay as it is. Raises as Pillow does."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large images: they are about to become small
             with Image.open(io.BytesIO(data)) as image:
@@ -74,7 +72,7 @@ class Encoding:
                     if max(image.size) <= self.max_edge:
                         return None
                     image.thumbnail((self.max_edge, self.max_edge), Image.Resampling.BICUBIC)
-                # As at decoding, an EXIF orientation is not applied, and it is not kept either.
+                # As in decoding, an EXIF orientation is not applied. It is not kept either.
                 pixels = image if image.mode in ("L", "RGB") else image.convert("RGB")
                 output = io.BytesIO()
                 pixels.save(output, "jpeg", quality=self.quality or QUALITY, exif=b"")
@@ -85,7 +83,7 @@ class Encoding:
 class Written:
     """What `prepare_shards` has done."""
 
-    shards: list[Path]  # all of the split, in order
+    shards: list[Path]  # all shards of the split, in order
     resumed: int  # how many of them were there already
     copied: list[str]  # images that could not be encoded again and were copied as they are
 
@@ -102,26 +100,30 @@ def prepare_shards(
     workers: int = 1,
     progress: bool = False,
 ) -> Written:
-    """Write `source`, shuffled by `seed`, as DESTINATION/PREFIX-SPLIT-{0000...}.tar.
+    """Write the images of a source, shuffled, as DESTINATION/PREFIX-SPLIT-{0000...}.tar.
 
-    The bytes do not depend on `workers`. `shards`: how many (never more than images); prefix and
-    number have the source's usual values, else see `usual_count`. Finished shards of an earlier run
-    are kept.
+    Finished shards of an earlier run are kept.
 
-    Raises DataError if the destination holds shards of another source, seed or other options, if
-    its other split has other classes, if another process writes there, the disk is full, or an
-    image cannot be read.
+    Args:
+        source: The images.
+        destination: The directory of the shards. It is made if it does not exist.
+        split: The name of the split.
+        prefix: How the names of the shards begin; by default as is usual for the source.
+        shards: The number of shards, which is never larger than the number of images; by default
+            `usual_count`.
+        seed: The seed of the shuffling.
+        encoding: How images are encoded again; by default they are copied.
+        workers: The number of processes. The bytes of the shards do not depend on it.
+        progress: Whether a progress bar is shown.
+
+    Raises:
+        DataError: The destination holds shards of another source, seed or encoding, its other split
+            has other classes, another process writes there, the disk is full, or an image cannot be
+            read.
     """
     encoding = encoding or Encoding()
     destination = Path(destination)
-    if prefix is not None and not re.fullmatch(r"[^./\\][^/\\]*", prefix):
-        raise DataError(f"prefix begins the names of files, {prefix!r} cannot: use letters and -.")
-    if seed < 0:
-        raise DataError(f"seed is a number of 0 or more, not {seed}.")
-    name = f"{source.prefix if prefix is None else prefix}-{split}"
-    count = min(usual_count(source, split) if shards is None else shards, len(source))
-    if count < 1:
-        raise DataError(f"{count} shards cannot hold {len(source)} images: use 1 or more of each.")
+    name, count = _name_and_count(source, split, prefix, shards, seed)
     parts = np.array_split(shuffled(len(source), np.random.Philox(key=seed)), count)
     width = max(4, len(str(count - 1)))
     paths = [destination / f"{name}-{number:0{width}d}.tar" for number in range(count)]
@@ -131,8 +133,8 @@ def prepare_shards(
         raise WriteError(destination, error) from None
     plan = _plan(source, split, count, seed, encoding)
     refuse_other_shards(destination, split, paths)
-    _refuse_other_plan(destination, name, split)
-    with _planned(destination, name, plan) as alone:
+    refuse_other_plan(destination, name, split)
+    with planned(destination, name, plan) as alone:
         if alone:  # what killed runs have left
             for path in destination.glob(f".{escape(name)}-*"):
                 path.unlink(missing_ok=True)
@@ -148,12 +150,27 @@ def prepare_shards(
     return Written(paths, count - len(missing), sorted(copied))
 
 
-def usual_count(source: Source, split: str) -> int:
-    """The number of shards for a source, where nobody says it.
+def _name_and_count(
+    source: Source, split: str, prefix: str | None, shards: int | None, seed: int
+) -> tuple[str, int]:
+    """Return PREFIX-SPLIT and the number of shards. Raises DataError for impossible options."""
+    if prefix is not None and not re.fullmatch(r"[^./\\][^/\\]*", prefix):
+        raise DataError(f"prefix begins the names of files, {prefix!r} cannot: use letters and -.")
+    if seed < 0:
+        raise DataError(f"seed is a number of 0 or more, not {seed}.")
+    count = min(usual_count(source, split) if shards is None else shards, len(source))
+    if count < 1:
+        raise DataError(f"{count} shards cannot hold {len(source)} images: use 1 or more of each.")
+    return f"{source.prefix if prefix is None else prefix}-{split}", count
 
-    Published sets have their published numbers. Others get shards of some 150 MB, as ImageNet's
-    are; but at least 32 of them, so that 4 ranks of 4 workers find two each; and each of these
-    holds 64 images or more. The number does not depend on the machine: another one can go on.
+
+def usual_count(source: Source, split: str) -> int:
+    """Return the usual number of shards for a source.
+
+    Published sets have their published numbers. Other sets get shards of some 150 MB, as ImageNet
+    does. There are at least 32 of them, so that 4 ranks of 4 workers find two each, but no shard
+    has less than 64 images. The number does not depend on the machine, so another machine can
+    continue the work.
     """
     if source.shards is not None:
         return source.shards[split]
@@ -161,7 +178,7 @@ def usual_count(source: Source, split: str) -> int:
     return max(1, min(max(by_bytes, FEWEST_SHARDS), len(source) // FEWEST_IMAGES))
 
 
-def _plan(source: Source, split: str, count: int, seed: int, encoding: Encoding) -> dict[str, Any]:
+def _plan(source: Source, split: str, count: int, seed: int, encoding: Encoding) -> Plan:
     return {
         "split": split,
         "shards": count,
@@ -174,86 +191,8 @@ def _plan(source: Source, split: str, count: int, seed: int, encoding: Encoding)
     }
 
 
-def _refuse_other_plan(directory: Path, name: str, split: str) -> None:
-    """A directory has one set of shards a split: a second one would hide the first."""
-    for path in sorted({*directory.glob("*.plan.json")} - {directory / f"{name}.plan.json"}):
-        other = path.name.removesuffix(".plan.json")
-        if other.endswith(f"-{split}") and any(directory.glob(f"{escape(other)}-[0-9]*.tar")):
-            raise DataError(
-                f"{directory} already holds shards {other!r} of split {split!r}: with "
-                f"{name!r} beside them, readers would see only one of the two. Delete them "
-                f"and {path.name}, or choose another directory."
-            )
-
-
-@contextmanager
-def _planned(directory: Path, name: str, plan: dict[str, Any]) -> Iterator[bool]:
-    """Write the plan or compare it with the one that is there, and be alone until the end."""
-    path = directory / f"{name}.plan.json"
-    old = sorted(directory.glob(f"{escape(name)}-[0-9]*.tar"))
-    if old and not path.exists():
-        raise DataError(
-            f"{directory} already holds {len(old)} shards of {name!r} ({old[0].name}, ...) without "
-            "a plan, so what they hold is not known. Delete them or choose another directory."
-        )
-    with ExitStack() as stack:
-        path.touch()
-        try:
-            alone = stack.enter_context(locked(path, wait=False))
-        except BlockingIOError as error:
-            raise DataError(
-                f"Another `flatcal shard` is writing {name!r} into {directory}. Wait for its end."
-            ) from error
-        if old:
-            _compare(path, plan)
-        else:
-            for other in sorted({*directory.glob("*.plan.json")} - {path}):
-                _compare_classes(other, path, plan)
-            path.write_text(json.dumps(plan, indent=1) + "\n")
-        yield alone
-
-
-def _compare(path: Path, plan: dict[str, Any]) -> None:
-    try:
-        old = _flat(json.loads(path.read_text()))
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read ({error}). Delete it and its shards.") from error
-    new = _flat(plan)
-    different = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    if different:
-        told = [
-            f"{key} was {old.get(key)}, is {new.get(key)}"
-            if len(f"{old.get(key)}{new.get(key)}") < 60
-            else f"{key} differs"
-            for key in different
-        ]
-        raise DataError(
-            f"{path.parent} holds shards of {path.name.removesuffix('.plan.json')!r} that were "
-            f"planned otherwise: {'; '.join(told)}. Use the same source and options, delete those "
-            f"shards and {path.name}, or choose another directory."
-        )
-
-
-def _compare_classes(other: Path, path: Path, plan: dict[str, Any]) -> None:
-    """Two splits whose labels count different classes would be evaluated wrongly in silence."""
-    theirs = json.loads(other.read_text())["classes"]
-    odd = sorted(set(theirs) ^ set(plan["classes"]))
-    if odd and other.name.rpartition("-")[0] == path.name.rpartition("-")[0]:
-        raise DataError(
-            f"This source has {len(plan['classes'])} classes, but {other.name} in {other.parent} "
-            f"has {len(theirs)}: {odd[0]!r} is only in one of them ({len(odd)} such classes), so "
-            "equal labels would mean different classes. Complete the source, or choose another "
-            "directory."
-        )
-
-
-def _flat(plan: dict[str, Any]) -> dict[str, Any]:
-    source = {f"source {key}": value for key, value in plan["source"].items()}
-    return {**source, **{key: value for key, value in plan.items() if key != "source"}}
-
-
 def _is_done(shard: Path, source: Source, part: np.ndarray) -> bool:
-    """Whether a shard is there; one that is there must be the planned one."""
+    """Tell whether a shard is there. Raises DataError if it is not the planned one."""
     if not shard.exists():
         return False
     if not sidecar(shard).exists():  # killed in between
@@ -268,11 +207,15 @@ def _is_done(shard: Path, source: Source, part: np.ndarray) -> bool:
     return True
 
 
-def _check_space(source: Source, parts: list, directory: Path, encoding: Encoding) -> None:
-    if not parts or not encoding.copies or source.bytes() is None:
+def _check_space(
+    source: Source, parts: list[np.ndarray], directory: Path, encoding: Encoding
+) -> None:
+    if not parts or not encoding.copies:
         return
     images = source.take(np.concatenate(parts))
-    needed, free = images.bytes() + OVERHEAD * len(images), shutil.disk_usage(directory).free
+    if (size := images.bytes()) is None:
+        return
+    needed, free = size + OVERHEAD * len(images), shutil.disk_usage(directory).free
     if needed > free:
         raise DataError(
             f"{directory} has {free / 1e9:.1f} GB free, but the shards to write need up to "
@@ -281,7 +224,17 @@ def _check_space(source: Source, parts: list, directory: Path, encoding: Encodin
 
 
 def _write_part(part: Source, shard: Path, encoding: Encoding) -> tuple[str, list[str]]:
-    """Write a shard and its index; return its SHA-256, and the images copied despite `encoding`."""
+    """Write a shard and its index.
+
+    Args:
+        part: The images of the shard.
+        shard: Its path.
+        encoding: How images are encoded again.
+
+    Returns:
+        The SHA-256 of the shard, and the names of images that were copied because they could not be
+        encoded again.
+    """
     copied: list[str] = []
     try:
         digest = write_shard(_samples(part, encoding, copied), shard, set())
@@ -321,7 +274,19 @@ def _finish(
     done: Iterator[tuple[int, tuple[str, list[str]]]],
     progress: bool,
 ) -> list[str]:
-    """Wait for the shards, note the checksum of each; return the names of images copied."""
+    """Wait for the shards and record the checksum of each.
+
+    Args:
+        checksums: The file that records the SHA-256 of the shards.
+        paths: All shards of the split.
+        missing: The numbers of the shards that are being written.
+        sizes: The number of images of each of these.
+        done: What `_write_part` returned for each of these, with its place in `missing`.
+        progress: Whether a progress bar is shown.
+
+    Returns:
+        The names of images that were copied because they could not be encoded again.
+    """
     pattern = re.compile(r"^([0-9a-f]{64})  (.+\.tar)$", re.M)
     lines = checksums.read_text() if checksums.exists() else ""
     written = {paths[number].name for number in missing}

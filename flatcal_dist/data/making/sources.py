@@ -1,7 +1,7 @@
-"""What can be made into shards: images still encoded, each with its label, key and original name.
+"""Sources of shards: encoded images, each with its label, its key and its original name.
 
-A source knows where its n images are, not what they hold: `images` reads them one by one, and
-`take` cuts out the part that one shard needs, small enough to be sent to a worker.
+A source knows where its n images are, and not what they hold. `images` reads them one by one.
+`take` cuts out the part that one shard needs, which is small enough to be sent to a worker.
 """
 
 import dataclasses
@@ -28,23 +28,23 @@ class Source:
 
     kind: str  # "image folder", ...
     prefix: str  # how its shards are usually called
-    shards: dict[str, int] | None  # how many of them, by split; None: as the bytes ask for
+    shards: dict[str, int] | None  # their number by split; None: it follows from the bytes
     classes: tuple[str, ...]  # the name of each label
     label: np.ndarray  # [n] i4
-    key: np.ndarray  # [n] S, of the sample in the shard
-    name: np.ndarray  # [n] S, of the image where it came from
-    left_out: tuple[str, ...] = ()  # what lies there and is no image of a class
+    key: np.ndarray  # [n] S, keys of the samples in shards
+    name: np.ndarray  # [n] S, original names of the images
+    left_out: tuple[str, ...] = ()  # paths that are no image of a class
 
     def __len__(self) -> int:
         return len(self.label)
 
     def take(self, numbers: np.ndarray) -> Self:
-        """The images with these numbers, in this order."""
+        """Return the images with these numbers, in this order."""
         parts = {name: value[numbers] for name, value in self._arrays()}
         return dataclasses.replace(self, **parts)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this source from another one, or from itself after a change."""
+        """Return what tells this source from another one, and from itself after a change."""
         digests = {name: _digest(value) for name, value in self._arrays()}
         return {"kind": self.kind, "images": len(self), **digests}
 
@@ -58,17 +58,17 @@ class Source:
         raise NotImplementedError
 
     def bytes(self) -> int | None:
-        """Of all images together, if that is known without reading them."""
+        """Return the bytes of all images, if they are known without reading the images."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Files(Source):
-    """Image files under `root`, named by `name`."""
+    """Image files. `name` holds their paths below `root`."""
 
     root: Path
     size: np.ndarray  # [n] i8, bytes
-    time: np.ndarray  # [n] i8, of modification, ns
+    time: np.ndarray  # [n] i8, time of modification, ns
 
     def images(self) -> Iterator[bytes]:
         for name, size in zip(self.name.tolist(), self.size.tolist(), strict=True):
@@ -91,12 +91,12 @@ class Files(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class Members(Source):
-    """Images inside an uncompressed tar, also inside tars in it."""
+    """Images inside an uncompressed tar, or inside tars that it holds."""
 
     tar: Path
     tar_size: int  # bytes
-    tar_time: int  # of modification, ns
-    offset: np.ndarray  # [n] i8, of the image's first byte in the tar
+    tar_time: int  # time of modification, ns
+    offset: np.ndarray  # [n] i8, first byte of the image in the tar
     size: np.ndarray  # [n] i8, bytes
 
     def identity(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class Members(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class Pixels(Source):
-    """Images held in memory, written as PNG, which loses nothing."""
+    """Images in memory. They are written as PNG, which loses nothing."""
 
     pixels: np.ndarray  # [n, H, W] or [n, H, W, 3] uint8
 
@@ -137,10 +137,17 @@ TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 
 
 def torchvision_set(name: str, root: Path, split: str) -> Pixels:
-    """CIFAR-10 or -100 as torchvision keeps it under `root`; its test images are `validation`.
+    """Return CIFAR-10 or CIFAR-100 as torchvision keeps it.
 
-    torchvision checks the files' published MD5 sums before it reads them. Raises DataError if
-    they are not there or not those.
+    torchvision checks the published MD5 sums of the files before it reads them.
+
+    Args:
+        name: "cifar10" or "cifar100".
+        root: The directory in which torchvision keeps data sets.
+        split: "train", or "validation" for the test images.
+
+    Raises:
+        DataError: The files are not there, or are not as published.
     """
     import torchvision
 
@@ -156,7 +163,7 @@ def torchvision_set(name: str, root: Path, split: str) -> Pixels:
     return Pixels(
         kind=f"torchvision {TORCHVISION[name]}",
         prefix=name,
-        shards={"train": 20, "validation": 4},  # of 2,500 images
+        shards={"train": 20, "validation": 4},  # 2,500 images in each
         classes=tuple(data.classes),
         label=np.array(data.targets, np.int32),
         key=np.array([f"{name}_{split}_{i:05d}".encode() for i in numbers]),
@@ -166,11 +173,11 @@ def torchvision_set(name: str, root: Path, split: str) -> Pixels:
 
 
 def unique_keys(names: Sequence[str], where: str = "") -> np.ndarray:
-    """Keys [n] S for images of these names: the file name without its extension.
+    """Return keys [n] S for images of these names: the file names without extension.
 
-    Where these are not unique, the folder comes in front. Dots become _, because a key ends at one.
-    Raises DataError, which begins with
-    `where`, if two images would still share one, or a name cannot be a key.
+    Where these are not unique, the folder comes in front. Dots become _, because a key ends at the
+    first dot. Raises DataError, which begins with `where`, if two images would still share a key,
+    or if a name cannot be a key.
     """
     keys = [_stem(name) for name in names]
     if len(set(keys)) < len(keys):
@@ -196,4 +203,4 @@ def _stem(name: str) -> str:
 
 
 def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:32]
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:32]

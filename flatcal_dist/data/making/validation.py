@@ -1,8 +1,8 @@
-"""Checking shards before a cluster's time is spent on them: every problem is found, none hidden.
+"""Checks that find all problems of shards before training spends the time of a cluster on them.
 
-Each shard is read whole, in a process of its own: its SHA-256 if one was recorded, its
-members, its index, and of each image the bytes' hash and the header (format, colours, size,
-orientation). A sample of the images, or all, is decoded as training would.
+Each shard is read whole, by one process. Its SHA-256 is compared if it was recorded. Its members
+and its index are checked. Each image is hashed, and its header is examined (format, colours, size,
+orientation). Some or all images are decoded as in training.
 """
 
 import hashlib
@@ -20,27 +20,28 @@ from rich.console import Console
 from rich.progress import track
 
 from flatcal_dist.data.errors import DataError
-from flatcal_dist.data.images.decode import decode
+from flatcal_dist.data.images.decode import MAX_PIXELS, decode
 from flatcal_dist.data.making.findings import Validation
 from flatcal_dist.data.making.parallel import in_parallel
 from flatcal_dist.data.order import shuffled
-from flatcal_dist.data.shards.index import load_index, sidecar
+from flatcal_dist.data.shards.index import load_index
 from flatcal_dist.data.shards.info import LARGEST_INFO, read_info
 from flatcal_dist.data.shards.regular import open_regular, read_regular
+from flatcal_dist.data.shards.sidecars import sidecar
 from flatcal_dist.data.shards.walk import Problem, Report, ShardIndex, walk_shard
 
 ORIENTATION = 0x0112  # EXIF tag
-TURNED = range(2, 9)  # orientations that turn or mirror; 1 does not, and others mean nothing
+TURNED = range(2, 9)  # orientations that turn or mirror; 1 does not, other values mean nothing
 IMAGENET_TRAIN, IMAGENET_VALIDATION = 1_281_167, 50_000  # images (Russakovsky et al. 2015, table 2)
 
 
 @dataclass
 class _Shard:
-    """What a worker tells of one shard."""
+    """The findings of a worker about one shard."""
 
     problems: list[Problem]
     index: ShardIndex
-    hashes: np.ndarray  # [n] S16, of the images' bytes
+    hashes: np.ndarray  # [n] S16, hashes of the images
     decoded: int
     compared: bool  # with a recorded checksum
 
@@ -53,11 +54,15 @@ def validate_shards(
     workers: int = 1,
     progress: bool = False,
 ) -> Validation:
-    """Look at all of `shards`, which need no index.
+    """Examine shards, which need no index.
 
-    `classes`: labels must lie in [0, classes); None: they must not be negative. `decode_images`:
-    about how many to decode, spread over the shards; None: all. Images whose end mark is missing
-    are decoded in any case.
+    Args:
+        shards: The shards.
+        classes: Labels must lie in [0, classes). None allows all that are not negative.
+        decode_images: About how many images are decoded, spread over the shards. None decodes all.
+            Images whose end mark is missing are decoded in any case.
+        workers: The number of processes.
+        progress: Whether a progress bar is shown.
     """
     found = Validation(shards=len(shards))
     quota = None if decode_images is None else -(-decode_images // max(1, len(shards)))
@@ -104,7 +109,7 @@ def _look_at(
 
 
 def _check_sum(shard: Path, recorded: str | None, report: Report) -> bool:
-    """Whether there was a recorded checksum to compare with; one that differs is reported."""
+    """Compare a shard with its recorded checksum. Return whether there was one."""
     if recorded is None:
         return False
     with open_regular(shard) as file:
@@ -122,7 +127,7 @@ def _look_at_images(
     chosen = set(order[:quota].tolist())
     upper = np.inf if classes is None else classes
     for i, (key, image) in enumerate(_images(shard, found.index)):
-        report = partial(_report, found.problems.append, key)
+        report = partial(_add, found.problems, key)
         label = found.index.label[i]
         if not 0 <= label < upper:
             report("label out of range", f"label {label}, expected 0 to {upper - 1}")
@@ -135,8 +140,8 @@ def _look_at_images(
                 report("image undecodable", _told(error))
 
 
-def _report(report: Report, key: str, kind: str, text: str) -> None:
-    report(Problem(kind, key, text))
+def _add(problems: list[Problem], key: str, kind: str, text: str) -> None:
+    problems.append(Problem(kind, key, text))
 
 
 def _images(shard: Path, index: ShardIndex) -> Iterator[tuple[str, bytes]]:
@@ -149,7 +154,7 @@ def _images(shard: Path, index: ShardIndex) -> Iterator[tuple[str, bytes]]:
 
 
 def _check_index(shard: Path, found: ShardIndex, report: Report) -> None:
-    """Compare the sidecar, if there is one, with what stands in the tar."""
+    """Compare the sidecar, if there is one, with the tar."""
     if not sidecar(shard).exists():
         text = f"run `flatcal index {shard}` before training"
         report(Problem("index missing", "", text))
@@ -173,7 +178,7 @@ def _check_index(shard: Path, found: ShardIndex, report: Report) -> None:
 
 
 def _check_header(image: bytes, report: partial) -> bool:
-    """Report what is unusual about an image; False if it is none that Pillow would open."""
+    """Report what is unusual about an image. Return False if Pillow cannot open it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a huge image is a finding of its own
@@ -191,19 +196,19 @@ def _check_header(image: bytes, report: partial) -> bool:
         report("image gray", f"mode {mode}")
     if orientation in TURNED:
         report("image rotated by EXIF", f"orientation {orientation}, which decoding leaves alone")
-    if width * height > Image.MAX_IMAGE_PIXELS:
+    if width * height > MAX_PIXELS:
         report("image huge", f"{width} x {height} pixels: slow, and {width * height * 3e-9:.1f} GB")
     return True
 
 
 def _told(error: BaseException) -> str:
-    """The reason alone: where it happened and how to mend it stand elsewhere in the report."""
+    """Return the reason alone. The report says elsewhere where it happened and how to mend it."""
     error = error.__cause__ or error
     return f"{type(error).__name__}: " + re.sub(r" <_io.*>", "", str(error))
 
 
 def _has_end(image: bytes) -> bool:
-    """Whether a JPEG or PNG has its end mark, near its end. Others are said to have it."""
+    """Tell whether a JPEG or PNG has its end mark near its end. Other formats count as whole."""
     tail = image[-1024:]
     if image.startswith(b"\xff\xd8"):
         return b"\xff\xd9" in tail
@@ -211,7 +216,7 @@ def _has_end(image: bytes) -> bool:
 
 
 def _recorded_checksums(found: Validation, shards: Sequence[Path]) -> dict[Path, str]:
-    """By shard, from the *.sha256 files beside them."""
+    """Return the SHA-256 by shard that the files *.sha256 beside the shards record."""
     recorded = {}
     for directory in {shard.parent for shard in shards}:
         for file in sorted(directory.glob("*.sha256")):
@@ -227,7 +232,7 @@ def _recorded_checksums(found: Validation, shards: Sequence[Path]) -> dict[Path,
 
 
 def _add_duplicates(found: Validation, shards: Sequence[Path], parts: list[_Shard]) -> None:
-    """Keys and images that occur more than once, also in different shards."""
+    """Report keys and images that occur more than once, also in different shards."""
     lengths = [len(part.index) for part in parts]
     shard = np.repeat(np.arange(len(parts)), lengths)
     if not len(shard):
@@ -253,7 +258,7 @@ def _add_duplicates(found: Validation, shards: Sequence[Path], parts: list[_Shar
 
 
 def _pairs(values: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(first, later) places of values that occur more than once."""
+    """Yield (first, later) places of values that occur more than once."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     for place in (np.flatnonzero(ordered[1:] == ordered[:-1]) + 1).tolist():
@@ -271,7 +276,7 @@ def _add_classes(found: Validation, classes: int | None) -> None:
 
 
 def _add_counts_of_info(found: Validation, shards: Sequence[Path], lengths: list[int]) -> None:
-    """What `_info.json` says must be so: timm believes it."""
+    """Report counts of `_info.json` that are wrong, because timm relies on them."""
     for info in sorted({shard.parent / "_info.json" for shard in shards}):
         if not info.exists():
             continue
@@ -292,7 +297,7 @@ def _add_counts_of_info(found: Validation, shards: Sequence[Path], lengths: list
 
 
 def _note_imagenet(found: Validation, indexes: list[ShardIndex]) -> None:
-    """ImageNet-1K is known by its keys; then its counts are, too."""
+    """Check the counts of ImageNet-1K, which is recognised by its keys."""
     keys = [key.decode("utf-8", "replace") for index in indexes for key in index.key[:1].tolist()]
     if len(found.labels) < 1000 or not keys:
         return

@@ -1,4 +1,4 @@
-"""ImageNet's classes and its second labels, read from the lists that timm ships."""
+"""The classes of ImageNet and its ReaL labels, read from the lists that timm ships."""
 
 import json
 import re
@@ -12,6 +12,7 @@ import numpy as np
 from flatcal_dist.data.errors import DataError
 
 CLASSES = 1000
+MASKED = ("imagenet_a", "imagenet_r")  # kinds with images of 200 of the classes
 REAL_IMAGES = 50_000
 VALIDATION_NAME = re.compile(r"(?:^|_)ILSVRC2012_val_(\d{8})$")
 
@@ -22,33 +23,34 @@ def _timm(name: str) -> str:
 
 @cache
 def wnids() -> tuple[str, ...]:
-    """The WordNet ids of the 1,000 classes, in the order of their numbers (that of the names)."""
+    """Return the WordNet ids of the 1,000 classes, in the order of their numbers."""
     return tuple(_timm("imagenet_synsets.txt").split())
 
 
 @cache
 def class_names() -> tuple[str, ...]:
-    """A name for each of the 1,000 classes: its first lemma in WordNet."""
+    """Return a name for each of the 1,000 classes, which is its first lemma in WordNet."""
     lemmas = dict(line.split("\t") for line in _timm("imagenet_synset_to_lemma.txt").splitlines())
     return tuple(lemmas[wnid].split(",")[0] for wnid in wnids())
 
 
 @cache
 def subset(kind: str) -> tuple[int, ...]:
-    """The 200 classes, as ImageNet's numbers, of which "imagenet_a" or "imagenet_r" has images."""
+    """Return the numbers of the 200 classes that "imagenet_a" or "imagenet_r" has images of."""
     return tuple(map(int, _timm(f"{kind}_indices.txt").split()))
 
 
 def real_labels(keys: Sequence[str], file: Path | None = None) -> list[list[int]]:
-    """The ReaL labels, none to several, of the validation images with these keys.
+    """Return the ReaL labels of validation images; an image has none, one or several.
 
-    An image is known by its original name, ILSVRC2012_val_00000001 and so on, which is its key, or
-    the end of it. file: `real.json` as published (a list by image number) or an object from file
-    name to labels; by default what timm ships. Source: Beyer et al., Are we done with ImageNet?
-    (arXiv 2006.07159).
+    An image is known by its original name, ILSVRC2012_val_00000001 and so on. Its key is this name
+    or ends in it. `file` is `real.json` as published (a list by image number), or an object from
+    file names to labels. By default the labels are those that timm ships.
 
-    Raises DataError for a key that is no such name, an image that the file does not have, or a file
-    of another form.
+    Raises DataError if a key does not end in such a name, if the file lacks an image, or if the
+    file has another form.
+
+    Source: Beyer et al., Are we done with ImageNet? (arXiv 2006.07159).
     """
     table = _read_real(file)
     labels = []
@@ -67,12 +69,12 @@ def real_labels(keys: Sequence[str], file: Path | None = None) -> list[list[int]
 
 
 def _read_real(file: Path | None) -> dict[int, list[int]]:
-    """Labels by image number, which counts from 1."""
+    """Return labels by image number, which counts from 1."""
     try:
         stored = json.loads(file.read_text() if file else _timm("imagenet_real_labels.json"))
     except (OSError, ValueError) as error:
         raise DataError(f"the ReaL labels {file} cannot be read: {error}") from None
-    table = {}
+    table: dict[int, list[int]] = {}
     if isinstance(stored, list):
         table = dict(enumerate(stored, start=1))
     elif isinstance(stored, dict):
@@ -94,12 +96,12 @@ def _read_real(file: Path | None) -> dict[int, list[int]]:
 
 
 def has_original_names(keys: Sequence[str]) -> bool:
-    """Whether all keys are, or end in, the original names of validation images."""
+    """Tell whether all keys are, or end in, the original names of validation images."""
     return all(VALIDATION_NAME.search(key) for key in keys)
 
 
 def numbers_of(names: Sequence[str], root: Path) -> np.ndarray:
-    """The classes [n] of folders in `root`. Raises DataError for one that is none of ImageNet's."""
+    """Return the classes [n] of folders in `root`. Raises DataError for an unknown folder."""
     known = {wnid: number for number, wnid in enumerate(wnids())}
     strange = [name for name in names if name not in known]
     if strange:

@@ -1,7 +1,7 @@
-"""An ImageFolder tree (one folder a class) read where it lies, for evaluation.
+"""ImageFolder trees (one folder for each class) that are read where they lie, for evaluation.
 
-Training wants shards: a file system is slow at opening a million files in random order. Evaluation
-reads each image once, in order, so it needs no copy.
+Training needs shards, because a file system is slow at opening a million files in random order.
+Evaluation reads each image once, in order, so it needs no copy.
 """
 
 import hashlib
@@ -19,14 +19,11 @@ from flatcal_dist.data.shards.regular import open_regular
 
 @dataclass(frozen=True)
 class TreeIndex:
-    """The images of a tree, with what evaluation uses of an `Index`; sorted by folder and name.
-
-    folders: names of the classes. label: which of them each image is in, not a class of a network.
-    """
+    """The images of a tree, sorted by folder and name."""
 
     root: Path
-    folders: tuple[str, ...]
-    label: np.ndarray  # [n] i4
+    folders: tuple[str, ...]  # the names of the classes
+    label: np.ndarray  # [n] i4: the number of the folder, which need not be a class of the network
     names: np.ndarray  # [n] S: FOLDER/FILE
     keys_: np.ndarray  # [n] S: as in the shards made of this tree
     size: np.ndarray  # [n] i8: bytes
@@ -36,7 +33,7 @@ class TreeIndex:
         return len(self.names)
 
     def read(self, sample: int) -> bytes:
-        """The encoded image. Raises DataError if it cannot be read or has another size by now."""
+        """Return the encoded image. Raises DataError if it cannot be read or its size changed."""
         path = self.root / os.fsdecode(self.names[sample])
         try:
             with open_regular(path) as file:
@@ -52,7 +49,7 @@ class TreeIndex:
         return data
 
     def announce(self, samples: Iterable[int]) -> None:
-        """Nothing: the system reads ahead in a file by itself."""
+        """Do nothing, because the system reads ahead in a file by itself."""
 
     def name(self, sample: int) -> str:
         return str(self.root / os.fsdecode(self.names[sample]))
@@ -65,7 +62,7 @@ class TreeIndex:
 
 
 def open_tree(root: Path) -> TreeIndex:
-    """Find the images ROOT/CLASS/*. Raises DataError where `image_folder` does."""
+    """Return the images ROOT/CLASS/*. Raises DataError where `image_folder` does."""
     found = image_folder(root)
     warn_of_left_out(found.left_out)
     digest = hashlib.sha256()

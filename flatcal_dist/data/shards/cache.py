@@ -1,11 +1,11 @@
-"""Shards from elsewhere, kept on a local disk: each downloaded once, whole, and checked.
+"""Shards from elsewhere on a local disk. Each is downloaded once, whole, and checked.
 
-A directory holds HASH-NAME.tar, the hash being that of the URL without what is renewed, such as a
-signature (base names repeat), and beside it HASH-NAME.json: where it came from, its size and
-SHA-256. A shard appears by rename when all of it is there; until then its downloader holds a lock
-that ends with the process, however it ends. So any number of ranks, workers and jobs may share a
-directory. A URL's contents are taken
-never to change: shards that do need another name.
+The directory holds each shard as HASH-NAME.tar. HASH is the hash of the URL without the parts that
+are renewed, such as a signature. HASH-NAME.json beside it says where the shard came from, its size
+and its SHA-256. A shard appears by rename when all of it has come. Until then its downloader holds
+a lock that ends with the process, however the process ends. So any number of ranks, workers and
+jobs may share a directory. The contents of a URL must not change: a shard that changes needs
+another name.
 """
 
 import hashlib
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from flatcal_dist.data.errors import DataError
-from flatcal_dist.data.shards.index import sidecar
+from flatcal_dist.data.shards.access import Access
 from flatcal_dist.data.shards.members import BLOCK
 from flatcal_dist.data.shards.regular import open_regular
-from flatcal_dist.data.shards.remote import Access, RemoteFile
+from flatcal_dist.data.shards.remote import RemoteFile
+from flatcal_dist.data.shards.sidecars import sidecar
 from flatcal_dist.data.shards.writing import locked
 from flatcal_dist.files import read_json, sync_directory, write_json
 from flatcal_dist.urls import base_name, identity
@@ -30,26 +31,27 @@ from flatcal_dist.urls import base_name, identity
 
 @dataclass(frozen=True)
 class ShardCache:
-    """`limit` (bytes, None: no limit): beyond it, what was unused for longest is deleted.
+    """A directory of downloaded shards.
 
-    Indexed shards are neither deleted nor counted.
+    Beyond the limit, the shards that were not used for the longest time are deleted. Indexed shards
+    are neither deleted nor counted.
     """
 
     directory: Path
     access: Access
-    limit: int | None = None
+    limit: int | None = None  # bytes; None for no limit
 
     def path(self, url: str) -> Path:
-        """Where the shard lies, or will."""
+        """Return the path at which the shard lies once it is downloaded."""
         name = re.sub(r"[^A-Za-z0-9._-]", "_", base_name(url)).removesuffix(".tar")[-80:]
         digest = hashlib.sha256(identity(url).encode()).hexdigest()
         return self.directory / f"{digest[:32]}-{name}.tar"
 
     def open(self, url: str, sha256: str | None = None) -> BinaryIO:
-        """The shard, downloaded unless it is there; open, so that it cannot vanish again.
+        """Return the open shard, which is downloaded first unless it is there.
 
-        Raises DataError if it cannot be had whole, is not the one of `sha256` (hexadecimal), or
-        does not fit on the disk.
+        It is open so that it cannot vanish again. Raises DataError if it cannot be downloaded
+        whole, has another SHA-256 than `sha256` (hexadecimal), or does not fit on the disk.
         """
         path = self.path(url)
         if (file := self._whole(path)) is not None:
@@ -71,7 +73,7 @@ class ShardCache:
             ) from error
 
     def recorded(self, url: str) -> str | None:
-        """The SHA-256 that a shard had when it came; None if it is not there (any more)."""
+        """Return the SHA-256 that a shard had when it came, or None if it is not there."""
         try:
             return str(read_json(self.path(url).with_suffix(".json"))["sha256"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -92,10 +94,10 @@ class ShardCache:
 
     def _download(self, url: str, path: Path, sha256: str | None) -> None:
         for left in path.parent.glob(f".{path.name}.*.part"):
-            left.unlink()  # of a process that was killed: the lock is ours
+            left.unlink()  # a process that was killed has left it: the lock is ours
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
         try:
-            for attempt in range(2):  # what came whole but wrong may come right once more
+            for attempt in range(2):  # a shard that came whole but wrong may come right again
                 with RemoteFile(url, self.access) as source:
                     found, end = self._copy(source, temporary)
                 problem = _problem(temporary.stat().st_size, end, found, sha256)
@@ -104,10 +106,10 @@ class ShardCache:
                 if attempt:
                     raise DataError(
                         f"{source.name} came twice as something else: {problem}. Put the right "
-                        "shard there, or correct what is said about it."
+                        "shard there, or correct its recorded SHA-256."
                     )
             about = {"url": source.name, "size": temporary.stat().st_size, "sha256": found}
-            sidecar(path).unlink(missing_ok=True)  # it would be another shard's
+            sidecar(path).unlink(missing_ok=True)  # it would describe another shard
             write_json(path.with_suffix(".json"), about)
             temporary.replace(path)
             sync_directory(path.parent)
@@ -115,7 +117,7 @@ class ShardCache:
             temporary.unlink(missing_ok=True)
 
     def _copy(self, source: RemoteFile, path: Path) -> tuple[str, bytes]:
-        """Write all of `source`, to the disk itself; its SHA-256 and its last block."""
+        """Write all of `source` to the disk, and return its SHA-256 and its last block."""
         digest, end = hashlib.sha256(), b""
         with path.open("wb") as file:
             while data := source.read():
@@ -138,7 +140,7 @@ class ShardCache:
             return
         held = []
         for path in self.directory.glob("*-*.tar"):
-            if sidecar(path).exists():  # the indexed reader's, which needs all of its shards
+            if sidecar(path).exists():  # the indexed reader needs all of its shards
                 continue
             with suppress(FileNotFoundError):  # deleted by another process just now
                 held.append((path.stat().st_mtime_ns, path.stat().st_size, path))

@@ -1,22 +1,20 @@
-"""A sidecar index per shard: WebDataset tars become random-access arrays of samples.
+"""Random access to the samples of WebDataset tars.
 
-`index_shard` reads one tar once and writes `SHARD.tar.index` beside it: a header (`HEADER`) and a
-row per sample (`_rows`). `load_index` joins the sidecars of many shards into an `Index`, whose
-`read` is one `pread` per image. The tar itself stays untouched, so anything that reads WebDataset
-shards still reads it.
+`load_index` joins the sidecars of many shards (sidecars.py) into an `Index`, whose `read` is one
+`pread` for each image. The tars stay untouched, so any reader of WebDataset shards still reads
+them.
 
-What is guarded: a shard whose size changed since it was indexed is refused when the index is
-loaded, and so is a sidecar that does not have its own checksum; another shard of the same size in
-its place is refused at the read, because the tar header in front of every image must have the
-recorded checksum. So must the image: flipped bits in it, which decoders mostly turn into other
-pixels without a word, are a `BadImage`.
+Damage is noticed before training uses it:
+
+- Another shard of the same size is refused at the first read, because the tar header in front of
+  every image must have the recorded checksum.
+- Flipped bits in an image are a `BadImage`, because the image must have its recorded checksum, too.
+  Most decoders would turn such bits into other pixels without an error.
 """
 
 import errno
 import hashlib
 import os
-import struct
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -26,123 +24,67 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
 
 from flatcal_dist.data.errors import BadImage, DataError
-from flatcal_dist.data.shards.members import BLOCK, LONGEST_NAME
-from flatcal_dist.data.shards.regular import check_regular, read_regular
-from flatcal_dist.data.shards.samples import LARGEST_MEMBER
+from flatcal_dist.data.shards.members import BLOCK
+from flatcal_dist.data.shards.sidecars import COLUMNS, load_sidecar
 from flatcal_dist.data.shards.walk import (
-    WARNINGS,
-    Problem,
-    Report,
     ShardIndex,
     checksum,
-    walk_shard,
 )
-from flatcal_dist.files import write_atomically
 
-VERSION = 2
-MAGIC = b"flatcal "
-# MAGIC; version, bytes of the tar, samples, bytes of a key; XXH3 of these and of the rows
-HEADER = struct.Struct("<8s4QQ")
-COLUMNS = {
-    "offset": "u8",
-    "size": "u4",
-    "header": "u4",
-    "content": "u4",
-    "label": "i4",
-    "shard": "i4",
-}
-READERS = 16  # threads that load sidecars: on network disks it is waiting that takes the time
-LARGEST_SIDECAR = 4 << 30  # bytes; a shard of 1,281,167 images has one of some 60 MB
+ALL_COLUMNS = {**COLUMNS, "shard": "i4"}
+READERS = 16  # threads that load sidecars; on network disks most of the time is waiting
 DESCRIPTORS = 512  # open shards per process; the usual limit for all files is 1024
 
 
-def sidecar(shard: Path) -> Path:
-    """Where the index of `shard` lies."""
-    return shard.with_name(shard.name + ".index")
-
-
-def _print_warning(problem: Problem) -> None:
-    print(f"warning: {problem.text}", file=sys.stderr)
-
-
-def index_shard(shard: Path, warn: Report = _print_warning) -> int:
-    """Write the sidecar of `shard` (whole, by rename) and return its number of samples.
-
-    `warn` is told which members were left out. Raises DataError where `walk_shard` does.
-    """
-    shard = Path(shard)
-
-    def report(problem: Problem) -> None:
-        if problem.kind not in WARNINGS:
-            raise DataError(problem.text)
-        warn(problem)
-
-    found = walk_shard(shard, report)
-    rows = np.empty(len(found), _rows(found.key.dtype.itemsize))
-    for name in rows.dtype.names:
-        rows[name] = getattr(found, name)
-    about = (MAGIC, VERSION, found.tar_size, len(found), found.key.dtype.itemsize)
-    header = HEADER.pack(*about, _whole_checksum(about, rows))
-    path = sidecar(shard)
-    with write_atomically(path) as temporary, temporary.open("wb") as file:
-        file.write(header)
-        file.write(rows)
-    return len(found)
-
-
-def _rows(key_bytes: int) -> np.dtype:
-    numbers = [(name, f"<{kind}") for name, kind in COLUMNS.items() if name != "shard"]
-    return np.dtype([*numbers, ("key", f"S{key_bytes}")])
-
-
-def _whole_checksum(about: tuple, rows: np.ndarray | memoryview) -> int:
-    digest = xxhash.xxh3_64(HEADER.pack(*about, 0))
-    digest.update(rows)
-    return digest.intdigest()
-
-
 class Index:
-    """All samples of some shards, numbered 0..n-1 in shard and tar order.
+    """All samples of some shards, numbered 0..n-1 in the order of the shards and of their tars.
 
-    shards: paths. lengths [shards] int64: samples of each. identity: SHA-256 over shard names,
-    sizes, labels and keys, which names the data in reports. Columns [n], by number of the sample:
-    offset (uint64), size (uint32), header, content (checksums, uint32), label, shard (int32).
+    Attributes:
+        shards: The paths of the shards.
+        lengths: The number of samples of each shard, int64 [shards].
+        identity: The SHA-256 over shard names, sizes, labels and keys, which names the data in
+            reports.
 
-    28 bytes a sample (36 MB for ImageNet) in one block of memory, which worker processes share,
-    however they are started. Keys stay in the sidecars until asked for. Reading is safe from
-    several threads and after a fork.
+    The columns are attributes, too. They take 28 bytes for each sample (36 MB for ImageNet) in one
+    block of memory, which worker processes share, however they are started. Keys stay in the
+    sidecars until they are asked for. Reading is safe in several threads and after a fork.
     """
+
+    offset: np.ndarray  # [n] uint64: first byte of the image in its shard
+    size: np.ndarray  # [n] uint32: bytes of the image
+    header: np.ndarray  # [n] uint32: CRC-32 of the tar header of the image
+    content: np.ndarray  # [n] uint32: `checksum` of the bytes of the image
+    label: np.ndarray  # [n] int32
+    shard: np.ndarray  # [n] int32: the number of the shard
 
     def __init__(self, shards: Sequence[Path], parts: Sequence[ShardIndex], identity: str) -> None:
         self.shards = tuple(shards)
         self.identity = identity
         self.lengths = np.array([len(part) for part in parts], np.int64)
         samples = int(self.lengths.sum())
-        row = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())
+        row = sum(np.dtype(kind).itemsize for kind in ALL_COLUMNS.values())
         self._memory = torch.empty(row * samples, dtype=torch.uint8)
         self._lay_columns()
         for name in COLUMNS:
-            if name != "shard":
-                np.concatenate([getattr(part, name) for part in parts], out=getattr(self, name))
+            np.concatenate([getattr(part, name) for part in parts], out=getattr(self, name))
         self.shard[:] = np.repeat(np.arange(len(shards)), self.lengths)
 
     def _lay_columns(self) -> None:
         memory, samples, start = self._memory.numpy(), int(self.lengths.sum()), 0
-        for name, kind in COLUMNS.items():
+        for name, kind in ALL_COLUMNS.items():
             end = start + np.dtype(kind).itemsize * samples
             setattr(self, name, memory[start:end].view(kind))
             start = end
 
     def __getstate__(self) -> dict:
-        # Multiprocessing hands tensors on as shared memory. It would move this one there in place
-        # and leave the columns pointing at nothing: move it first, into a new block.
+        # Multiprocessing passes tensors on as shared memory. It would move this one there in place
+        # and leave the columns pointing at nothing. So it is moved first, into a new block.
         if not self._memory.is_shared():
             self._memory = torch.empty_like(self._memory).share_memory_().copy_(self._memory)
             self._lay_columns()
-        return {name: value for name, value in vars(self).items() if name not in COLUMNS}
+        return {name: value for name, value in vars(self).items() if name not in ALL_COLUMNS}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
@@ -152,10 +94,10 @@ class Index:
         return len(self.offset)
 
     def read(self, sample: int) -> memoryview:
-        """The encoded image of one sample.
+        """Return the encoded image of one sample.
 
-        Raises DataError if the shard cannot be read or is not the one that was indexed, BadImage
-        if it is, and the bytes of the image are not those that were indexed.
+        Raises DataError if the shard cannot be read or is not the one that was indexed. Raises
+        BadImage if only the bytes of the image differ from those that were indexed.
         """
         shard = self.shards[self.shard[sample]]
         size, start = int(self.size[sample]), int(self.offset[sample]) - BLOCK
@@ -181,7 +123,7 @@ class Index:
         return data[BLOCK:]
 
     def announce(self, samples: Iterable[int]) -> None:
-        """Tell the system that these will be read soon, so that it fetches them side by side."""
+        """Tell the system that these images will be read soon, so that it fetches them together."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
         for sample in samples:
@@ -193,10 +135,12 @@ class Index:
             os.posix_fadvise(shard, start, size, os.POSIX_FADV_WILLNEED)
 
     def name(self, sample: int) -> str:
-        """SHARD: the image of sample 'KEY', for messages."""
+        """Return "SHARD: the image of sample 'KEY'", for messages."""
         return f"{self.shards[self.shard[sample]]}: the image of sample {self.key(sample)!r}"
 
-    def _read_error(self, sample: int, shard: Path, data: bytes, error: OSError | None):
+    def _read_error(
+        self, sample: int, shard: Path, data: bytes, error: OSError | None
+    ) -> DataError:
         try:
             name = repr(self.key(sample))
         except (DataError, IndexError):  # the sidecar was changed, too
@@ -213,16 +157,16 @@ class Index:
         )
 
     def key(self, sample: int) -> str:
-        """The key of one sample."""
+        """Return the key of one sample."""
         number = int(self.shard[sample])
         return str(self._keys(number)[sample - int(self.lengths[:number].sum())], "utf-8")
 
     def keys(self) -> list[str]:
-        """The keys of all samples, read from the sidecars: some 100 MB for ImageNet."""
+        """Return the keys of all samples from the sidecars; ImageNet's take some 100 MB."""
         return [str(k, "utf-8") for s in range(len(self.shards)) for k in self._keys(s)]
 
     def _keys(self, number: int) -> np.ndarray:
-        return _load_sidecar(self.shards[number]).key
+        return load_sidecar(self.shards[number]).key
 
 
 def _header_name(data: bytes) -> str:
@@ -234,9 +178,9 @@ def _header_name(data: bytes) -> str:
 
 
 class _Descriptor:
-    """An open file that closes itself when the cache and the last reader have let it go."""
+    """An open file, which is closed when neither the cache nor a reader uses it any more."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
@@ -252,15 +196,15 @@ def _open(path: Path) -> _Descriptor:
 def load_index(shards: Sequence[Path], classes: int | None = None) -> Index:
     """Join the sidecars of `shards`, in the order given.
 
-    Raises DataError if a shard or its sidecar is missing or damaged, if a shard is not the size it
-    had when it was indexed, if a label lies outside [0, classes) (not checked for None), or if two
-    samples have the same key.
+    `classes` is the number of classes; None leaves labels unchecked. Raises DataError if a shard or
+    its sidecar is missing or damaged, if the size of a shard changed after it was indexed, if a
+    label lies outside [0, classes), or if two samples have the same key.
     """
     shards = tuple(Path(shard) for shard in shards)
     if not shards:
         raise DataError("No shards were given. Name a directory or pattern that holds some.")
     with ThreadPoolExecutor(READERS) as pool:
-        parts = list(pool.map(_load_sidecar, shards))
+        parts = list(pool.map(load_sidecar, shards))
     digest = hashlib.sha256()
     for shard, part in zip(shards, parts, strict=True):
         if classes is not None:
@@ -270,74 +214,6 @@ def load_index(shards: Sequence[Path], classes: int | None = None) -> Index:
         digest.update(b"\0".join(part.key.tolist()))
     _check_keys(shards, parts)
     return Index(shards, parts, digest.hexdigest())
-
-
-def _load_sidecar(shard: Path) -> ShardIndex:
-    again = f"Run `flatcal index {shard.parent}`."
-    try:
-        tar_size = check_regular(shard).st_size
-    except FileNotFoundError:
-        raise DataError(f"{shard}: no such shard. Check the pattern or the directory.") from None
-    except OSError as error:
-        raise DataError(f"{shard} cannot be read ({error.strerror or error}).") from error
-    try:
-        stored = read_regular(sidecar(shard), LARGEST_SIDECAR)
-    except FileNotFoundError:
-        raise DataError(
-            f"{shard} has no index: expected {sidecar(shard).name} beside it. {again}"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{sidecar(shard)} cannot be read ({error}). {again}") from error
-    if len(stored) < HEADER.size or not stored.startswith(MAGIC):
-        raise DataError(f"{sidecar(shard)} is cut short or no index at all. {again}")
-    *about, expected = HEADER.unpack_from(stored)
-    _, version, recorded, samples, key_bytes = about
-    if version != VERSION:
-        raise DataError(
-            f"{sidecar(shard)} has format {version}, expected {VERSION}: another version of "
-            f"this program wrote it. {again}"
-        )
-    if _whole_checksum(tuple(about), memoryview(stored)[HEADER.size :]) != expected:
-        raise DataError(f"{sidecar(shard)} is damaged (its checksum differs). {again}")
-    if tar_size != recorded:
-        raise DataError(
-            f"{shard} has {tar_size} bytes, but had {recorded} when it was indexed: the index is "
-            f"stale, or the shard was not copied whole. {again}"
-        )
-    expected_size = HEADER.size + samples * (_rows(0).itemsize + key_bytes)
-    if not 0 < key_bytes <= LONGEST_NAME or len(stored) != expected_size:
-        raise DataError(
-            f"{sidecar(shard)} does not hold the {samples:,} samples with keys of {key_bytes:,} "
-            f"bytes that it announces. {again}"
-        )
-    rows = np.frombuffer(stored, _rows(key_bytes), samples, HEADER.size)
-    if (wrong := _impossible(rows, tar_size)) is not None:
-        raise DataError(f"{sidecar(shard)} describes what no shard holds: {wrong}. {again}")
-    return ShardIndex(tar_size=recorded, **{name: rows[name] for name in rows.dtype.names})
-
-
-def _impossible(rows: np.ndarray, tar_size: int) -> str | None:
-    """What a sidecar says that cannot be so, whoever wrote it; None if all can be.
-
-    Sizes come out of the file: a read has to stay inside of the shard, and within memory.
-    """
-    if not len(rows):
-        return "no samples"
-    offset, size = rows["offset"], rows["size"]
-    outside = (offset < BLOCK) | (offset > tar_size) | (size > tar_size - offset)
-    for name, bad in (
-        ("an image outside of the tar", outside),
-        ("an empty image", size == 0),
-        (f"an image of more than {LARGEST_MEMBER:,} bytes", size > LARGEST_MEMBER),
-        ("an empty key", rows["key"] == b""),
-    ):
-        if bad.any():
-            return f"{name}, sample number {int(np.flatnonzero(bad)[0])}"
-    try:
-        b"\0".join(rows["key"].tolist()).decode()
-    except UnicodeDecodeError:
-        return "a key that is not UTF-8"
-    return None
 
 
 def _check_labels(shard: Path, part: ShardIndex, classes: int) -> None:
@@ -353,7 +229,10 @@ def _check_labels(shard: Path, part: ShardIndex, classes: int) -> None:
 
 
 def _check_keys(shards: tuple[Path, ...], parts: list[ShardIndex]) -> None:
-    """Every key once. Sorting hashes takes a tenth of the time of sorting keys."""
+    """Raise DataError if a key occurs twice.
+
+    Hashes are sorted first, which takes a tenth of the time of sorting keys.
+    """
     hashes = np.sort(np.concatenate([_hashes(part.key) for part in parts]))
     if (hashes[1:] != hashes[:-1]).all():
         return
@@ -372,7 +251,10 @@ def _check_keys(shards: tuple[Path, ...], parts: list[ShardIndex]) -> None:
 
 
 def _hashes(keys: np.ndarray) -> np.ndarray:
-    """A 64-bit number for each of the keys [n] S; the same for a key stored in more bytes."""
+    """Return a 64-bit number [n] for each of the keys [n] S.
+
+    The number of a key does not depend on the width in which the keys are stored.
+    """
     width = -(-keys.dtype.itemsize // 8)
     words = keys.astype(f"S{8 * width}").view("<u8").reshape(len(keys), width)
     hashes = np.zeros(len(keys), np.uint64)

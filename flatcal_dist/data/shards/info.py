@@ -1,4 +1,4 @@
-"""`_info.json`, in which timm keeps the shards of every split and the samples of each shard."""
+"""The file `_info.json`, in which timm keeps the shards of each split and counts their samples."""
 
 import json
 from pathlib import Path, PurePosixPath
@@ -8,7 +8,7 @@ from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.shards.regular import read_regular
 
 LARGEST_INFO = 64 << 20  # bytes; ImageNet's has 40 kB
-MOST_SAMPLES = 10**8  # of a shard: each takes 2 kB of a tar, so these would be 200 GB
+MOST_SAMPLES = 10**8  # in a shard; each takes 2 kB of a tar, so these would be 200 GB
 
 
 class Split(NamedTuple):
@@ -19,7 +19,7 @@ class Split(NamedTuple):
 
 
 def read_info(path: Path, mend: str) -> dict[str, Split]:
-    """The splits of a local `_info.json`. Raises DataError, which ends with `mend`."""
+    """Return the splits of a local `_info.json`. Raises DataError, which ends with `mend`."""
     try:
         content = read_regular(path, LARGEST_INFO)
     except OSError as error:
@@ -28,10 +28,16 @@ def read_info(path: Path, mend: str) -> dict[str, Split]:
 
 
 def parse_info(content: bytes, name: str, mend: str) -> dict[str, Split]:
-    """The splits of an `_info.json` that is called `name`.
+    """Return the splits of an `_info.json`.
 
-    Raises DataError for another form, for a file name that leaves the directory, and for a number
-    of samples that no shard has.
+    Args:
+        content: The bytes of the file.
+        name: What messages call the file.
+        mend: How to mend the file; messages end with it.
+
+    Raises:
+        DataError: The file has another form, a file name leaves the directory, or no shard could
+            hold so many samples.
     """
     try:
         splits = json.loads(content)["splits"].items()

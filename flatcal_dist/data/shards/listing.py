@@ -1,7 +1,7 @@
-"""Shards without random access, and how many of their samples make an epoch.
+"""Shards without random access, and the number of samples that make an epoch.
 
-A stream has no index. Counts come from the `_info.json` beside the shards, which `flatcal shard`
-writes, or from `data.epoch_samples`.
+A stream has no index. The number of samples comes from the `_info.json` beside the shards, which
+`flatcal shard` writes, or from `data.epoch_samples`.
 """
 
 import hashlib
@@ -12,22 +12,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.shards.access import Access, expand_urls, is_remote
 from flatcal_dist.data.shards.cache import ShardCache
+from flatcal_dist.data.shards.connections import NotThere
 from flatcal_dist.data.shards.info import parse_info
-from flatcal_dist.data.shards.remote import (
-    Access,
-    NotThere,
-    expand_urls,
-    is_remote,
-    read_small,
-)
+from flatcal_dist.data.shards.remote import read_small
 from flatcal_dist.data.shards.writing import expand
 from flatcal_dist.urls import base_name, identity, shown
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Shards without random access, and how many of their samples make an epoch."""
+    """Shards without random access, and the number of samples that make an epoch."""
 
     shards: tuple[str, ...]  # URLs, commands or paths
     lengths: tuple[int, ...] | None  # samples of each shard, where `_info.json` tells
@@ -38,12 +34,12 @@ class Stream:
     cache: ShardCache | None = None
 
     def __len__(self) -> int:
-        """Samples of an epoch."""
+        """Return the number of samples of an epoch."""
         return self.samples
 
     @property
     def identity(self) -> str:
-        """SHA-256 over the shards' names and lengths: what is known without reading them."""
+        """The SHA-256 over names and lengths of the shards, which need no reading."""
         text = json.dumps([[identity(shard) for shard in self.shards], self.lengths, self.samples])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -76,18 +72,28 @@ def open_stream(
     epoch_samples: int | None = None,
     cache: ShardCache | None = None,
 ) -> Stream:
-    """The shards that URLs, commands and paths name, with the counts of their `_info.json`.
+    """Open the shards that URLs, commands and paths name, without reading them.
 
-    Nothing else is read, and that need not exist if `epoch_samples` is given. Raises DataError.
+    Args:
+        pattern: The names, see `list_shards`.
+        split: The split that a directory stands for.
+        classes: The number of classes; labels are checked as samples are read.
+        access: How patient to be, and what may be opened.
+        epoch_samples: The number of samples of an epoch. None counts the samples by the
+            `_info.json` beside the shards, which then has to be there.
+        cache: Where shards from URLs are kept; None keeps none.
+
+    Raises:
+        DataError: A name stands for no shards, or the number of samples is not known.
     """
     shards = list_shards(pattern, split, access)
     lengths = _lengths(shards, access)
-    _check_counts(lengths, epoch_samples)
+    samples = _epoch_samples(lengths, epoch_samples)
     return Stream(
         shards=tuple(shards),
         lengths=tuple(lengths) if lengths else None,
         sha256=tuple(checksums(shards, access)),
-        samples=epoch_samples or sum(lengths),
+        samples=samples,
         classes=classes,
         access=access,
         cache=cache,
@@ -95,11 +101,20 @@ def open_stream(
 
 
 def list_shards(pattern: str | Sequence[str], split: str, access: Access) -> list[str]:
-    """The shards that patterns stand for, each once, in the order given.
+    """Return the shards that patterns stand for, each once, in the order given.
 
-    URLs and commands may have braces; a URL that ends in a slash stands for the split's shards in
-    the `_info.json` there; for paths see `shards.expand`. Raises DataError, also for two that only
-    credentials tell apart: those are renewed, so that they are no part of a shard's identity.
+    URLs and commands may have braces. A URL that ends in a slash stands for the shards that the
+    `_info.json` there lists for the split. For paths see `expand`.
+
+    Args:
+        pattern: One name or several.
+        split: The split that a directory stands for.
+        access: How patient to be, and what may be opened.
+
+    Raises:
+        DataError: A pattern stands for no shards, a scheme is not allowed, or two URLs differ in
+            their credentials only. Credentials are renewed, so they are no part of the identity of
+            a shard.
     """
     shards: list[str] = []
     for one in [pattern] if isinstance(pattern, str) else pattern:
@@ -127,21 +142,25 @@ def list_shards(pattern: str | Sequence[str], split: str, access: Access) -> lis
     return shards
 
 
-def _check_counts(lengths: list[int] | None, epoch_samples: int | None) -> None:
-    if lengths is None and epoch_samples is None:
+def _epoch_samples(lengths: list[int] | None, asked: int | None) -> int:
+    """Return the number of samples of an epoch. Raises DataError if it is not known."""
+    if lengths is not None:
+        if (asked or 1) > sum(lengths):
+            raise DataError(
+                f"data.epoch_samples={asked}, but by their _info.json the shards hold "
+                f"{sum(lengths)} samples. Lower it, or leave it out."
+            )
+        return asked or sum(lengths)
+    if asked is None:
         raise DataError(
             "A stream has no index, and no _info.json beside these shards counts all of them: say "
             "how many images make an epoch, data.epoch_samples=N (1281167 for ImageNet-1K)."
         )
-    if lengths is not None and (epoch_samples or 1) > sum(lengths):
-        raise DataError(
-            f"data.epoch_samples={epoch_samples}, but by their _info.json the shards hold "
-            f"{sum(lengths)} samples. Lower it, or leave it out."
-        )
+    return asked
 
 
 def _lengths(shards: Sequence[str], access: Access) -> list[int] | None:
-    """Samples of every shard by the `_info.json` beside it; None unless all are listed."""
+    """Return the numbers of samples that `_info.json` tells, or None unless it tells all."""
     listed: dict[str, int] = {}
     for place in dict.fromkeys(_place(shard) for shard in shards):
         try:
@@ -149,12 +168,15 @@ def _lengths(shards: Sequence[str], access: Access) -> list[int] | None:
         except NotThere:
             continue
         listed |= {place + name: length for rows in splits.values() for name, length in rows}
-    found = [listed.get(_place(shard) + base_name(shard)) for shard in shards]
-    return None if None in found else found
+    names = [_place(shard) + base_name(shard) for shard in shards]
+    return [listed[name] for name in names] if all(name in listed for name in names) else None
 
 
 def checksums(shards: Sequence[str], access: Access) -> list[str | None]:
-    """SHA-256 of shards by the file beside them, PREFIX.sha256 for PREFIX-0000.tar and so on."""
+    """Return the SHA-256 of each shard, where a file beside it tells.
+
+    The file is PREFIX.sha256 for PREFIX-0000.tar and so on.
+    """
     files = [re.sub(r"-\d+\.tar$", ".sha256", base_name(shard)) for shard in shards]
     recorded: dict[str, str] = {}
     for place, file in dict.fromkeys(zip(map(_place, shards), files, strict=True)):
@@ -168,10 +190,10 @@ def checksums(shards: Sequence[str], access: Access) -> list[str | None]:
 
 
 def class_names(shards: Sequence[str], access: Access) -> dict[str, list[str]]:
-    """What labels stand for, in their order, by the plans that `flatcal shard` left beside shards.
+    """Return the names of classes that the plans beside shards list, by the name of the plan.
 
-    By the plan's place; without those that do not exist. Raises DataError for a plan that cannot be
-    read.
+    `flatcal shard` writes a plan, in which the names stand in the order of the labels. Shards
+    without a plan are left out. Raises DataError for a plan that cannot be read.
     """
     plans = [
         _place(shard) + re.sub(r"-\d+\.tar$", ".plan.json", base_name(shard))
@@ -194,23 +216,23 @@ def class_names(shards: Sequence[str], access: Access) -> dict[str, list[str]]:
 
 
 def _place(shard: str) -> str:
-    """The directory of a shard with its slash; "" for a command."""
+    """Return the directory of a shard with its slash, or "" for a command."""
     if shard.startswith("pipe:"):
         return ""
     return (shard.partition("?")[0].rpartition("/")[0] or ".") + "/"
 
 
 def _read_info(directory: str, access: Access) -> dict[str, list[tuple[str, int]]]:
-    """File names and samples by split, from the `_info.json` of a directory (with its slash)."""
+    """Return file names and numbers of samples by split, from the `_info.json` of a directory."""
     name = f"{shown(directory)}_info.json"
     mend = "Mend it, or take it away and set data.epoch_samples."
+    found = {}
     splits = parse_info(read_small(f"{directory}_info.json", access), name, mend)
-    unsaid = [split for split, about in splits.items() if about.lengths is None]
-    if unsaid:
-        raise DataError(
-            f"{name} does not have the form splits -> name -> filenames, shard_lengths (split "
-            f"{unsaid[0]!r} has no shard_lengths). {mend}"
-        )
-    return {
-        split: list(zip(about.names, about.lengths, strict=True)) for split, about in splits.items()
-    }
+    for split, about in splits.items():
+        if about.lengths is None:
+            raise DataError(
+                f"{name} does not have the form splits -> name -> filenames, shard_lengths (split "
+                f"{split!r} has no shard_lengths). {mend}"
+            )
+        found[split] = list(zip(about.names, about.lengths, strict=True))
+    return found

@@ -1,18 +1,17 @@
-"""The members of a tar, from its first byte to its last: one walk, which every reader shares.
+"""The walk through the members of a tar, from its first byte to its last; all readers share it.
 
-A header block is parsed by Python's tarfile. Its walk is replaced: tarfile takes a damaged header
-for the end of the archive, reads extended headers of any size into memory, follows chains of them
-by recursion, and has raw errors for sizes below zero and bad sparse maps. Here each of these is a
-`TarDamage`, and what a tar can make a reader do is bounded in memory and in steps.
+Python's tarfile parses each header block. Its walk is replaced: tarfile takes a damaged header for
+the end of the archive, reads extended headers of any size into memory, follows chains of them by
+recursion, and raises raw errors for sizes below zero and bad sparse maps. Here each of these is a
+`TarDamage`. A tar can make a reader use only a bounded amount of memory and a bounded number of
+steps.
 """
 
 import os
 import re
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple, Protocol
-
-from flatcal_dist.data.shards.remote import RemoteFile
+from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 BLOCK = 512  # of a tar: one header, and the unit of padding
 LARGEST_HEADER = 1 << 20  # bytes of a long name, of a pax header or of a sparse map
@@ -50,7 +49,7 @@ COMPRESSED = {
 
 
 class TarDamage(Exception):
-    """A tar is not whole, or not one. kind: "unreadable", "damaged" (at a header) or "joined"."""
+    """A file is not a whole tar. `kind` is "unreadable", "damaged" (at a header) or "joined"."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -58,32 +57,52 @@ class TarDamage(Exception):
 
 
 class Member(NamedTuple):
-    """One member. A hard link to an earlier file is that file under another name."""
+    """One member. A hard link to an earlier file counts as that file under another name."""
 
     name: str  # bytes that are not UTF-8 are kept as surrogates
-    kind: str  # of KINDS, or "member of type ..."
-    target: str  # of a link, else ""
+    kind: str  # a value of KINDS, or "member of type ..."
+    target: str  # where a link leads, else ""
     start: int  # first byte of its data
     size: int  # bytes of its data
 
 
+@runtime_checkable
+class Rereadable(Protocol):
+    """A stream that is read forward, and can give bytes a second time."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to `size` bytes, and none only at the end."""
+
+    def part(self, start: int, size: int) -> bytes:
+        """Return bytes that have been passed already. The place in the stream does not change."""
+
+    def close(self) -> None:
+        """Close the stream."""
+
+
+Source = BinaryIO | Rereadable
+
+
 class Bytes(Protocol):
-    """What a tar is read from."""
+    """The bytes of a tar."""
 
     position: int  # of the next byte that `read` gives
 
     def read(self, size: int) -> bytes:
-        """As many bytes as there are, up to `size`."""
+        """Return up to `size` bytes, and fewer only at the end."""
 
     def skip_to(self, position: int) -> None:
-        """Go forward. Raises TarDamage if the tar ends before."""
+        """Go forward. Raises TarDamage if the tar ends before this position."""
 
     def read_at(self, start: int, size: int) -> bytes:
-        """Bytes from anywhere that has been passed, or from here on. Raises TarDamage."""
+        """Return bytes from a place that has been passed, or from the present one.
+
+        Raises TarDamage if the tar ends before `size` bytes.
+        """
 
 
 class Seekable:
-    """A file, or the part of it between two bytes, in which one can go back."""
+    """The bytes of a file, or of the part of it between two bytes."""
 
     def __init__(self, file: BinaryIO, start: int = 0, stop: int | None = None) -> None:
         self._file, self.position = file, start
@@ -109,9 +128,9 @@ class Seekable:
 
 
 class Forward:
-    """A stream that is read once; bytes that have been passed are asked for a second time."""
+    """The bytes of a stream that is read once. Bytes that were passed are fetched again."""
 
-    def __init__(self, file: BinaryIO | RemoteFile) -> None:
+    def __init__(self, file: Source) -> None:
         self._file, self._left, self.position = file, memoryview(b""), 0
 
     def read(self, size: int) -> bytes:
@@ -141,9 +160,9 @@ class Forward:
         return data
 
 
-def part(file: BinaryIO | RemoteFile, start: int, size: int) -> bytes:
-    """Bytes that have been passed already. The place in the file stays what it was."""
-    if hasattr(file, "part"):
+def part(file: Source, start: int, size: int) -> bytes:
+    """Return bytes that have been passed already. The place in the file does not change."""
+    if isinstance(file, Rereadable):
         return file.part(start, size)
     here = file.tell()
     file.seek(start)
@@ -153,15 +172,15 @@ def part(file: BinaryIO | RemoteFile, start: int, size: int) -> bytes:
 
 
 def members(tar: Bytes) -> Iterator[Member]:
-    """Every member of a tar, in its order, up to the very end.
+    """Yield every member of a tar, in the order of the tar, up to the very end.
 
-    Between two members the caller may read the data of the one that came last by `tar.read_at`.
-    Raises TarDamage for a tar that is cut short, damaged, compressed, joined to another one, or
-    whose headers no honest tar has.
+    After each member, the caller may read its data by `tar.read_at`. Raises TarDamage for a tar
+    that is cut short, damaged, compressed or joined to another one, or has headers that no honest
+    tar has.
     """
     begin = tar.position
     files: dict[str, tuple[int, int]] = {}  # where the data of each name lie
-    common: dict[str, str] = {}  # of global headers
+    common: dict[str, str] = {}  # records of global headers
     while (header := _header(tar, begin, common)) is not None:
         kind, name, target, size = header
         start = tar.position
@@ -181,7 +200,7 @@ def _plain(name: str) -> str:
 
 
 def _header(tar: Bytes, begin: int, common: dict[str, str]) -> tuple[str, str, str, int] | None:
-    """Kind, name, target and bytes of the next member; None at the end mark."""
+    """Return kind, name, target and bytes of the next member, or None at the end mark."""
     own: dict[str, str] = {}
     for _ in range(LONGEST_CHAIN + 1):
         at = tar.position
@@ -232,7 +251,7 @@ def _extension(tar: Bytes, info: tarfile.TarInfo, at: int) -> bytes:
 
 
 def _pax_records(data: bytes, at: int) -> dict[str, str]:
-    """Of "LENGTH KEY=VALUE\\n" (POSIX.1-2001, pax interchange format)."""
+    """Parse records "LENGTH KEY=VALUE\\n" (POSIX.1-2001, pax interchange format)."""
     records, place = {}, 0
     while place < len(data) and data[place:].strip(b"\0"):
         found = re.compile(rb"(\d{1,7}) ([^=\0]{1,512})=").match(data, place)
@@ -254,7 +273,7 @@ def _refuse_names_for_all(records: dict[str, str], at: int) -> None:
 def _member(
     tar: Bytes, info: tarfile.TarInfo, own: dict[str, str], block: bytes, at: int
 ) -> tuple[str, str, str, int]:
-    raw = block[156:157]  # `info.type` was made a directory where a shortened name ended in a slash
+    raw = block[156:157]  # tarfile makes a directory of a shortened name that ends in a slash
     name, target = own.get("path", info.name), own.get("linkpath", info.linkname)
     size = info.size
     if "size" in own:
@@ -275,7 +294,10 @@ def _member(
 
 
 def _skip_sparse_map(tar: Bytes, block: bytes, at: int) -> None:
-    """The old GNU format continues its map in further blocks, each of which says if one follows."""
+    """Skip the blocks of the old GNU format that continue a sparse map.
+
+    Each block says whether another one follows.
+    """
     more = block[482]
     for _ in range(LARGEST_HEADER // BLOCK):
         if not more:
@@ -288,7 +310,7 @@ def _skip_sparse_map(tar: Bytes, block: bytes, at: int) -> None:
 
 
 def _check_end(tar: Bytes) -> None:
-    """After the first block of zeros there are only more of them, and not many."""
+    """Raise TarDamage unless only zeros follow the first block of zeros, and not too many."""
     mark = tar.position
     while chunk := tar.read(CHUNK):
         if chunk.strip(b"\0"):

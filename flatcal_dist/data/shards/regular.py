@@ -1,9 +1,12 @@
-"""Opening files that may be anything: a FIFO would wait for ever, a device may never end."""
+"""Opening paths that may not be files.
+
+A FIFO would make a reader wait for ever, and a device may never end.
+"""
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from flatcal_dist.data.errors import DataError
 
@@ -17,7 +20,7 @@ KINDS = {
 
 
 class NotRegular(DataError):
-    """A path is no regular file."""
+    """A path is not a regular file."""
 
     def __init__(self, path: Path, mode: int) -> None:
         what = KINDS.get(stat.S_IFMT(mode), "something else")
@@ -27,15 +30,21 @@ class NotRegular(DataError):
 
 
 def check_regular(path: Path) -> os.stat_result:
-    """What `stat` tells of a regular file. Raises NotRegular for all else, and what `stat` does."""
+    """Return what `stat` tells about a regular file.
+
+    Raises NotRegular for anything else, and OSError where `stat` does.
+    """
     about = os.stat(path)  # noqa: PTH116 (paths may be text)
     if not stat.S_ISREG(about.st_mode):
         raise NotRegular(path, about.st_mode)
     return about
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading. Raises NotRegular for all else, and what `open` does."""
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file for reading.
+
+    Raises NotRegular for anything else, and OSError where `open` does.
+    """
     check_regular(path)  # opening some devices does something
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     file = os.fdopen(descriptor, "rb")
@@ -46,7 +55,11 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """All bytes of a regular file. Raises as above, and DataError for more than `limit` bytes."""
+    """Return all bytes of a regular file.
+
+    Raises DataError for more than `limit` bytes, NotRegular for anything but a regular file, and
+    OSError where `open` does.
+    """
     with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:

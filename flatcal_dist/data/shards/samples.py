@@ -1,4 +1,4 @@
-"""Which sample a member of a shard belongs to, or why to none; the same for every reader."""
+"""The sample that a member of a shard belongs to, or the reason why it belongs to none."""
 
 import re
 from pathlib import PurePosixPath
@@ -12,7 +12,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 LARGEST_MEMBER = 256 << 20  # bytes; more is no image, and would have to fit into memory
 LARGEST_LABEL = 64  # bytes of a cls member
 
-# What macOS, Windows, file browsers and shells of network disks leave in folders.
+# Files that macOS, Windows, file browsers and network disks leave in folders.
 _SYSTEM = re.compile(
     r"\._.*|\.DS_Store|\.AppleDouble|\.Spotlight-V100|\.Trashes|\.fseventsd|__MACOSX|Icon\r|"
     r"Thumbs\.db|ehthumbs\.db|desktop\.ini|\$RECYCLE\.BIN|@eaDir|\.directory|\.nfs[0-9a-f]+",
@@ -21,26 +21,26 @@ _SYSTEM = re.compile(
 
 
 class Part(NamedTuple):
-    """A member of a sample."""
+    """A member that belongs to a sample."""
 
     key: str  # of the sample: the name up to its first dot, folders included
     suffix: str  # the rest, in lower case
 
 
 class Unusable(NamedTuple):
-    """Why a member is no part of a sample."""
+    """The reason why a member is no part of a sample."""
 
-    kind: str  # of Problem
+    kind: str  # see `Problem`
     text: str
 
 
 def is_system_file(name: str) -> bool:
-    """Whether any part of a path is what operating systems add to folders: ._a.jpg, Thumbs.db."""
+    """Tell whether an operating system has added a file or a folder of this path (Thumbs.db)."""
     return any(_SYSTEM.fullmatch(part) for part in name.split("/"))
 
 
 def is_text(name: str) -> bool:
-    """Whether a name is UTF-8: bytes that are not are kept as surrogates."""
+    """Tell whether a name is UTF-8. Bytes that are not UTF-8 are kept as surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -49,7 +49,7 @@ def is_text(name: str) -> bool:
 
 
 def part_of(member: Member) -> Part | Unusable | None:
-    """The place of a member; None for a directory, which holds no data of its own."""
+    """Return the place of a member in its sample, or None for a directory, which holds no data."""
     name = member.name
     again = "Write the shard again with plain names."
     if not is_text(name) or re.search(r"[\x00-\x1f\x7f]", name.removesuffix("Icon\r")):

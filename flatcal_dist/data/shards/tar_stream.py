@@ -1,20 +1,18 @@
-"""Samples of a tar that is read from front to back, up to its very end.
+"""The samples of a tar that is read from front to back, up to its very end.
 
-webdataset groups the members into samples. Its own walk through a tar is replaced (members.py): to
-it a damaged header, or an end that comes too early, is the end of the shard, and the rest is lost
-in silence.
+webdataset groups the members into samples. Its walk through a tar is replaced (members.py), because
+it takes a damaged header, or an end that comes too early, for the end of the shard. The rest would
+be lost without a message.
 """
 
 import re
 import sys
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Generator, Iterator
 
 from webdataset.tariterators import group_by_keys
 
 from flatcal_dist.data.errors import DataError
-from flatcal_dist.data.shards.members import Forward, TarDamage, members
-from flatcal_dist.data.shards.remote import RemoteFile
+from flatcal_dist.data.shards.members import Forward, Source, TarDamage, members
 from flatcal_dist.data.shards.samples import (
     IMAGES,
     LARGEST_LABEL,
@@ -24,16 +22,22 @@ from flatcal_dist.data.shards.samples import (
 )
 from flatcal_dist.data.shards.walk import WARNINGS, left_out_text
 
-TOLD = 5  # shards whose left-out members are listed by a process
+TOLD = 5  # shards for which a process lists the members that were left out
 
 
 def read_samples(
-    file: BinaryIO | RemoteFile, name: str, classes: int
-) -> Iterator[tuple[str, bytes, int]]:
-    """Key, encoded image and label of every sample of a shard, in its order.
+    file: Source, name: str, classes: int
+) -> Generator[tuple[str, bytes, int], None, None]:
+    """Yield key, encoded image and label of every sample of a shard, in the order of the tar.
 
-    Raises DataError if the tar is damaged or cut short, and for a sample whose members are not
-    adjacent, that lacks its image or label, or has a label outside [0, classes).
+    Args:
+        file: The tar.
+        name: What messages call it.
+        classes: The number of classes; labels must lie in [0, classes).
+
+    Raises:
+        DataError: The tar is damaged or cut short. Or a sample lacks its image or its label, has a
+            label that is out of range, or its members are not adjacent.
     """
     seen: set[str] = set()
     try:
@@ -82,8 +86,8 @@ def _image_and_label(sample: dict, name: str, classes: int) -> tuple[bytes, int]
     return sample[images[0]], int(text)
 
 
-def _parts(file: BinaryIO | RemoteFile, name: str) -> Iterator[dict]:
-    """Images and labels of a tar as webdataset's grouping wants them, up to its very end."""
+def _parts(file: Source, name: str) -> Iterator[dict]:
+    """Yield images and labels of a tar in the form that webdataset groups, up to its very end."""
     tar = Forward(file)
     left_out: dict[str, list[str]] = {}
     for member in members(tar):
@@ -106,7 +110,7 @@ _told: set[str] = set()  # names of shards, in this process
 
 
 def _tell(name: str, left_out: dict[str, list[str]]) -> None:
-    """Warn of what was left out, once for a shard, and of the first shards only."""
+    """Warn about members that were left out, once for a shard, and for the first shards only."""
     if not left_out or name in _told or len(_told) >= TOLD:
         return
     _told.add(name)
@@ -114,6 +118,6 @@ def _tell(name: str, left_out: dict[str, list[str]]) -> None:
         print(f"{name}: {left_out_text(kind, names)}", file=sys.stderr)
     if len(_told) == TOLD:
         print(
-            "what other shards leave out is not listed here: see `flatcal validate`",
+            "members that other shards leave out are not listed here: see `flatcal validate`",
             file=sys.stderr,
         )

@@ -1,9 +1,9 @@
-"""One pass over a WebDataset tar: where its images lie, their checksums, and what is wrong with it.
+"""One pass over a WebDataset tar finds its images, their checksums, and what is wrong with it.
 
-Members are grouped into samples as webdataset groups them, at the first dot of the name. What
-webdataset would skip or mend in silence (a tar cut short, a sample without its image, two samples
-of one key, a link) is an error here, while there is still time to write the shard again. What is
-left out because it is no part of a sample is counted and named.
+Members are grouped into samples as webdataset groups them, at the first dot of the name. webdataset
+skips or mends some faults without a message: a tar that is cut short, a sample without an image,
+two samples with one key, a link. Here they are errors, while there is still time to write the shard
+again. Members that are no part of a sample are left out, counted and named.
 """
 
 import os
@@ -31,7 +31,7 @@ from flatcal_dist.data.shards.samples import (
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What there is to know of a shard with n samples, in the order of the tar."""
+    """The samples of one shard, in the order of the tar."""
 
     tar_size: int  # bytes of the whole shard
     offset: np.ndarray  # [n] u8: first byte of the image
@@ -46,12 +46,13 @@ class ShardIndex:
 
 
 def checksum(data: bytes | memoryview) -> int:
-    """32 bits of XXH3: some 50 GB/s, so that every read can be checked."""
+    """Return 32 bits of XXH3, which is fast enough (some 50 GB/s) to check every read."""
     return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
 
 
-class Problem(NamedTuple):
-    """Something wrong with a shard."""
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong with a shard."""
 
     kind: str
     key: str  # of the sample or the member; may be empty
@@ -61,7 +62,7 @@ class Problem(NamedTuple):
 
 Report = Callable[[Problem], None]
 
-# What is no error. Every other kind of problem is one.
+# These kinds of problems are warnings. All other kinds are errors.
 WARNINGS = {
     "system files",
     "members not used",
@@ -79,14 +80,17 @@ WARNINGS = {
 
 
 def walk_shard(shard: Path, report: Report) -> ShardIndex:
-    """Read the headers, labels and, for their checksums, images of one tar.
+    """Read one tar once and return the index of its samples.
 
-    A hard link stands for the earlier member that it names. `report` is told of a tar that cannot
-    be read or is cut short, of members that are neither files nor directories, members of a sample
-    that are not adjacent, a missing or second image, a missing label or one that is no integer,
-    keys that occur twice, and absolute or `..` names; of whatever else goes wrong with this shard;
-    and of the members that were left out. The index holds the samples that are free of errors.
-    Raises what `report` raises, if that is a DataError.
+    The tar may be anything: every fault is reported, and the samples without faults are returned.
+    Members that are left out are reported as well.
+
+    Args:
+        shard: The tar.
+        report: It is called for each problem. `WARNINGS` tells which kinds are no errors.
+
+    Raises:
+        DataError: `report` has raised it.
     """
     samples: dict[str, _Sample] = {}
     tar_size = 0
@@ -120,15 +124,15 @@ def walk_shard(shard: Path, report: Report) -> ShardIndex:
             report(Problem("shard empty", "", text))
     for kind, names in left_out.items():
         report(Problem(kind, names[0], f"{shard}: {left_out_text(kind, names)}", len(names)))
-    whole = [sample for sample in samples.values() if sample.is_whole(shard, report)]
+    whole = [found for s in samples.values() if (found := s.whole(shard, report)) is not None]
     return ShardIndex(
         tar_size=tar_size,
-        offset=np.array([sample.image.start for sample in whole], np.uint64),
-        size=np.array([sample.image.size for sample in whole], np.uint32),
-        header=np.array([sample.header for sample in whole], np.uint32),
-        content=np.array([sample.content for sample in whole], np.uint32),
-        label=np.array([int(sample.label) for sample in whole], np.int32),
-        key=np.array([sample.key.encode() for sample in whole], np.bytes_),
+        offset=np.array([found.image.start for found in whole], np.uint64),
+        size=np.array([found.image.size for found in whole], np.uint32),
+        header=np.array([found.header for found in whole], np.uint32),
+        content=np.array([found.content for found in whole], np.uint32),
+        label=np.array([found.label for found in whole], np.int32),
+        key=np.array([found.key.encode() for found in whole], np.bytes_),
     )
 
 
@@ -137,7 +141,7 @@ def _told(error: Exception) -> str:
 
 
 def left_out_text(kind: str, names: list[str]) -> str:
-    """How many members of a kind were left out, which, and why that is no harm."""
+    """Say how many members of a kind were left out, which ones, and why that does no harm."""
     shown = ", ".join(ascii(name) for name in names[:3]) + ", ..." * (len(names) > 3)
     if kind == "system files":
         return (
@@ -165,8 +169,20 @@ def _damage(shard: Path, damage: TarDamage) -> Problem:
     return Problem(f"shard {damage.kind}", "", text)
 
 
+class _Whole(NamedTuple):
+    """A sample without faults."""
+
+    key: str
+    image: Member
+    header: int
+    content: int
+    label: int
+
+
 @dataclass
 class _Sample:
+    """A sample whose members are being read."""
+
     key: str
     image: Member | None = None
     header: int = 0
@@ -175,9 +191,10 @@ class _Sample:
     suffixes: set[str] = field(default_factory=set)
     refused: bool = False  # a problem has been reported
 
-    def is_whole(self, shard: Path, report: Report) -> bool:
+    def whole(self, shard: Path, report: Report) -> _Whole | None:
+        """Return the sample, or report what it lacks and return None."""
         if self.refused:
-            return False
+            return None
         if self.image is None:
             kind = "image missing"
             text = (
@@ -198,9 +215,9 @@ class _Sample:
                 "must hold one decimal integer. Write the shard again with class numbers."
             )
         else:
-            return True
+            return _Whole(self.key, self.image, self.header, self.content, int(self.label))
         report(Problem(kind, self.key, text))
-        return False
+        return None
 
 
 def _group(
@@ -210,7 +227,15 @@ def _group(
     left_out: dict[str, list[str]],
     report: Report,
 ) -> None:
-    """Gather the samples of a tar by key, members grouped as webdataset does (at the first dot)."""
+    """Gather the samples of a tar by key, as webdataset does (up to the first dot of a name).
+
+    Args:
+        shard: The path of the tar, for messages.
+        tar: Its bytes.
+        samples: It gets the samples by key, in the order of the tar.
+        left_out: It gets the names of members that are no part of a sample, by kind.
+        report: It is called for each problem.
+    """
     current: _Sample | None = None
     for member in members(tar):
         part = part_of(member)

@@ -1,9 +1,10 @@
 """Writing WebDataset shards, and finding them.
 
-A shard is a plain tar of `KEY.jpg|png`, `KEY.cls` (the label, ascii) and `KEY.json`, named
-`PREFIX-0000.tar` and so on. The bytes depend on the samples alone (no times, no users), each
-shard appears whole by rename, its index beside it, and `_info.json` tells timm's reader what the
-directory holds: `timm.data.create_dataset("wds/NAME", root=DIRECTORY, split=SPLIT)` just works.
+A shard is a plain tar of `KEY.jpg|png`, `KEY.cls` (the label, ASCII) and `KEY.json`, named
+`PREFIX-0000.tar` and so on. Its bytes depend on the samples alone, because no times and users are
+stored. Each shard appears whole by rename, with its index beside it. `_info.json` tells the reader
+of timm what the directory holds, so
+`timm.data.create_dataset("wds/NAME", root=DIRECTORY, split=SPLIT)` works.
 """
 
 import fcntl
@@ -20,13 +21,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import webdataset
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from flatcal_dist.data.errors import DataError
-from flatcal_dist.data.shards.index import index_shard
 from flatcal_dist.data.shards.info import LARGEST_INFO, read_info
 from flatcal_dist.data.shards.regular import read_regular
 from flatcal_dist.data.shards.samples import IMAGES
+from flatcal_dist.data.shards.sidecars import index_shard
 from flatcal_dist.files import expanded, write_atomically, write_json, write_text
 from flatcal_dist.patterns import too_many_names
 
@@ -36,7 +37,7 @@ BY_PATTERN = "Mend it, or name the shards by pattern instead of by directory."
 
 @dataclass(frozen=True)
 class Sample:
-    """One image to be written, still encoded."""
+    """One encoded image that is to be written."""
 
     key: str  # unique in its split and its directory; no dot, no slash
     image: bytes
@@ -54,12 +55,23 @@ def write_shards(
     split: str,
     samples_per_shard: int,
 ) -> list[Path]:
-    """Write `samples`, in their order, as shards of a split; index them; return their paths.
+    """Write samples in their order as the shards of a split, and index the shards.
 
-    Memory holds one sample at a time. Other splits in the directory are left alone.
+    Memory holds one sample at a time. Other splits in the directory do not change.
 
-    Raises DataError for a key that is no plain name or occurs twice, an unknown image extension,
-    no samples at all, or shards with this prefix that are there already.
+    Args:
+        samples: The samples.
+        directory: Where the shards will lie. It is made if it does not exist.
+        prefix: How the names of the shards begin.
+        split: The name of the split in `_info.json`.
+        samples_per_shard: The number of samples in each shard but the last.
+
+    Returns:
+        The paths of the shards.
+
+    Raises:
+        DataError: A key is no plain name or occurs twice, the extension of an image is unknown,
+            there are no samples, or the directory already holds shards with this prefix.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -68,7 +80,10 @@ def write_shards(
             f"{directory} already holds {len(old)} files of {prefix!r} shards ({old[0].name}, ...)"
             ": old and new ones would mix. Delete them or choose another directory."
         )
-    shards, lengths, seen, digests = [], [], set(), {}
+    shards: list[Path] = []
+    lengths: list[int] = []
+    seen: set[str] = set()
+    digests: dict[str, str] = {}
     remaining = iter(samples)
     while head := list(itertools.islice(remaining, 1)):
         rest = itertools.islice(remaining, samples_per_shard - 1)
@@ -84,7 +99,16 @@ def write_shards(
 
 
 def write_shard(samples: Iterable[Sample], shard: Path, seen: set[str]) -> str:
-    """Write one shard, whole or not at all, and return its SHA-256; `seen` gets its keys."""
+    """Write one shard, whole or not at all, and return its SHA-256.
+
+    Args:
+        samples: The samples of the shard.
+        shard: The path of the shard.
+        seen: The keys that must not come again. The keys of the samples are added.
+
+    Raises:
+        DataError: A sample cannot be written, see `write_shards`.
+    """
     digest = hashlib.sha256()
     with (
         write_atomically(shard) as temporary,
@@ -109,9 +133,9 @@ def write_shard(samples: Iterable[Sample], shard: Path, seen: set[str]) -> str:
 
 
 class _Hashing:
-    """A file to write to that feeds a digest with all that passes."""
+    """A file that feeds a digest with all that is written to it."""
 
-    def __init__(self, file: BinaryIO, digest: Any):
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
         self.file, self.digest = file, digest
 
     def write(self, data: bytes) -> int:
@@ -131,7 +155,7 @@ def _check_sample(sample: Sample, seen: set[str]) -> None:
 
 
 def check_key(key: str, where: str = "") -> None:
-    """Raise DataError, which begins with `where`, if `key` cannot be a sample's name in a tar."""
+    """Raise DataError, which begins with `where`, if a sample in a tar cannot have this key."""
     if not key or any(c in ".\\/" or unicodedata.category(c) in _NO_LETTERS for c in key):
         raise DataError(
             f"{where}{key!a} cannot be a key: it must be a plain name of UTF-8 without dots "
@@ -143,15 +167,15 @@ def check_key(key: str, where: str = "") -> None:
 
 
 def write_checksums(path: Path, digests: dict[str, str]) -> None:
-    """SHA-256 by file name, in the form that `sha256sum -c` checks."""
+    """Write the SHA-256 of each file, by its name, in the form that `sha256sum -c` checks."""
     write_text(path, "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
 
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock on a file or directory; False where the file system has none.
+    """Hold a lock on a file or directory. Yields False where the file system has no locks.
 
-    Raises BlockingIOError if another process has it and `wait` is off.
+    Raises BlockingIOError if another process holds the lock and `wait` is off.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for a writer
     try:
@@ -168,7 +192,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def refuse_other_shards(directory: Path, split: str, shards: Sequence[Path]) -> None:
-    """Raise DataError if `_info.json` gives `split` other shards, which are there."""
+    """Raise DataError if `_info.json` lists other shards of `split` that are there."""
     info = directory / "_info.json"
     if not info.exists():
         return
@@ -184,7 +208,17 @@ def refuse_other_shards(directory: Path, split: str, shards: Sequence[Path]) -> 
 
 
 def add_to_info(directory: Path, split: str, shards: list[Path], lengths: list[int]) -> None:
-    """Merge one split into `_info.json`, whose other splits stay. Raises as above."""
+    """Add one split to `_info.json`, whose other splits do not change.
+
+    Args:
+        directory: Where `_info.json` lies.
+        split: The name of the split.
+        shards: Its shards.
+        lengths: The number of samples of each shard.
+
+    Raises:
+        DataError: `_info.json` lists other shards of the split that are there.
+    """
     with locked(directory):  # splits are often written at the same time
         refuse_other_shards(directory, split, shards)
         path = directory / "_info.json"
@@ -203,16 +237,22 @@ def add_to_info(directory: Path, split: str, shards: list[Path], lengths: list[i
 def expand(
     pattern: str | Path | Sequence[str | Path], split: str | None = None, *, missing: bool = False
 ) -> list[Path]:
-    """The shards that a directory, a glob, a brace pattern or a list of these names.
+    """Return the shards that a directory, a glob, a brace pattern or a list of these names.
 
-    The order is stable: lists and braces as written, directories and globs by name; a shard
-    named twice comes once, at its first place. Splits may share a directory: with `split`, a
-    directory stands for that split of its `_info.json`, or without one for the shards named
-    `*-SPLIT-*.tar` if there are any; otherwise for all of its shards.
+    The order is stable: lists and braces are kept as written, directories and globs are sorted by
+    name. A shard that is named twice comes once, at its first place.
 
-    Raises DataError if a pattern matches nothing, a directory's `_info.json` has splits but not
-    this one, `flatcal shard` has not finished there, or, unless `missing` are asked for too, a
-    shard named outright, by braces or in `_info.json` is not there.
+    Args:
+        pattern: One name or several.
+        split: The split that a directory stands for: the shards that its `_info.json` lists, or
+            without this file the shards named `*-SPLIT-*.tar`, if there are any. In all other cases
+            a directory stands for all of its shards.
+        missing: Whether shards that are not there are returned, too, if they are named without a
+            glob.
+
+    Raises:
+        DataError: A pattern matches nothing, the `_info.json` of a directory has no such split,
+            `flatcal shard` has not finished there, or a shard is not there.
     """
     if isinstance(pattern, str | Path):
         pattern = [pattern]
@@ -231,7 +271,7 @@ def _expand(pattern: str, split: str | None, missing: bool) -> list[Path]:
         raise DataError(f"The shard pattern {problem}.")
     try:
         names = list(braceexpand(pattern))
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise DataError(f"The shard pattern {pattern!r} has unbalanced braces: {error}.") from None
     found = []
     for name in names:
@@ -239,7 +279,7 @@ def _expand(pattern: str, split: str | None, missing: bool) -> list[Path]:
         if path.exists():
             found += _tars(path, split, missing)
         elif has_magic(name):
-            # A glob is meant for shards: what lies beside them (indexes) is not asked for.
+            # A glob means shards, and not the indexes that lie beside them.
             paths = map(Path, glob(str(path)))  # noqa: PTH207 (Path.glob wants a fixed root)
             matches = sorted(p for p in paths if p.suffix == ".tar")
             if not matches:
@@ -269,7 +309,10 @@ def _tars(path: Path, split: str | None, missing: bool) -> list[Path]:
 
 
 def _refuse_unfinished(directory: Path, split: str | None) -> None:
-    """`flatcal shard` plans a split beforehand, and names it in `_info.json` when it is whole."""
+    """Raise DataError if `flatcal shard` has not written all shards of a split.
+
+    It writes a plan beforehand, and adds the split to `_info.json` when all shards are there.
+    """
     info = directory / "_info.json"
     for path in sorted(directory.glob("*.plan.json")):
         try:

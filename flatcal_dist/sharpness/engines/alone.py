@@ -1,4 +1,4 @@
-"""A process group of one process, for engines that want a group where nobody launched ranks."""
+"""A process group of one process, for engines that need a group where nobody launched ranks."""
 
 import os
 

@@ -6,22 +6,25 @@ from flatcal_dist.sharpness.errors import StepError
 
 
 def within_fabric(model: nn.Module) -> nn.Module:
-    """The network that was given to `Fabric.setup`, or the model itself where Fabric is not used.
+    """Return the network that was given to `Fabric.setup`, or the model where Fabric is not used.
 
     Raises:
-        StepError: Fabric was told a mixed precision, in which its modules allow no backward pass
-            but by `Fabric.backward`.
+        StepError: Fabric was given a mixed precision, in which its modules allow no backward pass
+            except by `Fabric.backward`.
     """
     if not _is_fabric(model):
         return model
-    precision = getattr(model._strategy.precision, "precision", "32-true")
+    chosen = getattr(getattr(model, "_strategy", None), "precision", None)
+    precision = getattr(chosen, "precision", "32-true")
     if precision.endswith("-mixed"):
         raise StepError(
-            f"Fabric was given precision={precision!r}, and then wants to run each backward pass "
-            "itself, where the step has to: leave `precision` out, call the step within "
+            f"Fabric was given precision={precision!r}, and then has to run each backward pass "
+            "itself, which the step must do: leave `precision` out, call the step within "
             "torch.autocast(device, dtype), and give the engine compute_dtype=dtype"
         )
-    return model._original_module
+    original = model._original_module
+    assert isinstance(original, nn.Module)
+    return original
 
 
 def _is_fabric(model: nn.Module) -> bool:

@@ -1,14 +1,15 @@
 """FSDP2: weights, gradients and optimizer state cut into shards over ranks (ZeRO-3's layout).
 
 Every rank holds its rows of each parameter in fp32. A forward or backward pass gathers the whole
-of a block from the shards, in the precision of the pass, and drops it again; so to perturb is to
-change shards while nothing whole is held, and the next forward pass sees it by itself.
+of a block from the shards, in the precision of the pass, and drops it again. So a perturbation
+changes the shards while nothing whole is held, and the next forward pass sees it without more work.
 
-Public interface of torch.distributed.fsdp only, but for fsdp2_passes.py.
+Only the public interface of torch.distributed.fsdp is used, but for fsdp2_passes.py.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ from flatcal_dist.sharpness.engines.fsdp2_start import in_full_precision
 from flatcal_dist.sharpness.engines.fsdp2_state import (
     copy_into,
     join,
+    local,
     parameters_of,
+    sharded,
     sharded_like,
     split,
 )
@@ -47,12 +50,20 @@ from flatcal_dist.sharpness.scope import Scope
 class ShardedEngine:
     """A network sharded by `fsdp2_start.shard`, and an optimizer on its sharded parameters.
 
-    compute_dtype: the precision it was sharded with; torch.float16 scales losses. Perturbs for all
-    ranks; or, where it is sharded over groups of ranks, for each group by itself, since each group
-    holds all weights. Replicas (ranks of different groups with the same shard) then average their
-    gradients after the backward pass. One engine serves one scope.
+    The engine perturbs for all ranks. Where the network is sharded over groups of ranks, it can
+    also perturb for each group alone, since each group holds all weights. Replicas (ranks of
+    different groups with the same shard) then average their gradients after the backward pass.
 
     While micro-batches accumulate, each rank holds a whole gradient in fp32.
+
+    Args:
+        model: The network, as `shard` gives it.
+        optimizer: An optimizer, built on the network's parameters after `shard`.
+        compute_dtype: The precision that the network was sharded with. With torch.float16 the
+            engine scales losses.
+
+    Raises:
+        StepError: The network is not sharded so, or the optimizer cannot serve it.
     """
 
     def __init__(
@@ -61,24 +72,23 @@ class ShardedEngine:
         optimizer: torch.optim.Optimizer,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.model = self.module = model
+        self.model = self.module = self.named = model
         self.optimizer = optimizer
         # Kept, and not looked up: while a block is gathered, the network has other parameters.
         self.parameters = dict(model.named_parameters())
-        _refuse_unsharded(model, self.parameters, optimizer)
+        self.root = _refuse_unsharded(model, self.parameters, optimizer)
         self.weights = {n: w for n, w in self.parameters.items() if w.requires_grad}
         self.blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
         refuse_unusable(self.weights, optimizer)
         refuse_part(self.weights, {id(w) for w in parameters_of(optimizer)})
         shapes = [[tuple(w.shape) for w in group["params"]] for group in optimizer.param_groups]
-        refuse_rows(optimizer, shapes, parameters_of(optimizer)[0].device_mesh)
-        first = next(iter(self.weights.values()))
+        refuse_rows(optimizer, shapes, sharded(parameters_of(optimizer)[0]).device_mesh)
+        first = sharded(next(iter(self.weights.values())))
         self.device = first.to_local().device
         self.world_size = dist.get_world_size()
         self.group = first.device_mesh.get_group()
         self.replicas = self._replicas(dist.get_process_group_ranks(self.group))
-        self.averaged = False  # the gradient that is there, over replicas
-        self.scope: Scope | None = None
+        self.averaged = False  # whether the present gradient is the mean over replicas
         whole = in_full_precision(model)
         self.dtypes = {
             n: torch.float32 if id(w) in whole else compute_dtype for n, w in self.weights.items()
@@ -87,15 +97,19 @@ class ShardedEngine:
         self.backup = Backup()
 
     def _replicas(self, ranks: list[int]) -> Scope:
-        """The ranks that hold the same shard as this one, as what can sum over them."""
+        """Return the ranks that hold the same shard as this one, as a scope to sum over."""
         size = len(ranks)
         if ranks != list(range(ranks[0] // size * size, ranks[0] // size * size + size)):
-            raise StepError(f"FSDP2 over groups of consecutive ranks only, not over {ranks}")
+            raise StepError(
+                f"FSDP2 shards over groups of consecutive ranks only, and the mesh has {ranks}"
+            )
         count = self.world_size // size
         group = None
         if 1 < count < self.world_size:
             same = [list(range(i, self.world_size, size)) for i in range(size)]
-            group = dist.new_subgroups_by_enumeration(same)[0]
+            found, _ = dist.new_subgroups_by_enumeration(same)
+            assert not isinstance(found, int)  # every rank is in one of the groups
+            group = found
         return Scope("replicas", count, count == self.world_size, group)
 
     @property
@@ -107,13 +121,7 @@ class ShardedEngine:
         return self.model
 
     def reduces(self, scope: Scope) -> bool:
-        """Whether the ascent gradient of this scope is what a backward pass leaves in `shards`."""
         return scope.everyone or scope.ranks == self.world_size // self.replicas.ranks
-
-    @property
-    def alone(self) -> bool:
-        """Whether each group perturbs by itself, so that its ascent gradient is not averaged."""
-        return self.scope is not None and not self.scope.everyone
 
     def check(self, rule: Rule, scope: Scope, per_micro_batch: bool) -> None:
         ranks = self.world_size // self.replicas.ranks
@@ -124,17 +132,11 @@ class ShardedEngine:
             )
         if not self.reduces(scope):
             raise StepError(
-                f"scope {scope.name!r} wants other weights in every {scope.ranks} of "
-                f"{self.world_size} ranks, but {ranks} ranks gather theirs from each other's "
-                "shards; use scope 'global', shard over groups of so many ranks "
+                f"scope {scope.name!r} needs other weights in every {scope.ranks} of "
+                f"{self.world_size} ranks, but {ranks} ranks gather their weights from each "
+                "other's shards; use scope 'global', shard over groups of so many ranks "
                 "(ranks_per_group), or use DDP"
             )
-        if self.scope is not None and self.scope.ranks != scope.ranks:
-            raise StepError(
-                f"this engine already perturbs in scope {self.scope.name!r}; build another one for "
-                f"scope {scope.name!r}"
-            )
-        self.scope = scope
 
     @property
     def scales_losses(self) -> bool:
@@ -157,7 +159,7 @@ class ShardedEngine:
 
     @contextmanager
     def accumulation(self, reduce: bool) -> Iterator[None]:
-        self.model.set_requires_gradient_sync(reduce)
+        self.root.set_requires_gradient_sync(reduce)
         try:
             yield
         except BaseException:
@@ -169,21 +171,22 @@ class ShardedEngine:
         with sparse_refused():
             (loss * self.loss_scale).backward()
 
-    def shards(self) -> Shards:
-        if not self.alone:
-            self._average()
-        return self._held()
+    def shards(self, scope: Scope) -> Shards:
+        if not scope.everyone:  # each group perturbs alone
+            return replace(self._held(), total=self._total_of_group)
+        self._average()
+        return replace(self._held(), total=self.total)
 
     @torch.no_grad()
     def _held(self) -> Shards:
-        held = {n: w for n, w in self.weights.items() if w.grad is not None}
-        weights = [w.to_local() for w in held.values()]
-        gradients = [w.grad.to_local() for w in held.values()]
+        held = {n: (w, w.grad) for n, w in self.weights.items() if w.grad is not None}
+        weights = [local(w) for w, _ in held.values()]
+        gradients = [local(gradient) for _, gradient in held.values()]
         return Shards(list(held), weights, gradients, loss_scale=self.loss_scale)
 
     @torch.no_grad()
     def _average(self) -> None:
-        """The gradient over replicas, bit for bit the same on them."""
+        """Average the gradient over replicas, bit for bit the same on them."""
         gradients = self._held().gradients
         if self.replicas.ranks > 1 and gradients and not self.averaged:
             self.replicas.sum_(gradients)
@@ -193,14 +196,12 @@ class ShardedEngine:
     def whole_weights(self) -> Shards:
         raise StepError("no rank of FSDP2 holds whole weights")
 
-    def total(self, part: Tensor) -> Tensor:
-        if self.alone:
-            part = part.detach().to(self.device, copy=True)
-            dist.all_reduce(part, group=self.group)
-            return part
-        return self._total_of_all(part)
+    def _total_of_group(self, part: Tensor) -> Tensor:
+        part = part.detach().to(self.device, copy=True)
+        dist.all_reduce(part, group=self.group)
+        return part
 
-    def _total_of_all(self, part: Tensor) -> Tensor:
+    def total(self, part: Tensor) -> Tensor:
         # Over replicas too, for one result: groups by themselves may sum in another order.
         part = part.detach().to(self.device, copy=True)
         dist.all_reduce(part)
@@ -210,14 +211,15 @@ class ShardedEngine:
     def moved(self, shards: Shards) -> Iterator[Displacement]:
         names, weights = list(shards.names), list(shards.weights)
         dtypes = [self.dtypes[name] for name in names]
+        total = shards.total
         self._drop_gathered()
         with self.backup.moved(shards) as before:
 
             def displacement() -> Measured:
                 self._average()
-                gradients = [self.weights[name].grad for name in names]
-                local = [g if g is None else g.to_local() for g in gradients]
-                return measure(weights, before, local, dtypes, self.total)
+                found = [self.weights[name].grad for name in names]
+                gradients = [None if g is None else local(g) for g in found]
+                return measure(weights, before, gradients, dtypes, total)
 
             try:
                 yield displacement
@@ -225,13 +227,16 @@ class ShardedEngine:
                 self._drop_gathered()
 
     def _drop_gathered(self) -> None:
-        """So that the next forward pass gathers: the root stays whole after an evaluation."""
+        """Drop gathered weights, so that the next forward pass gathers them again.
+
+        The root block stays whole after an evaluation.
+        """
         for block in self.blocks:
             block.reshard()
 
     def gradient_norm(self) -> Tensor:
         self._average()
-        return self._total_of_all(squared_norm(self._held().gradients)).sqrt() / self.loss_scale
+        return self.total(squared_norm(self._held().gradients)).sqrt() / self.loss_scale
 
     @torch.no_grad()
     def update(self, norm: Tensor, clip_norm: float | None) -> None:
@@ -262,9 +267,9 @@ class ShardedEngine:
 
     @torch.no_grad()
     def full_weights(self) -> dict[str, Tensor]:
-        """Of rank 0 the state_dict, whole and on the CPU; of others none. Called by all ranks.
+        """Return the whole state_dict on the CPU on rank 0, and nothing on other ranks.
 
-        One parameter at a time is whole on the device.
+        Called by all ranks. One parameter at a time is whole on the device.
         """
         self._drop_gathered()
         whole = {}
@@ -276,11 +281,11 @@ class ShardedEngine:
 
     @torch.no_grad()
     def local_state(self) -> dict[str, Any]:
-        """For the same rank among as many ranks in the same groups."""
+        """Return a state for the same rank among as many ranks in the same groups."""
         optimizer = self.optimizer.state_dict()
         return {
             "layout": self._layout(),
-            "weights": {n: w.to_local().detach() for n, w in self.weights.items()},
+            "weights": {n: local(w).detach() for n, w in self.weights.items()},
             "buffers": dict(self.module.named_buffers()),
             "optimizer": {
                 "state": {i: split(s) for i, s in optimizer["state"].items()},
@@ -291,24 +296,24 @@ class ShardedEngine:
 
     @torch.no_grad()
     def load_local_state(self, state: dict[str, Any]) -> None:
-        """Raises StepError for the state of another rank, layout or network."""
+        """Raise StepError for the state of another rank, layout or network."""
         if state["layout"] != self._layout():
             raise StepError(
                 f"the state is of {state['layout']}, this is {self._layout()}; start from the full "
                 "weights, or with as many ranks"
             )
         self._drop_gathered()
-        copy_into({n: w.to_local() for n, w in self.weights.items()}, state["weights"])
+        copy_into({n: local(w) for n, w in self.weights.items()}, state["weights"])
         set_buffers(self.module, state["buffers"], self.device)
         saved = state["optimizer"]
         parameters = parameters_of(self.optimizer)
-        joined = {i: join(s, parameters[i]) for i, s in saved["state"].items()}
+        joined = {i: join(s, sharded(parameters[i])) for i, s in saved["state"].items()}
         self.optimizer.load_state_dict({"state": joined, "param_groups": saved["param_groups"]})
         self.scale = LossScale(**state["scale"])
 
     @torch.no_grad()
     def masters(self) -> dict[str, Tensor]:
-        return {name: weight.to_local() for name, weight in self.weights.items()}
+        return {name: local(weight) for name, weight in self.weights.items()}
 
     def rewritten(self) -> None:
         self._drop_gathered()
@@ -319,7 +324,7 @@ class ShardedEngine:
             row = weight.numel() // weight.shape[0] if weight.numel() else 0
             rows = -(-weight.shape[0] // dist.get_world_size(self.group))  # as torch.chunk cuts
             start = min(rank * rows, weight.shape[0]) * row
-            pieces[name] = [list(weight.shape), start, weight.to_local().numel()]
+            pieces[name] = [list(weight.shape), start, local(weight).numel()]
         return {
             "pieces": pieces,
             "slots": slots_by_parameter(self.optimizer, self.parameters.items()),
@@ -329,7 +334,7 @@ class ShardedEngine:
     @torch.no_grad()
     def load_optimizer(self, state: dict[int, dict[str, Any]], groups: list[dict]) -> None:
         parameters = parameters_of(self.optimizer)
-        joined = {index: sharded_like(s, parameters[index]) for index, s in state.items()}
+        joined = {i: sharded_like(s, sharded(parameters[i])) for i, s in state.items()}
         self.optimizer.load_state_dict(with_groups(self.optimizer, joined, groups))
 
     def set_loss_scale(self, value: float) -> None:
@@ -345,19 +350,21 @@ class ShardedEngine:
 
 def _refuse_unsharded(
     model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
+) -> FSDPModule:
+    """Return the model, and raise StepError for one that is not sharded as the engine needs it."""
     if not isinstance(model, FSDPModule) or not all(
         isinstance(w, DTensor) and w.device_mesh.ndim == 1 and w.dtype == torch.float32
         for w in parameters.values()
     ):
         raise StepError(
-            "ShardedEngine wants an fp32 network whose every parameter is sharded over a mesh of "
-            "one dimension, as flatcal_dist.sharpness.engines.fsdp2_start.shard gives it"
+            "ShardedEngine takes an fp32 network in which every parameter is sharded over a mesh "
+            "of one dimension: shard it with flatcal_dist.sharpness.engines.fsdp2_start.shard"
         )
     refuse_unknown(model)
     own = {id(w) for w in parameters.values()}
     if not all(id(w) in own for w in parameters_of(optimizer)):
         raise StepError(
             "the optimizer holds parameters from before the network was sharded, which nothing "
-            "reads any more; build it after shard()"
+            "reads any more: build it after shard()"
         )
+    return model

@@ -1,9 +1,10 @@
-"""What passes of FSDP2 leave where nothing public reaches it: gradients, and passes cut off.
+"""What passes of FSDP2 leave in places that are not public: gradients, and interrupted passes.
 
-A backward pass that does not reduce leaves its whole gradient inside of FSDP2, and the next one
-adds it. A pass that an exception ends leaves blocks gathered and FSDP2 amid a pass. torch has
-`reset_iter_state` since 2.13; it ends the pass and (up to 2.14 at least) keeps the gradients. So
-this module reads private attributes of torch.distributed.fsdp, checked with torch 2.11 and 2.14.
+A backward pass that does not reduce leaves its whole gradient inside FSDP2, and the next one adds
+to it. A pass that an exception ends leaves blocks gathered and FSDP2 amid a pass. Since version
+2.13 torch has `reset_iter_state`, which ends the pass and (up to 2.14 at least) keeps the
+gradients. So this module reads private attributes of torch.distributed.fsdp. It was checked with
+torch 2.11 and 2.14.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,9 @@ def forget_gradients(network: nn.Module) -> None:
 
 
 def end_passes(network: nn.Module) -> None:
-    """After an exception amid a pass: no block is gathered, and the next pass is a first one."""
+    """Clean up after an exception amid a pass: no block is gathered, the next pass is a new one."""
+    if not isinstance(network, FSDPModule):
+        return
     root = network._get_fsdp_state()
     if root._is_root is None:  # no pass has begun yet
         return
@@ -39,7 +42,7 @@ def end_passes(network: nn.Module) -> None:
 
 
 def refuse_unknown(network: nn.Module) -> None:
-    """Raises StepError for a torch whose FSDP2 is laid out in another way."""
+    """Raise StepError for a torch whose FSDP2 is laid out in another way."""
     try:
         parameters = [p for group in _groups(network) for p in group.fsdp_params]
         known = all(hasattr(p, "unsharded_accumulated_grad") for p in parameters)
@@ -48,12 +51,12 @@ def refuse_unknown(network: nn.Module) -> None:
     if not known:
         raise StepError(
             f"FSDP2 of torch {torch.__version__} keeps gradients in a place that is not known "
-            "here; use a torch that launch/constraints.txt names, or DDP"
+            "here: use the torch that launch/constraints.txt names, or DDP"
         )
 
 
 def _groups(network: nn.Module) -> Iterator[Any]:
-    """FSDP2's groups of parameters that are gathered together."""
+    """Yield FSDP2's groups of parameters that are gathered together."""
     for state in _states(network):
         if hasattr(state, "_fsdp_param_groups"):  # since torch 2.12
             yield from state._fsdp_param_groups
@@ -62,13 +65,13 @@ def _groups(network: nn.Module) -> Iterator[Any]:
 
 
 def _states(network: nn.Module) -> list[Any]:
-    """FSDP2's state of each block, once, the root's first."""
+    """Return FSDP2's state of each block once, the state of the root first."""
     blocks = [m for m in network.modules() if isinstance(m, FSDPModule)]
     return list(dict.fromkeys(block._get_fsdp_state() for block in blocks))
 
 
 def _reset(network: nn.Module, root: Any) -> None:
-    """What `reset_iter_state` does, for torch 2.11 and 2.12."""
+    """Do what `reset_iter_state` does, for torch 2.11 and 2.12."""
     from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
     now, communication = root._device_handle.current_stream(), root._comm_ctx

@@ -27,26 +27,27 @@ def shard(
     ranks_per_group: int | None = None,
     smallest_block: int = SMALLEST_BLOCK,
 ) -> nn.Module:
-    """Shard a network in place; build the optimizer on its parameters afterwards.
+    """Shard a network in place. Build the optimizer on its parameters afterwards.
 
-    Every rank begins with rank 0's weights and buffers. Gathered together are the parameters of
-    each block: a child of a Sequential or ModuleList with at least `smallest_block` parameters,
-    innermost first; and of all that remains. A block that shares a weight with a module outside of
-    it is gathered with the block that holds both. Beside a low precision, each norm layer that
-    keeps statistics is gathered by itself, in fp32.
+    Every rank begins with rank 0's weights and buffers. The parameters of a block are gathered
+    together. A block is a child of a Sequential or ModuleList with at least `smallest_block`
+    parameters, innermost first; all that remains is one more block. A block that shares a weight
+    with a module outside is gathered with the block that holds both. In low precision each norm
+    layer that keeps statistics is gathered separately, in fp32.
 
     Args:
         network: An fp32 network.
         device: Where this rank computes.
         precision: The precision of the passes. Shards stay fp32, gradients are reduced in fp32.
-        ranks_per_group: Shard over consecutive groups of so many ranks, each with all weights.
-            None shards over all ranks.
-        smallest_block: The number of parameters from which on a block is gathered by itself.
+        ranks_per_group: The number of ranks in a group. Each group of consecutive ranks holds all
+            weights. None shards over all ranks.
+        smallest_block: The least number of parameters of a block that is gathered separately.
 
     Returns:
         The network, whose parameters are DTensors now.
 
-    Raises StepError for what cannot be sharded so.
+    Raises:
+        StepError: The network cannot be sharded so.
     """
     join_alone("nccl" if device.type == "cuda" else "gloo", "FSDP2")
     world_size = dist.get_world_size()
@@ -54,13 +55,9 @@ def shard(
     if world_size % ranks:
         raise StepError(f"groups of {ranks} ranks do not divide the {world_size} ranks that run")
     refuse_unheld(network, "FSDP2")
-    network.to(device)
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.data = weight.data.contiguous()  # no other layout (channels_last) has rows
-        broadcast(network.parameters())
-        broadcast_buffers(network)
+    _start_as_rank_0(network.to(device))
     group = dist.group.WORLD if ranks == world_size else dist.new_subgroups(ranks)[0]
+    assert group is not None  # the ranks have joined
     mesh = DeviceMesh.from_group(group, device.type)
     policy = MixedPrecisionPolicy()
     taken: set[nn.Parameter] = set()
@@ -69,22 +66,33 @@ def shard(
         whole = replace(policy, output_dtype=precision)
         for norms in _norms_with_statistics(network):
             # Few numbers: kept until the backward pass, which then has no need to gather again.
-            kept = fully_shard(norms, mesh=mesh, reshard_after_forward=False, mp_policy=whole)
-            taken |= {w for norm in kept for w in norm.parameters()}
+            fully_shard(norms, mesh=mesh, reshard_after_forward=False, mp_policy=whole)
+            taken |= {w for norm in norms for w in norm.parameters()}
         policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
     for block in reversed(_blocks(network)):
         own = [w for w in block.parameters() if w not in taken]
         if sum(w.numel() for w in own) >= smallest_block:
-            taken |= set(fully_shard(block, mesh=mesh, mp_policy=policy).parameters())
-    # Not of the blocks: what comes after one takes its output in the precision of the pass.
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+            taken |= set(block.parameters())
+    # Blocks are left out: what comes after a block takes its output in the precision of the pass.
     output = None if precision == torch.float32 else torch.float32
-    return fully_shard(network, mesh=mesh, mp_policy=replace(policy, output_dtype=output))
+    fully_shard(network, mesh=mesh, mp_policy=replace(policy, output_dtype=output))
+    return network
+
+
+@torch.no_grad()
+def _start_as_rank_0(network: nn.Module) -> None:
+    """Give every rank the weights and buffers of rank 0, in a layout that has rows."""
+    for weight in network.parameters():
+        weight.data = weight.data.contiguous()  # channels_last has no rows
+    broadcast(network.parameters())
+    broadcast_buffers(network)
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    """Children of Sequential and ModuleList that compute something, outer before inner.
+    """Return the children of Sequential and ModuleList that compute something, outer before inner.
 
-    Left out are those that share a parameter with a module outside of them: FSDP2 gathers a
+    A child that shares a parameter with a module outside is left out, because FSDP2 gathers a
     parameter with one block only.
     """
     containers = (nn.Sequential, nn.ModuleList)
@@ -99,13 +107,13 @@ def _blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def in_full_precision(network: nn.Module) -> set[int]:
-    """Ids of the parameters that passes use in fp32 whatever their precision."""
+    """Return the ids of the parameters that passes use in fp32, whatever their precision."""
     norms = [norm for norms in _norms_with_statistics(network) for norm in norms]
     return {id(weight) for norm in norms for weight in norm.parameters()}
 
 
 def _users(network: nn.Module) -> dict[nn.Parameter, set[nn.Module]]:
-    """The modules that hold each parameter: more than one where weights are tied."""
+    """Return the modules that hold each parameter. Tied weights have more than one."""
     users: dict[nn.Parameter, set[nn.Module]] = {}
     for module in network.modules():
         for weight in module.parameters(recurse=False):
@@ -114,10 +122,11 @@ def _users(network: nn.Module) -> dict[nn.Parameter, set[nn.Module]]:
 
 
 def _norms_with_statistics(network: nn.Module) -> list[list[nn.Module]]:
-    """Layers whose statistics are fp32 buffers; those that share a weight are in one list.
+    """Return the layers whose statistics are fp32 buffers, in lists that share a weight.
 
-    Kernels want weight and statistics of one type, and bf16 has too few bits for a running mean.
-    Autocast keeps these weights in fp32 as well. A norm of the user's own is known by its buffers.
+    Kernels need weight and statistics of one type, and bf16 has too few bits for a running mean.
+    Autocast keeps these weights in fp32 as well. A norm that the user wrote is known by its
+    buffers.
     """
     groups: list[tuple[list[nn.Module], set[nn.Parameter]]] = []
     for module in network.modules():

@@ -1,4 +1,4 @@
-"""State of a rank of FSDP2: shards as plain tensors, and shards made of them again."""
+"""The state of a rank of FSDP2: shards as plain tensors, and plain tensors as shards again."""
 
 from typing import Any
 
@@ -9,13 +9,25 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from flatcal_dist.sharpness.errors import StepError
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor, or a tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded(weight: Tensor) -> DTensor:
+    """Return a weight as the sharded tensor that it is. Raises StepError for a whole one."""
+    if not isinstance(weight, DTensor):
+        raise StepError("a weight is whole, where FSDP2 should have sharded it")
+    return weight
+
+
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """In the order of the indices in its state_dict."""
+    """Return the parameters in the order of the indices in the optimizer's state_dict."""
     return [w for group in optimizer.param_groups for w in group["params"]]
 
 
 def copy_into(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    """Raises StepError where names or shapes differ, before anything is copied."""
+    """Copy saved tensors. Raises StepError where names or shapes differ, before the first copy."""
     shapes = [{n: tuple(t.shape) for n, t in tensors.items()} for tensors in (own, saved)]
     if shapes[0] != shapes[1]:
         raise StepError("the state is of another network: names or shapes differ")
@@ -24,7 +36,7 @@ def copy_into(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
 
 
 def split(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Optimizer state of one parameter: this rank's part of what is sharded, and the rest."""
+    """Split the optimizer state of one parameter into this rank's part of shards, and the rest."""
     sharded, rest = {}, {}
     for key, value in state.items():
         if isinstance(value, DTensor):
@@ -40,7 +52,7 @@ def split(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def join(state: dict[str, dict[str, Any]], weight: DTensor) -> dict[str, Any]:
-    """The inverse, over the ranks that share the weight."""
+    """Undo `split`, over the ranks that share the weight."""
     kinds = {"shard": Shard, "replicate": Replicate, "partial": Partial}
     device = weight.to_local().device
     sharded = {}
@@ -58,7 +70,7 @@ def join(state: dict[str, dict[str, Any]], weight: DTensor) -> dict[str, Any]:
 
 
 def sharded_like(state: dict[str, Any], weight: DTensor) -> dict[str, Any]:
-    """Optimizer state of one parameter, whose tensors of this rank's part become shards."""
+    """Return the optimizer state of one parameter, in which tensors of this rank are shards."""
     part = weight.to_local()
     return {
         key: DTensor.from_local(

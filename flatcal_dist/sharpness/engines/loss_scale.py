@@ -1,8 +1,8 @@
 """Dynamic loss scaling for fp16 (Micikevicius et al., ICLR 2018), one decision per step.
 
-torch.amp.GradScaler decides for itself, per rank, what is not finite, and only in the pass that it
-unscales. Here the step decides, for both passes and all ranks; the scale is a power of two, so
-that it changes no bit of a gradient that stays in range.
+torch.amp.GradScaler decides on each rank alone what is not finite, and only in the pass that it
+unscales. Here the step decides, for both passes and all ranks. The scale is a power of two, so that
+it changes no bit of a gradient that stays in range.
 """
 
 from collections.abc import Sequence
@@ -17,22 +17,24 @@ LARGEST = 2.0**24
 
 @dataclass
 class LossScale:
+    """The factor of losses. It is halved after a skipped step and doubled after many clean ones."""
+
     enabled: bool = False
     value: float = 1.0
     clean_steps: int = 0
 
     @classmethod
     def start(cls, dtype: torch.dtype) -> "LossScale":
-        """Scaling for float16, none for what has float32's range."""
+        """Return a scale for float16, and none for types with the range of float32."""
         return cls(True, 2.0**16) if dtype == torch.float16 else cls()
 
     def unscale_(self, gradients: Sequence[Tensor]) -> None:
         """Divide gradients by the scale, in place."""
         if self.enabled and gradients:
-            torch._foreach_mul_(gradients, 1 / self.value)
+            torch._foreach_mul_(list(gradients), 1 / self.value)
 
     def update(self, skipped: bool) -> None:
-        """Once per step."""
+        """Take note of a step. Called once per step."""
         if not self.enabled:
             return
         self.clean_steps = 0 if skipped else self.clean_steps + 1

@@ -1,4 +1,4 @@
-"""To w + e and back to w, bit for bit; and how far that was, as the forward pass saw it."""
+"""Weights are moved to w + e and back to w, bit for bit, and the move is measured."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,20 +11,20 @@ from flatcal_dist.sharpness.rules import Shards, dot, squared_norm
 
 
 class Measured(NamedTuple):
-    """Of a perturbation e, and of what the forward pass saw of it after rounding. Scalars."""
+    """Scalars about a perturbation e, and what the forward pass saw of it after rounding."""
 
-    cosine: Tensor  # between e and the descent gradient
-    perturbation_norm: Tensor  # length of e
-    effective_rho: Tensor  # length of what was seen; the noise of rounding adds to it
-    seen_along: Tensor  # component of what was seen along e
-    seen_cosine: Tensor  # between what was seen and e
+    cosine: Tensor  # the cosine between e and the descent gradient
+    perturbation_norm: Tensor  # the length of e
+    effective_rho: Tensor  # the length of what was seen, to which the noise of rounding adds
+    seen_along: Tensor  # the component of what was seen along e
+    seen_cosine: Tensor  # the cosine between what was seen and e
 
 
 Displacement = Callable[[], Measured]
 
 
 class Backup:
-    """One copy of the weights that it moves; its memory is kept from step to step.
+    """One copy of the weights that are moved. Its memory is kept from step to step.
 
     Fresh memory costs a CPU more than the copy itself (ResNet-18: 80 ms against 4 ms), and a GPU's
     peak is the same either way.
@@ -35,11 +35,12 @@ class Backup:
 
     @contextmanager
     def moved(self, shards: Shards) -> Iterator[list[Tensor]]:
-        """Weights are w + e inside, with e = shards.gradients, a list that this empties.
+        """Let the weights be w + e inside, with e = shards.gradients, a list that is emptied.
 
-        Gives the weights at w, in the order of the shards. On every way out they are copied back:
-        w + e - e is not w in floating point, and with an e of its own on each rank replicas would
-        drift apart. What was moved comes back, whether it has a gradient by then or not.
+        The context gives the weights at w, in the order of the shards. They are copied back on
+        every way out, because w + e - e is not w in floating point, and replicas would drift apart
+        where each rank has another e. Each weight that was moved comes back, with or without a
+        gradient.
         """
         weights = list(shards.weights)
         before = [] if shards.own else self._copies(shards)
@@ -71,9 +72,10 @@ class Backup:
 
 
 def _exchange_(weights: list[Tensor], e: list[Tensor], before: list[Tensor]) -> None:
-    """w to where e is, w + e to where w is, tensor by tensor; `before` grows by each that is safe.
+    """Put w where e is, and w + e where w is, tensor by tensor.
 
-    An interrupt between any two lines leaves what `before` holds, and all else, as it was.
+    `before` grows by each tensor that is safe. An interrupt between any two lines leaves the
+    tensors in `before`, and all others, as they were.
     """
     for weight, part in zip(weights, e, strict=True):
         moved = weight + part
@@ -90,11 +92,16 @@ def measure(
     dtypes: Sequence[torch.dtype],
     total: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Measured:
-    """Compare e = moved - before with the gradients, and with its own image after rounding.
+    """Compare e = moved - before with the gradients, and with what rounding leaves of it.
 
-    dtypes: in which each weight is used. total: sums a tensor over the ranks that hold other
-    parts. One tensor's difference is held at a time. A parameter without a gradient counts as zero
-    there.
+    The difference of one tensor is held at a time.
+
+    Args:
+        moved: The weights at w + e.
+        before: The weights at w.
+        gradients: The descent gradient. None counts as zero.
+        dtypes: The type in which each weight is used.
+        total: Sums a tensor over the ranks that hold the other parts.
     """
     parts = torch.zeros(5, dtype=torch.float64, device=moved[0].device if moved else None)
     for now, then, gradient, dtype in zip(moved, before, gradients, dtypes, strict=True):

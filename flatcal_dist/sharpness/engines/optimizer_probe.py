@@ -1,10 +1,11 @@
-"""Whether an optimizer gives parts of tensors the update that it gives the whole: tried, not known.
+"""A trial that finds out whether an optimizer updates parts of tensors as it updates the whole.
 
-ZeRO hands each rank's optimizer flat pieces of the weights, FSDP2 rows of them. An update that is
-element by element (SGD, Adam, Lion) does not notice. One that looks at whole tensors (a norm of
-each: LARS, LAMB; rows and columns: Adafactor; the matrix: Muon, Shampoo) or at all of them at once
-(a norm for clipping, Prodigy's step size) becomes another algorithm, without a word. So a copy of
-the optimizer, with its options, takes a few steps on small tensors, and another on parts of them.
+ZeRO gives each rank's optimizer flat pieces of the weights, and FSDP2 gives it rows of them. An
+optimizer that works element by element (SGD, Adam, Lion) computes the same. One that looks at whole
+tensors (a norm of each: LARS, LAMB; rows and columns: Adafactor; the matrix: Muon, Shampoo) or at
+all of them at once (a norm for clipping, Prodigy's step size) silently becomes another algorithm.
+So one copy of the optimizer, with its options, takes a few steps on small tensors, another copy
+takes them on parts of the tensors, and the results are compared.
 """
 
 import copy
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from flatcal_dist.sharpness.errors import StepError
@@ -37,7 +38,12 @@ ROUNDED_IN_BF16 = 0.05
 def refuse_flat_parts(optimizer: Optimizer, shapes: Shapes, stage: int) -> None:
     """Raise StepError for an optimizer that is another algorithm under ZeRO of this stage.
 
-    shapes: of the whole weights, by parameter group. Warns where the optimizer cannot be tried.
+    The function warns where the optimizer cannot be tried.
+
+    Args:
+        optimizer: The optimizer, over whole weights.
+        shapes: The shapes of the whole weights, by parameter group.
+        stage: The stage of ZeRO.
     """
     name, device = type(optimizer).__name__, _device_of(optimizer)
     off = flat_difference(optimizer, shapes, device)
@@ -55,29 +61,37 @@ def refuse_flat_parts(optimizer: Optimizer, shapes: Shapes, stage: int) -> None:
         raise StepError(
             f"{name} counts its steps, or the like, once for a group of weights, and ZeRO-3 calls "
             "it once for each piece of the group: it would count too many steps "
-            f"({_in_words(off)}). Use it with ZeRO-1 or 2, FSDP2 or DDP; or choose one that counts "
-            "for each weight, such as sgd, adamw or lion"
+            f"({_in_words(off)}). Use it with ZeRO-1 or 2, FSDP2 or DDP; or choose an optimizer "
+            "that counts for each weight, such as sgd, adamw or lion"
         )
 
 
 def refuse_rows(optimizer: Optimizer, shapes: Shapes, mesh: DeviceMesh) -> None:
-    """Raise StepError for an optimizer that cannot be had on rows of weights, as FSDP2 holds them.
+    """Raise StepError for an optimizer that cannot work on rows of weights, as FSDP2 holds them.
 
     Called by all ranks of the mesh. The rows are DTensors, on which torch computes over the whole
-    of a tensor. So Muon is Muon, to the rounding of its iteration in bf16 (0.9 % of an update; in
-    fp32 less than 1e-5), and some optimizers use what DTensors do not have. One that works element
-    by element need not be tried.
+    of a tensor. So Muon is right, to the rounding of its iteration in bf16 (0.9 % of an update; in
+    fp32 less than 1e-5). Some optimizers use functions that DTensors do not have. An optimizer that
+    works element by element need not be tried.
+
+    Args:
+        optimizer: The optimizer.
+        shapes: The shapes of the whole weights, by parameter group.
+        mesh: The ranks that share the weights.
     """
     device = torch.device(mesh.device_type)
     if not flat_difference(optimizer, shapes, device) > SAME:
         return
+
+    def whole_of(tensor: Tensor) -> Tensor:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def sharded(tensors: Whole) -> Whole:
         return [[distribute_tensor(t, mesh, [Shard(0)]) for t in group] for group in tensors]
 
     def on_rows(whole: Whole, gradients: list[Whole]) -> Whole:
         found = _steps(optimizer, sharded(whole), [sharded(step) for step in gradients])
-        return [[w.full_tensor() for w in group] for group in found]
+        return [[whole_of(w) for w in group] for group in found]
 
     off = largest_difference(optimizer, shapes, on_rows, device)
     if off > ROUNDED_IN_BF16:
@@ -91,9 +105,13 @@ def refuse_rows(optimizer: Optimizer, shapes: Shapes, mesh: DeviceMesh) -> None:
 def flat_difference(
     optimizer: Optimizer, shapes: Shapes, device: torch.device, one_at_a_time: bool = False
 ) -> float:
-    """As `largest_difference`, of two optimizers, each with one flat half of every group.
+    """Return `largest_difference` for two optimizers, each with one flat half of every group.
 
-    one_at_a_time: the halves are in two pieces, and each piece is stepped by itself.
+    Args:
+        optimizer: The optimizer.
+        shapes: The shapes of the whole weights, by parameter group.
+        device: Where to try it.
+        one_at_a_time: Whether the halves are in two pieces, and each piece is stepped alone.
     """
     pieces = 2 if one_at_a_time else 1
 
@@ -120,7 +138,9 @@ def flat_difference(
 
 
 class Failed(float):
-    """An infinite difference: the optimizer raised this error on parts of tensors."""
+    """An infinite difference: the optimizer raised `error` on parts of tensors."""
+
+    error: Exception
 
     def __new__(cls, error: Exception) -> "Failed":
         self = super().__new__(cls, math.inf)
@@ -134,10 +154,18 @@ def largest_difference(
     otherwise: Callable[[Whole, list[Whole]], Whole],
     device: torch.device,
 ) -> float:
-    """Of a few steps' updates, relative to the update of each tensor; infinite where that fails.
+    """Return by how much the updates of a few steps differ, relative to the update of each tensor.
 
-    otherwise: gives weights after the steps, from weights before and the gradients of each step.
-    NaN, with a warning, where not even the optimizer itself can be tried.
+    Args:
+        optimizer: The optimizer.
+        shapes: The shapes of the whole weights, by parameter group.
+        otherwise: Gives the weights after the steps in another way, from the weights before and
+            the gradients of each step.
+        device: Where to try it.
+
+    Returns:
+        The difference. It is infinite where `otherwise` fails, and NaN, with a warning, where even
+        the optimizer alone cannot be tried.
     """
     off = 0.0
     for side in SIDES:
@@ -189,9 +217,9 @@ def _difference(
 def _steps(
     optimizer: Optimizer, start: Whole, gradients: list[Whole], one_at_a_time: bool = False
 ) -> Whole:
-    """Weights after the optimizer's steps from `start`; the optimizer itself is not touched.
+    """Return the weights after the optimizer's steps from `start`, without touching the optimizer.
 
-    one_at_a_time: each weight in a call of its own, as if there were no others.
+    With one_at_a_time each weight is stepped in a separate call, as if there were no others.
     """
     probe = _copied(optimizer, {})
     held = [[nn.Parameter(w.clone()) for w in group] for group in start]
@@ -218,9 +246,9 @@ def _steps(
 
 
 def _copied(optimizer: Optimizer, memo: dict) -> Optimizer:
-    """Another of the same options, without weights, state and hooks.
+    """Return another optimizer of the same options, without weights, state and hooks.
 
-    Not by copy.deepcopy alone, which for an optimizer forgets attributes and copies all weights.
+    copy.deepcopy alone would forget attributes of an optimizer, and copy all weights.
     """
     memo[id(optimizer.state)] = defaultdict(dict)
     for group in optimizer.param_groups:
@@ -236,7 +264,10 @@ def _copied(optimizer: Optimizer, memo: dict) -> Optimizer:
 
 
 def _small(shape: Shape, side: int) -> Shape:
-    """A shape like this one, cut short: no side longer, and no more values than a square has."""
+    """Return a shape like this one, in which no side is longer than `side`.
+
+    It has no more values than a square of this side.
+    """
     sides = [min(length, side) for length in shape]
     while math.prod(sides) > side**2:
         longest = max(range(len(sides)), key=lambda i: sides[i])

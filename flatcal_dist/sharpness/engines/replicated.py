@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
@@ -35,11 +36,17 @@ NOT_ROUNDED = (
 class ReplicatedEngine:
     """One process, or DistributedDataParallel: every rank holds all weights.
 
-    model: a module, or DistributedDataParallel around one (best with broadcast_buffers=False:
-    buffers are broadcast when they are needed; otherwise once at the beginning of each step),
-    compiled or not, or a wrapper of one's own around either, such as Lightning Fabric's.
-    optimizer: of its float32 parameters. compute_dtype: what autocast rounds weights to, if it
-    does; torch.float16 scales losses. Raises StepError for what it cannot serve.
+    Args:
+        model: A module, or DistributedDataParallel around one, compiled or not, or a wrapper around
+            either, such as Lightning Fabric's. DistributedDataParallel is best built with
+            broadcast_buffers=False: buffers are broadcast when they are needed. Otherwise they are
+            broadcast once at the beginning of each step.
+        optimizer: An optimizer of the float32 parameters of the model.
+        compute_dtype: The type that autocast rounds weights to, if it does. With torch.float16 the
+            engine scales losses.
+
+    Raises:
+        StepError: The engine cannot serve this model or optimizer.
     """
 
     def __init__(
@@ -51,12 +58,13 @@ class ReplicatedEngine:
         self.model = model
         self.wrapper = _find_wrapper(model)
         self.distributed = self.wrapper is not None
-        self.group = self.wrapper.process_group if self.distributed else None
+        self.group = self.wrapper.process_group if self.wrapper else None
         inner = getattr(model, "_orig_mod", model)  # torch.compile may be around either
         # A wrapper of the user's around DDP is a part of the network.
-        self.module: nn.Module = inner.module if inner is self.wrapper else model
+        wraps_all = self.wrapper is not None and inner is self.wrapper
+        self.module: nn.Module = self.wrapper.module if self.wrapper and wraps_all else model
         original = within_fabric(inner)
-        within = self.wrapper.module if self.distributed else original
+        within = self.wrapper.module if self.wrapper else original
         self.named: nn.Module = getattr(within, "_orig_mod", within)
         refuse_unheld(self.named)
         self.optimizer = optimizer
@@ -103,9 +111,10 @@ class ReplicatedEngine:
 
     @property
     def reduces_always(self) -> bool:
-        """DDP with a static graph reduces in every backward pass, and fails in one that must not.
+        """Whether every backward pass reduces, as in DDP with a static graph.
 
-        That costs one reduction for each micro-batch; the sum of means is the mean of sums.
+        Such a graph fails in a pass that must not reduce. It costs one reduction for each
+        micro-batch. The gradient is the same, because the sum of means is the mean of sums.
         """
         return self.wrapper is not None and self.wrapper.static_graph
 
@@ -136,19 +145,23 @@ class ReplicatedEngine:
 
     def accumulation(self, reduce: bool) -> AbstractContextManager[None]:
         # The forward pass has to be inside as well: DDP decides there whether it will reduce.
-        keep = self.wrapper is not None and not reduce and not self.reduces_always
-        return self.wrapper.no_sync() if keep else nullcontext()
+        if self.wrapper is None or reduce or self.reduces_always:
+            return nullcontext()
+        return self.wrapper.no_sync()
 
     def backward(self, loss: Tensor) -> None:
         with sparse_refused():
             (loss * self.loss_scale).backward()
 
-    def shards(self) -> Shards:
-        held = {n: w for n, w in self.weights.items() if w.grad is not None}
-        for name, weight in held.items():
-            refuse_sparse(name, weight.grad)
-        gradients = [w.grad for w in held.values()]
-        return Shards(list(held), list(held.values()), gradients, loss_scale=self.loss_scale)
+    def shards(self, scope: Scope) -> Shards:
+        return self._held()
+
+    def _held(self) -> Shards:
+        held = {n: (w, w.grad) for n, w in self.weights.items() if w.grad is not None}
+        for name, (_, gradient) in held.items():
+            refuse_sparse(name, gradient)
+        weights, gradients = [w for w, _ in held.values()], [g for _, g in held.values()]
+        return Shards(list(held), weights, gradients, loss_scale=self.loss_scale)
 
     def whole_weights(self) -> Shards:
         weights = list(self.weights.values())
@@ -165,10 +178,10 @@ class ReplicatedEngine:
             yield lambda: measure(weights, before, [w.grad for w in weights], dtypes)
 
     def gradient_norm(self) -> Tensor:
-        return squared_norm(self.shards().gradients).to(self.device).sqrt() / self.loss_scale
+        return squared_norm(self._held().gradients).to(self.device).sqrt() / self.loss_scale
 
     def update(self, norm: Tensor, clip_norm: float | None) -> None:
-        self.scale.unscale_(self.shards().gradients)
+        self.scale.unscale_(self._held().gradients)
         if clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.weights.values(), clip_norm, norm)
         self.optimizer.step()
@@ -233,9 +246,10 @@ class ReplicatedEngine:
 
 
 def _dtypes_under_autocast(network: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """In which each parameter is used: autocast rounds what is multiplied with activations.
+    """Return the type in which each parameter is used.
 
-    Parameters of norm layers, embeddings and the like it leaves as they are.
+    Autocast rounds the weights that are multiplied with activations. It leaves parameters of norm
+    layers, embeddings and the like as they are.
     """
     kept = {id(w) for m in network.modules() if _keeps(m) for w in m.parameters(recurse=False)}
     return {
@@ -249,12 +263,12 @@ def _keeps(module: nn.Module) -> bool:
 
 
 def _find_wrapper(model: nn.Module) -> DistributedDataParallel | None:
-    """The DistributedDataParallel in or around the network, None where there is none.
+    """Return the DistributedDataParallel in or around the network, or None where there is none.
 
-    Raises StepError for a network that only a part of is wrapped, or that another engine serves.
+    Raises StepError for a network of which only a part is wrapped, or that another engine serves.
     """
     for name, weight in model.named_parameters():
-        other = "ShardedEngine" if hasattr(weight, "to_local") else None
+        other = "ShardedEngine" if isinstance(weight, DTensor) else None
         other = "ZeroEngine" if hasattr(weight, "ds_id") else other
         if other:
             raise StepError(f"weight {name} is sharded over ranks: the engine for that is {other}")

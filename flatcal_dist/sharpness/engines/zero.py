@@ -29,9 +29,9 @@ __all__ = ["ZeroEngine", "start_zero"]
 
 
 class ZeroEngine:
-    """model: a DeepSpeed engine with ZeRO, as `start_zero` makes it.
+    """The engine around DeepSpeed's engine with ZeRO, as `start_zero` makes it.
 
-    Raises StepError for what a user's own DeepSpeed configuration asks for and we do not do.
+    Raises StepError for what a DeepSpeed configuration asks for and this engine does not do.
     """
 
     def __init__(self, model: "deepspeed.DeepSpeedEngine") -> None:
@@ -39,8 +39,9 @@ class ZeroEngine:
         self.zero = model
         self.stage = int(model.zero_optimization_stage())
         self.precision: torch.dtype = model.get_data_types()[0]
-        self.model = InPrecision(model, self.precision)
+        self.model: nn.Module = InPrecision(model, self.precision)
         self.module: nn.Module = model.module
+        self.named = self.module
         self.optimizer: torch.optim.Optimizer = model.optimizer.optimizer
         self.device = torch.device(model.device)
         self.world_size = dist.get_world_size()
@@ -49,15 +50,14 @@ class ZeroEngine:
         refuse_part(dict(self._trained()), held)
         if any(part.master.data_ptr() == part.used.data_ptr() for part in self.layout.parts):
             raise StepError(
-                "this DeepSpeed keeps one copy of the weights where we count on two: use the "
-                "version in pyproject.toml, and start_zero"
+                "this DeepSpeed keeps one copy of the weights where the engine counts on two: use "
+                "the version in pyproject.toml, and start_zero"
             )
         # The parts of other ranks, as this rank uses them, may still be moved.
         self.stale = False
-        self.reduced = True  # the last backward pass did, all gradients so far
-        self.whole = False  # gradients are those of `whole_weights`: nothing to sum over ranks
-        self.backup = Backup()  # of scopes that move whole weights; no other move needs one
-        self.touched = False  # gradients were handed out, and may be changed
+        self.reduced = True  # whether the last backward pass reduced all gradients so far
+        self.backup = Backup()  # for scopes that move whole weights; no other move needs one
+        self.touched = False  # whether gradients were handed out, and may be changed
         # In float16 only; at its minimum it is to go on skipping, as the other engines do.
         scaler = getattr(model.optimizer, "loss_scaler", None)
         self.scaler = scaler if getattr(scaler, "dynamic", False) else None
@@ -109,7 +109,7 @@ class ZeroEngine:
     def zero_gradients(self) -> None:
         self._refresh()
         self.layout.clear_gradients()
-        self.whole = self.touched = False
+        self.touched = False
 
     @contextmanager
     def accumulation(self, reduce: bool) -> Iterator[None]:
@@ -122,31 +122,34 @@ class ZeroEngine:
         with sparse_refused():
             self.zero.backward(loss, scale_wrt_gas=False)  # scales it in float16
 
-    def shards(self) -> Shards:
-        self.whole, self.touched = False, True
+    def shards(self, scope: Scope) -> Shards:
+        self.touched = True
         parts = self.layout.parts
         names, masters = [p.name for p in parts], [p.master for p in parts]
-        return Shards(names, masters, self.layout.gradients(), loss_scale=self.loss_scale)
+        gradients = self.layout.gradients()
+        return Shards(names, masters, gradients, loss_scale=self.loss_scale, total=self.over_ranks)
 
     def whole_weights(self) -> Shards:
-        """Memory, of stages 1 and 2: one whole copy, the gradient and then the weights before."""
-        self.whole = True
+        """Return whole weights, for stages 1 and 2.
+
+        It takes the memory of one whole copy, first of the gradient and then of the weights before.
+        """
         weights = {n: w for n, w in self.module.named_parameters() if w.requires_grad}
         return Shards(list(weights), list(weights.values()), [], own=True)
 
     def total(self, part: Tensor) -> Tensor:
-        return part if self.whole else self.over_ranks(part)
+        return self.over_ranks(part)
 
-    def over_ranks(self, part: Tensor) -> Tensor:
-        total = part.to(self.device, copy=True)  # of a rank without any part it is on the CPU
+    def over_ranks(self, tensor: Tensor) -> Tensor:
+        total = tensor.to(self.device, copy=True)  # on a rank without any part it is on the CPU
         dist.all_reduce(total)
         return total
 
     @contextmanager
     def moved(self, shards: Shards) -> Iterator[Displacement]:
         if shards.own:
-            with self._moved_whole(shards) as displacement:
-                yield displacement
+            with self._moved_whole(shards) as of_whole:
+                yield of_whole
             return
         moving = set(shards.names)
         held = list(self.layout.parts)  # of stage 3 they are looked up by each call
@@ -197,7 +200,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Called by all ranks: nothing that the forward pass uses is moved any more."""
+        """Put back all weights that the forward pass uses. Called by all ranks."""
         if self.stale:
             self.layout.withdraw()
             self.layout.publish()
@@ -243,7 +246,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def full_weights(self) -> dict[str, Tensor]:
-        """From the master, one parameter at a time; empty on other ranks than 0."""
+        """Return full weights from the master, one parameter at a time. Empty on ranks but 0."""
         first = dist.get_rank() == 0
         full = {}
         for name, weight in self.module.named_parameters(remove_duplicate=False):
@@ -274,7 +277,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def load_local_state(self, state: dict[str, Any]) -> None:
-        """Called by all ranks, as many as saved it."""
+        """Go on from a state. Called by all ranks, as many as saved it."""
         for ours, theirs in zip(self.layout.masters, state["masters"], strict=True):
             ours.copy_(theirs)
         with self.layout.base_optimizer() as optimizer:
@@ -323,11 +326,11 @@ class ZeroEngine:
 
 
 def _refuse_configuration(model: "deepspeed.DeepSpeedEngine") -> None:
-    """Raises StepError for what is not as `start_zero` sets it up."""
+    """Raise StepError for what is not as `start_zero` sets it up."""
     if not isinstance(model, deepspeed.DeepSpeedEngine):
         raise StepError(
-            f"ZeroEngine wants DeepSpeed's engine itself, as start_zero gives it, not a "
-            f"{type(model).__name__}: put a wrapper of your own around the network before"
+            f"ZeroEngine takes DeepSpeed's engine itself, as start_zero gives it, not a "
+            f"{type(model).__name__}: put a wrapper around the network before start_zero"
         )
     if isinstance(model.optimizer.optimizer, torch.optim.Adagrad):
         raise StepError(

@@ -1,10 +1,10 @@
 """Where DeepSpeed ZeRO keeps weights and gradients: the one place that knows its internals.
 
-All classes answer the same questions. Two copies of the weights exist: the master, in fp32 and in
-parts over ranks, which only the optimizer changes; and the one that the forward pass uses, in the
-precision of the network. DeepSpeed has no public way to change the second (its
-safe_set_full_fp32_param changes the first), so attributes without a promise are used, as they are
-in DeepSpeed 0.19.8:
+All classes answer the same questions. Two copies of the weights exist. The master is in fp32 and
+in parts over ranks, and only the optimizer changes it. The forward pass uses the other copy, in the
+precision of the network. DeepSpeed has no public way to change the second copy (its
+safe_set_full_fp32_param changes the first). So private attributes are used, as they are in
+DeepSpeed 0.19.8:
 
   stages 1, 2  bit16_groups, bit16_groups_flat, parallel_partitioned_bit16_groups,
                single_partition_of_fp32_groups, averaged_gradients, all_grad_tensors,
@@ -45,7 +45,10 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Part(NamedTuple):
-    """This rank's part of one parameter: flat tensors of one length, views of DeepSpeed's own."""
+    """This rank's part of one parameter, in flat tensors of one length.
+
+    They are views of DeepSpeed's tensors.
+    """
 
     name: str
     start: int  # in the whole parameter, flat
@@ -56,8 +59,8 @@ class Part(NamedTuple):
 class PartitionedState:
     """Stages 1 and 2: the weights that are used are whole on every rank, all else is in parts.
 
-    By parameter group: groups (its parameters), flats (all weights that are used), pieces (views
-    of it by rank), masters (this rank's piece in fp32).
+    For each parameter group, `groups` has its parameters, `flats` all weights that are used,
+    `pieces` views of these by rank, and `masters` this rank's piece in fp32.
     """
 
     def __init__(self, zero: deepspeed.DeepSpeedEngine) -> None:
@@ -69,7 +72,7 @@ class PartitionedState:
         self.parts: list[Part] = []
         for group, pieces, rank in zip(self.groups, self.pieces, self.ranks, strict=True):
             for parameter in group:
-                mapping = parameter._hp_mapping
+                mapping = vars(parameter)["_hp_mapping"]
                 if mapping is None:  # wholly on other ranks
                     continue
                 where = mapping.get_hp_fragment_address()
@@ -86,22 +89,22 @@ class PartitionedState:
         self.masters = [flat.detach() for flat in self.zero.single_partition_of_fp32_groups]
 
     def gradients(self) -> list[Tensor]:
-        """Of the parts, reduced, fp32, flat: views of what DeepSpeed's step will use."""
+        """Return the reduced gradients of the parts: flat fp32 views of what DeepSpeed will use."""
         found = []
         for parameter in self.parameters:
-            mapping = parameter._hp_mapping
-            gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+            mapping, index = (vars(parameter)[n] for n in ("_hp_mapping", "_index_in_param_group"))
+            gradient = mapping.get_lp_grad_fragment(index).view(-1)
             where = mapping.lp_fragment_address
-            if gradient.numel() != where.numel:  # that of the whole parameter
+            if gradient.numel() != where.numel:  # the gradient of the whole parameter
                 gradient = gradient.narrow(0, where.start, where.numel)
             found.append(gradient)
         return found
 
     def share_gradients(self) -> None:
-        """Let DeepSpeed's own norm, that it clips by, see what was changed in `gradients`."""
+        """Let the norm that DeepSpeed clips by see what was changed in `gradients`."""
 
     def clear_gradients(self) -> None:
-        """Those of zero_grad, and the parts already reduced, which it leaves to be added to."""
+        """Drop the gradients, and the reduced parts that DeepSpeed's zero_grad would keep."""
         self.zero.zero_grad(set_to_none=True)
         for group in range(len(self.groups)):
             self.zero.averaged_gradients[group] = None
@@ -121,21 +124,21 @@ class PartitionedState:
         )
 
     def withdraw(self) -> None:
-        """This rank's parts back to the master's, without communication."""
+        """Put the master back into this rank's parts, without communication."""
         for pieces, rank, master in zip(self.pieces, self.ranks, self.masters, strict=True):
             pieces[rank].copy_(master)
 
     def frozen(self, parameter: nn.Parameter) -> Tensor:
-        """What this rank holds of a parameter that is not trained."""
+        """Return what this rank holds of a parameter that is not trained."""
         return parameter.detach()
 
     def whole(self, parameter: nn.Parameter) -> Any:
-        """A context in which a parameter that is not trained is whole."""
+        """Return a context in which a parameter that is not trained is whole."""
         return nullcontext()
 
     @contextmanager
     def base_optimizer(self) -> Iterator[torch.optim.Optimizer]:
-        """The user's optimizer, with the parameters that it has a state for."""
+        """Give the user's optimizer, with the parameters that it has a state for."""
         yield self.zero.optimizer
 
 
@@ -182,7 +185,7 @@ class PartitionedWeights:
                 name,
                 start,
                 safe_get_local_fp32_param(parameter).detach().narrow(0, 0, length),
-                parameter.ds_tensor.detach().narrow(0, 0, length),
+                _partition(parameter).narrow(0, 0, length),
             )
             for name, parameter, start, length in self.cuts
         ]
@@ -201,8 +204,10 @@ class PartitionedWeights:
         pass
 
     def clear_gradients(self) -> None:
-        """Those of zero_grad, and the buffer of parts: a parameter that a pass does not use would
-        keep there what the last pass left."""
+        """Drop the gradients, and zero the buffer of parts.
+
+        A parameter that a pass does not use would keep there what the last pass left.
+        """
         self.zero.zero_grad(set_to_none=True)
         self.zero.grad_partitions_flat_buffer.zero_()
         self.zero.averaged_gradients = {}
@@ -220,7 +225,7 @@ class PartitionedWeights:
         self.zero.parameter_offload.partition_all_parameters()
 
     def frozen(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.ds_tensor.detach()
+        return _partition(parameter)
 
     def whole(self, parameter: nn.Parameter) -> Any:
         return deepspeed.zero.GatheredParameters([parameter])
@@ -237,7 +242,14 @@ class PartitionedWeights:
 Layout = PartitionedState | PartitionedWeights
 
 
+def _partition(parameter: nn.Parameter) -> Tensor:
+    """Return this rank's part of a parameter of stage 3, an attribute that DeepSpeed adds."""
+    part: Tensor = vars(parameter)["ds_tensor"]
+    return part.detach()
+
+
 def layout_of(zero: deepspeed.DeepSpeedEngine) -> Layout:
+    """Return the layout of a DeepSpeed engine, by what its optimizer has."""
     if hasattr(zero.optimizer, "fp16_groups"):
         return PartitionedWeights(zero)
     if hasattr(zero.optimizer, "bf16_groups"):

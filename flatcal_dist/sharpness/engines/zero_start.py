@@ -24,15 +24,20 @@ def start_zero(
     precision: torch.dtype = torch.float32,
     clip_norm: float | None = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """ZeRO of the stage 1, 2 or 3; every rank gets the weights of rank 0.
+    """Return DeepSpeed's engine with ZeRO. Every rank gets the weights of rank 0.
 
-    optimizer: any of torch's, over the network's parameters; its state is partitioned.
-    precision: of weights in the forward pass; the master copy, the reduction of gradients and
-    their accumulation are fp32, float16 scales losses. clip_norm: of the gradient, the same that
-    the step is given.
-    Raises StepError for another stage or precision, for a network that DeepSpeed cannot hold and
-    for an optimizer that would be another algorithm on parts of the weights; RuntimeError where
-    float16 cannot run.
+    Args:
+        network: The network.
+        optimizer: An optimizer of torch over the network's parameters. Its state is partitioned.
+        stage: The stage of ZeRO, 1, 2 or 3.
+        precision: The type of the weights in the forward pass. The master copy, the reduction of
+            gradients and their accumulation are fp32. With float16 losses are scaled.
+        clip_norm: The largest norm of the gradient, the same that the step gets.
+
+    Raises:
+        StepError: There is no such stage or precision, DeepSpeed cannot hold the network, or the
+            optimizer would be another algorithm on parts of the weights.
+        RuntimeError: float16 cannot run here.
     """
     if stage not in (1, 2, 3):
         raise StepError(f"ZeRO has the stages 1, 2 and 3, not {stage}")
@@ -75,7 +80,7 @@ def start_zero(
 
 
 def _of_rank_0(network: nn.Module) -> dict[str, Tensor]:
-    """Its weights in fp32, before DeepSpeed rounds them."""
+    """Return rank 0's weights in fp32, before DeepSpeed rounds them."""
     device = torch.device(deepspeed.get_accelerator().current_device_name())
     weights = {
         name: weight.detach().to(device, torch.float32, copy=True).contiguous()
@@ -88,7 +93,7 @@ def _of_rank_0(network: nn.Module) -> dict[str, Tensor]:
 
 
 def configuration(stage: int, precision: torch.dtype, clip_norm: float | None) -> dict[str, Any]:
-    """What DeepSpeed calls its configuration."""
+    """Return DeepSpeed's configuration. The arguments are those of `start_zero`."""
     return {
         # We count samples and micro-batches ourselves, and say which micro-batch is the last.
         "train_micro_batch_size_per_gpu": 1,
@@ -112,9 +117,9 @@ def configuration(stage: int, precision: torch.dtype, clip_norm: float | None) -
 
 
 class InPrecision(nn.Module):
-    """Casts what goes into the network to its precision, and what comes out to fp32.
+    """A network whose inputs are cast to its precision, and its outputs to fp32.
 
-    Tensors of floating-point numbers, also those in lists, tuples and mappings.
+    Tensors of floating-point numbers are cast, also in lists, tuples and mappings.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, precision: torch.dtype) -> None:
@@ -134,11 +139,12 @@ def _is_real(value: Any) -> bool:
 
 
 class RunningStatisticsInFp32:
-    """Keeps a batch norm's running statistics in fp32 although its weights are not.
+    """Running statistics of a batch norm in fp32, although its weights are not.
 
-    torch wants both in one precision, and averages in bf16 stop moving a percent or two off:
-    a small step towards the batch's statistics is rounded away. So the layer averages into
-    zeros, which rounds momentum * batch relative to itself, and that is added here.
+    torch needs both in one precision, and averages in bf16 stop moving a percent or two off the
+    right value, because a small step towards the batch's statistics is rounded away. So the layer
+    averages into zeros, which rounds momentum * batch relative to itself, and the sum is taken
+    here.
     """
 
     def __init__(self, module: nn.modules.batchnorm._BatchNorm, precision: torch.dtype) -> None:
@@ -148,7 +154,7 @@ class RunningStatisticsInFp32:
         module.register_forward_hook(self._take_back, always_call=True)
 
     def _lend(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor, ...]:
-        self.kept = module.running_mean, module.running_var
+        self.kept = _statistics_of(module)
         module.running_mean, module.running_var = (
             torch.zeros_like(k, dtype=self.precision) if module.training else k.to(self.precision)
             for k in self.kept
@@ -158,13 +164,16 @@ class RunningStatisticsInFp32:
     def _take_back(self, module: nn.Module, inputs: Any, output: Tensor | None) -> None:
         if self.kept is None:
             return
-        lent = module.running_mean, module.running_var
-        (module.running_mean, module.running_var), kept = self.kept, self.kept
-        self.kept = None
+        lent, kept, self.kept = _statistics_of(module), self.kept, None
+        module.running_mean, module.running_var = kept
         if output is None or not module.training:  # None: the layer raised
             return
-        momentum = module.momentum
+        momentum: float | None = vars(module)["momentum"]
         if momentum is None:  # a plain average over all batches
-            momentum = 1 / module.num_batches_tracked.item()
+            momentum = 1 / float(module.get_buffer("num_batches_tracked"))
         for ours, theirs in zip(kept, lent, strict=True):
             ours.mul_(1 - momentum).add_(theirs)
+
+
+def _statistics_of(module: nn.Module) -> tuple[Tensor, Tensor]:
+    return module.get_buffer("running_mean"), module.get_buffer("running_var")

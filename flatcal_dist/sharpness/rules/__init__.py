@@ -1,4 +1,4 @@
-"""The rules: where the descent gradient is taken, of which loss, and what becomes of it."""
+"""The rules: where the descent gradient is taken, of which loss, and how it is changed."""
 
 from flatcal_dist.sharpness.rules.asam import ASAM
 from flatcal_dist.sharpness.rules.base import (

@@ -1,5 +1,6 @@
 """Adaptive SAM."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -21,8 +22,8 @@ class ASAM(Rule):
     """Adaptive SAM (Kwon et al., ICML 2021): e = rho * T^2 g / ||T g||_2, scale-invariant.
 
     T = |w| + eta, element by element, for parameters whose whole name contains `weight` (norm
-    layers and parametrizations.weight.original0 included). T = 1 for all others, as in the authors'
-    code. rho is about ten times SAM's.
+    layers and parametrizations.weight.original0 included). T = 1 for all other parameters, as in
+    the authors' code. A good rho is about ten times SAM's.
     """
 
     name: ClassVar[str] = "asam"
@@ -46,7 +47,7 @@ class ASAM(Rule):
         return norm
 
     @staticmethod
-    def _each(shards: Shards) -> zip:
+    def _each(shards: Shards) -> Iterator[tuple[str, Tensor, Tensor]]:
         return zip(shards.names, shards.weights, shards.gradients, strict=True)
 
     @staticmethod

@@ -15,8 +15,8 @@ from flatcal_dist.sharpness.rules.sam import SAM
 class CSAM(SAM):
     """Calibrated SAM (Tan et al., ICLR 2026, arXiv 2505.23866).
 
-    The perturbation is SAM's, from plain cross-entropy. The descent gradient is that of `csam_loss`
-    at w + e. With gamma 0 it is SAM.
+    The perturbation is SAM's, from plain cross-entropy. The descent gradient is the gradient of
+    `csam_loss` at w + e. With gamma 0 the rule is SAM.
     """
 
     name: ClassVar[str] = "csam"

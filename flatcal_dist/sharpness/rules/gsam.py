@@ -20,10 +20,10 @@ from flatcal_dist.sharpness.rules.sam import SAM
 class GSAM(SAM):
     """GSAM (Zhuang et al., ICLR 2022, algorithm 1): descend on the surrogate gap as well.
 
-    With the ascent gradient g and the descent gradient g_p of SAM it follows
+    With the ascent gradient g and the descent gradient g_p of SAM, the rule follows
     g_p - alpha * g_across, where g_across = g - (g . g_p / ||g_p||^2) g_p is the part of g across
-    g_p. The paper lets rho fall with the learning rate: see `sharpness.rho_schedule`. With alpha 0
-    it is SAM. Until the second gradient is there, g takes the memory of one more copy of the
+    g_p. The paper lets rho fall with the learning rate (see `sharpness.rho_schedule`). With alpha 0
+    the rule is SAM. Until the second gradient is there, g takes the memory of one more copy of the
     weights.
     """
 

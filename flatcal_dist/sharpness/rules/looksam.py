@@ -22,11 +22,11 @@ from flatcal_dist.sharpness.rules.sam import SAM
 class LookSAM(SAM):
     """LookSAM (Liu et al., CVPR 2022): the costly part of SAM's gradient, kept for some steps.
 
-    Every `every`-th step is SAM's, with ascent gradient g and descent gradient g_s. It remembers
-    the part of g_s across g: g_v = g_s - (g_s . g / ||g||^2) g. The other steps follow
-    g + alpha * (||g|| / ||g_v||) * g_v, with a plain gradient g of their own. Norms and products
-    are over all parameters. g_v takes the memory of one more copy of the weights, in checkpoints
-    too.
+    Every `every`-th step is a step of SAM, with ascent gradient g and descent gradient g_s. The
+    rule remembers the part of g_s across g: g_v = g_s - (g_s . g / ||g||^2) g. The other steps
+    follow g + alpha * (||g|| / ||g_v||) * g_v, where g is the plain gradient of the step. Norms and
+    products are over all parameters. g_v takes the memory of one more copy of the weights, in
+    checkpoints too.
     """
 
     name: ClassVar[str] = "looksam"
@@ -47,9 +47,9 @@ class LookSAM(SAM):
         return None
 
     def _across(self, shards: Shards, ascent: Memory, context: Context) -> Memory:
-        """g_v by name. What only one pass used counts as zero in the other.
+        """Return g_v by name. A parameter that only one pass used counts as zero in the other.
 
-        Where the ascent gradient is zero there is nothing across it to remember: zero.
+        Where the whole ascent gradient is zero, g_v is zero.
         """
         pairs = [(g_s, ascent[n]) for n, g_s in shards.by_name() if n in ascent]
         product = dot([g_s for g_s, _ in pairs], [g for _, g in pairs])
@@ -61,7 +61,7 @@ class LookSAM(SAM):
         return across
 
     def _add_across_(self, shards: Shards, memory: Memory, context: Context) -> None:
-        """g <- g + alpha * (||g|| / ||g_v||) * g_v."""
+        """Replace g by g + alpha * (||g|| / ||g_v||) * g_v."""
         squares = context.total(
             torch.stack([squared_norm(shards.gradients), squared_norm(list(memory.values()))])
         )

@@ -15,10 +15,10 @@ class MomentumSAM(Rule):
     """Momentum-SAM (Becker et al., 2024, arXiv 2401.12033): e = -rho * v / ||v||_2.
 
     v is the momentum, v <- momentum * v + g, of the gradients g at w + e. So a step has one pass
-    and costs what a plain step costs. The first step does not perturb: there is no v. The rule
-    keeps v itself, one more copy of the weights, so that it works with every optimizer. It is
-    SGD's own buffer if `momentum` is the optimizer's, up to weight decay, which v does not hold.
-    rho is about ten times SAM's.
+    and costs what a plain step costs. The first step does not perturb, because there is no v. The
+    rule keeps v itself, one more copy of the weights, so that it works with every optimizer. If
+    `momentum` is the optimizer's, v equals SGD's momentum buffer, up to weight decay, which v does
+    not hold. A good rho is about ten times SAM's.
     """
 
     name: ClassVar[str] = "momentum_sam"

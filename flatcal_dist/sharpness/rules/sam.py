@@ -13,7 +13,7 @@ from flatcal_dist.sharpness.rules.base import Context, Rule, Shards, ratio, squa
 class SAM(Rule):
     """Sharpness-aware minimization (Foret et al., ICLR 2021, section 3): e = rho * g / ||g||_2.
 
-    There is one norm over all parameters. With `every` above 1 it is periodic SAM.
+    There is one norm over all parameters. With `every` above 1 the rule is periodic SAM.
     """
 
     name: ClassVar[str] = "sam"

@@ -1,4 +1,4 @@
-"""The command line that every recipe has."""
+"""The command line of every recipe."""
 
 import argparse
 from pathlib import Path
@@ -8,21 +8,29 @@ from flatcal_dist.errors import ConfigError
 
 
 class CommandLine(argparse.ArgumentParser):
-    """Leaves what to say, and on which rank, to the program."""
+    """A parser that raises ConfigError, so that the program decides which rank speaks."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}\n{self.format_usage().strip()}")
 
 
-def command_line(description: str, default_config: Path | None = None) -> argparse.ArgumentParser:
-    """The options that every recipe has; `overrides` takes the dotted ones."""
+def command_line(
+    description: str | None, default_config: Path | None = None
+) -> argparse.ArgumentParser:
+    """Return a parser with the options of every recipe. `overrides` takes the dotted ones."""
     parser = CommandLine(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=default_config, metavar="FILE")
-    parser.add_argument("--print-config", action="store_true", help="print it resolved, and stop")
     parser.add_argument(
-        "--dry-run", action="store_true", help="build everything, two steps on made-up images, stop"
+        "--print-config",
+        action="store_true",
+        help="print the whole configuration, and stop",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, take two steps on made-up images, and stop",
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     return parser
