@@ -161,7 +161,7 @@ REFUSED = {
     "two sets": ({"val_logits": Z, "val_labels": Y, "test_logits": Z, "test_labels": Y},
                  "a file for each set"),
     "two kinds": ({"logits": Z, "probs": P, "labels": Y}, "expected the scores"),
-    "answers": ({"y_pred": Y, "labels": Y}, "whole numbers: answers"),
+    "answers": ({"y_pred": Y, "labels": Y}, "whole numbers, which are answers"),
     "one-hot answers": ({"outputs": np.eye(K)[Y], "labels": Y}, "answers and no scores"),
     "sigmoids": ({"scores": np.full((N, K), 0.4), "labels": Y}, "may be logits or probabilities"),
     "names without order": ({"logits": Z, "labels": np.array(NAMES)[Y]}, "give --classes FILE"),

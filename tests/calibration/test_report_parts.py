@@ -312,7 +312,7 @@ def test_heat_map_has_every_corruption(whole: Path) -> None:
 
 def test_a_run_called_like_a_formula_is_a_text_in_spreadsheets():
     name = "=cmd|' /C calc'!A0"
-    run = {"run": name, "settings": {}, "nll": -0.5, "difference": {}}
+    run = {"run": name, "nll": -0.5, "settings": {}, "difference": {}}
     _, row = _csv({"runs": [run]}).splitlines()
     assert row.startswith(f"'{name},-0.5,")
 

@@ -217,10 +217,11 @@ def _conventions(records: Records, bins: int, resamples: int, seed: int) -> dict
         after = "each image scored with the temperature of the other folds"
     return {
         "units": "rates are fractions, NLL and entropy nats; metrics.csv has top1, top5 and their "
-        "errors in per cent and param_count in millions, as timm's results files do",
-        "logits": "not known: logarithms of the probabilities given, float64"
+        "errors in per cent and param_count in millions, as timm's results files do, and all "
+        "numbers of the method in the column settings",
+        "logits": "not known; the logarithms of the given probabilities, in float64"
         if source.probabilities
-        else f"{records.logits_dtype} as they came, computed on in float64",
+        else f"{records.logits_dtype} as given; all computation is in float64",
         "label_space": "all classes"
         if source.classes is None
         else f"{len(source.classes)} of the network's classes, the others left out before the "
@@ -231,9 +232,9 @@ def _conventions(records: Records, bins: int, resamples: int, seed: int) -> dict
         "ece": "equal-width right-closed bins",
         "adaptive_ece": "equal-mass bins, midpoint edges, equal confidences in one bin",
         "mce": "over all bins that hold images",
-        "rmsce_debiased": "each bin less what chance adds to its square; 0 where that leaves less",
-        "classwise_ece": "mean over classes; thresholded: entries above one over their number",
-        "brier": "sum over all classes, 0 to 2; top_label_brier: of the confidence alone",
+        "rmsce_debiased": "the square of each bin less what chance adds to it; at least 0",
+        "classwise_ece": "mean over classes; thresholded: entries above 1 / number of classes",
+        "brier": "sum over all classes, 0 to 2; top_label_brier: from the confidence alone",
         "corp": "top_label_brier = miscalibration - discrimination + uncertainty, isotonic",
         "signed_gap": "mean confidence minus accuracy",
         "ties": "equal scores count in expectation over random order",
@@ -245,14 +246,15 @@ def _conventions(records: Records, bins: int, resamples: int, seed: int) -> dict
         "after_temperature": after,
         "folds": len(records.fold_temperatures),
         "fold_seed": records.fold_seed,
-        "intervals": f"{100 * LEVEL:.0f} %, bootstrap over images. Means: percentiles. Failure "
-        "prediction: on a logarithmic or log-odds scale with Student's t; with some 30 wrong "
-        "images those of E-AURC, NAURC and AUPR of success hold the truth in 90 to 95 % of cases. "
-        "Errors of calibration, which chance inflates: by test inversion, so that they hold the "
-        "error without chance, begin at 0 unless calibration is refuted, and may lie below the "
-        "value; with few images they hold it in 89 to 97 % of cases",
-        "smooth_ece": "the definition, with a kernel of mass 1 for each image; relplot's value, "
-        "which gives images at confidence 1 half of it, is smooth_ece_relplot",
+        "intervals": f"{100 * LEVEL:.0f} %, bootstrap over images. Means have percentiles. Failure "
+        "prediction has intervals on a logarithmic or log-odds scale with Student's t. With about "
+        "30 wrong images, the intervals of E-AURC, NAURC and AUPR of success hold the truth in 90 "
+        "to 95 % of cases. Chance inflates errors of calibration. Their intervals invert a test, "
+        "so that they hold the error without chance. They begin at 0 unless calibration is "
+        "refuted, and may lie below the value. With few images they hold the truth in 89 to 97 % "
+        "of cases",
+        "smooth_ece": "by its definition, with a kernel of mass 1 for each image; "
+        "smooth_ece_relplot is relplot's value, in which images at confidence 1 have mass 1/2",
         "ece_null": "ECE of a perfectly calibrated network with these confidences",
         "resamples": resamples,
         "seed": seed,

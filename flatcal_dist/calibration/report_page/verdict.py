@@ -36,9 +36,8 @@ def verdict(m: Report, shift: dict[str, Any] | None = None) -> list[Finding]:
     if m.images < FEW_IMAGES:
         verb = "is" if m.images == 1 else "are"
         text = (
-            f"{counted(m.images, 'image')} {verb} too few for a verdict; the numbers below are "
-            f"those of {'this image' if m.images == 1 else 'these images'} and say little of "
-            "others."
+            f"{counted(m.images, 'image')} {verb} too few for a verdict. The numbers hold for "
+            f"{'this image' if m.images == 1 else 'these images'} and say little about others."
         )
         return [Finding("Too few images", text)]
     findings = [
