@@ -62,8 +62,8 @@ Passes = Callable[[int], Iterable]  # workers -> batches of one pass
 
 def write_images(root: Path, count: int) -> None:
     """The same JPEGs as shards and as an ImageFolder tree."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/data"))
-    from photographs import encoded, photograph
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from tests.support.photographs import encoded, photograph
 
     samples = []
     for number in range(count):
@@ -238,7 +238,7 @@ def simulated(directory: Path, samples: int = 1_281_167, shards: int = 1024) -> 
         path = directory / f"s-{number:04d}.tar"
         with path.open("wb") as file:
             file.truncate(found.tar_size)
-        index_module.walk_shard = lambda _, found=found: found
+        index_module.walk_shard = lambda *_, found=found: found
         index_module.index_shard(path)
         paths.append(path)
     return paths
