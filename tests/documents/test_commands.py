@@ -143,7 +143,7 @@ def perform(words: list[str], place: Path):
     if program == "flatcal":
         return script(place / "flatcal.py", *rest, cwd=place)
     if program == "python" and rest[0].endswith(".py"):
-        return script(place / rest[0], *rest[1:], cwd=place)
+        return script(place / rest[0], *rest[1:], cwd=place, seconds=600)
     if program == "python":
         return run([sys.executable, *rest], place)
     if program == "accelerate" and rest[0] == "launch":

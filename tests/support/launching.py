@@ -59,14 +59,20 @@ def launch(
     return subprocess.CompletedProcess(words, code if processes == 1 else min(abs(code), 1), text)
 
 
-def script(path: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+def script(
+    path: Path, *arguments: str, cwd: Path | None = None, seconds: float = TIMEOUT
+) -> subprocess.CompletedProcess:
     """Run `python PATH ARGUMENTS` as `launch` runs one process of a recipe."""
-    code, text = _forked(path, arguments, [{}], cwd)
+    code, text = _forked(path, arguments, [{}], cwd, seconds)
     return subprocess.CompletedProcess([str(path), *arguments], code, text)
 
 
 def _forked(
-    path: Path, arguments: Sequence[str], environments: list[dict[str, str]], cwd: Path | None
+    path: Path,
+    arguments: Sequence[str],
+    environments: list[dict[str, str]],
+    cwd: Path | None,
+    seconds: float = TIMEOUT,
 ) -> tuple[int, str]:
     """The exit code and the output of a script in processes with these environments."""
     call = str(path), list(map(str, arguments))
@@ -78,7 +84,7 @@ def _forked(
         ]
         for rank in ranks:
             rank.start()
-        code = _end_of(ranks)
+        code = _end_of(ranks, seconds)
         return code, output.read_text(errors="replace")
 
 
@@ -122,9 +128,9 @@ def _as_script(
         atexit._run_exitfuncs()
 
 
-def _end_of(ranks: list[BaseProcess]) -> int:
+def _end_of(ranks: list[BaseProcess], seconds: float) -> int:
     """The first exit code that is not 0, after which the others are ended, as torchrun does."""
-    deadline = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + seconds
     try:
         running = list(ranks)
         while running:
