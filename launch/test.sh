@@ -11,4 +11,6 @@ make_environment "$versions" dev
 cd "$root"
 ruff check .
 ruff format --check .
+mypy
+codespell
 exec env OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile "$@"
