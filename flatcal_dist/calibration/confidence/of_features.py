@@ -50,8 +50,7 @@ def trust_score(features: ArrayLike, prediction: ArrayLike, reference: Reference
 
 
 def mahalanobis(features: ArrayLike, reference: Reference) -> FloatArray:
-    """Return minus the squared Mahalanobis distance of features [N, D] to the nearest class mean
-    [N].
+    """Return minus the squared Mahalanobis distance [N] of features [N, D] to the nearest mean.
 
     Each class has the mean of its training images. All classes share one covariance, that of the
     training images about the mean of their class. Directions in which training images do not differ

@@ -175,9 +175,7 @@ def faded_line(
     strength: Sequence[float],
     **style: Any,
 ) -> None:
-    """Draw a line whose opacity varies.
-
-    Stretches of about equal strength are one path, so that dashes and round ends stay whole.
+    """Draw a line whose opacity varies, with each stretch of about equal strength as one path.
 
     Args:
         axes: Where the line is drawn.

@@ -110,14 +110,7 @@ def read_scores(
 ) -> Scores:
     """Return what a file holds, before anything is computed.
 
-    Args:
-        path: The file.
-        classes: The names of the classes, as in `import_file`.
-        labels: Another file that holds the labels, as in `import_file`.
-        scores: The kind of the scores, as in `import_file`.
-
-    Raises:
-        ValueError: As in `import_file`.
+    The arguments, and the errors that are raised, are those of `import_file`.
     """
     columns = open_columns(path)
     other = None if labels is None else open_columns(labels)

@@ -81,8 +81,7 @@ def decode(
         channels: 1 (gray) or 3 (RGB).
         name: What errors call the image.
         decoder: See `choose_decoder`.
-        max_pixels: The most pixels that the image may have. Its size is checked before it takes
-            memory.
+        max_pixels: The most pixels that the image may have, checked before it takes memory.
 
     Raises:
         BadImage: The bytes are no whole image, or the image is too large.

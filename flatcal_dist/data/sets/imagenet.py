@@ -45,12 +45,11 @@ def real_labels(keys: Sequence[str], file: Path | None = None) -> list[list[int]
 
     An image is known by its original name, ILSVRC2012_val_00000001 and so on. Its key is this name
     or ends in it. `file` is `real.json` as published (a list by image number), or an object from
-    file names to labels. By default the labels are those that timm ships.
+    file names to labels. By default the labels are those that timm ships. Source: Beyer et al.,
+    Are we done with ImageNet? (arXiv 2006.07159).
 
     Raises DataError if a key does not end in such a name, if the file lacks an image, or if the
     file has another form.
-
-    Source: Beyer et al., Are we done with ImageNet? (arXiv 2006.07159).
     """
     table = _read_real(file)
     labels = []

@@ -159,8 +159,7 @@ def largest_difference(
     Args:
         optimizer: The optimizer.
         shapes: The shapes of the whole weights, by parameter group.
-        otherwise: Gives the weights after the steps in another way, from the weights before and
-            the gradients of each step.
+        otherwise: Gives the weights after the steps, from those before and all gradients.
         device: Where to try it.
 
     Returns:
