@@ -77,7 +77,7 @@ STRANGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a link loop": ("ant/x.png", lambda p: p.symlink_to(p), r"x\.png cannot be read .Too many"),
     "a loop as a class": ("cow", lambda p: p.symlink_to(p), r"cow cannot be read .Too many"),
     "a broken link": ("ant/x.png", lambda p: p.symlink_to("/none"), r"cannot be read .No such"),
-    "a link up": ("ant/x", lambda p: p.symlink_to(p.parent.parent), "folder inside of a class"),
+    "a link up": ("ant/x", lambda p: p.symlink_to(p.parent.parent), "folder inside a class"),
     "a nested class": ("ant/red", lambda p: p.mkdir(), "a folder inside a class folder"),
     "an empty class": ("cow", lambda p: p.mkdir(), "cow holds no images. Fill it, or remove"),
     "a class of litter": (
