@@ -27,7 +27,7 @@ from flatcal_dist.calibration.shift.rows import real_figures
 from flatcal_dist.calibration.softmax import Scores
 from flatcal_dist.calibration.statistics.bootstrap import RESAMPLES, Bootstrap, bootstrap
 from flatcal_dist.calibration.statistics.intervals import LEVEL
-from flatcal_dist.data.identity import data_identity
+from flatcal_dist.image_identity import data_identity
 
 OF_ALL_CLASSES = (
     "accuracy", "mean_confidence", "signed_gap", "ece", "nll", "brier", "aurc", "auroc",

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from flatcal_dist.data.errors import DataError
-from flatcal_dist.data.identity import data_identity
 from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.images import corruptions
 from flatcal_dist.data.images.corruptions import Corrupted
@@ -41,6 +40,7 @@ from flatcal_dist.data.sets.tree import open_tree
 from flatcal_dist.data.shards.access import is_remote
 from flatcal_dist.data.shards.index import Index, load_index
 from flatcal_dist.data.shards.writing import expand
+from flatcal_dist.image_identity import data_identity
 from flatcal_dist.urls import shown
 
 
