@@ -229,7 +229,7 @@ def simulated(directory: Path, samples: int = 1_281_167, shards: int = 1024) -> 
     for number, part in enumerate(np.array_split(np.arange(samples), shards)):
         n = len(part)
         size = generator.integers(20_000, 200_000, n).astype(np.uint32)
-        offset = np.cumsum(size.astype(np.uint64) + 2048)
+        offset = np.cumsum(size.astype(np.uint64) + 2048) - size  # where an image begins
         found = ShardIndex(
             tar_size=int(offset[-1] + size[-1]), offset=offset, size=size,
             header=generator.integers(0, 2**32, n, np.uint32),

@@ -48,7 +48,7 @@ SMALLER = {
     r"launch/submit\.py": "--dry-run",
     r"benchmarks/step_overhead\.py": "--network resnet18 --image-size 32 --batch 2 --rounds 1",
     r"benchmarks/checkpoint\.py": "--network resnet18 --rounds 1",
-    r"benchmarks/loader\.py": "--images 20 --rounds 1 --workers 0",
+    r"benchmarks/loader\.py": "--images 80 --rounds 1 --workers 0",
     r"benchmarks/report\.py": "--images 300 --classes 10",
     r"benchmarks/interval_coverage\.py(?!.*--logits)": "--images 200 --draws 2 --resamples 20",
     r"benchmarks/interval_coverage\.py.*--logits": "--images 60 --draws 2 --resamples 20",
