@@ -27,7 +27,7 @@ from flatcal_dist.data import (
     prepare_shards,
     write_shards,
 )
-from flatcal_dist.data.making import sharding
+from flatcal_dist.data.making import plans, sharding
 from flatcal_dist.data.making.sharding import Encoding
 from tests.support.photographs import CLASSES, write_photographs
 
@@ -260,7 +260,7 @@ def test_foreign_swapped_and_concurrent_shards_are_refused(tree, tmp_path):
     with pytest.raises(DataError, match=r"0001\.tar does not hold the samples that were planned"):
         prepare_shards(source, out, "train", shards=4)
     with (
-        sharding.locked(out / "imagenet1k-train.plan.json"),
+        plans.locked(out / "imagenet1k-train.plan.json"),
         pytest.raises(DataError, match="Another `flatcal shard` is writing"),
     ):
         prepare_shards(source, out, "train", shards=4)
