@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the environment, then lint and tests, two files at a time. Arguments go to
+# Make the environment, then lint, types, spelling and tests, two files at a time. Arguments go to
 # pytest: a file, -n 0 for one at a time, -m exhaustive, or for what takes under two minutes
 # -m "not ranks and not slurm and not browser" (CONTRIBUTING.md says what the markers mean).
 #   ./launch/test.sh [--latest] [ARGUMENT...]     --latest: not the tested versions, but the newest

@@ -20,6 +20,8 @@ import pytest
 from tests.support import cluster, jobs, ranks
 
 STARTERS = (ranks.FORKING, jobs.Job, subprocess, multiprocessing, pty)
+# Files whose tests have the package start processes: W&B's, and loader workers by spawning.
+FILES = ("tests/tracking/test_wandb.py", "tests/data/test_delivery.py")
 TESTS = str(Path(__file__).parents[1])
 
 
@@ -28,7 +30,8 @@ def needs(item: pytest.Item) -> Iterator[str]:
     seen: dict[int, Any] = {}
     for one in _beginnings(item):
         _visit(one, seen)
-    if any(id(starter) in seen for starter in STARTERS):
+    starts = any(id(starter) in seen for starter in STARTERS)
+    if starts or item.nodeid.startswith(FILES):
         yield "ranks"
     if id(cluster.cluster) in seen:
         yield "slurm"
