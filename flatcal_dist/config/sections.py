@@ -49,7 +49,7 @@ class ModelConfig(Section):
 
     name: Text = Field(
         "resnet50",
-        description="The network: one of timm's, one of this package such as mlp, or torchvision:NAME.",
+        description="The network: one of timm's, one of this package (mlp), or torchvision:NAME.",
     )
     num_classes: int = Field(1000, ge=2, le=1_000_000, description="The number of classes.")
     options: Options = Field({}, description="What is passed to the builder of the network.")
