@@ -213,7 +213,7 @@ def test_the_page_names_what_older_records_lack(records: Records, saved: Path, t
     rewritten(saved, lambda t: t.drop_columns(["score_energy", "score_doctor"]))
     write_report(Records.load(saved), tmp_path / "report", resamples=5)
     page = (tmp_path / "report/index.html").read_text()
-    assert "older than these scores: DOCTOR, Energy. Evaluate again" in page
+    assert "older than these scores and lack them: DOCTOR, Energy. Evaluate again" in page
     metrics_file = tmp_path / "report/metrics.json"
     m = json.loads(metrics_file.read_text())
     del m["scores"]["missing"]  # as written before scores could be missing

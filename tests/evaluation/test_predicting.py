@@ -223,7 +223,7 @@ def test_what_cannot_be_computed_is_refused_before_a_training(digits, key, overr
     ("value", "message"),
     [
         ("[trust]", "no confidence score is called 'trust'"),
-        ("[msp]", "msp is in every report"),
+        ("[msp]", "every report holds msp"),
         ("mc_dropout", "evaluate.confidence"),
         ("[1]", "evaluate.confidence"),
     ],
