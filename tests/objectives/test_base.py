@@ -134,7 +134,7 @@ def test_a_share_of_a_micro_batch_keeps_pairs_whole():
     for share in (0.01, 0.1, 0.25, 0.3, 0.5, 0.9, 0.99):
         for even in (True, False):
             forward = pair(objective if even else CrossEntropy(), CrossEntropy(), False)
-            sizes[share, even] = on_a_share(forward, share, even)(make_network(), batch).count
+            sizes[share, even] = on_a_share(forward, share, even)(make_network(), batch).losses
     assert [sizes[s, True] for s in (0.01, 0.1, 0.25, 0.3, 0.5, 0.9, 0.99)] == [
         2, 4, 6, 8, 12, 22, 24,
     ]  # fmt: skip

@@ -191,9 +191,11 @@ def read_metrics(path: Path) -> Report:
     """
     try:
         m = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(m, dict):
+            raise ValueError("it holds no keys and values")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); evaluate the run again") from None
-    version = m.get("schema_version") if isinstance(m, dict) else None
+    version = m.get("schema_version")
     if version != SCHEMA_VERSION:
         raise ValueError(
             f"{path} has schema version {version}, expected {SCHEMA_VERSION}; "
