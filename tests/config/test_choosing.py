@@ -62,7 +62,7 @@ def test_an_unknown_key_is_named_before_what_follows_from_it(tmp_path):
     file = tmp_path / "a.yaml"
     for text, message in {
         "inherit: base.yaml\nsharpness: {rho: 0.2}": "inherit: no such key .*did you mean inherits",
-        "sharpness: {rulle: csam, gamma: 1}": "sharpness.rulle: no such key .*sharpness.rule",
+        "sharpness: {rules: csam, gamma: 1}": "sharpness.rules: no such key .*sharpness.rule",
     }.items():
         file.write_text(text)
         with pytest.raises(ConfigError, match=message) as error:
