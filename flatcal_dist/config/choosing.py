@@ -40,7 +40,7 @@ class Chooser:
         owners = self.owners(key)
         shared = len(owners) == len([name for name in self.sections if name != "none"])
         if shared and len(owners) > 1:
-            return f"a {self.key} other than none"
+            return f"{self.key} other than none"
         return f"{self.key}={' or '.join(owners)}"
 
 
@@ -72,6 +72,19 @@ def sections_of(name: str) -> list[type[BaseModel]]:
     assert isinstance(section, type)
     assert issubclass(section, BaseModel)
     return [section]
+
+
+def unknown(values: dict[str, Any]) -> list[str]:
+    """Return the sections and keys that no choice has."""
+    known = set(keys())
+    sections = [name for name in values if name not in Config.model_fields]
+    return sections + [
+        f"{name}.{key}"
+        for name, section in values.items()
+        if name not in sections and isinstance(section, dict)
+        for key in section
+        if f"{name}.{key}" not in known
+    ]
 
 
 def unread(config: Config) -> dict[str, Chooser]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from flatcal_dist.config.choosing import CHOOSERS, keys, set_aside
+from flatcal_dist.config.choosing import CHOOSERS, keys, set_aside, unknown
 from flatcal_dist.config.conditions import with_defaults_for_unread
 from flatcal_dist.config.files import read_layers
 from flatcal_dist.config.identity import fingerprint
@@ -34,7 +34,8 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), recorded: bool 
         translate_older(layers.values)
     else:
         refuse_older(layers)
-    set_aside(layers, recorded)
+    # A choice may be missing because its key is misspelled: validation names unknown keys first.
+    set_aside(layers, recorded or bool(unknown(layers.values)))
     try:
         config = Config.model_validate(layers.values)
     except ValidationError as error:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from flatcal_dist.config.choosing import Chooser
 from flatcal_dist.config.files import Layers
@@ -15,6 +16,7 @@ SHOWN = reprlib.Repr()
 SHOWN.maxstring = SHOWN.maxother = SHOWN.maxlong = 80
 
 ONE_OF_TWO = ("bool_type", "bool_parsing")
+SWEEPS = ("base", "axes", "grid", "set", "exclude")
 NUMBERS = ("int_type", "int_parsing", "int_from_float", "float_type", "float_parsing")
 
 
@@ -37,10 +39,8 @@ def explain(
         kind, names = problem["type"], [str(part) for part in problem["loc"]]
         if names and names[0] in choosers:
             if kind == "union_tag_invalid":
+                _name_choices(problem, choosers[names[0]])
                 names.append(choosers[names[0]].by)
-                problem["input"] = problem["ctx"]["tag"]
-                expected = problem["ctx"]["expected_tags"]
-                problem["msg"] = f"expected one of {expected.replace(chr(39), '')}"
             else:
                 del names[1:2]  # the name of the choice
         # A union (str or list) adds the tried type to the path. Keys and indexes are kept.
@@ -54,7 +54,8 @@ def explain(
         place = f" ({origin})" if origin else ""
         shown = SHOWN.repr(problem["input"])
         if kind == "extra_forbidden":
-            line = f"{as_written(key)}: no such key{place}{_advice(key, names[-1], known)}"
+            advice = _advice(key, names[-1], known, choosers)
+            line = f"{as_written(key)}: no such key{place}{advice}"
         elif kind == "value_error":
             line = f"{key + ': ' if key else ''}{problem['ctx']['error']}{place}"
         elif kind in ("model_type", "model_attributes_type"):
@@ -62,6 +63,8 @@ def explain(
             word = problem["input"]
             if key in choosers and isinstance(word, str) and word in choosers[key].sections:
                 line += f": {choosers[key].key}={word}"
+            elif word is None:
+                line += ", or write {} to clear what was inherited"
         else:
             line = f"{key} = {shown}{place}: {problem['msg'].lower()}"
             line += _spelling(kind, problem["input"])
@@ -70,39 +73,86 @@ def explain(
     return "\n".join(lines)
 
 
+def _name_choices(problem: ErrorDetails, chooser: Chooser) -> None:
+    """Say in a problem what can be chosen, and show what was written instead."""
+    given = problem["input"].get(chooser.by)
+    choices = list(chooser.sections)
+    problem["input"] = given
+    problem["msg"] = f"expected one of {', '.join(choices)}"
+    word = "none" if given is None else str(given).lower()
+    if near := difflib.get_close_matches(word, choices, n=1, cutoff=0.7):
+        problem["msg"] += f"; did you mean {near[0]}?"
+
+
 def as_written(key: str) -> str:
     """Return a key as it is, or in quotes if letters in it could not be seen."""
     return key[:100] if re.fullmatch(r"[\w.+-]*", key, re.ASCII) else repr(key[:100])
 
 
-def _advice(key: str, last: str, known: Sequence[str]) -> str:
+def _advice(key: str, last: str, known: Sequence[str], choosers: Mapping[str, Chooser]) -> str:
+    """Return what to write instead of a key that does not exist."""
     if "." in last:  # `a.b: 1` in a file, where sections are nested
         section, _, rest = last.rpartition(".")
         return f"; in a file a dot is no separator: write {rest} into the section {section}"
-    near = nearest(key, known)
-    return f"; did you mean {near}?" if near else ""
+    if key in SWEEPS:
+        return (
+            "; this is a key of a sweep, which `launch/sweep.py` reads. A file names others by "
+            "`inherits`"
+        )
+    if difflib.get_close_matches(key.lower(), ["inherits"], cutoff=0.8):
+        return "; did you mean inherits?"
+    for chooser in choosers.values():
+        if key in chooser.sections:
+            return f"; {key} is a choice of {chooser.section}: write {chooser.key}={key}"
+    if near := nearest(key, known):
+        return f"; did you mean {near}?"
+    section = key.partition(".")[0]
+    there = any(other.startswith(f"{section}.") for other in known)
+    return f"; `flatcal config{f' {section}' if there else ''}` lists the keys"
 
 
 def nearest(key: str, known: Sequence[str]) -> str | None:
     """Return the known key or section most like `key`, or None.
 
-    Its last part is compared first (the section may be forgotten), then sections, then whole keys.
+    The last part is compared first, because the section may be forgotten. Initials count as well:
+    lr is learning_rate. In a section that exists the keys of this section follow, then the keys of
+    others. Without a section the names of sections follow, then whole keys.
     """
-    key = key[:100].replace("-", "_")
-    leaf = key.rsplit(".", 1)[-1]
-    same_leaf = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
+    key = key[:100].replace("-", "_").strip("_")
+    section, _, leaf = key.lower().rpartition(".")
+    sections = list(dict.fromkeys(other.partition(".")[0] for other in known))
+    if key != leaf and leaf in sections and not section:  # in capitals
+        return leaf
+    leaves = {other: other.rsplit(".", 1)[-1] for other in known}
+    same_leaf = [other for other in known if leaves[other] == leaf]
+    if not same_leaf and len(leaf) > 1:
+        same_leaf = [other for other in known if _initials(leaves[other]) == leaf]
     if same_leaf:
         return difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.0)[0]
-    if "." not in key:
-        sections = list(dict.fromkeys(other.partition(".")[0] for other in known))
-        if match := difflib.get_close_matches(key.lower(), sections, n=1, cutoff=0.7):
-            return match[0]
+    if not section and (match := difflib.get_close_matches(leaf, sections, n=1, cutoff=0.7)):
+        return match[0]
+    if section in sections:
+        near = [leaves[other] for other in known if other.startswith(f"{section}.")]
+        if match := difflib.get_close_matches(leaf, near, n=1, cutoff=0.5):
+            return f"{section}.{match[0]}"
+        near = [*leaves.values()]
+        if match := difflib.get_close_matches(leaf, near, n=1, cutoff=0.7):
+            return next(other for other in known if leaves[other] == match[0])
+        return None
     match = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.5)
     return match[0] if match else None
 
 
+def _initials(leaf: str) -> str:
+    return "".join(word[:1] for word in leaf.split("_"))
+
+
 def _spelling(kind: str, value: Any) -> str:
     """Say how to write what other readers of YAML or of numbers take for a value of this kind."""
+    if kind == "list_type" and re.fullmatch(r"[\w .,+-]{1,80}", str(value)):
+        return f"; write [{value}]"
+    if kind == "dict_type":
+        return "; write keys and values: {key: value}"
     if isinstance(value, str) and kind in ONE_OF_TWO:
         if value.lower() in ("yes", "no", "on", "off", "y", "n"):
             return f"; write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'}"

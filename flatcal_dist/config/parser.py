@@ -27,10 +27,5 @@ def command_line(
         action="store_true",
         help="print the whole configuration, and stop",
     )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="build everything, take two steps on made-up images, and stop",
-    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     return parser

@@ -20,11 +20,13 @@ values, not by its number, so that a study that grows finds the runs that it has
 of a run records its places as `run.axes`.
 """
 
+import difflib
 import hashlib
 import itertools
 import json
 import math
 import re
+import reprlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,9 +34,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from flatcal_dist import config as configuration
-from flatcal_dist.config.files import as_override
+from flatcal_dist.config.files import COMMAND_LINE, as_override
 from flatcal_dist.config.kinds import PathText, Section
 from flatcal_dist.errors import ConfigError
 from flatcal_dist.files import expanded, read_bytes
@@ -137,14 +140,38 @@ def load_sweep(path: str | Path) -> Sweep:
         sweep = Sweep.model_validate(values)
         sweep = sweep.model_copy(update={"directory": str(expanded(sweep.directory))})
     except ValidationError as error:
-        lines = (
-            f"{'.'.join(map(str, problem['loc']))}: "
-            + str(problem.get("ctx", {}).get("error") or problem["msg"].lower())
-            for problem in error.errors()
-        )
-        raise ConfigError(f"{path} is not a sweep:\n" + "\n".join(lines)) from None
+        lines = "\n".join(_in_words(problem) for problem in error.errors())
+        raise ConfigError(f"{path} is not a sweep:\n{lines}") from None
     _check(sweep, path)
     return sweep
+
+
+def _in_words(problem: ErrorDetails) -> str:
+    """Return the key of a problem, and what was expected there."""
+    kind, loc = problem["type"], [str(part) for part in problem["loc"]]
+    if loc[-1] == "[key]":
+        what = "an axis" if len(loc) == 3 else "a place on an axis"
+        return (
+            f"{'.'.join(loc[:-1])}: the name of {what} begins with a letter or a digit, and has at "
+            "most 64 letters, digits and the signs _ + -"
+        )
+    key = ".".join(loc)
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(key, Sweep.model_fields, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(Sweep.model_fields)}"
+        return f"{key}: no such key; {hint}"
+    if kind == "missing":
+        return f"{key}: this key is missing. {Sweep.model_fields[key].description}"
+    if kind == "dict_type":
+        example = {1: "{NAME: {PLACE: {key.sub: value}}}", 2: "{PLACE: {key.sub: value}}"}
+        wanted = example.get(len(loc) if loc[0] == "axes" else 0, "{key.sub: value}")
+        return f"{key}: expected {wanted}, not {reprlib.repr(problem['input'])}"
+    if kind == "list_type" and isinstance(problem["input"], dict):
+        inner = next(iter(problem["input"]), "sub")
+        return f"{key}: expected a list of values. Write the whole key: {loc[-1]}.{inner}"
+    if kind == "list_type":
+        return f"{key}: expected a list of values, not {reprlib.repr(problem['input'])}"
+    return f"{key}: {problem.get('ctx', {}).get('error') or problem['msg'].lower()}"
 
 
 def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[Element]:
@@ -168,13 +195,15 @@ def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[
         run = Path(sweep.directory) / name
         own = sweep.overrides(point).items()
         explicit = [*common, *(as_override(key, value) for key, value in own)]
-        explicit = _read_ones(sweep, explicit)
+        explicit = _read_ones(sweep, point, explicit)
         if not any(text.startswith("wandb.group=") for text in explicit):
             explicit.insert(0, as_override("wandb.group", sweep.name))
         try:
             config = configuration.load(sweep.base, [*explicit, as_override("run.dir", str(run))])
         except ConfigError as error:
-            raise ConfigError(f"run {len(found)} of the sweep, {name}: {error}") from None
+            where = "in the sweep's file" + (f" or on {COMMAND_LINE}" if overrides else "")
+            text = str(error).replace(f"(on {COMMAND_LINE})", f"({where})")
+            raise ConfigError(f"run {len(found)} of the sweep, {name}: {text}") from None
         found.append(Element(len(found), name, point, run, tuple(explicit), config))
     _refuse_twins(found)
     if not found:
@@ -182,20 +211,26 @@ def elements(sweep: Sweep, overrides: tuple[str, ...] | list[str] = ()) -> list[
     return found
 
 
-def _read_ones(sweep: Sweep, overrides: list[str]) -> list[str]:
-    """Return the overrides that a run reads. Plain training, chosen by the grid, has no gamma."""
+def _read_ones(sweep: Sweep, point: dict[str, Any], overrides: list[str]) -> list[str]:
+    """Return the overrides that a run reads. Plain training, chosen by the grid, has no gamma.
+
+    What stands beside the choice, in one place of an axis, was meant for it. It is kept, and
+    refused if it is not read.
+    """
     from flatcal_dist.config import choosing, conditions
 
     try:
         config = configuration.load(sweep.base, overrides, recorded=True)
     except ConfigError:
         return overrides  # the run itself is refused, by its name
+    deciding = {key: {choice.key} for key, choice in choosing.unread(config).items()}
+    deciding |= {key: set(one.by) for key, one in conditions.unread(config).items()}
     turned = set(sweep.turned())
-    aside = {key for key, choice in choosing.unread(config).items() if choice.key in turned}
-    aside |= {
+    bundles = [set(sweep.axes[axis][place]) for axis, place in point.items() if axis in sweep.axes]
+    aside = {
         key
-        for key, condition in conditions.unread(config).items()
-        if any(by in turned for by in condition.by)
+        for key, by in deciding.items()
+        if by & turned and not any(key in bundle and by & bundle for bundle in bundles)
     }
     return [text for text in overrides if text.partition("=")[0].strip() not in aside]
 
@@ -309,5 +344,6 @@ def _refuse_twins(found: list[Element]) -> None:
             if twin is not element:
                 raise ConfigError(
                     f"runs {twin.index} and {element.index} of the sweep {what} the same: "
-                    f"{' '.join(twin.overrides)} and {' '.join(element.overrides)}{hint}"
+                    f"{twin.name} ({' '.join(twin.overrides)}) and "
+                    f"{element.name} ({' '.join(element.overrides)}){hint}"
                 )

@@ -42,6 +42,11 @@ def main(default_config: Path, description: str | None = None) -> None:
     never_fail()
     try:
         parser = configuration.command_line(description, default_config)
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="build everything, take two steps on made-up images, and stop",
+        )
         arguments = parser.parse_intermixed_args()
         config = configuration.load(arguments.config, arguments.overrides)
         if arguments.print_config:

@@ -13,7 +13,7 @@ from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.files import write_json
 from flatcal_dist.printing import never_fail
 from flatcal_dist.ranks import distributed
-from flatcal_dist.ranks.launcher import LaunchError, give_up, tell_launcher
+from flatcal_dist.ranks.launcher import LaunchError, give_up, rank_to_speak, tell_launcher
 from flatcal_dist.runs.environment import describe_environment
 from flatcal_dist.sharpness.engines.registry import ENGINES
 from flatcal_dist.urls import public
@@ -32,6 +32,10 @@ def main(description: str | None = None) -> None:
     try:
         arguments = parser.parse_intermixed_args()
         config = configuration.load(arguments.config, arguments.overrides)
+        if arguments.print_config:
+            if rank_to_speak() == 0:
+                print(configuration.to_yaml(config), end="")
+            return
         refuse_fault(arguments.fault, config)
         train = config.train
         accelerator = distributed.start(train.engine, train.precision, config.run.world_size)

@@ -27,15 +27,15 @@ SGD = ROOT / "configs/digits/sgd.yaml"
         ("sharpness.alpha=3", "sharpness.rule=gsam or looksam"),
         ("sharpness.momentum=0.5", "sharpness.rule=momentum_sam"),
         ("sharpness.eta=0.1", "sharpness.rule=asam"),
-        ("sharpness.rho=0.1", "a sharpness.rule other than none"),
-        ("sharpness.scope=rank", "a sharpness.rule other than none"),
-        ("sharpness.rho_min=0.01", "a sharpness.rule other than none"),
+        ("sharpness.rho=0.1", "sharpness.rule other than none"),
+        ("sharpness.scope=rank", "sharpness.rule other than none"),
+        ("sharpness.rho_min=0.01", "sharpness.rule other than none"),
         ("average.decay=0.9", "average.name=ema"),
         ("objective.smoothing=0.2", "objective.name=label_smoothing"),
         ("schedule.milestones=[3.0]", "schedule.name=multi_step"),
         ("data.flip=0.1", "data.augmentation=resized_crop"),
         ("data.auto_augment_magnitude=3", "data.auto_augment=randaugment or augmix"),
-        ("mixing.probability=0.5", "a mixing.name other than none"),
+        ("mixing.probability=0.5", "mixing.name other than none"),
         ("mixing.alpha=0.5", "mixing.name=cutmix or mixup"),
         ("data.cache_limit=3", "a data.cache"),
     ],
@@ -55,6 +55,19 @@ def test_all_such_keys_are_named_at_once_and_with_their_file(tmp_path):
         load(file)
     assert str(error.value).count(f"(in {file}) belongs to") == 2
     assert "sharpness.rule is none" in str(error.value)
+
+
+def test_an_unknown_key_is_named_before_what_follows_from_it(tmp_path):
+    """Without the choice, which is misspelled or in the file that is not inherited."""
+    file = tmp_path / "a.yaml"
+    for text, message in {
+        "inherit: base.yaml\nsharpness: {rho: 0.2}": "inherit: no such key .*did you mean inherits",
+        "sharpness: {rules: csam, gamma: 1}": "sharpness.rules: no such key .*sharpness.rule",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message) as error:
+            load(file)
+        assert "belongs to" not in str(error.value)
 
 
 def test_what_is_chosen_makes_the_fingerprint_and_nothing_else(tmp_path):

@@ -62,6 +62,19 @@ def test_the_names_that_others_rely_on_exist():
     [
         ("sharpness.roh=1", "sharpness.roh: no such key (on the command line); did you mean"),
         ("rho=1", "rho: no such key (on the command line); did you mean sharpness.rho?"),
+        ("optimizer.lr=1", "did you mean optimizer.learning_rate?"),
+        ("optimizer.foo=1", "no such key (on the command line); `flatcal config optimizer` lists"),
+        ("Train={}", "did you mean train?"),
+        ("mixup.alpha=1", "mixup is a choice of mixing: write mixing.name=mixup"),
+        ("grid={}", "this is a key of a sweep, which `launch/sweep.py` reads"),
+        ("train=null", "set one of its keys, or write {} to clear what was inherited"),
+        (
+            "sharpness.rule=null",
+            "sharpness.rule = None (on the command line): expected one of none",
+        ),
+        ("sharpness.rule=M-SAM", "momentum_sam, sam; did you mean sam?"),
+        ("evaluate.confidence=trust_score", "a valid list; write [trust_score]"),
+        ("model.options=3", "write keys and values: {key: value}"),
         (
             "sharpness={rule: sam, rho: -1}",
             "sharpness.rho = -1 (on the command line): input",

@@ -111,7 +111,13 @@ def test_values_are_read_back_as_they_were_written(sweep_file):
         ("axes: {method: {}}", "axes.method lists no value"),
         ("axes: {a b: {x: {}}}", "axes.a b"),
         ("axes: {m: {../x: {}}}", "axes.m.../x"),
-        ("axes: {m: {x: 3}}", "axes.m.x: input should be a valid dictionary"),
+        ("axes: {m: {x: 3}}", "axes.m.x: expected {key.sub: value}, not 3"),
+        ("axes: {m: [x, y]}", "axes.m: expected {PLACE: {key.sub: value}}, not ['x', 'y']"),
+        ("axes: {a.b: {x: {}}}", "axes.a.b: the name of an axis begins with a letter"),
+        (
+            "axes: {m: {x: {sharpness.rule: sam, sharpness.gamma: 1}, y: {sharpness.rule: csam}}}",
+            "run 0 of the sweep, x: sharpness.gamma = 1 (in the sweep's file) belongs to",
+        ),
         ("axes: {m: {x: {run.dir: a}}}", "run.dir follows from the sweep"),
         ("axes: {m: {x: {run.axes: {}}}}", "run.axes follows from the sweep"),
         (
@@ -119,9 +125,13 @@ def test_values_are_read_back_as_they_were_written(sweep_file):
             "run.seed stands in grid.run.seed and in axes.m",
         ),
         ("axes: {m: {x: {}}}\nexclude: [{m: y}]", "exclude[0].m = 'y' is not one of its values"),
-        ("grid: {run.seed: 3}", "grid.run.seed: input should be a valid list"),
+        ("grid: {run.seed: 3}", "grid.run.seed: expected a list of values, not 3"),
+        (
+            "grid: {run: {seed: [1]}}",
+            "grid.run: expected a list of values. Write the whole key: run.seed",
+        ),
         ("grid: {run.seed: []}", "grid.run.seed lists no value"),
-        ("gird: {run.seed: [1]}", "gird: extra inputs are not permitted"),
+        ("gird: {run.seed: [1]}", "gird: no such key; did you mean grid?"),
         ("grid: {run.dir: [a]}", "run.dir follows from the sweep"),
         (
             "grid: {run.seed: [1]}\nset: {run.seed: 2}",

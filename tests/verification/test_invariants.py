@@ -10,6 +10,7 @@ import pytest
 from torch import nn
 
 from flatcal_dist.config import ConfigError, load
+from flatcal_dist.verification import command
 from flatcal_dist.verification.faults import refuse_fault
 from tests.support import zoo
 from tests.support.launching import launch
@@ -154,3 +155,15 @@ def test_the_command_prints_saves_and_exits(tmp_path):
 def test_a_fault_that_the_configuration_cannot_have_is_refused(fault, overrides, message):
     with pytest.raises(ConfigError, match=message):
         refuse_fault(fault, load(CSAM, overrides))
+
+
+def test_it_prints_the_configuration_and_offers_no_dry_run(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["verify_step.py", "--print-config", "sharpness.rho=0.2"])
+    command.main()
+    printed = capsys.readouterr().out
+    assert "rho: 0.2" in printed
+    assert "invariant" not in printed
+    monkeypatch.setattr("sys.argv", ["verify_step.py", "--dry-run"])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code != 0
