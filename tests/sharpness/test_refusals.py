@@ -241,6 +241,7 @@ def test_groups_that_do_not_divide_the_ranks():
 
 
 def test_accelerates_mixed_precision_that_the_engine_was_not_told_of():
+    AcceleratorState._reset_state(reset_partial_state=True)  # of another test in this process
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     network = make_network()
     optimizer = make_optimizer(network)
