@@ -5,6 +5,7 @@ it uses. It was chosen by how often the intervals hold the truth: `benchmarks/in
 measures this, and the README of `calibration` has the table.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -79,7 +80,7 @@ class Collector(Protocol):
         ...
 
 
-class Statistic:
+class Statistic(ABC):
     """A function of a resample. Its interval is the central 95 % of the values on resamples.
 
     Attributes:
@@ -88,7 +89,8 @@ class Statistic:
             a statistic then has no interval.
         of_order: Whether it depends on the order and the correctness of the images alone.
         centred: Whether resampling inflates it. Differences are then spread around the observed
-        one. combined: Whether a difference combines the intervals of both networks.
+            one.
+        combined: Whether a difference combines the intervals of both networks.
     """
 
     of_outcomes: bool = True
@@ -96,13 +98,9 @@ class Statistic:
     centred: ClassVar[bool] = False
     combined: ClassVar[bool] = False
 
-    def of(self, sample: Resample) -> float | None:
-        """Return the value on one resample. None where it is undefined."""
-        raise NotImplementedError
-
+    @abstractmethod
     def collect(self, images: Ranked) -> Collector:
         """Return what collects the values on resamples of these images."""
-        return _Values(self.of)
 
     def natural(self, values: FloatArray) -> FloatArray:
         """Return the metric, from the values that are kept of it."""
@@ -135,8 +133,19 @@ class _Values:
         return np.array(self.found), None
 
 
+class Single(Statistic):
+    """A statistic that follows from each resample by itself."""
+
+    @abstractmethod
+    def of(self, sample: Resample) -> float | None:
+        """Return the value on one resample. None where it is undefined."""
+
+    def collect(self, images: Ranked) -> Collector:
+        return _Values(self.of)
+
+
 @dataclass(frozen=True)
-class Function(Statistic):
+class Function(Single):
     """Any function of a resample."""
 
     function: Callable[[Resample], float]
@@ -146,7 +155,7 @@ class Function(Statistic):
         return self.function(sample)
 
 
-class Accuracy(Statistic):
+class Accuracy(Single):
     """The share of right images. If all are right, or all wrong, it has Wilson's interval."""
 
     def of(self, sample: Resample) -> float:
@@ -160,7 +169,7 @@ class Accuracy(Statistic):
 
 
 @dataclass(frozen=True)
-class Ranking(Statistic):
+class Ranking(Single):
     """A metric of failure prediction, with the interval of `intervals.of_ranking`."""
 
     function: Callable[[TieGroups], float | None]
@@ -176,7 +185,7 @@ class Ranking(Statistic):
 
 
 @dataclass(frozen=True)
-class Coverage(Statistic):
+class Coverage(Single):
     """Coverage at a risk. It has no interval if the risk allows fewer than `FEWEST_ERRORS`."""
 
     risk: float
@@ -192,7 +201,7 @@ class Coverage(Statistic):
 
 
 @dataclass(frozen=True)
-class Risk(Statistic):
+class Risk(Single):
     """Risk at a coverage, with Wilson's interval among the answered images."""
 
     coverage: float
@@ -217,9 +226,19 @@ class Inflated(Statistic):
     fewest: int = 0  # images, below which there is no interval
     centred: ClassVar[bool] = True
 
+    def _interval(self, s: Sampled) -> Interval:
+        if s.images < self.fewest or s.gaps is None:
+            return s.without_ends()
+        limits = inflated.interval(s.gaps[0], s.gaps[1:], self.norm, LEVEL)
+        return Interval(float(s.point), *limits)
+
+
+class GapNorm(Inflated):
+    """A norm of gaps that follow from each resample by itself."""
+
+    @abstractmethod
     def gaps(self, sample: Resample) -> FloatArray:
         """Return the gaps [D], times the number of images."""
-        raise NotImplementedError
 
     def of(self, sample: Resample) -> float:
         return float(self.norm(self.gaps(sample)) / sample.total)
@@ -231,17 +250,11 @@ class Inflated(Statistic):
     def collect(self, images: Ranked) -> Collector:
         return _Gaps(self, with_confidence(images))
 
-    def _interval(self, s: Sampled) -> Interval:
-        if s.images < self.fewest or s.gaps is None:
-            return s.without_ends()
-        limits = inflated.interval(s.gaps[0], s.gaps[1:], self.norm, LEVEL)
-        return Interval(float(s.point), *limits)
-
 
 class _Gaps:
     """Collects a norm together with its gaps."""
 
-    def __init__(self, statistic: Inflated, images: Images) -> None:
+    def __init__(self, statistic: GapNorm, images: Images) -> None:
         self.statistic, self.images = statistic, images
         self.found: list[float] = []
         self.gaps: list[FloatArray] = []
@@ -258,7 +271,7 @@ class _Gaps:
 
 
 @dataclass(frozen=True)
-class Binned(Inflated):
+class Binned(GapNorm):
     """The sum of the absolute gaps of the bins between `edges`."""
 
     edges: Edges
@@ -290,7 +303,7 @@ class RootMeanSquare(Binned):
 
 
 @dataclass(frozen=True)
-class DebiasedSquare(Statistic):
+class DebiasedSquare(Single):
     """The mean squared gap less what chance adds. The square is kept, because it may be negative.
 
     Only its resamples are inflated. Their percentiles are shifted to the observed square.
@@ -313,7 +326,7 @@ class DebiasedSquare(Statistic):
         return Interval(*(float(np.sqrt(max(v, 0.0))) for v in vars(shifted).values()))
 
 
-class LargestDrift(Inflated):
+class LargestDrift(GapNorm):
     """The largest running sum of gaps (KS). `sampling.DRIFT_POINTS` sums give its interval."""
 
     norm: "ClassVar[StaticNorm]" = staticmethod(inflated.largest)
