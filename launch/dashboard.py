@@ -4,8 +4,8 @@
     python launch/dashboard.py run NAME --push --entity TEAM
     python launch/dashboard.py sweep FILE --push --entity TEAM
 
-A panel shows what a run writes to metrics.jsonl, which a test checks. Several runs are grouped by
-rule. Lines are means with a band of one standard deviation.
+A panel shows what a run writes to metrics.jsonl, which a test checks. Runs that differ in their
+seed alone are grouped. Lines are means with a band of one standard deviation.
 """
 
 import argparse
@@ -75,13 +75,13 @@ def metrics_shown() -> set[str]:
 
 def sections(kind: str, grid: list[str]) -> dict[str, list[Any]]:
     """Return panels by section. `grid` holds the keys that differ in a sweep."""
-    grouping = {} if kind == "run" else _by_method()
+    grouping = {} if kind == "run" else _by_setting()
     found: dict[str, list[Any]] = {
         name: [wr.LinePlot(title=title, x="step", y=list(metrics), **grouping)
                for title, metrics in panels.items()]
         for name, panels in LINES.items()
     }  # fmt: skip
-    bars = {} if kind == "run" else {"groupby": wr.Config("method")}
+    bars = {} if kind == "run" else {"groupby": wr.Config("setting")}
     found = {
         "Report": [wr.BarPlot(title=title, metrics=[name], **bars) for title, name in BARS.items()]
     } | found
@@ -122,7 +122,7 @@ def workspace(
     runs = ws.RunsetSettings(
         query=name if kind == "run" and name else "",
         filters=_of_group(name) if kind == "sweep" else "",
-        groupby=[] if kind == "run" else [expr.Config("method")],
+        groupby=[] if kind == "run" else [expr.Config("setting")],
     )
     return ws.Workspace(
         entity=entity,
@@ -150,7 +150,7 @@ def report(
         name=name or "all runs",
         query=name if kind == "run" and name else "",
         filters=_of_group(name) if kind == "sweep" else "",
-        groupby=[] if kind == "run" else ["config.method"],
+        groupby=[] if kind == "run" else ["config.setting"],
     )
     blocks: list[Any] = []
     for section, panels in sections(kind, grid).items():
@@ -233,9 +233,9 @@ def _subject(kind: str, subject: str | None) -> tuple[str | None, list[str], str
     return sweep.name, [*axes, *sweep.grid], sweep.set.get("wandb.project", project)
 
 
-def _by_method() -> dict[str, Any]:
+def _by_setting() -> dict[str, Any]:
     return {
-        "groupby": wr.Config("method"),
+        "groupby": wr.Config("setting"),
         "groupby_aggfunc": "mean",
         "groupby_rangefunc": "stddev",
     }

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flatcal_dist.config.identity import differences, fingerprint, flatten, to_yaml, write
     from flatcal_dist.config.kinds import Section
     from flatcal_dist.config.loading import load
-    from flatcal_dist.config.method import method_of
+    from flatcal_dist.config.method import method_of, setting_of
     from flatcal_dist.config.parser import CommandLine, command_line
     from flatcal_dist.config.root import Config
     from flatcal_dist.config.sections import (
@@ -58,6 +58,7 @@ _HOME = {
     "load": "config.loading",
     "method_of": "config.method",
     "parse_yaml": "config.files",
+    "setting_of": "config.method",
     "to_yaml": "config.identity",
     "write": "config.identity",
 }
@@ -84,6 +85,7 @@ __all__ = [
     "load",
     "method_of",
     "parse_yaml",
+    "setting_of",
     "to_yaml",
     "write",
 ]

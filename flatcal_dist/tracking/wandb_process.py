@@ -172,6 +172,7 @@ def start(directory: Path, config: Config, mode: Mode) -> Any:
         config={
             **public(config.model_dump()),
             "method": configuration.method_of(config),
+            "setting": configuration.setting_of(config),
             "environment": _json(directory / "environment.json"),
         },
         settings=wandb.Settings(

@@ -142,6 +142,17 @@ def test_a_new_class_in_a_package_is_a_new_choice(tmp_path, monkeypatch):
         found_in("shapes_of_a_test", Shape)
 
 
+def test_only_runs_that_differ_in_their_seed_share_a_setting():
+    first = load(SGD, ["sharpness.rule=sam", "run.seed=3", "run.dir=x", "data.workers=2"])
+    setting = configuration.setting_of(first)
+    assert setting.startswith("sam mlp ")
+    assert configuration.setting_of(load(SGD, ["sharpness.rule=sam"])) == setting
+    for other in ("sharpness.rho=0.1", "optimizer.name=adamw", "train.epochs=3", "data.train=a.tar",
+                  "average.name=swa", "model.options.width=3"):  # fmt: skip
+        words = ["sharpness.rule=sam", other]
+        assert configuration.setting_of(load(SGD, words)) != setting, other
+
+
 def test_bounds_of_a_field_hold_for_the_class_as_well():
     for wrong, name in ((CSAM, "gamma"), (SAM, "rho"), (SAM, "every"), (MomentumSAM, "momentum")):
         for value in (-1, float("nan"), "0.1", None, True, 1e9):

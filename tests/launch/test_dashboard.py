@@ -39,7 +39,7 @@ def test_specifications_are_built_offline_and_show_what_they_say(kind, subject, 
         text = json.dumps(built)
         assert names(json.loads(json.dumps(built))) <= dashboard.metrics_shown()
         assert {"val/ece", "train/perturbed_loss", "calibration/nll"} <= names(built)
-        assert ("method.value" in text) == (kind != "run"), "grouped by method"
+        assert ("setting.value" in text) == (kind != "run"), "only seeds are pooled"
         if kind != "rules":
             assert name in text
     assert grid == ([] if kind != "sweep" else list(dashboard.load_sweep(SWEEP).grid))
