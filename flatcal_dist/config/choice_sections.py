@@ -55,12 +55,16 @@ class NoRule(Section):
     scope: ClassVar[str] = "global"
     per_micro_batch: ClassVar[bool] = False
     allow_other_samples: ClassVar[bool] = False
+    phase: ClassVar[tuple[float, None]] = (0.0, None)
 
     def build(self) -> None:
         return None
 
     def rho_at(self, relative_rate: float) -> float:
         return 0.0
+
+    def perturbs_in(self, epoch: float) -> bool:
+        return False
 
 
 class Perturbation(ChoiceSection):
@@ -75,6 +79,20 @@ class Perturbation(ChoiceSection):
     )
     rho_min: float = Field(
         0.0, ge=0, le=1000, description="The rho that belongs to a learning rate of 0."
+    )
+    start_epoch: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="The epoch, counted from 0, in which the rule begins to perturb. Before it "
+        "training is plain (late-phase SAM, Zhou et al., ICLR 2025).",
+    )
+    stop_epoch: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="The epoch before which the rule ends. From it on training is plain. "
+        "Default: the rule goes on to the end.",
     )
     scope: Scope = Field(
         "global",
@@ -98,6 +116,24 @@ class Perturbation(ChoiceSection):
                 "from the second to the first"
             )
         return self
+
+    @model_validator(mode="after")
+    def _begins_before_it_ends(self) -> "Perturbation":
+        if self.stop_epoch is not None and self.stop_epoch <= self.start_epoch:
+            raise ValueError(
+                f"sharpness.stop_epoch={self.stop_epoch:g} is not after "
+                f"sharpness.start_epoch={self.start_epoch:g}: the rule would never perturb"
+            )
+        return self
+
+    @property
+    def phase(self) -> tuple[float, float | None]:
+        """The epochs in which the rule begins and ends. None: it goes on to the end."""
+        return self.start_epoch, self.stop_epoch
+
+    def perturbs_in(self, epoch: float) -> bool:
+        """Return whether the rule is used in a step that begins after so many epochs."""
+        return self.start_epoch <= epoch and (self.stop_epoch is None or epoch < self.stop_epoch)
 
     def rho_at(self, relative_rate: float) -> float:
         """Return the length of the perturbation at a learning rate relative to its peak.

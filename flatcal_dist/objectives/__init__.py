@@ -7,9 +7,10 @@ from flatcal_dist.objectives.cs_kd import CSKD
 from flatcal_dist.objectives.csam import csam_loss
 from flatcal_dist.objectives.focal import Focal
 from flatcal_dist.objectives.label_smoothing import LabelSmoothing
+from flatcal_dist.objectives.mmce import MMCE
 from flatcal_dist.objectives.targets import Targets
 
 __all__ = [
-    "CRL", "CSKD", "CrossEntropy", "Focal", "LabelSmoothing", "Objective", "Pairs", "Targets",
-    "cross_entropy", "csam_loss",
+    "CRL", "CSKD", "MMCE", "CrossEntropy", "Focal", "LabelSmoothing", "Objective", "Pairs",
+    "Targets", "cross_entropy", "csam_loss",
 ]  # fmt: skip

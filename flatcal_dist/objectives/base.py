@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flatcal_dist.choices import check
@@ -52,6 +53,9 @@ class Objective(ABC):
     keeps_history: ClassVar[bool] = False
     # Whether `losses` gets all that the network returns, and not its logits.
     whole_output: ClassVar[bool] = False
+    # Whether the loss of a sample depends on all samples of a step. `facts` then says what others
+    # have to know of each, and the targets that `losses` gets hold the facts of all (`batch`).
+    whole_batch: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check(self)
@@ -74,11 +78,27 @@ class Objective(ABC):
                 f"{name} keeps a history of each sample and has to know which samples it sees: "
                 "give it Targets(labels, samples=..., epoch=...) instead of labels"
             )
-        return self.losses(output, targets)
+        if targets.mixed is None:
+            return self.losses(output, targets)
+        clean, mixed = unmixed(output), output[1::2]
+        beside = F.cross_entropy(at_least_float32(mixed), targets.mixed.labels, reduction="none")
+        return self.losses(clean, targets) + targets.mixed.weight * beside
 
     @abstractmethod
     def losses(self, output: Any, targets: Targets) -> Tensor:
         """Return the loss of each sample, [N], in float32 or the output's wider type."""
+
+    def facts(self, output: Any, targets: Targets) -> Tensor:
+        """Return what the losses of other samples depend on, [N, F]. Only if `whole_batch`."""
+        raise NotImplementedError(f"{type(self).__name__} sets whole_batch and has no facts")
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step may have several micro-batches, if `whole_batch`.
+
+        Each pass over them then begins with one more forward pass, which finds the facts.
+        """
+        return True
 
     def begin(self, samples: int, device: torch.device | str) -> None:
         """Learn how many samples the training data has, and where targets will be."""
@@ -120,6 +140,11 @@ class OfLabels(Objective):
 
     def losses(self, output: Tensor, targets: Targets) -> Tensor:
         return self.function(output, targets.labels)
+
+
+def unmixed(output: Tensor) -> Tensor:
+    """Return the outputs of the clean images, where clean and mixed images come in turn."""
+    return output[0::2]
 
 
 def reduce(losses: Tensor, reduction: str) -> Tensor:

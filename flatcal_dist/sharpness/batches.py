@@ -60,6 +60,12 @@ def global_size(
             f"{type(objective).__name__} compares the samples at places 2i and 2i + 1: give every "
             "micro-batch an even number of samples"
         )
+    elif objective.whole_batch and count > 1 and not objective.accumulates:
+        problem = (
+            f"{type(objective).__name__} compares all samples of a step, and this one has {count} "
+            "micro-batches: give it one, or allow one more forward pass for each pass, "
+            "accumulation='second_pass'"
+        )
     elif samples <= 0 or not micro_batches:
         problem = f"nothing to learn from: {count} micro-batches, {samples} samples"
     if problem:

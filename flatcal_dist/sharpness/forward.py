@@ -21,6 +21,7 @@ from flatcal_dist.objectives import Objective, Targets
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.outputs import logits_of
 from flatcal_dist.sharpness.rules import Loss
+from flatcal_dist.sharpness.whole_batch import WholeBatch
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -42,13 +43,14 @@ class Evaluated(NamedTuple):
 Pass = Callable[[nn.Module, Any], Evaluated]
 
 
-def pair(loss: Loss, reported: Objective, scales_losses: bool) -> Pass:
+def pair(loss: Loss, reported: Objective, scales_losses: bool, batch_of: WholeBatch) -> Pass:
     """Return the forward pass of a pair (inputs, target).
 
     Args:
         loss: The loss that is followed.
         reported: The loss that is reported. It may be the same.
         scales_losses: Whether the engine scales losses, which logits in float16 need.
+        batch_of: Finds the facts of all samples of the step, for an objective that needs them.
     """
 
     def forward(model: nn.Module, batch: Any) -> Evaluated:
@@ -56,7 +58,9 @@ def pair(loss: Loss, reported: Objective, scales_losses: bool) -> Pass:
         output = model(inputs)
         if not reported.whole_output:
             output = logits_of(output)
-        samples = len(target if reported.whole_output else output)
+        mixes = isinstance(target, Targets) and target.mixed is not None
+        samples = len(target if reported.whole_output or mixes else output)
+        target = batch_of.known(reported, output, target)
         losses = loss(output, target)
         if losses.shape != (samples,):
             raise StepError(
@@ -208,9 +212,10 @@ def _head(batch: Any, share: float, even: bool) -> Any:
             "and target must be tensors with one row a sample"
         )
     inputs, target = batch
-    count = math.ceil(round(len(inputs) * share, 6))  # 0.1 of 30 is 3, whatever floats say
+    count = math.ceil(round(len(target) * share, 6))  # 0.1 of 30 is 3, whatever floats say
     count += count % 2 if even else 0
-    return inputs[:count], target[:count]
+    each = len(inputs) // max(len(target), 1)  # 2 where a mixed image comes beside each clean one
+    return inputs[: each * count], target[:count]
 
 
 def on_a_share(forward: Pass, share: float, even: bool) -> Pass:
@@ -225,7 +230,7 @@ def on_a_share(forward: Pass, share: float, even: bool) -> Pass:
     def evaluated(model: nn.Module, batch: Any) -> Evaluated:
         part = _head(batch, share, even)
         found = forward(model, part)
-        weight = len(batch[0]) / max(len(part[0]), 1)
+        weight = len(batch[1]) / max(len(part[1]), 1)
         return found._replace(total=found.total * weight, reported=found.reported * weight)
 
     return evaluated

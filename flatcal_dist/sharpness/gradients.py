@@ -25,11 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flatcal_dist.objectives import Objective
 from flatcal_dist.sharpness.engines.base import Engine
 from flatcal_dist.sharpness.forward import Pass
 from flatcal_dist.sharpness.result import Sums
 from flatcal_dist.sharpness.rules import Shards
 from flatcal_dist.sharpness.scope import Scope
+from flatcal_dist.sharpness.whole_batch import WholeBatch
 
 MicroBatches = Sequence[Any]  # pairs (inputs, target), or what the user's `forward` takes
 
@@ -53,6 +55,8 @@ class GradientPath:
     engine: Engine
     scope: Scope
     per_micro_batch: bool
+    objective: Objective
+    batch_of: WholeBatch
 
     def ascent(self, unit: MicroBatches, forward: Pass, share: float) -> Ascent:
         """Return the gradient at w that perturbs.
@@ -95,6 +99,7 @@ class GradientPath:
         # outlive the perturbation: pass two would silently see the weights of pass one.
         torch.clear_autocast_cache()
         engine, sums = self.engine, Sums(self.engine.device)
+        unit = self.batch_of.ahead(self.objective, unit, engine.model, engine.device)
         for number, batch in enumerate(unit, start=1):
             with engine.accumulation(reduce and number == len(unit)):
                 evaluated = forward(engine.model, batch)
@@ -109,6 +114,7 @@ class GradientPath:
         """
         torch.clear_autocast_cache()
         engine, sums = self.engine, Sums(self.engine.device)
+        unit = self.batch_of.ahead(self.objective, unit, engine.module, engine.device)
         shards = engine.whole_weights()
         gradients: list[Tensor | None] = [None] * len(shards.weights)
         for batch in unit:

@@ -1,9 +1,10 @@
 """What the step does for its objective: checks before it, and learning after it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from flatcal_dist.objectives.base import Objective, OfLabels, State
+from flatcal_dist.objectives.base import Objective, OfLabels, State, unmixed
 from flatcal_dist.objectives.cross_entropy import CrossEntropy
 from flatcal_dist.objectives.targets import as_targets
 from flatcal_dist.sharpness.errors import StepError
@@ -29,6 +30,39 @@ def objective_of(loss: Loss | None, rule: Rule | None) -> Objective:
     return objective
 
 
+def refuse_apart(objective: Objective, rule: Rule, apart: bool) -> None:
+    """Raise StepError for a rule or objective that needs all samples of a step together.
+
+    Args:
+        objective: The objective.
+        rule: The rule.
+        apart: Whether ranks or micro-batches perturb each by themselves.
+    """
+    name, loss = type(rule).__name__, type(objective).__name__
+    if apart and rule.combines:
+        raise StepError(
+            f"{name} compares the two gradients of a step, so both must be of all ranks: use scope "
+            "'global' without per_micro_batch, or SAM"
+        )
+    if apart and objective.whole_batch:
+        raise StepError(
+            f"{loss} compares all samples of a step, and in this scope a part of them perturbs by "
+            "itself: use scope 'global' without per_micro_batch"
+        )
+    if rule.follows_outputs and objective.whole_batch:
+        raise StepError(
+            f"{name} keeps the slopes at w, and {loss} compares the samples at w + e: use SAM"
+        )
+
+
+def with_outputs(unit: Sequence[Any], outputs: Sequence[Any]) -> Sequence[Any]:
+    """Return micro-batches whose targets hold the outputs of the first pass."""
+    return [
+        (inputs, replace(as_targets(target), at_w=output))
+        for (inputs, target), output in zip(unit, outputs, strict=True)
+    ]
+
+
 def refuse_without_targets(objective: Objective) -> None:
     """Raise StepError for an objective that learns from targets which the step does not see."""
     if objective.keeps_history:
@@ -47,7 +81,9 @@ def learn(objective: Objective, micro_batches: Sequence[Any], outputs: Sequence[
         outputs: The outputs of the first pass, one for each micro-batch.
     """
     if objective.keeps_history:
-        objective.after_step([as_targets(targets) for _, targets in micro_batches], outputs)
+        known = [as_targets(targets) for _, targets in micro_batches]
+        clean = [o if t.mixed is None else unmixed(o) for o, t in zip(outputs, known, strict=True)]
+        objective.after_step(known, clean)
 
 
 def load_state(objective: Objective, state: State | None) -> None:

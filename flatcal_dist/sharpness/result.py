@@ -88,6 +88,7 @@ class Seen:
         self.losses: float | Tensor = 0
         self.outputs: list[Any] = []
         self.ascent: Memory | None = None
+        self.kept_norm: Tensor | None = None
         self.memory: Memory | None = None
 
     def add_only(self, sums: Sums) -> None:

@@ -10,7 +10,7 @@ micro-batch. `gradients.py` has the table of all cases, with the one exception.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,10 @@ from flatcal_dist.sharpness.gradients import GradientPath, MicroBatches
 from flatcal_dist.sharpness.networks import FrozenWeights, Parameters
 from flatcal_dist.sharpness.replay import SameFunctionTwice, no_weights_in_autocast
 from flatcal_dist.sharpness.result import Agreed, Seen, StepResult
-from flatcal_dist.sharpness.rules import Context, Loss, Memory, Rule, Shards
+from flatcal_dist.sharpness.rules import Context, Loss, Memory, Rule, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
+from flatcal_dist.sharpness.weights import descend, selection
+from flatcal_dist.sharpness.whole_batch import WholeBatch
 
 __all__ = ["MicroBatches", "SharpnessAwareStep"]
 
@@ -48,6 +50,7 @@ class Call:
         replay: Makes the two passes see one function.
         seen: What this rank has seen so far.
         measure: Whether to measure e.
+        progress: The share of training that is over.
     """
 
     rule: Rule | None
@@ -58,13 +61,15 @@ class Call:
     replay: SameFunctionTwice
     seen: Seen
     measure: bool
+    progress: float
 
 
 class SharpnessAwareStep:
     """One optimizer step on the micro-batches of one rank.
 
-    `taken` is the number of steps so far, and `memory` is what the rule keeps, or None. To go on
-    after a restart, save `engine.local_state()` and `state_dict()` of every rank.
+    `taken` is the number of steps so far, `perturbs` says whether the last one perturbed, and
+    `memory` is what the rule keeps, or None. To go on after a restart, save `engine.local_state()`
+    and `state_dict()` of every rank.
 
     Args:
         engine: The network and its optimizer, on one of the engines.
@@ -101,20 +106,19 @@ class SharpnessAwareStep:
         self.per_micro_batch = per_micro_batch
         self.clip_norm = clip_norm
         self.loss: Objective = learning.objective_of(loss, rule)
-        self.taken = 0
+        self.taken, self.perturbs = 0, False
         self.memory: Memory | None = None
-        self.path = GradientPath(engine, self.scope, per_micro_batch)
+        self.batch_of = WholeBatch(engine.world_size)
+        self.path = GradientPath(engine, self.scope, per_micro_batch, self.loss, self.batch_of)
         self.built_with = Parameters(engine)
         self.frozen = FrozenWeights(engine.module)
         self.descent_loss: Loss = self.loss
+        self.selects: Callable[[str], bool] = lambda name: True
         if rule:
-            if rule.combines and (per_micro_batch or not self.scope.everyone):
-                raise StepError(
-                    f"{type(rule).__name__} compares the two gradients of a step, so both must be "
-                    "of all ranks: use scope 'global' without per_micro_batch, or SAM"
-                )
+            learning.refuse_apart(self.loss, rule, per_micro_batch or not self.scope.everyone)
             engine.check(rule, self.scope, per_micro_batch)
             self.descent_loss = rule.descent_loss(self.loss)
+            self.selects = selection(rule, engine.named)
 
     def __call__(
         self,
@@ -124,6 +128,8 @@ class SharpnessAwareStep:
         rho: float | None = None,
         forward: Forward | None = None,
         samples: float | None = None,
+        perturb: bool = True,
+        progress: float = 0.0,
         stop: bool = False,
         measure: bool = False,
         votes: Sequence[float] = (),
@@ -142,6 +148,9 @@ class SharpnessAwareStep:
             samples: The number of losses (or the sum of their weights) in a pass over all ranks
                 and micro-batches. If it is not given, one more small reduction finds it from the
                 first tensor of each batch, and checks that ranks have as many micro-batches.
+            perturb: Whether the rule is used at all. If not, the step is that of plain training,
+                and the rule forgets what it kept.
+            progress: The share of training that is over, in [0, 1], for rules that depend on it.
             stop: Whether this rank wishes to end. The result tells all ranks.
             measure: Whether to fill in also the fields of StepResult that need it.
             votes: Numbers of this rank, as many on each rank. All ranks learn the sums.
@@ -155,14 +164,15 @@ class SharpnessAwareStep:
         self.built_with.refuse_changed()
         passes = self._passes(forward)
         self.taken = self.taken if at is None else at
-        rule = self.rule if self.rule and self.rule.perturbs_at(self.taken) else None
+        rule = self.rule if perturb and self.rule and self.rule.perturbs_at(self.taken) else None
+        self.perturbs, self.memory = rule is not None, self.memory if perturb else None
         units: Sequence[MicroBatches] = [micro_batches]
         if rule and self.per_micro_batch:
             units = [[batch] for batch in micro_batches]
         replay, seen = SameFunctionTwice(engine.module, engine.device), Seen(engine.device)
         share = engine.world_size / samples
-        call = Call(rule, rho, samples, share, passes, replay, seen, measure)
-        agreed = self._take(units, call, stop, votes)
+        call = Call(rule, rho, samples, share, passes, replay, seen, measure, progress)
+        agreed = self._take(units, call, self.rule if perturb else None, stop, votes)
         if not agreed.skipped:
             learning.learn(self.loss, micro_batches, seen.outputs)
         return self._result(call, agreed, len(units))
@@ -210,9 +220,10 @@ class SharpnessAwareStep:
         """
         rule, scales = self.rule, self.engine.scales_losses
         if forward is None:
-            ascent, descent = self.loss, self.descent_loss
-            return pair(ascent, ascent, scales), pair(descent, ascent, scales)
-        if rule and rule.own_loss:
+            ascent, descent, batch_of = self.loss, self.descent_loss, self.batch_of
+            first = pair(ascent, ascent, scales, batch_of)
+            return first, pair(descent, ascent, scales, batch_of)
+        if rule and (rule.own_loss or rule.follows_outputs):
             raise StepError(
                 f"{type(rule).__name__} computes the losses itself, from logits and labels: give "
                 "the step pairs (inputs, target) without forward=, or use SAM"
@@ -226,29 +237,40 @@ class SharpnessAwareStep:
         return (of_user(forward, self.engine.world_size > 1),) * 2
 
     def _take(
-        self, units: Sequence[MicroBatches], call: Call, stop: bool, votes: Sequence[float]
+        self,
+        units: Sequence[MicroBatches],
+        call: Call,
+        rule: Rule | None,
+        stop: bool,
+        votes: Sequence[float],
     ) -> Agreed:
-        """Take both passes of all units, agree with all ranks, and update or skip."""
+        """Take both passes of all units, agree with all ranks, and update or skip.
+
+        `rule` combines the gradients, also in steps in which it does not perturb.
+        """
         engine, seen, replay = self.engine, call.seen, call.replay
         with no_weights_in_autocast(), replay, engine.broadcasting() as changed:
             if changed:
                 replay.start_from_here()
-            self._take_gradients(units, call)
+            self._take_gradients(units, call, rule)
             norm = engine.gradient_norm()
             agreed = seen.agree(engine.sum, norm, stop, votes)
             self._refuse_miscounted(agreed.losses, call.samples)
             if agreed.skipped:
                 replay.undo()
                 engine.skip()
+            elif rule and rule.decoupled:
+                engine.update(norm, self.clip_norm)
+                descend(engine, seen.memory)
             else:
                 self.memory = seen.memory or self.memory
                 engine.update(norm, self.clip_norm)
             self.taken += 1
         return agreed
 
-    def _take_gradients(self, units: Sequence[MicroBatches], call: Call) -> None:
+    def _take_gradients(self, units: Sequence[MicroBatches], call: Call, rule: Rule | None) -> None:
         """Leave the gradient for the optimizer in the engine, over all units."""
-        engine, seen, rule = self.engine, call.seen, self.rule
+        engine, seen = self.engine, call.seen
         engine.zero_gradients()
         for unit in units:
             if call.rule:
@@ -258,7 +280,9 @@ class SharpnessAwareStep:
         if rule and rule.combines:
             with torch.no_grad():
                 shards = engine.shards(self.scope)
-                seen.memory = rule.combine_(shards, self._context(shards, call, seen.ascent))
+                context = self._context(shards, call)
+                context.ascent, context.ascent_norm = seen.ascent, seen.kept_norm
+                seen.memory = rule.combine_(shards, context)
             seen.ascent = None
 
     def _perturbed_gradient(
@@ -267,8 +291,10 @@ class SharpnessAwareStep:
         """Add the gradient at w + e to those of earlier units of this step."""
         engine, seen, replay = self.engine, call.seen, call.replay
         replay.begin()
-        shards, in_place = self._ascent(unit, call, rule)
-        moving = shards.selected(rule.selects)
+        shards, in_place, outputs = self._ascent(unit, call, rule)
+        if rule.follows_outputs:
+            unit = learning.with_outputs(unit, outputs)
+        moving = shards.selected(self.selects)
         norm = self._gradient_to_perturbation_(shards, moving, call, rule)
         if rule.ascent_share:
             replay.rewind()
@@ -287,20 +313,20 @@ class SharpnessAwareStep:
             replay.forward()
         seen.ascent_norm = seen.ascent_norm + norm / shards.loss_scale
 
-    def _ascent(self, unit: MicroBatches, call: Call, rule: Rule) -> tuple[Shards, bool]:
-        """Return the ascent gradient, and whether it lies where the descent gradient will lie."""
+    def _ascent(self, unit: MicroBatches, call: Call, rule: Rule) -> tuple[Shards, bool, list[Any]]:
+        """Return the ascent gradient, whether it lies where the descent gradient will, outputs."""
         if not rule.ascent_share:
-            return self.path.zeros(), False
+            return self.path.zeros(), False, []
         forward = call.passes[0]
         if rule.ascent_share < 1:
             forward = on_a_share(forward, rule.ascent_share, self.loss.pairs != "none")
         with self.frozen.watched():
             shards, in_place, sums = self.path.ascent(unit, forward, call.share)
             call.seen.add_first(sums)
-        return shards, in_place
+        return shards, in_place, sums.outputs
 
-    def _context(self, shards: Shards, call: Call, ascent: Memory | None = None) -> Context:
-        return Context(call.rho, self.memory, shards.total, ascent)
+    def _context(self, shards: Shards, call: Call) -> Context:
+        return Context(call.rho, self.memory, shards.total, progress=call.progress)
 
     @torch.no_grad()
     def _gradient_to_perturbation_(
@@ -313,6 +339,8 @@ class SharpnessAwareStep:
         """
         if rule.keeps_ascent:
             call.seen.ascent = {name: g.clone() for name, g in shards.by_name()}
+        if rule.keeps_norm:
+            call.seen.kept_norm = shards.total(squared_norm(shards.gradients)).sqrt()
         norm = rule.perturb_(moving, self._context(moving, call))
         # After an overflow the step will be skipped. Until all ranks agree on that no network is to
         # run on weights of NaN: it may check its values, or use them as indices.

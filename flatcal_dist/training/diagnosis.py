@@ -68,7 +68,7 @@ def _watched(step: SharpnessAwareStep, micro_batches: int, findings: list[str]) 
     passes = 0
 
     def current() -> str:
-        if step.rule is None or not step.rule.perturbs_at(step.taken):
+        if step.rule is None or not step.perturbs:
             return "the pass"
         if not step.rule.ascent_share:
             return "the pass, at the perturbed weights"

@@ -46,12 +46,8 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
             module, args=[images], print_profile=False, as_string=False, warm_up=0
         )
     flops, macs = flops / 2, macs / 2
-    share, passes = 0.0, "a forward and a backward pass"  # the share of steps with two passes
-    if step.rule is not None and step.rule.ascent_share > 0:
-        every = step.rule.every
-        often = "" if every == 1 else f" in one of {every} steps, one of each in the others"
-        share, passes = 1 / every, f"two forward and two backward passes{often}"
-    step_flops = 3 * (1 + share) * flops * config.data.global_batch_size
+    forwards, passes = _passes(step, config)
+    step_flops = forwards * 3 * flops * config.data.global_batch_size
     say(
         f"network {config.model.name}: {parameters:,} parameters; forward, an image takes "
         f"{_scaled(flops)}FLOP ({_scaled(macs)}MAC); a step is {passes}, on average "
@@ -80,6 +76,23 @@ def _images(config: Config) -> int | None:
         return len(inputs.open_index(config.data, "train", config.model.num_classes))
     except DataError:
         return None
+
+
+def _passes(step: SharpnessAwareStep, config: Config) -> tuple[float, str]:
+    """Return how many passes over the batch a step has on average, and this in words."""
+    rule = step.rule
+    if rule is None or rule.ascent_share == 0:
+        return 1.0, "a forward and a backward pass"
+    more = rule.ascent_share / rule.every
+    words = "two forward and two backward passes"
+    if rule.ascent_share < 1:
+        words += f" (the first over {rule.ascent_share:g} of the batch)"
+    if rule.every > 1:
+        words += f" in one of {rule.every} steps, one of each in the others"
+    begins, ends = config.sharpness.phase
+    if begins > 0 or ends is not None:
+        words += f", from epoch {begins:g}" + (f" to epoch {ends:g}" if ends is not None else "")
+    return 1 + more, words
 
 
 def _micro_batch_sizes(config: Config, accelerator: Accelerator) -> list[int]:

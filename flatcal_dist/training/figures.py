@@ -1,8 +1,9 @@
 """What a record of metrics.jsonl holds: figures of one step, and the speed since the last one."""
 
 import time
+from collections.abc import Callable
 
-from flatcal_dist.sharpness import Rule, StepResult
+from flatcal_dist.sharpness import StepResult
 
 
 def sharpness_figures(result: StepResult, rho: float) -> dict[str, float | None]:
@@ -64,16 +65,16 @@ class Speed:
         return values
 
 
-def measured_at(rule: Rule | None, step: int, every: int, total: int) -> bool:
+def measured_at(perturbs: Callable[[int], bool], step: int, every: int, total: int) -> bool:
     """Whether a step is the last one with a perturbation before the next regular record.
 
     Args:
-        rule: The run's rule, or None.
+        perturbs: Whether the step of a number perturbs.
         step: The number of the step, from 0.
         every: The number of steps between regular records.
         total: The number of steps of the run.
     """
-    if rule is None or not rule.perturbs_at(step):
+    if not perturbs(step):
         return False
     record = min((step // every + 1) * every, total)
-    return not any(rule.perturbs_at(later) for later in range(step + 1, record))
+    return not any(perturbs(later) for later in range(step + 1, record))

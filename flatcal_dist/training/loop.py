@@ -149,8 +149,10 @@ class Trainer:
                     at=self.done,
                     rho=self.rho,
                     samples=self.batch_size,
+                    perturb=self._uses_rule(self.done),
+                    progress=self.done / self.total_steps,
                     stop=request.asked,
-                    measure=measured_at(self.step.rule, self.done, every, self.total_steps),
+                    measure=measured_at(self._perturbs, self.done, every, self.total_steps),
                     votes=(len(replaced), *self.saver.votes),
                 )
                 self.done += 1
@@ -206,6 +208,15 @@ class Trainer:
         self.setup.schedule.step_update(self.done)
         rate = self.engine.optimizer.param_groups[0]["lr"]
         self.rho = self.config.sharpness.rho_at(rate / self.config.optimizer.learning_rate)
+
+    def _uses_rule(self, step: int) -> bool:
+        """Return whether the rule is used in the step of this number, counted from 0."""
+        return self.config.sharpness.perturbs_in(step / self.epoch_steps)
+
+    def _perturbs(self, step: int) -> bool:
+        """Return whether the step of this number perturbs."""
+        rule = self.step.rule
+        return rule is not None and rule.perturbs_at(step) and self._uses_rule(step)
 
     def _after_step(self, result: StepResult) -> None:
         train = self.config.train

@@ -27,11 +27,12 @@ class OnDevice:
         images = self.normalize(batch.images.to(self.device, non_blocking=True))
         labels = batch.labels.to(self.device, non_blocking=True)
         samples = batch.samples.to(self.device, non_blocking=True)
+        targets = Targets(labels, samples, batch.epoch)
         if self.mixing is not None:
-            images, labels = self.mixing(images, labels, batch.samples, self.seed, batch.epoch)
+            images, targets = self.mixing.targets(images, targets, batch.samples, self.seed)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return images, Targets(labels, samples, batch.epoch)
+        return images, targets
 
 
 def statistics_inputs(

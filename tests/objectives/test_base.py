@@ -19,6 +19,7 @@ from flatcal_dist.objectives import (
 )
 from flatcal_dist.sharpness import CSAM, SAM, ReplicatedEngine, SharpnessAwareStep
 from flatcal_dist.sharpness.forward import on_a_share, pair
+from flatcal_dist.sharpness.whole_batch import WholeBatch
 from tests.support.engines import make_engine
 from tests.support.ranks import on_ranks
 from tests.support.readme import example_class
@@ -133,7 +134,9 @@ def test_a_share_of_a_micro_batch_keeps_pairs_whole():
     sizes = {}
     for share in (0.01, 0.1, 0.25, 0.3, 0.5, 0.9, 0.99):
         for even in (True, False):
-            forward = pair(objective if even else CrossEntropy(), CrossEntropy(), False)
+            forward = pair(
+                objective if even else CrossEntropy(), CrossEntropy(), False, WholeBatch(1)
+            )
             sizes[share, even] = on_a_share(forward, share, even)(make_network(), batch).losses
     assert [sizes[s, True] for s in (0.01, 0.1, 0.25, 0.3, 0.5, 0.9, 0.99)] == [
         2, 4, 6, 8, 12, 22, 24,

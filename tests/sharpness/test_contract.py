@@ -1,7 +1,6 @@
 """The rule's contract: a rule of one's own that perturbs a part, or by a part of the batch."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
@@ -45,11 +44,6 @@ class OfNothing(SAM):
         return False
 
 
-@dataclass(frozen=True)
-class OfAThird(SAM):
-    ascent_share: ClassVar[float] = 1 / 3
-
-
 def by_hand(selects, share, ranks):
     """One process: e is of the selected weights, by the first samples of each rank's part."""
     network = make_network()
@@ -79,7 +73,7 @@ def by_hand(selects, share, ranks):
 
 def by_rule(rank, world_size, kind):
     outcome = []
-    for rule in (OfBiases(0.1), OfOne(0.1), OfNothing(0.1), OfAThird(0.1)):
+    for rule in (OfBiases(0.1), OfOne(0.1), OfNothing(0.1), SAM(0.1, share=1 / 3)):
         engine = make_engine(kind)
         results = train(
             SharpnessAwareStep(engine, rule), rank, world_size, numbers=STEPS, measure=True

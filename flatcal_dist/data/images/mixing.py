@@ -14,7 +14,7 @@ clean images only.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -26,6 +26,7 @@ from torch.nn.functional import one_hot
 
 from flatcal_dist.choices import check
 from flatcal_dist.data.order import sample_seed
+from flatcal_dist.objectives.targets import Mixed, Targets
 
 Alpha = Annotated[
     float,
@@ -97,6 +98,28 @@ class MixupCutMix(MixingRule):
 
 
 @dataclass(frozen=True)
+class RegMixup(MixingRule):
+    """RegMixup (Pinto et al., NeurIPS 2022) trains on clean images, and on mixed ones beside them.
+
+    The loss of an image is the objective of the clean image plus `weight` times the cross-entropy
+    of the mixed one, so labels of clean images stay hard, and every objective can be used. A
+    forward pass has twice as many images, and batch norm sees both kinds together, as in the
+    authors' code (FrancescoPinto/RegMixup). That code takes the mean over both kinds, which is half
+    of this loss, and one share for the whole batch.
+    """
+
+    name: ClassVar[str] = "regmixup"
+
+    alpha: Alpha = 10.0
+    weight: Annotated[
+        float, Field(ge=0, le=1000, description="What mixed images weigh beside clean ones.")
+    ] = 1.0
+
+    def mixing(self, classes: int) -> "Mixing":
+        return Mixing(classes, mixup=self.alpha, probability=self.probability, beside=self.weight)
+
+
+@dataclass(frozen=True)
 class Mixing:
     """mixup (Zhang et al., ICLR 2018), cutmix (Yun et al., ICCV 2019), or each for half the pairs.
 
@@ -106,12 +129,34 @@ class Mixing:
             0 leaves mixup out.
         cutmix: The same for cutmix.
         probability: The probability that a pair is mixed at all.
+        beside: What mixed images weigh beside the clean ones; None: they take their place.
     """
 
     classes: int
     mixup: float = 0.0
     cutmix: float = 0.0
     probability: float = 1.0
+    beside: float | None = None
+
+    def targets(
+        self, images: Tensor, targets: Targets, samples: Tensor, seed: int
+    ) -> tuple[Tensor, Targets]:
+        """Return what the network sees, and its targets.
+
+        Args:
+            images: Floating-point images [N, C, H, W].
+            targets: Their classes and the epoch.
+            samples: The numbers of the samples [N], on the CPU.
+            seed: The seed of the run.
+
+        Returns:
+            N mixed images, or 2N images with a clean and a mixed one in turn; and their targets.
+        """
+        mixed, labels = self(images, targets.labels, samples, seed, targets.epoch)
+        if self.beside is None:
+            return mixed, replace(targets, labels=labels)
+        in_turn = torch.stack([images, mixed], dim=1).flatten(0, 1)
+        return in_turn, replace(targets, mixed=Mixed(labels, self.beside))
 
     def __call__(
         self, images: Tensor, labels: Tensor, samples: Tensor, seed: int, epoch: int

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from flatcal_dist.sharpness.rules.base import (
+    AscentRule,
     Context,
-    Rule,
     Shards,
     ratio,
     squared_norm,
@@ -18,7 +18,7 @@ from flatcal_dist.sharpness.rules.base import (
 
 
 @dataclass(frozen=True)
-class ASAM(Rule):
+class ASAM(AscentRule):
     """Adaptive SAM (Kwon et al., ICML 2021): e = rho * T^2 g / ||T g||_2, scale-invariant.
 
     T = |w| + eta, element by element, for parameters whose whole name contains `weight` (norm

@@ -6,10 +6,11 @@ asks a rule, in this order:
 
     perturbs_at(step)    Does this step perturb? If not, it is a plain one.
     ascent_share         On which share of the batch is the ascent gradient taken? 0: there is none.
-    selects(name)        Is the parameter of this name perturbed?
+    selects(name)        Is the parameter of this name perturbed? (`select` narrows it down.)
     perturb_             Turn the ascent gradient into the perturbation e, in place.
     descent_loss(loss)   Which loss is followed at w + e, given the loss of the ascent?
     combine_             Change the descent gradient, in place, and say what to remember.
+    decoupled            Does what `combine_` returns move the weights after the optimizer's step?
 
 Only `perturb_` has to be written. A new rule is one file with one class. Its `name` is the value of
 `sharpness.rule` in a configuration, and its fields are keys of the section `sharpness`.
@@ -18,7 +19,7 @@ Only `perturb_` has to be written. A new rule is one file with one class. Its `n
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -36,6 +37,22 @@ Length = Annotated[float, Field(ge=0, le=1000, description="The length of the pe
 Every = Annotated[
     int,
     Field(ge=1, le=10**12, description="Perturb only in every N-th step, from the first step on."),
+]
+Select = Annotated[
+    Literal["all", "norms"],
+    Field(
+        description="Which weights are perturbed. norms: only those of norm layers (SAM-ON, "
+        "Mueller et al., NeurIPS 2023)."
+    ),
+]
+Share = Annotated[
+    float,
+    Field(
+        gt=0,
+        le=1,
+        description="The share of each micro-batch, from its first image on, that gives the "
+        "ascent gradient. A smaller share costs less.",
+    ),
 ]
 
 
@@ -92,12 +109,17 @@ class Context:
         total: Sums a tensor over the ranks that hold the other parts. Its shape is kept.
         ascent: The ascent gradient by name, for `combine_` only. It is None in a plain step, and
             for a rule that does not set `keeps_ascent`.
+        ascent_norm: The norm of the ascent gradient of all parameters, for `combine_` only. It is
+            None in a plain step, and for a rule that does not set `keeps_norm`.
+        progress: The share of training that is over, in [0, 1]. 0 where nobody told the step.
     """
 
     rho: float
     memory: Memory | None
     total: Total
     ascent: Memory | None = None
+    ascent_norm: Tensor | None = None
+    progress: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +129,7 @@ class Rule(ABC):
     Args:
         rho: The length of the perturbation.
         every: Perturb only in every N-th step, from the first step on (periodic SAM).
+        select: Perturb all weights, or those of norm layers only (SAM-ON).
 
     Raises:
         StepError: A field has another type than it declares, or lies outside its bounds.
@@ -116,19 +139,37 @@ class Rule(ABC):
 
     rho: Length = 0.05
     every: Every = 1
+    select: Select = "all"
     # Whether `combine_` gets a copy of the ascent gradient. It takes the memory of one more copy of
     # the weights until then.
     keeps_ascent: ClassVar[bool] = False
+    # Whether `combine_` gets the norm of the ascent gradient.
+    keeps_norm: ClassVar[bool] = False
     # Whether `combine_` is called. Both gradients must then be of all ranks.
     combines: ClassVar[bool] = False
     # Whether the rule defines the losses of both passes itself, from class indices.
     own_loss: ClassVar[bool] = False
-    # The share of each micro-batch, from its first sample on, that gives the ascent gradient. At 0
-    # the rule perturbs by what it remembers.
-    ascent_share: ClassVar[float] = 1.0
+    # Whether the targets that the descent loss gets hold the outputs at w (`Targets.at_w`).
+    follows_outputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check(self, StepError)
+
+    @property
+    def ascent_share(self) -> float:
+        """The share of each micro-batch, from its first sample on, that gives the ascent gradient.
+
+        At 0 there is no ascent pass: the rule perturbs by what it remembers.
+        """
+        return 1.0
+
+    @property
+    def decoupled(self) -> bool:
+        """Whether `combine_` returns no memory, but a second descent direction for the weights.
+
+        Each weight then moves by -(learning rate) times it, after the optimizer's step.
+        """
+        return False
 
     def perturbs_at(self, step: int) -> bool:
         """Return whether the step of this number, counted from 0, perturbs."""
@@ -159,6 +200,21 @@ class Rule(ABC):
         step changes nothing.
         """
         return None
+
+
+@dataclass(frozen=True)
+class AscentRule(Rule):
+    """A rule with an ascent pass, which may be on a share of the batch.
+
+    Args:
+        share: The share of each micro-batch that gives the ascent gradient.
+    """
+
+    share: Share = 1.0
+
+    @property
+    def ascent_share(self) -> float:
+        return self.share
 
 
 def ratio(a: float | Tensor, b: Tensor) -> Tensor:

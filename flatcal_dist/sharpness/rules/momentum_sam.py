@@ -23,7 +23,6 @@ class MomentumSAM(Rule):
 
     name: ClassVar[str] = "momentum_sam"
     combines: ClassVar[bool] = True
-    ascent_share: ClassVar[float] = 0.0
 
     momentum: Annotated[
         float,
@@ -33,6 +32,10 @@ class MomentumSAM(Rule):
             description="The decay of the gradients that are added up. Best: optimizer.momentum.",
         ),
     ] = 0.9
+
+    @property
+    def ascent_share(self) -> float:
+        return 0.0
 
     def perturb_(self, shards: Shards, context: Context) -> Tensor:
         memory = context.memory or {}

@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flatcal_dist.sharpness.rules.base import Context, Rule, Shards, ratio, squared_norm
+from flatcal_dist.sharpness.rules.base import AscentRule, Context, Shards, ratio, squared_norm
 
 
 @dataclass(frozen=True)
-class SAM(Rule):
+class SAM(AscentRule):
     """Sharpness-aware minimization (Foret et al., ICLR 2021, section 3): e = rho * g / ||g||_2.
 
     There is one norm over all parameters. With `every` above 1 the rule is periodic SAM.
