@@ -28,8 +28,14 @@ MAY_CHANGE = (
 
 
 def fingerprint(config: Config) -> str:
-    """Return eight hexadecimal digits that identify what a run computes, in any directory."""
-    kept = {k: identified(v) for k, v in flatten(config) if not _may_change(k)}
+    """Return eight hexadecimal digits that identify what a run computes, in any directory.
+
+    Choices and all that is not at its default count. So the same command finds its run also after
+    an update of this package that has new keys. A default that an update changed is found by
+    `differences`.
+    """
+    chosen = chosen_values(config)
+    kept = {k: identified(v) for k, v in _walk(chosen, "") if not _may_change(k)}
     text = json.dumps(kept, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -81,15 +87,35 @@ def _only_private(values: dict) -> dict:
 
 def flatten(config: Config) -> Iterator[tuple[str, Any]]:
     """Yield pairs of dotted key and value, also of what lies in sections and options."""
+    yield from _walk(config.model_dump(), "")
 
-    def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                yield from walk(inner, f"{path}.{key}" if path else str(key))
-        else:
-            yield path, value
 
-    yield from walk(config.model_dump(), "")
+def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _walk(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def chosen_values(config: Config) -> dict[str, dict[str, Any]]:
+    """Return, by section, the choice that a section makes and the keys that differ from defaults.
+
+    Sections that make no choice and hold defaults alone are left out.
+    """
+    found = {}
+    for name in Config.model_fields:
+        section = getattr(config, name)
+        by = CHOOSERS[name].by if name in CHOOSERS else None
+        fields = type(section).model_fields
+        kept = {
+            key: value
+            for key, value in section.model_dump().items()
+            if key == by or value != fields[key].get_default(call_default_factory=True)
+        }
+        if kept:
+            found[name] = kept
+    return found
 
 
 def _may_change(key: str) -> bool:

@@ -1,21 +1,53 @@
 """One name of a method, derived from the configuration, so that nothing different is pooled."""
 
-from flatcal_dist.config.identity import fingerprint
+from typing import Any
+
+from flatcal_dist.config.choosing import CHOOSERS
+from flatcal_dist.config.identity import chosen_values, fingerprint
 from flatcal_dist.config.root import Config
 
 PLAIN = ("none", "cross_entropy")
+# Numbers that make another method and not another setting of it: when, how often and on how much
+# of the batch a rule perturbs.
+MAKES_ANOTHER = ("every", "share", "start_epoch", "stop_epoch", "scope", "plain_epochs")
+# They say how a run computes, not what.
+SAYS_NOTHING = ("allow_other_samples", "accumulation", "rho_schedule", "norm_statistics")
 
 
 def method_of(config: Config) -> str:
-    """Return the name of a training method: `sgd`, `csam`, `sam+focal+swa`, `sgd+mixup`.
+    """Return the name of a training method: `sgd`, `sam+focal+swa`, `sam[select=norms]+mixup`.
 
     It joins the rule (or the optimizer, without a rule), the objective, the average and the mixing,
-    and leaves out what is plain. Numbers such as rho are no part of it: they are settings.
+    and leaves out what is plain. In brackets is what makes another method of one name: forms that
+    are chosen by a word or by yes and no, and when, how often and by which images a rule perturbs,
+    where they differ from the default. Other numbers such as rho are no part of it: they are
+    settings.
     """
-    rule = config.sharpness.rule
-    others = (config.objective.name, config.average.name, config.mixing.name)
-    first = config.optimizer.name if rule == "none" else rule
-    return "+".join([first, *(name for name in others if name not in PLAIN)])
+    parts = [_named(config, section) for section in ("sharpness", "objective", "average", "mixing")]
+    if config.sharpness.rule == "none":
+        parts[0] = config.optimizer.name
+    return "+".join(part for part in parts if part)
+
+
+def _named(config: Config, section: str) -> str:
+    """Return the choice of a section with what distinguishes it, or nothing if it is plain."""
+    by = CHOOSERS[section].by
+    values = chosen_values(config)[section]
+    if values[by] in PLAIN:
+        return ""
+    told = [f"{key}={_word(value)}" for key, value in values.items() if _tells(key, value, by)]
+    return values[by] + (f"[{','.join(told)}]" if told else "")
+
+
+def _tells(key: str, value: Any, by: str) -> bool:
+    word = isinstance(value, str | bool)
+    return key != by and key not in SAYS_NOTHING and (word or key in MAKES_ANOTHER)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def setting_of(config: Config) -> str:

@@ -72,7 +72,7 @@ def test_the_names_that_others_rely_on_exist():
             "sharpness.rule=null",
             "sharpness.rule = None (on the command line): expected one of none",
         ),
-        ("sharpness.rule=M-SAM", "momentum_sam, sam; did you mean sam?"),
+        ("sharpness.rule=M-SAM", "stale_sam, wsam; did you mean sam?"),
         ("evaluate.confidence=trust_score", "a valid list; write [trust_score]"),
         ("model.options=3", "write keys and values: {key: value}"),
         (
@@ -85,7 +85,8 @@ def test_the_names_that_others_rely_on_exist():
         ("objective=[focal]", "objective = ['focal'] (on the command line): this is a section"),
         (
             "sharpness.rule=same",
-            "expected one of none, asam, csam, gsam, looksam, momentum_sam, sam",
+            "expected one of none, asam, csam, friendly_sam, functional_sam, gsam, le_sam, "
+            "looksam, momentum_sam, sam, ssam, stale_sam, wsam",
         ),
         ("sharpness={rule: csam, gamma: 2.1}", "input should be less than or equal to 2"),
         ("train.epochs=2.5", "train.epochs = 2.5 (on the command line): input should be a valid"),

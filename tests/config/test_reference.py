@@ -58,12 +58,18 @@ def test_defaults_are_read_back_as_the_defaults(tmp_path):
 
 
 def test_keys_say_which_choices_have_them():
-    assert one("sharpness.gamma").only == "sharpness.rule=csam"
+    assert one("sharpness.decouple").only == "sharpness.rule=wsam"
+    defaults = {entry.only: entry.default for entry in entries("sharpness.gamma")}
+    assert defaults == {"sharpness.rule=csam": "1.0", "sharpness.rule=wsam": "0.9"}
     assert one("sharpness.rho").only == "sharpness.rule other than none"
     assert one("sharpness.rho_min").only.endswith("and sharpness.rho_schedule=learning_rate")
     assert one("data.flip").only == "data.augmentation=resized_crop"
     defaults = {entry.only: entry.default for entry in entries("mixing.alpha")}
-    assert defaults == {"mixing.name=cutmix": "1.0", "mixing.name=mixup": "0.2"}
+    assert defaults == {
+        "mixing.name=cutmix": "1.0",
+        "mixing.name=mixup": "0.2",
+        "mixing.name=regmixup": "10.0",
+    }
     assert "csam: Calibrated SAM" in as_text(entries("sharpness.rule"))
 
 

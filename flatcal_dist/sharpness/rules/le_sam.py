@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flatcal_dist.sharpness.rules.base import Context, Length, Shards, ratio, squared_norm
+from flatcal_dist.sharpness.rules.base import Context, Shards, ratio, squared_norm
 from flatcal_dist.sharpness.rules.sam import SAM
 
 
@@ -26,7 +26,6 @@ class LESAM(SAM):
 
     name: ClassVar[str] = "le_sam"
 
-    rho: Length = 0.5
     budget: Annotated[
         float,
         Field(
