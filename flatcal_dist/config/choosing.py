@@ -2,6 +2,7 @@
 
     inherits: csam.yaml            # sharpness: {rule: csam, rho: 0.1, gamma: 2}
     sharpness: {rule: sam}         # rho stays, gamma is CSAM's and is set aside
+    sharpness: {rule: wsam}        # gamma is set aside, too: WSAM's is another one
 
 A file that others inherit may hold the keys of the choice that it makes. A key that is given
 together with the choice, or after it, was meant to be read. If it is not read, it is refused.
@@ -35,6 +36,11 @@ class Chooser:
         """Return the choices that have this key."""
         return [name for name, section in self.sections.items() if key in section.model_fields]
 
+    def means_another(self, key: str, before: str, now: str) -> bool:
+        """Return whether a key of two choices has two meanings: each declares it by itself."""
+        owners = [_declared_by(self.sections.get(name), key) for name in (before, now)]
+        return None not in owners and owners[0] is not owners[1]
+
     def where(self, key: str) -> str:
         """Return in words where a key belongs that the present choice does not have."""
         owners = self.owners(key)
@@ -42,6 +48,15 @@ class Chooser:
         if shared and len(owners) > 1:
             return f"{self.key} other than none"
         return f"{self.key}={' or '.join(owners)}"
+
+
+def _declared_by(section: type[BaseModel] | None, key: str) -> type | None:
+    """Return the class that declares a key for all that derive from it, or None without one."""
+    choice = getattr(section, "choice", None)
+    classes = choice.__mro__ if choice is not None else ()
+    return next(
+        (cls for cls in reversed(classes) if key in vars(cls).get("__annotations__", ())), None
+    )
 
 
 def _choosers() -> dict[str, Chooser]:
@@ -117,8 +132,23 @@ def set_aside(layers: Layers, recorded: bool) -> None:
             chosen = values.setdefault(chooser.by, chooser.default)
             if isinstance(chosen, str) and chosen in chooser.sections:
                 refused += _other_keys(chooser, chosen, values, layers, recorded)
+                _forget_namesakes(chooser, chosen, values, layers)
     if refused:
         raise ConfigError("\n".join(refused))
+
+
+def _forget_namesakes(
+    chooser: Chooser, chosen: str, values: dict[str, Any], layers: Layers
+) -> None:
+    """Remove inherited values of keys that have the same name in an earlier choice, by chance."""
+    made = layers.origin.get(chooser.key)
+    for key in list(values):
+        origin = layers.origin.get(f"{chooser.section}.{key}")
+        if made is None or origin is None or origin.layer >= made.layer:
+            continue
+        before = layers.at(chooser.key, origin.layer, chooser.default)
+        if isinstance(before, str) and chooser.means_another(key, before, chosen):
+            del values[key]
 
 
 def _other_keys(

@@ -218,10 +218,14 @@ class Origin:
 
 @dataclass
 class Layers:
-    """Values by section and key, and the origin of every value by its dotted key."""
+    """Values by section and key, and the origin of every value by its dotted key.
+
+    `history` has all values that a key was given, with the number of the layer, in their order.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Origin] = field(default_factory=dict)
+    history: dict[str, list[tuple[int, Any]]] = field(default_factory=dict)
 
     def add(self, values: dict[str, Any], origin: Origin) -> None:
         """Put values over those of earlier layers. An empty mapping clears a section."""
@@ -241,6 +245,12 @@ class Layers:
                 for old in [other for other in self.origin if other.startswith(full + ".")]:
                     del self.origin[old]  # a whole section was replaced
                 self.origin[full] = origin
+                self.history.setdefault(full, []).append((origin.layer, value))
+
+    def at(self, key: str, layer: int, default: Any) -> Any:
+        """Return the value that a key had after a layer."""
+        given = [value for number, value in self.history.get(key, ()) if number <= layer]
+        return given[-1] if given else default
 
     def origin_of(self, key: str) -> Origin | None:
         """Return where a key, something in it, or its section was written."""

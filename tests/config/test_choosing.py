@@ -197,3 +197,23 @@ def test_momentum_belongs_to_optimizers_that_have_it():
     with pytest.raises(ConfigError, match=r"optimizer\.name=adamw has none"):
         build_optimizer(OptimizerConfig(name="adamw", momentum=0.5), nn.Linear(2, 2))
     build_optimizer(OptimizerConfig(name="adamw"), nn.Linear(2, 2))
+
+
+def test_a_key_of_one_name_and_another_meaning_is_not_inherited(tmp_path):
+    """CSAM's gamma is no WSAM's, GSAM's alpha no LookSAM's, and each objective has its weight."""
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        "sharpness: {rule: csam, rho: 0.2, every: 2, gamma: 0.5}\n"
+        "objective: {name: cross_entropy}\nmixing: {name: none}\n"
+    )
+    wsam = load(base, ["sharpness.rule=wsam"]).sharpness
+    assert (wsam.rho, wsam.every, wsam.gamma) == (0.2, 2, 0.9)
+    assert load(base, ["sharpness.rule=wsam", "sharpness.gamma=0.7"]).sharpness.gamma == 0.7
+    assert load(base, ["sharpness.rule=csam"]).sharpness.gamma == 0.5, "the choice is the same"
+    assert load(base, ["sharpness.rule=looksam"]).sharpness.every == 2, "it means the same"
+    child = tmp_path / "child.yaml"
+    child.write_text("inherits: base.yaml\nsharpness: {rule: wsam}\n")
+    assert load(child, []).sharpness.gamma == 0.9
+    assert load(child, ["sharpness.rule=csam"]).sharpness.gamma == 0.5, "and back"
+    base.write_text("sharpness: {gamma: 0.5}\n")
+    assert load(base, ["sharpness.rule=wsam"]).sharpness.gamma == 0.5, "it was meant for any"
