@@ -209,7 +209,7 @@ class Watched(nn.Module):
 
     def forward(self, x):
         z = self.network(x)
-        torch.distributions.Categorical(logits=z)
+        torch.distributions.Categorical(logits=z, validate_args=True)
         if self.training and self.how != "never":
             z = z + 0 * z.detach()
             z.register_hook(self.spoil)
