@@ -22,7 +22,8 @@ from flatcal_dist import cli
 from flatcal_dist.calibration.records.imported import read_file
 from flatcal_dist.calibration.records.records import Records
 from flatcal_dist.calibration.report.summary import summarize
-from flatcal_dist.config import Config, ConfigError
+from flatcal_dist.calibration.report.training_curves import training_curves
+from flatcal_dist.config import Config, ConfigError, to_yaml
 from flatcal_dist.data import image_folder, prepare_shards
 from flatcal_dist.data.sets.variants import find, open_variant
 from flatcal_dist.evaluation import job as evaluation_job
@@ -38,6 +39,7 @@ from tests.evaluation.small_networks import (
     settings,
 )
 from tests.support.ranks import on_ranks
+from tests.support.report_inputs import TRAINING
 
 # Networks that were never trained have no skill for a temperature to be fitted to.
 pytestmark = pytest.mark.filterwarnings("ignore:no finite temperature")
@@ -166,6 +168,20 @@ def test_another_output_keeps_the_training(tmp_path):
     run = Network("a run", settings(10), None, tmp_path, log=tmp_path / "log")
     for several, output in ((False, tmp_path / "o"), (True, tmp_path / "o/a_run")):
         assert _into(tmp_path / "o", run, several) == replace(run, output=output)
+
+
+def test_evaluate_into_another_directory_draws_the_training(trees, tmp_path):
+    run, output = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(settings(10)))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in TRAINING))
+    save_file(network(10).state_dict(), run / "model.safetensors")
+    words = ["evaluate", run, "--data", trees / "photographs", "--output", output]
+    cli.main([str(word) for word in words])
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["training"] == training_curves(TRAINING)
+    assert metrics["training"]["epoch"] == [1, 2, 3, 4, 5]
+    assert not (run / "report").exists()
 
 
 def test_weights_are_chosen_by_name(tmp_path, capsys):

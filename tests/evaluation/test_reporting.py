@@ -25,7 +25,7 @@ from tests.evaluation.small_networks import (
     settings,
 )
 from tests.support.ranks import on_ranks
-from tests.support.variant_trees import WNIDS
+from tests.support.variant_trees import WNIDS, write_tree
 
 # Networks that were never trained have no skill for a temperature to be fitted to.
 pytestmark = pytest.mark.filterwarnings("ignore:no finite temperature")
@@ -105,6 +105,27 @@ def test_r_is_also_judged_among_all_classes(alone, trees, tmp_path, monkeypatch)
     assert m.all_classes.before["nll"] == pytest.approx(every.before.nll.mean(), abs=1e-6)
     names = dict(zip(m.per_class.number, m.per_class.name, strict=True))
     assert names == {c: class_names()[c] for c in subset("imagenet_r")}
+
+
+def test_a_is_judged_among_its_own_200_classes_and_among_all(tmp_path):
+    """Its classes by the WordNet ids that timm lists in another file than the numbers."""
+    listed = Path(timm.data.__file__).parent / "_info/imagenet_a_synsets.txt"
+    wnids = listed.read_text().split()
+    tree = write_tree(tmp_path / "a", wnids)
+    data = open_variant(find(f"imagenet_a={tree}", 1000)[0], 1000)
+    accelerator = distributed.start("ddp", "fp32")
+    masked, every = evaluation.evaluate(settings(1000), network(1000), data, accelerator)
+    files = sorted(tree.glob("*/*"))
+    logits = logits_by_hand(files, 1000)
+    labels = [WNIDS.index(file.parent.name) for file in files]
+    classes = sorted(map(WNIDS.index, wnids))
+    assert classes[:8] == [6, 11, 13, 15, 17, 22, 23, 27], "as its authors number them"
+    assert set(classes) != set(subset("imagenet_r"))
+    assert_scores(masked, files, logits[:, classes], [classes.index(label) for label in labels])
+    assert_scores(every, files, logits, labels)
+    assert [(r.source.name, r.source.classes, r.classes) for r in (masked, every)] == [
+        ("imagenet_a", tuple(classes), 200), ("imagenet_a_all_classes", None, 1000),
+    ]  # fmt: skip
 
 
 def test_v2_is_labelled_by_number(alone, trees):

@@ -15,7 +15,9 @@ def test_it_has_the_shape_of_the_protocol():
     assert network(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
 
 
-@pytest.mark.parametrize("options", [{"width": 0}, {"depth": 1.5}, {"drop_rate": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{"width": 0}, {"width": -5}, {"depth": -1}, {"depth": 1.5}, {"drop_rate": 1.0}]
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=f"does not fit model.name=mlp: .*{next(iter(options))}="):
         build("mlp", 10, 1, 8, options)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.engines import ENGINES, make_engine, used
+from tests.support.engines import ENGINES, everywhere, make_engine, used
 from tests.support.ranks import on_ranks
 from tests.support.reference import make_network
 
@@ -84,6 +84,42 @@ def test_all_ranks_get_the_buffers_of_the_first(kind):
     assert "here" in second
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+def spoiled(rank, world_size, kind):
+    """Whether a step of NaN is skipped, and each buffer the same tensor with the same values."""
+    from flatcal_dist.sharpness import SAM, SharpnessAwareStep
+    from tests.support import zoo
+    from tests.support.reference import my_part, train
+
+    outcome = {}
+    for name in ("rebound", "starts as None"):
+        for rule in (None, SAM(0.1)):
+            network, batch = zoo.make(name), zoo.batches(name)
+            step = SharpnessAwareStep(make_engine(kind, network), rule)
+            last = rank == world_size - 1
+            for counted in range(2):  # before any step has counted, and after one
+                before = dict(network[1]._buffers)
+                values = {n: b if b is None else b.clone() for n, b in before.items()}
+                [(inputs, target)] = my_part(rank, world_size, 5, batch=batch)
+                result = step([(inputs * float("nan") if last else inputs, target)])
+                now = network[1]._buffers
+                same = now.keys() == before.keys() and all(
+                    now[n] is b and (b is None or torch.equal(b, values[n]))
+                    for n, b in before.items()
+                )
+                outcome[name, rule, counted] = result.skipped and same
+                train(step, rank, world_size, numbers=[0], batch=batch)
+            assert network[1].mean.isfinite().all()
+            assert network[1].mean.count_nonzero(), "steps that count change it"
+    return outcome
+
+
+@pytest.mark.parametrize("kind", ["one", "ddp"])
+def test_a_skipped_step_leaves_rebound_buffers_as_before(kind):
+    for outcome in everywhere(kind, spoiled):
+        assert len(outcome) == 8
+        assert [case for case, same in outcome.items() if not same] == []
 
 
 def continued(rank, world_size, kind):
