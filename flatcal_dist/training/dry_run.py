@@ -46,8 +46,8 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
             module, args=[images], print_profile=False, as_string=False, warm_up=0
         )
     flops, macs = flops / 2, macs / 2
-    forwards, passes = _passes(step, config)
-    step_flops = forwards * 3 * flops * config.data.global_batch_size
+    forwards, passes = _passes(step, config, len(sizes))
+    step_flops = forwards * flops * config.data.global_batch_size * _images_beside(config)
     say(
         f"network {config.model.name}: {parameters:,} parameters; forward, an image takes "
         f"{_scaled(flops)}FLOP ({_scaled(macs)}MAC); a step is {passes}, on average "
@@ -78,13 +78,15 @@ def _images(config: Config) -> int | None:
         return None
 
 
-def _passes(step: SharpnessAwareStep, config: Config) -> tuple[float, str]:
-    """Return how many passes over the batch a step has on average, and this in words."""
-    rule = step.rule
+def _passes(step: SharpnessAwareStep, config: Config, micro_batches: int) -> tuple[float, str]:
+    """Return the cost of a step, on average, in forward passes over its images, and in words."""
+    rule, objective = step.rule, step.loss
+    looks = objective.whole_batch and micro_batches > 1
+    each = 3.0 + looks  # a backward pass costs two forward ones
+    ahead = ", each behind one more forward pass" if looks else ""
     if rule is None or rule.ascent_share == 0:
-        return 1.0, "a forward and a backward pass"
-    more = rule.ascent_share / rule.every
-    words = "two forward and two backward passes"
+        return each, f"a forward and a backward pass{ahead}"
+    words = f"two forward and two backward passes{ahead}"
     if rule.ascent_share < 1:
         words += f" (the first over {rule.ascent_share:g} of the batch)"
     if rule.every > 1:
@@ -92,7 +94,13 @@ def _passes(step: SharpnessAwareStep, config: Config) -> tuple[float, str]:
     begins, ends = config.sharpness.phase
     if begins > 0 or ends is not None:
         words += f", from epoch {begins:g}" + (f" to epoch {ends:g}" if ends is not None else "")
-    return 1 + more, words
+    return each * (1 + rule.ascent_share / rule.every), words
+
+
+def _images_beside(config: Config) -> int:
+    """Return how many images the network sees for each image of the batch."""
+    mixing = config.mixing.mixing(config.model.num_classes)
+    return 2 if mixing is not None and mixing.beside is not None else 1
 
 
 def _micro_batch_sizes(config: Config, accelerator: Accelerator) -> list[int]:

@@ -3,6 +3,7 @@
 from flatcal_dist import batch_sizes
 from flatcal_dist.config import Config
 from flatcal_dist.data import DataError, Index
+from flatcal_dist.data.order import micro_batch_count
 from flatcal_dist.data.shards.listing import Stream
 from flatcal_dist.objectives import Objective
 
@@ -34,4 +35,14 @@ def refuse_unfit(
             f"{name} keeps a history of each image, and images of streamed shards have no numbers "
             f"to keep it by. {READ_BY_INDEX}"
         )
+    size = batch_sizes.micro_batch_size(config.data, world_size)
+    if objective.whole_batch and not objective.accumulates:
+        count = micro_batch_count(config.data.global_batch_size, size, world_size)
+        if count > 1:
+            raise DataError(
+                f"{name} compares all images of a step, and data.micro_batch_size="
+                f"{config.data.micro_batch_size} makes {count} micro-batches on each of "
+                f"{world_size} ranks: leave it out, or allow one more forward pass for each pass, "
+                "objective.accumulation=second_pass"
+            )
     batch_sizes.batch_arithmetic(config, world_size, len(train), objective)

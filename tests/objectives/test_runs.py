@@ -137,6 +137,10 @@ def test_what_the_data_cannot_give_is_refused_with_the_remedy(data, tmp_path):
         check(objective)
         check(objective, "data.micro_batch_size=8", ranks=4)
     stream = "data.reader=streaming"
+    check("mmce")
+    check("mmce", "data.micro_batch_size=16", "objective.accumulation=second_pass")
+    with pytest.raises(DataError, match=r"name=mmce compares all .* 2 micro-batches on each of 2"):
+        check("mmce", "data.micro_batch_size=16")
     for objective in ("crl", "cs_kd"):
         with pytest.raises(ConfigError, match=rf"name={objective} needs .* data\.reader=indexed"):
             check(objective, stream)
