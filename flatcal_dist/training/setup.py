@@ -9,6 +9,7 @@ from timm.scheduler.scheduler import Scheduler
 from flatcal_dist import batch_sizes, inputs
 from flatcal_dist.averaging.average import Average
 from flatcal_dist.config import Config
+from flatcal_dist.config.run_length import length_of, no_average
 from flatcal_dist.data import Index, steps_per_epoch
 from flatcal_dist.data.shards.listing import Stream
 from flatcal_dist.ranks.distributed import on_all_ranks
@@ -82,7 +83,11 @@ def prepare(
     step = build_step(config, accelerator)
     epoch_steps = steps_per_epoch(len(train), config.data.global_batch_size)
     total_steps = config.train.max_steps or config.train.epochs * epoch_steps
-    schedule = build_schedule(config, step.engine.optimizer, total_steps, epoch_steps)
+    schedule = on_all_ranks(
+        lambda: build_schedule(config, step.engine.optimizer, total_steps, epoch_steps)
+    )
+    if remark := no_average(config, length_of(config, total_steps, epoch_steps)):
+        accelerator.print(f"warning: {remark}")  # where train.max_steps cuts a run short
     on_device = OnDevice(config, accelerator.device)
     step.loss.begin(len(train), accelerator.device)
     average: Average | None = None
