@@ -51,7 +51,7 @@ def test_shipped_configurations_load_and_round_trip(path, tmp_path):
 def test_the_names_that_others_rely_on_exist():
     names = {f"{path.parent.name}/{path.stem}" for path in SHIPPED}
     assert names == {
-        *(f"digits/{method}" for method in ("sgd", "sam", "csam")),
+        *(f"digits/{method}" for method in ("sgd", "sam", "csam", "swa", "fmfp")),
         *(f"imagenet/resnet50_{method}" for method in ("sgd", "sam", "csam")),
         *(f"imagenet/vit_s16_{method}" for method in ("adamw", "sam", "csam")),
     }
