@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.optim.swa_utils import AveragedModel, SWALR
+from torch.optim.swa_utils import SWALR, AveragedModel
 
 from flatcal_dist.averaging import Moment
 from flatcal_dist.config import Config, load
