@@ -74,8 +74,8 @@ def settings_of(config: Config) -> dict[str, Setting]:
 
     They are the numeric keys of the rule, objective, average and mixing that the configuration
     chooses. A key of the rule stands alone. Any other key follows the name of its choice, because
-    two choices can have the same key. Keys that change nothing, because of their value or of another
-    key's, are left out.
+    two choices can have the same key. Keys that change nothing, because of their own value or that
+    of another key, are left out.
     """
     rule = config.sharpness
     settings = _numbers(rule)

@@ -86,8 +86,8 @@ def phases_in_words(config: Config, epoch_steps: int) -> str:
         return f"schedule.name={config.schedule.name}, average.name={config.average.name}"
     count = length.snapshots.count(length.epoch, length.total)
     return (
-        f"schedule.name={config.schedule.name}; {count} weights are averaged, at the ends of epochs "
-        f"after {length.snapshots.begin / length.epoch:g}"
+        f"schedule.name={config.schedule.name}; {count} weights are averaged, at the ends of "
+        f"epochs after {length.snapshots.begin / length.epoch:g}"
     )
 
 

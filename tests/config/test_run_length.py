@@ -96,7 +96,7 @@ def test_the_length_in_steps_is_checked_when_the_data_is_known():
     assert phases_in_words(load(DIGITS / "sam.yaml"), 12).startswith("schedule.name=cosine")
     short = load(DIGITS / "swa.yaml", ["train.max_steps=120", "schedule.name=cosine"])
     assert phases_in_words(short, 60).startswith("warning: average.name=swa averages")
-    with pytest.raises(ConfigError, match="the run has 0.1"):
+    with pytest.raises(ConfigError, match=r"the run has 0\.1"):
         phases_in_words(load(DIGITS / "fmfp.yaml", ["train.max_steps=12"]), 120)
 
 
