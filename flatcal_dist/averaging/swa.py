@@ -44,7 +44,7 @@ class SWA(AverageRule):
     def snapshots(self, epoch_steps: int, total_steps: int) -> Snapshots:
         if self.start_epoch is not None:
             return Snapshots(self.start_epoch * epoch_steps, self.every_epochs)
-        # 0.7 * 90 is a little less than 63, and must not add a snapshot.
+        # 0.7 * 1400 is a little less than 980 here, which must not add a snapshot.
         return Snapshots(math.floor(round(self.start * total_steps, 6)), self.every_epochs)
 
     def share(self, moment: Moment) -> float | None:
