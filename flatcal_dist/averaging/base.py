@@ -29,6 +29,25 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class Snapshots:
+    """The moments at which weights are averaged, if averaging begins in the course of training.
+
+    Args:
+        begin: The number of optimizer steps after which averaging begins.
+        every_epochs: The weights at the end of every N-th epoch after it are averaged. Epochs are
+            counted from the start of training.
+    """
+
+    begin: int
+    every_epochs: int
+
+    def count(self, epoch_steps: int, total_steps: int) -> int:
+        """Return how often weights are averaged at the ends of epochs in a run of this length."""
+        every = self.every_epochs * epoch_steps
+        return max(total_steps // every - self.begin // every, 0)
+
+
+@dataclass(frozen=True)
 class AverageRule(ABC):
     """Average <- average + share * (weights - average), whenever there is a share.
 
@@ -54,6 +73,13 @@ class AverageRule(ABC):
 
     def __post_init__(self) -> None:
         check(self)
+
+    def snapshots(self, epoch_steps: int, total_steps: int) -> Snapshots | None:
+        """Return when weights are averaged in a run of this length.
+
+        None stands for an average of all weights, from the first step on.
+        """
+        return None
 
     @abstractmethod
     def share(self, moment: Moment) -> float | None:

@@ -17,7 +17,6 @@ def what_does_not_go_together(config: "Config") -> Iterator[str]:
     if rule is not None:
         yield from _rule_and_objective(rule, objective)
         yield from _rule_and_scope(config, rule)
-        yield from _rule_and_length(config, rule)
     yield from _mixing(config, rule, objective)
     yield from _objective_and_data(config, objective)
     if config.train.keep_best and config.train.validate_every_epochs is None:
@@ -58,16 +57,6 @@ def _rule_and_scope(config: "Config", rule: Rule) -> Iterator[str]:
         f"{who} images of the step, and with sharpness.{key} a part of them perturbs by itself: "
         "set sharpness.scope=global and sharpness.per_micro_batch=false"
     )
-
-
-def _rule_and_length(config: "Config", rule: Rule) -> Iterator[str]:
-    begins, _ = config.sharpness.phase
-    if config.train.max_steps is None and begins >= config.train.epochs:
-        yield (
-            f"sharpness.start_epoch={begins:g} comes after the end of the run, which has "
-            f"train.epochs={config.train.epochs}: sharpness.rule={rule.name} would never perturb. "
-            "Choose an earlier epoch, or sharpness.rule=none"
-        )
 
 
 def _mixing(config: "Config", rule: Rule | None, objective: Objective) -> Iterator[str]:

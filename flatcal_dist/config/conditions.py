@@ -38,6 +38,12 @@ CONDITIONS = (
         "sharpness.rho_schedule=learning_rate",
     ),
     Condition(
+        ("average.start",),
+        lambda config: getattr(config.average, "start_epoch", None) is None,
+        ("average.start_epoch",),
+        "average.start_epoch=null",
+    ),
+    Condition(
         ("data.crop_scale", "data.crop_ratio", "data.flip"),
         lambda config: config.data.augmentation == "resized_crop",
         ("data.augmentation",),

@@ -13,6 +13,7 @@ from flatcal_dist.config.identity import fingerprint
 from flatcal_dist.config.messages import explain
 from flatcal_dist.config.older import refuse_older, translate_older
 from flatcal_dist.config.root import Config
+from flatcal_dist.config.run_length import refuse_short_epochs
 from flatcal_dist.errors import ConfigError
 
 
@@ -27,7 +28,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), recorded: bool 
 
     Raises:
         ConfigError: The file cannot be read, a key is unknown or belongs to another choice, or a
-            value does not fit.
+            value does not fit. Or the run is too short for its schedule or its average.
     """
     layers = read_layers(Path(path) if path is not None else None, overrides, recorded)
     if recorded:
@@ -41,6 +42,8 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), recorded: bool 
     except ValidationError as error:
         raise ConfigError(explain(error, layers, list(keys()), CHOOSERS)) from None
     config = with_defaults_for_unread(config, layers, recorded)
+    if not recorded:
+        refuse_short_epochs(config)
     if config.run.dir is None and path:
         folder, stem = (_word(name) for name in (Path(path).resolve().parent.name, Path(path).stem))
         name = f"{folder}_{stem}-{fingerprint(config)}"

@@ -10,6 +10,7 @@ from torch import nn
 from flatcal_dist.calibration.report.about import About, Setting
 from flatcal_dist.config import Config, method_of
 from flatcal_dist.config.choice_sections import ChoiceSection, Perturbation
+from flatcal_dist.config.conditions import unread
 from flatcal_dist.config.kinds import Section
 from flatcal_dist.data.sets.variants import DataSet
 from flatcal_dist.networks.registry import parameter_count
@@ -73,7 +74,8 @@ def settings_of(config: Config) -> dict[str, Setting]:
 
     They are the numeric keys of the rule, objective, average and mixing that the configuration
     chooses. A key of the rule stands alone. Any other key follows the name of its choice, because
-    two choices can have the same key. Keys that change nothing at their value are left out.
+    two choices can have the same key. Keys that change nothing, because of their own value or that
+    of another key, are left out.
     """
     rule = config.sharpness
     settings = _numbers(rule)
@@ -82,6 +84,8 @@ def settings_of(config: Config) -> dict[str, Setting]:
         settings |= {"scope": rule.scope} if rule.scope != "global" else {}
     for section in (config.objective, config.average, config.mixing):
         settings |= {f"{section.name}.{key}": value for key, value in _numbers(section).items()}
+    if "average.start" in unread(config):
+        settings.pop(f"{config.average.name}.start", None)
     return settings
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from flatcal_dist import batch_sizes, inputs
 from flatcal_dist.config import Config
-from flatcal_dist.data import DataError
+from flatcal_dist.config.run_length import length_of, no_average, refuse_short
+from flatcal_dist.data import DataError, steps_per_epoch
 from flatcal_dist.data.order import micro_batch_count, micro_batches, rank_share
 from flatcal_dist.networks.registry import in_evaluation_mode
 from flatcal_dist.objectives import Targets
@@ -32,7 +33,10 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
 
     say = accelerator.print
     objective = config.objective.build()
-    say(batch_sizes.batch_arithmetic(config, accelerator.num_processes, _images(config), objective))
+    images = _images(config)
+    say(batch_sizes.batch_arithmetic(config, accelerator.num_processes, images, objective))
+    if images is not None:
+        say(phases_in_words(config, steps_per_epoch(images, config.data.global_batch_size)))
     say(batch_sizes.check_room(config))
     step = build_step(config, accelerator)
     module = step.engine.module
@@ -40,10 +44,10 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
     step.loss.begin(max(sizes), accelerator.device)
     # The module of ZeRO holds low-precision weights, and nothing casts the images here.
     # A norm without running statistics needs at least two images.
-    images = _made_up(config, 2, accelerator.device)[0].to(next(module.parameters()).dtype)
+    two = _made_up(config, 2, accelerator.device)[0].to(next(module.parameters()).dtype)
     with in_evaluation_mode(module):
         flops, macs, parameters = get_model_profile(
-            module, args=[images], print_profile=False, as_string=False, warm_up=0
+            module, args=[two], print_profile=False, as_string=False, warm_up=0
         )
     flops, macs = flops / 2, macs / 2
     forwards, passes = _passes(step, config, len(sizes))
@@ -61,6 +65,26 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
     )
     say(memory_in_words(step, config.train.engine))
     say("dry run: nothing was written")
+
+
+def phases_in_words(config: Config, epoch_steps: int) -> str:
+    """Say how many weights are averaged in a run with this many steps in an epoch.
+
+    Raises ConfigError if the run is too short for its schedule.
+    """
+    length = length_of(
+        config, config.train.max_steps or config.train.epochs * epoch_steps, epoch_steps
+    )
+    refuse_short(config, length)
+    if remark := no_average(config, length):
+        return f"warning: {remark}"
+    if length.snapshots is None:
+        return f"schedule.name={config.schedule.name}, average.name={config.average.name}"
+    count = length.snapshots.count(length.epoch, length.total)
+    return (
+        f"schedule.name={config.schedule.name}; {count} weights are averaged, at the ends of "
+        f"epochs after {length.snapshots.begin / length.epoch:g}"
+    )
 
 
 def _scaled(count: float) -> str:

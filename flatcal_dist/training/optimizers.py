@@ -16,7 +16,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from flatcal_dist.config import Config, ConfigError, OptimizerConfig
-from flatcal_dist.schedules import Length
+from flatcal_dist.config.run_length import length_of, refuse_short
 
 MOMENTUM = OptimizerConfig().momentum
 OWN_KEYS = ("lr", "weight_decay", "momentum")
@@ -86,12 +86,14 @@ def build_schedule(
     """Return the schedule of a configuration for a run of this length.
 
     Args:
-        config: Its sections `schedule` and `optimizer` are read.
+        config: Its sections `schedule`, `optimizer` and `average` are read.
         optimizer: Its learning rates are set by `step_update(step)`.
         total_steps: The number of steps of the run.
         epoch_steps: The number of steps of an epoch.
+
+    Raises:
+        ConfigError: A phase of the schedule would never begin.
     """
-    peak = config.optimizer.learning_rate
-    warmup = min(round(config.optimizer.warmup_epochs * epoch_steps), total_steps - 1)
-    length = Length(warmup, epoch_steps, total_steps)
-    return config.schedule.build().scheduler(optimizer, peak, length)
+    length = length_of(config, total_steps, epoch_steps)
+    refuse_short(config, length)
+    return config.schedule.build().scheduler(optimizer, config.optimizer.learning_rate, length)

@@ -8,7 +8,8 @@ from timm.scheduler.scheduler import Scheduler
 
 from flatcal_dist import batch_sizes, inputs
 from flatcal_dist.averaging.average import Average
-from flatcal_dist.config import Config, ConfigError
+from flatcal_dist.config import Config
+from flatcal_dist.config.run_length import length_of, no_average
 from flatcal_dist.data import Index, steps_per_epoch
 from flatcal_dist.data.shards.listing import Stream
 from flatcal_dist.ranks.distributed import on_all_ranks
@@ -82,8 +83,11 @@ def prepare(
     step = build_step(config, accelerator)
     epoch_steps = steps_per_epoch(len(train), config.data.global_batch_size)
     total_steps = config.train.max_steps or config.train.epochs * epoch_steps
-    on_all_ranks(partial(refuse_never, config, total_steps, epoch_steps))
-    schedule = build_schedule(config, step.engine.optimizer, total_steps, epoch_steps)
+    schedule = on_all_ranks(
+        lambda: build_schedule(config, step.engine.optimizer, total_steps, epoch_steps)
+    )
+    if remark := no_average(config, length_of(config, total_steps, epoch_steps)):
+        accelerator.print(f"warning: {remark}")  # where train.max_steps cuts a run short
     on_device = OnDevice(config, accelerator.device)
     step.loss.begin(len(train), accelerator.device)
     average: Average | None = None
@@ -95,18 +99,6 @@ def prepare(
         config, directory, accelerator, train, validation, step, schedule, on_device, average,
         epoch_steps, total_steps,
     )  # fmt: skip
-
-
-def refuse_never(config: Config, total_steps: int, epoch_steps: int) -> None:
-    """Raise ConfigError for a rule that would begin only after the last step."""
-    begins, _ = config.sharpness.phase
-    if begins * epoch_steps > total_steps - 1:
-        raise ConfigError(
-            f"sharpness.start_epoch={begins:g} comes after the last step: the run has "
-            f"{total_steps} steps, {epoch_steps} in an epoch, so the last one begins after "
-            f"{(total_steps - 1) / epoch_steps:.4g} epochs. Choose an earlier epoch, or "
-            "sharpness.rule=none"
-        )
 
 
 def _open_data(

@@ -1,4 +1,6 @@
-"""Runs that keep an average of a network with batch norm: from the first step to its export."""
+"""Runs of SAM that keep an average of a network with batch norm: from the start to the export."""
+
+from random import Random
 
 import pytest
 import timm
@@ -7,18 +9,20 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from flatcal_dist.checkpoints.format import CheckpointError, load_progress
-from flatcal_dist.checkpoints.resharding import fill_network
-from flatcal_dist.config import load
+from flatcal_dist.checkpoints.resharding import assemble, fill_network
+from flatcal_dist.config import load, method_of
 from flatcal_dist.data import prepare_digits
 from flatcal_dist.inputs import evaluation_batches, open_index
-from tests.support.jobs import Run, same, stop_after_six
+from tests.support.jobs import Run, kill, same, stop_after_six
 
 EMA = ("average.name=ema", "average.decay=0.9")
-# Three steps an epoch: two epochs are averaged when the run stops after six steps.
-SWA = ("average.name=swa", "average.start=0.05", "data.global_batch_size=256")
+# FMFP. Three steps an epoch: one epoch is averaged when the run stops after six steps.
+SWA = ("average={name: swa, start_epoch: 1}", "data.global_batch_size=256")
+LENGTH = 35  # steps: the last epoch is a short one, with and without 256 images in a batch
 CONVOLUTIONAL = (
-    "model.name=test_byobnet", "model.options={}",
-    "optimizer.learning_rate=0.5", "train.keep_best=nll", "train.max_steps=36",
+    "sharpness={rule: sam, rho: 0.05}", "model.name=test_byobnet", "model.options={}",
+    "optimizer.learning_rate=0.5", "train.keep_best=nll", f"train.max_steps={LENGTH}",
+    "train.checkpoint_every_epochs=1", "train.keep_checkpoints=100",
 )  # fmt: skip
 
 
@@ -43,22 +47,38 @@ def nll(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float
         return float(nn.functional.cross_entropy(network.eval()(images), labels))
 
 
+def far_from_mean(run: Run, steps: range) -> float:
+    """How far the exported weights are from the plain mean of those in these checkpoints."""
+    paths = [run.path / f"checkpoints/step_{step:08d}" for step in steps]
+    moments = [assemble(path, optimizer=False).weights for path in paths]
+    weights = run.weights()
+    assert moments[0].keys() <= weights.keys()
+    return max(
+        float((weights[name] - torch.stack([m[name] for m in moments]).mean(0)).abs().max())
+        for name in moments[0]
+    )
+
+
 @pytest.mark.parametrize("average", [EMA, SWA], ids=["ema", "swa"])
 def test_a_run_validates_keeps_exports_and_resumes_the_average_with_its_own_statistics(
     data, tmp_path, average
 ):
     run = Run(tmp_path / "run", data, "ddp", *CONVOLUTIONAL, *average)
     assert run.start(fault=stop_after_six).wait() == [75, 75]
+    assert kill(run, Random(0), way=0)  # one rank, some steps later
     run.finish()
     stayed = Run(tmp_path / "stayed", data, "ddp", *CONVOLUTIONAL, *average).finish()
     assert same(run, stayed), "resumed bit for bit"
 
     config = load(run.path / "config.yaml")
+    assert method_of(config) == f"sam+{config.average.name}"
+    if config.average.name == "swa":
+        assert far_from_mean(run, range(6, LENGTH, 3)) < 1e-6
     validation, training = pictures_of(config, "validation"), pictures_of(config, "train")
     network = timm.create_model("test_byobnet", in_chans=1, num_classes=10)
     network.load_state_dict(run.weights())
     ours = nll(network, *validation)
-    last = max(record["val/nll"] for key, record in run.records().items() if key == (36, True))
+    last = max(record["val/nll"] for key, record in run.records().items() if key == (LENGTH, True))
     assert ours == pytest.approx(last, abs=1e-5), "what was validated is what was exported"
     update_bn(training[0].split(64), network)
     # 800 images instead of the 768 in whole batches, and in batches of other images.

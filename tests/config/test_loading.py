@@ -51,7 +51,7 @@ def test_shipped_configurations_load_and_round_trip(path, tmp_path):
 def test_the_names_that_others_rely_on_exist():
     names = {f"{path.parent.name}/{path.stem}" for path in SHIPPED}
     assert names == {
-        *(f"digits/{method}" for method in ("sgd", "sam", "csam")),
+        *(f"digits/{method}" for method in ("sgd", "sam", "csam", "swa", "fmfp")),
         *(f"imagenet/resnet50_{method}" for method in ("sgd", "sam", "csam")),
         *(f"imagenet/vit_s16_{method}" for method in ("adamw", "sam", "csam")),
     }
@@ -196,3 +196,24 @@ def test_differences_name_the_keys_that_matter(file):
     assert "sharpness.rho: the run has 0.05, now 0.3" in lines
     assert "sharpness.rule: the run has 'sam', now 'csam'" in lines
     assert not configuration.differences(old, load(path, ["model.options.a=1", *SAM]))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("sharpness.start_epoch=90", r"start_epoch=90 comes after the last step .* 90 epochs"),
+        ("sharpness.start_epoch=5 train.epochs=5", "start_epoch=5 comes after the last step"),
+        ("sharpness.start_epoch=5 sharpness.stop_epoch=5", "is not after sharpness.start_epoch=5"),
+        ("sharpness.start_epoch=-1", "greater than or equal to 0"),
+    ],
+)
+def test_a_rule_that_would_never_perturb_is_refused(words, told):
+    with pytest.raises(ConfigError, match=told):
+        load(None, ["sharpness.rule=sam", *words.split()])
+
+
+def test_a_rule_may_begin_in_the_last_epoch_and_end_in_the_first():
+    late = load(None, ["sharpness.rule=sam", "sharpness.start_epoch=89"]).sharpness
+    assert [late.perturbs_in(epoch) for epoch in (0, 88.99, 89, 89.9)] == [False, False, True, True]
+    early = load(None, ["sharpness.rule=sam", "sharpness.stop_epoch=0.5"]).sharpness
+    assert [early.perturbs_in(epoch) for epoch in (0, 0.49, 0.5)] == [True, True, False]

@@ -78,7 +78,11 @@ def _choice(key):
     chooser = CHOOSERS.get(section)
     name = name.partition(".")[0]
     owners = chooser.owners(name) if chooser and name != chooser.by else []
-    return [f"{chooser.key}={owners[-1]}"] if owners else []
+    if section == "schedule":  # some of them follow an average
+        more = ["average={name: swa, start_epoch: 120}", "train.epochs=201"]
+    else:
+        more = []
+    return [f"{chooser.key}={owners[-1]}", *more] if owners else []
 
 
 def _holds(config, key, text, folder):

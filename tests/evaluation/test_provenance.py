@@ -20,6 +20,7 @@ from flatcal_dist.evaluation.provenance import Provenance
             "sam+focal+swa",
             {"rho": 0.1, "focal.gamma": 3.0, "swa.start": 0.75},
         ),
+        ({"average": {"name": "swa", "start_epoch": 9}}, "sgd+swa", {"swa.start_epoch": 9}),
         ({"sharpness": {"rule": "looksam"}}, "looksam", {"rho": 0.05, "every": 5, "alpha": 0.7}),
         ({"mixing": {"name": "mixup"}}, "sgd+mixup", {"mixup.alpha": 0.2}),
         (

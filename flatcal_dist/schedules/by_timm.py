@@ -1,9 +1,5 @@
-"""Learning-rate schedules: linear warm-up, then one of timm's.
+"""The schedules that are timm's: linear warm-up, then a cosine, milestones, or the peak."""
 
-A schedule is a function of the step's number. It has no state, so a checkpoint need not hold it.
-"""
-
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -12,43 +8,7 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
 
-from flatcal_dist.choices import check
-
-
-@dataclass(frozen=True)
-class Length:
-    """How many optimizer steps the warm-up, an epoch, and the whole run have."""
-
-    warmup: int
-    epoch: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Schedule(ABC):
-    """How the learning rate goes on after the warm-up.
-
-    A new schedule is one class here. Its `name` is the value of `schedule.name` in a configuration,
-    and its fields are keys of the section `schedule`.
-
-    Raises:
-        ValueError: A field is outside its bounds.
-    """
-
-    name: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    @abstractmethod
-    def scheduler(self, optimizer: Optimizer, peak: float, length: Length) -> Scheduler:
-        """Return the scheduler whose `step_update(step)` sets the rate of that step.
-
-        Args:
-            optimizer: The optimizer whose learning rates are set.
-            peak: The learning rate at the end of the warm-up.
-            length: The length of the run and its parts.
-        """
+from flatcal_dist.schedules.base import Length, Schedule
 
 
 def _in_steps(peak: float, length: Length) -> dict[str, Any]:
