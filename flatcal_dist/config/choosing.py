@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from flatcal_dist.config.files import Layers
+from flatcal_dist.config.files import Layers, shown
 from flatcal_dist.config.root import Config
 from flatcal_dist.errors import ConfigError
 
@@ -165,7 +165,7 @@ def _other_keys(
         if recorded or (origin and made and origin.layer < made.layer):
             continue
         refused.append(
-            f"{chooser.section}.{key} = {value!r} ({origin}) belongs to {chooser.where(key)}, and "
+            f"{chooser.section}.{key} = {shown(value)} ({origin}) belongs to {chooser.where(key)}, and "
             f"{chooser.key} is {chosen}: leave it out, or choose what reads it"
         )
     return refused

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flatcal_dist.config.choice_sections import Perturbation
-from flatcal_dist.config.files import Layers
+from flatcal_dist.config.files import Layers, shown
 from flatcal_dist.config.root import Config
 from flatcal_dist.errors import ConfigError
 
@@ -126,7 +126,7 @@ def with_defaults_for_unread(config: Config, layers: Layers, recorded: bool) -> 
         if origin.on_command_line or value != default:
             now = ", ".join(f"{one} is {_value(config, one)}" for one in condition.by)
             refused.append(
-                f"{key} = {value!r} ({origin}) belongs to {condition.where}, and {now}: leave it "
+                f"{key} = {shown(value)} ({origin}) belongs to {condition.where}, and {now}: leave it "
                 "out, or choose what reads it"
             )
     if refused:

@@ -7,6 +7,7 @@ these are eight, text, true, ninety and a date.
 
 import json
 import re
+import reprlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -199,6 +200,17 @@ def as_override(key: str, value: Any) -> str:
             pass
     # JSON is YAML, except for escapes of letters beyond 16 bits.
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
+
+
+SHOWN = reprlib.Repr()
+SHOWN.maxstring = SHOWN.maxother = SHOWN.maxlong = 80
+LONGEST = 200  # characters of a value in a message
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message, cut if it is long."""
+    text = SHOWN.repr(value)
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
 @dataclass(frozen=True)

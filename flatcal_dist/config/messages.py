@@ -2,7 +2,6 @@
 
 import difflib
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,10 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from flatcal_dist.config.choosing import Chooser
-from flatcal_dist.config.files import Layers
-
-SHOWN = reprlib.Repr()
-SHOWN.maxstring = SHOWN.maxother = SHOWN.maxlong = 80
+from flatcal_dist.config.files import Layers, shown
 
 ONE_OF_TWO = ("bool_type", "bool_parsing")
 SWEEPS = ("base", "axes", "grid", "set", "exclude")
@@ -52,21 +48,21 @@ def explain(
         )
         origin = layers.origin_of(key)
         place = f" ({origin})" if origin else ""
-        shown = SHOWN.repr(problem["input"])
+        value = shown(problem["input"])
         if kind == "extra_forbidden":
             advice = _advice(key, names[-1], known, choosers)
             line = f"{as_written(key)}: no such key{place}{advice}"
         elif kind == "value_error":
             line = f"{key + ': ' if key else ''}{problem['ctx']['error']}{place}"
         elif kind in ("model_type", "model_attributes_type"):
-            line = f"{key} = {shown}{place}: this is a section; set one of its keys"
+            line = f"{key} = {value}{place}: this is a section; set one of its keys"
             word = problem["input"]
             if key in choosers and isinstance(word, str) and word in choosers[key].sections:
                 line += f": {choosers[key].key}={word}"
             elif word is None:
                 line += ", or write {} to clear what was inherited"
         else:
-            line = f"{key} = {shown}{place}: {problem['msg'].lower()}"
+            line = f"{key} = {value}{place}: {problem['msg'].lower()}"
             line += _spelling(kind, problem["input"])
         if line not in lines:
             lines.append(line)
