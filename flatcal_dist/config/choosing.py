@@ -165,7 +165,7 @@ def _other_keys(
         if recorded or (origin and made and origin.layer < made.layer):
             continue
         refused.append(
-            f"{chooser.section}.{key} = {shown(value)} ({origin}) belongs to {chooser.where(key)}, and "
-            f"{chooser.key} is {chosen}: leave it out, or choose what reads it"
+            f"{chooser.section}.{key} = {shown(value)} ({origin}) belongs to "
+            f"{chooser.where(key)}, and {chooser.key} is {chosen}: leave it out, or choose what reads it"
         )
     return refused

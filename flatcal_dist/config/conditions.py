@@ -126,8 +126,8 @@ def with_defaults_for_unread(config: Config, layers: Layers, recorded: bool) -> 
         if origin.on_command_line or value != default:
             now = ", ".join(f"{one} is {_value(config, one)}" for one in condition.by)
             refused.append(
-                f"{key} = {shown(value)} ({origin}) belongs to {condition.where}, and {now}: leave it "
-                "out, or choose what reads it"
+                f"{key} = {shown(value)} ({origin}) belongs to {condition.where}, and {now}: leave "
+                "it out, or choose what reads it"
             )
     if refused:
         raise ConfigError("\n".join(refused))
