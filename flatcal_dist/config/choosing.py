@@ -166,6 +166,7 @@ def _other_keys(
             continue
         refused.append(
             f"{chooser.section}.{key} = {shown(value)} ({origin}) belongs to "
-            f"{chooser.where(key)}, and {chooser.key} is {chosen}: leave it out, or choose what reads it"
+            f"{chooser.where(key)}, and {chooser.key} is {chosen}: leave it out, or choose what "
+            "reads it"
         )
     return refused
