@@ -14,7 +14,7 @@ from tests.support.literal_objectives import (
     Case,
     Literal,
     literal_training,
-    our_training,
+    our_trainings,
     sorted_batch,
 )
 from tests.support.ranks import on_ranks
@@ -65,9 +65,9 @@ TRAINED = [Case("crl", Pairwise, {"weight": WEIGHT})]
 def test_every_rank_has_the_history_of_the_reference(kind):
     literal = Pairwise(WEIGHT)
     expected = literal_training(literal, sam=True)
-    ours = on_ranks(2, our_training, kind, CRL(WEIGHT), 2, True)
-    assert far(ours[0][0], expected) < CLOSE
-    for _, state in ours:
+    ours = on_ranks(2, our_trainings, kind, [(CRL(WEIGHT), 2, True)])
+    assert far(ours[0][0][0], expected) < CLOSE
+    for [(_, state)] in ours:
         assert state["correct"].tolist() == literal.n
         assert int(state["epochs"]) == EPOCHS
         assert not state["agreed"].any()

@@ -1,5 +1,6 @@
 """Training with an objective on every engine, and by a plain loop in one process."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -51,7 +52,7 @@ class Case:
     """
 
     name: str
-    literal: Callable[..., Any]
+    literal: Callable[..., Any] = field(repr=False)
     keys: dict[str, float | str] = field(default_factory=dict)
 
     def objective(self) -> Objective:
@@ -137,7 +138,7 @@ def our_parts(
 def our_training(
     rank: int,
     ranks: int,
-    kind: str,
+    engine: Any,
     objective: Objective,
     micro_batches: int,
     sam: bool,
@@ -145,12 +146,24 @@ def our_training(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """Weights after EPOCHS, and the objective's state."""
     objective.begin(ALL, "cpu")
-    step = SharpnessAwareStep(make_engine(kind), SAM(RHO) if sam else None, loss=objective)
+    step = SharpnessAwareStep(engine, SAM(RHO) if sam else None, loss=objective)
     for epoch in range(EPOCHS):
         for number in range(BATCHES):
             assert not step(our_parts(number, epoch, rank, ranks, micro_batches, soft)).skipped
         step.end_epoch()
-    return step.engine.full_weights(), step.objective_state()
+    weights = {name: tensor.clone() for name, tensor in engine.full_weights().items()}
+    return weights, step.objective_state()
+
+
+def our_trainings(rank: int, ranks: int, kind: str, wanted: list[tuple]) -> list[tuple]:
+    """`our_training` of each. One engine is set back to its beginning: ZeRO's is dear to make."""
+    engine = make_engine(kind)
+    start = copy.deepcopy(engine.local_state())
+    outcomes = []
+    for each in wanted:
+        engine.load_local_state(copy.deepcopy(start))
+        outcomes.append(our_training(rank, ranks, engine, *each))
+    return outcomes
 
 
 def literal_training(literal: Literal, sam: bool, soft: bool = False) -> dict[str, Tensor]:
