@@ -29,8 +29,9 @@ EVALUATED_DATA = {
     "crop_pct",
     "decoder",
 }
-# Keys that change nothing at these values: every step, every epoch, every pair of images.
-NEUTRAL = {"every": 1, "every_epochs": 1, "probability": 1.0}
+# Keys that change nothing at these values: every step, every epoch, every pair of images, the whole
+# batch, no plain epoch.
+NEUTRAL = {"every": 1, "every_epochs": 1, "probability": 1.0, "share": 1.0, "plain_epochs": 0}
 
 
 @dataclass(frozen=True)
