@@ -201,11 +201,15 @@ def _objective(lab: Laboratory) -> Loss:
         objective.begin(lab.samples, lab.engine.device)
         return lambda logits, targets: objective(logits.float(), targets).sum()
     smoothing = getattr(objective, "smoothing", 0.0)
+    over_others = getattr(objective, "spread", "all") == "others"
 
     def loss(logits: Tensor, targets: Targets) -> Tensor:
         log_p = logits.float().log_softmax(1)
         own = log_p.gather(1, targets.labels[:, None])[:, 0]
-        return -((1 - smoothing) * own + smoothing * log_p.mean(1)).sum()
+        spread = log_p.mean(1)
+        if over_others:
+            spread = (log_p.sum(1) - own) / (log_p.shape[1] - 1)
+        return -((1 - smoothing) * own + smoothing * spread).sum()
 
     return loss
 

@@ -74,11 +74,12 @@ def test_rules_that_do_not_perturb_in_each_step_and_smoothed_labels():
         ["sharpness.rule=looksam", "sharpness.rho=0.1", "sharpness.every=2"],
         [sam, "sharpness.every=3", "optimizer.clip_norm=0.5"],
         [sam, "objective.name=label_smoothing"],
+        [sam, "objective.name=label_smoothing", "objective.spread=others"],
         ["sharpness.rule=gsam", "sharpness.rho=0.1", "sharpness.alpha=0.7"],
         ["sharpness.rule=momentum_sam", "sharpness.rho=0.5", "sharpness.momentum=0.8"],
     )
     outcome = on_ranks(2, failing, [(None, each) for each in overrides])[0]
-    assert outcome == [(12, []), (12, []), (11, []), (11, []), (12, [])]
+    assert outcome == [(12, []), (12, []), (11, []), (11, []), (11, []), (12, [])]
 
 
 def test_objectives_that_pair_images_or_keep_a_history():
