@@ -7,9 +7,12 @@ from flatcal_dist.config.identity import chosen_values, fingerprint
 from flatcal_dist.config.root import Config
 
 PLAIN = ("none", "cross_entropy")
-# Numbers that make another method and not another setting of it: when, how often and on how much
-# of the batch a rule perturbs.
-MAKES_ANOTHER = ("every", "share", "start_epoch", "stop_epoch", "scope", "plain_epochs")
+# Numbers that make another method and not another setting of it: when, how often, by how much of
+# the batch and on how many ranks a rule perturbs.
+MAKES_ANOTHER = {
+    "sharpness": ("every", "share", "start_epoch", "stop_epoch", "scope"),
+    "objective": ("plain_epochs",),
+}
 # They say how a run computes, not what.
 SAYS_NOTHING = ("allow_other_samples", "accumulation", "rho_schedule", "norm_statistics")
 
@@ -35,13 +38,13 @@ def _named(config: Config, section: str) -> str:
     values = chosen_values(config)[section]
     if values[by] in PLAIN:
         return ""
-    told = [f"{key}={_word(value)}" for key, value in values.items() if _tells(key, value, by)]
+    told = [
+        f"{key}={_word(value)}"
+        for key, value in values.items()
+        if key not in (by, *SAYS_NOTHING)
+        and (isinstance(value, str | bool) or key in MAKES_ANOTHER.get(section, ()))
+    ]
     return values[by] + (f"[{','.join(told)}]" if told else "")
-
-
-def _tells(key: str, value: Any, by: str) -> bool:
-    word = isinstance(value, str | bool)
-    return key != by and key not in SAYS_NOTHING and (word or key in MAKES_ANOTHER)
 
 
 def _word(value: Any) -> str:

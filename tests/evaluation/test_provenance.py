@@ -30,10 +30,14 @@ from flatcal_dist.evaluation.provenance import Provenance
         ),
         (
             {"sharpness": {"rule": "sam", "rho_schedule": "learning_rate", "scope": 2}},
-            "sam",
+            "sam[scope=2]",
             {"rho": 0.05, "rho_min": 0.0, "scope": 2},
         ),
-        ({"sharpness": {"rule": "sam", "scope": "rank"}}, "sam", {"rho": 0.05, "scope": "rank"}),
+        (
+            {"sharpness": {"rule": "sam", "scope": "rank"}},
+            "sam[scope=rank]",
+            {"rho": 0.05, "scope": "rank"},
+        ),
     ],
 )
 def test_settings_are_the_numbers_of_the_method(
