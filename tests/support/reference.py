@@ -161,7 +161,9 @@ def reference(
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(own.parameters(), clip_norm)
             optimizer.step()
-            rates = {id(w): group["lr"] for group in optimizer.param_groups for w in group["params"]}
+            rates = {
+                id(w): group["lr"] for group in optimizer.param_groups for w in group["params"]
+            }
             for w, x in zip(trained(own), beside or [None] * len(trained(own)), strict=True):
                 if x is not None:
                     w.data -= rates[id(w)] * x

@@ -172,6 +172,9 @@ class Engine(Protocol):
         Called by all ranks before the next pass.
         """
 
+    def learning_rates(self) -> dict[str, float]:
+        """Return the learning rate of each weight of which this rank holds a part, by name."""
+
     def arrangement(self) -> "Arrangement":
         """Return where this rank's parts lie in the whole, for other engines and rank counts."""
 
@@ -210,6 +213,17 @@ def slots_by_parameter(
         [list(part.shape), [[names[id(weight)], 0, part.numel()]]]
         for weight, part in zip(held, local, strict=True)
     ]
+
+
+def rates_by_name(optimizer: torch.optim.Optimizer, slots: list[list]) -> dict[str, float]:
+    """Return the learning rate of each weight that has a part in the slots of an optimizer."""
+    left = iter(slots)
+    return {
+        name: float(group["lr"])
+        for group in optimizer.param_groups
+        for _, (_, parts) in zip(group["params"], left, strict=False)
+        for name, _, _ in parts
+    }
 
 
 def with_groups(

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
 from flatcal_dist.sharpness.engines.base import (
     Arrangement,
+    rates_by_name,
     refuse_part,
     refuse_unusable,
     slots_by_parameter,
@@ -317,6 +318,9 @@ class ShardedEngine:
 
     def rewritten(self) -> None:
         self._drop_gathered()
+
+    def learning_rates(self) -> dict[str, float]:
+        return rates_by_name(self.optimizer, self.arrangement()["slots"])
 
     def arrangement(self) -> Arrangement:
         rank, pieces = dist.get_rank(self.group), {}

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
 from flatcal_dist.sharpness.engines.base import (
     Arrangement,
+    rates_by_name,
     refuse_part,
     refuse_unusable,
     slots_by_parameter,
@@ -230,6 +231,9 @@ class ReplicatedEngine:
 
     def rewritten(self) -> None:
         pass  # there is no other copy
+
+    def learning_rates(self) -> dict[str, float]:
+        return rates_by_name(self.optimizer, self.arrangement()["slots"])
 
     def arrangement(self) -> Arrangement:
         return {

@@ -25,6 +25,7 @@ class FriendlySAM(SAM):
     name: ClassVar[str] = "friendly_sam"
     keeps_ascent: ClassVar[bool] = True
     combines: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
 
     sigma: Annotated[
         float,
