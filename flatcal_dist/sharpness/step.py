@@ -279,6 +279,7 @@ class SharpnessAwareStep:
                 seen.add_only(self.path.accumulate(unit, call.passes[0], call.share))
         if rule and rule.combines:
             with torch.no_grad():
+                engine.fill_gradients(seen.ascent or ())  # a parameter of the first pass alone
                 shards = engine.shards(self.scope)
                 context = self._context(shards, call)
                 context.ascent, context.ascent_norm = seen.ascent, seen.kept_norm

@@ -21,6 +21,7 @@ from flatcal_dist.sharpness import (
 from flatcal_dist.sharpness.engines.move import measure
 from tests.support.engines import EVERYWHERE, everywhere, make_engine, saved, used
 from tests.support.reference import (
+    RULES,
     bits,
     make_batch,
     make_network,
@@ -223,8 +224,9 @@ class Watched(nn.Module):
 
 def overflown(rank, world_size, kind):
     outcome = []
-    for rule in (SAM(0.1), ASAM(0.5), LookSAM(0.1, every=2)):
-        for how in ("all", "one", "nan"):
+    new = ("wsam", "friendly_sam", "ssam", "le_sam", "stale_sam", "functional_sam")
+    for rule in (SAM(0.2), ASAM(0.4), LookSAM(0.1, every=3), *(RULES[name] for name in new)):
+        for how in ("all", "one", "nan") if rule not in RULES.values() else ("one",):
             network = Watched(how if rank == world_size - 1 else "never")
             engine = make_engine(kind, network)
             before = saved(engine)
@@ -236,7 +238,7 @@ def overflown(rank, world_size, kind):
 @pytest.mark.parametrize("kind", EVERYWHERE)
 def test_no_network_runs_on_weights_that_are_not_finite(kind):
     for outcome in everywhere(kind, overflown):
-        assert outcome == [True] * 9
+        assert outcome == [True] * 15
 
 
 # ASAM by whole names

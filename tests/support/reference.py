@@ -270,7 +270,7 @@ def _combined(rule, perturbs, total, g, kept, weights):
         )
         factor = product / norm(total) ** 2
         total = [
-            b if b is None or a is None else b - rule.alpha * (a - factor * b)
+            b if a is None else -rule.alpha * a if b is None else b - rule.alpha * (a - factor * b)
             for a, b in zip(g, total, strict=True)
         ]
     if isinstance(rule, LookSAM):

@@ -1,7 +1,7 @@
 """What the step asks of an engine, and the functions that all engines share."""
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -85,6 +85,9 @@ class Engine(Protocol):
 
         A reduced gradient is the mean over the ranks.
         """
+
+    def fill_gradients(self, names: Iterable[str]) -> None:
+        """Give each of these parameters a gradient of zeros, if no pass has given it one."""
 
     def shards(self, scope: Scope) -> Shards:
         """Return this rank's part of the weights, and of the gradient that passes have left.
@@ -213,6 +216,13 @@ def slots_by_parameter(
         [list(part.shape), [[names[id(weight)], 0, part.numel()]]]
         for weight, part in zip(held, local, strict=True)
     ]
+
+
+def fill(weights: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Give weights of these names a gradient of zeros where they have none."""
+    for name in names:
+        if weights[name].grad is None:
+            weights[name].grad = torch.zeros_like(weights[name])
 
 
 def rates_by_name(optimizer: torch.optim.Optimizer, slots: list[list]) -> dict[str, float]:

@@ -7,7 +7,7 @@ gather of the weights that are used (in stage 3 of the small ones); in low preci
 fp32 is kept until it has been measured.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -127,6 +127,9 @@ class ZeroEngine:
     def backward(self, loss: Tensor) -> None:
         with sparse_refused():
             self.zero.backward(loss, scale_wrt_gas=False)  # scales it in float16
+
+    def fill_gradients(self, names: Iterable[str]) -> None:
+        pass  # every part has a gradient
 
     def shards(self, scope: Scope) -> Shards:
         self.touched = True

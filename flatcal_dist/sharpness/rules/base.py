@@ -18,7 +18,7 @@ Only `perturb_` has to be written. A new rule is one file with one class. Its `n
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -142,7 +142,7 @@ class Rule(ABC):
 
     rho: Length = 0.05
     every: Every = 1
-    select: Select = "all"
+    select: Select = field(default="all", kw_only=True)
     # Whether `combine_` gets a copy of the ascent gradient. It takes the memory of one more copy of
     # the weights until then.
     keeps_ascent: ClassVar[bool] = False
@@ -219,7 +219,7 @@ class AscentRule(Rule):
         share: The share of each micro-batch that gives the ascent gradient.
     """
 
-    share: Share = 1.0
+    share: Share = field(default=1.0, kw_only=True)
 
     @property
     def ascent_share(self) -> float:
