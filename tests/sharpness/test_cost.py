@@ -10,12 +10,21 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from flatcal_dist.sharpness import ASAM, CSAM, SAM, ReplicatedEngine, SharpnessAwareStep
+from flatcal_dist.sharpness import (
+    ASAM,
+    CSAM,
+    SAM,
+    ReplicatedEngine,
+    SharpnessAwareStep,
+    rule_table,
+)
 from flatcal_dist.sharpness.engines.fsdp2 import ShardedEngine
 from tests.support.engines import ENGINES, EVERYWHERE, ZERO, everywhere, make_engine
 from tests.support.ranks import on_ranks
 from tests.support.reference import (
     CLOSE,
+    NEW,
+    RULES,
     far,
     make_network,
     make_optimizer,
@@ -129,6 +138,32 @@ def test_extra_memory_is_one_copy_of_the_local_weights_and_none_on_zero(kind):
         expected = 0 if kind in ZERO else own
         # Beside it: a state of the random generator, 5 kB, and a few scalars.
         assert all(0 <= bytes_ - expected < 16_384 for bytes_ in more), (more, own)
+
+
+def held(rank, world_size, kind):
+    """By rule: copies of this rank's weights in the last pass of a step, and bytes beside them."""
+    found = {}
+    for name in ("sam", "gsam", "looksam", "momentum_sam", *NEW[:7]):
+        network = nn.Sequential(nn.Linear(6, 50_000), nn.GELU(), nn.Linear(50_000, 5))
+        engine = make_engine(kind, network)
+        step, seen = SharpnessAwareStep(engine, RULES[name]), []
+        train(SharpnessAwareStep(engine, None), rank, world_size, numbers=[0])  # momentum is there
+        before = bytes_alive()
+        step(my_part(rank, world_size, 0), at=0)  # what it remembers is there
+        network.register_forward_pre_hook(lambda *_, seen=seen: seen.append(bytes_alive()))
+        gc.collect()
+        step(my_part(rank, world_size, 0), at=0)
+        own = sum(weight.nbytes for weight in engine.masters().values())
+        found[name] = divmod(seen[-1] - before + 1_000, own)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["one", "zero1"])
+def test_rules_hold_as_many_copies_as_the_readme_says(kind):
+    for found in everywhere(kind, held):
+        for name, (copies, beside) in found.items():
+            assert copies + (kind in ZERO) == int(rule_table.copies(RULES[name])[0]), name
+            assert beside < 20_000, name
 
 
 # Graphs
