@@ -31,7 +31,8 @@ def reference_steps(lab: Laboratory, count: int) -> Weights:
     network = copy.deepcopy(lab.plain_network).to(lab.engine.device).train()
     weights = [w for w in network.parameters() if w.requires_grad]
     buffers = {rank: _buffers(network) for rank in range(lab.world_size)}  # each rank has its own
-    momentum, kept = [torch.zeros_like(w) for w in weights], []
+    momentum = [torch.zeros_like(w) for w in weights]
+    kept: list[Tensor] = []
     rule = lab.step.rule
     for number in range(count):
         perturbs = rule is not None and number % rule.every == 0

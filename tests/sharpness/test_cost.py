@@ -23,7 +23,6 @@ from tests.support.engines import ENGINES, EVERYWHERE, ZERO, everywhere, make_en
 from tests.support.ranks import on_ranks
 from tests.support.reference import (
     CLOSE,
-    NEW,
     RULES,
     far,
     make_network,
@@ -142,20 +141,23 @@ def test_extra_memory_is_one_copy_of_the_local_weights_and_none_on_zero(kind):
 
 def held(rank, world_size, kind):
     """By rule: copies of this rank's weights in the last pass of a step, and bytes beside them."""
-    found = {}
-    for name in ("sam", "gsam", "looksam", "momentum_sam", *NEW[:7]):
-        network = nn.Sequential(nn.Linear(6, 50_000), nn.GELU(), nn.Linear(50_000, 5))
-        engine = make_engine(kind, network)
-        step, seen = SharpnessAwareStep(engine, RULES[name]), []
-        train(SharpnessAwareStep(engine, None), rank, world_size, numbers=[0])  # momentum is there
-        before = bytes_alive()
-        step(my_part(rank, world_size, 0), at=0)  # what it remembers is there
-        network.register_forward_pre_hook(lambda *_, seen=seen: seen.append(bytes_alive()))
-        gc.collect()
-        step(my_part(rank, world_size, 0), at=0)
-        own = sum(weight.nbytes for weight in engine.masters().values())
-        found[name] = divmod(seen[-1] - before + 1_000, own)
-    return found
+    names = ("gsam", "momentum_sam", "wsam", "friendly_sam", "ssam", "stale_sam", "functional_sam")
+    return {name: held_by(RULES[name], rank, world_size, kind) for name in names}
+
+
+def held_by(rule, rank, world_size, kind):
+    network = nn.Sequential(nn.Linear(6, 10_000), nn.GELU(), nn.Linear(10_000, 5))
+    engine = make_engine(kind, network)
+    step, seen = SharpnessAwareStep(engine, rule), []
+    train(SharpnessAwareStep(engine, None), rank, world_size, numbers=[0])  # momentum is there
+    gc.collect()
+    before = bytes_alive()
+    step(my_part(rank, world_size, 0), at=0)  # what it remembers is there
+    gc.collect()
+    network.register_forward_pre_hook(lambda *_: seen.append(bytes_alive()))
+    step(my_part(rank, world_size, 0), at=0)
+    own = sum(weight.nbytes for weight in engine.masters().values())
+    return divmod(seen[-1] - before + 1_000, own)
 
 
 @pytest.mark.parametrize("kind", ["one", "zero1"])

@@ -22,9 +22,12 @@ from tests.support.reference import (
 )
 
 # rule, micro-batches (24 samples do not divide by 5), scope, perturb per micro-batch
+REPEATED = ("wsam_not_decoupled", "sam_share")
 GLOBAL = [("none", 4, "global", False), ("sam", 5, "global", False), ("csam", 1, "global", False)]
 GLOBAL += [("csam", 4, "global", False), ("asam", 4, "global", False)]
-GLOBAL += [(rule, 2, "global", False) for rule in ("looksam", "gsam", "momentum_sam", *NEW)]
+# Others are these with other numbers, to an engine.
+TOGETHER = ("looksam", "gsam", "momentum_sam", *(n for n in NEW if n not in REPEATED))
+GLOBAL += [(rule, 2, "global", False) for rule in TOGETHER]
 OWN = [("sam", 3, "rank", False), ("csam", 1, "rank", False), ("asam", 2, "rank", False)]
 # Rules that do not compare the gradients of a whole step.
 APART = ("le_sam", "functional_sam", "sam_norms", "sam_share")
