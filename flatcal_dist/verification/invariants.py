@@ -55,12 +55,14 @@ def _reference(lab: Laboratory) -> Iterator[Row]:
 
 
 def _next_step(lab: Laboratory) -> Iterator[Row]:
-    """Measure the second step of rules that do not perturb in it, or combine gradients.
+    """Measure the second step of rules that perturb in some steps only, or remember something.
 
-    These may remember something, or move weights past the optimizer's momentum.
+    The second step of a decoupled rule shows that the optimizer's momentum holds no sharpness.
     """
     rule = lab.step.rule
-    if rule is None or (rule.perturbs_at(1) and not rule.combines):
+    if rule is None:
+        return
+    if rule.perturbs_at(1) and rule.ascent_share and not (rule.remembers or rule.decoupled):
         return
     _, before, after = lab.take(steps=2)
     expected = reference_steps(lab, 2) if lab.rank == 0 else {}

@@ -79,54 +79,7 @@ def test_rules_that_do_not_perturb_in_each_step_and_smoothed_labels():
         ["sharpness.rule=momentum_sam", "sharpness.rho=0.5", "sharpness.momentum=0.8"],
     )
     outcome = on_ranks(2, failing, [(None, each) for each in overrides])[0]
-    assert outcome == [(12, []), (12, []), (11, []), (12, []), (12, [])]
-
-
-NEW = {
-    "wsam": ["sharpness.gamma=0.8"],
-    "friendly_sam": ["sharpness.sigma=0.8"],
-    "ssam": [],
-    "le_sam": ["sharpness.budget=0.05", "sharpness.rho=0.5"],
-    "stale_sam": ["sharpness.rho=0.5"],
-    "functional_sam": [],
-    "sam": ["sharpness.select=norms"],
-}
-NEXT = ("wsam", "friendly_sam", "ssam", "stale_sam")  # their second step is compared, too
-MORE = (
-    ["sharpness.rule=wsam", "sharpness.gamma=0.8", "sharpness.decouple=false"],
-    ["sharpness.rule=sam", "sharpness.share=0.5"],
-    ["sharpness.rule=functional_sam", "sharpness.scope=rank", "sharpness.per_micro_batch=true"],
-    ["sharpness.rule=le_sam", "sharpness.budget=0.05", "sharpness.per_micro_batch=true"],
-    ["sharpness.rule=le_sam", "sharpness.budget=0.05", "sharpness.scope=rank"],
-)
-
-
-def with_rule(name: str) -> list[str]:
-    return [f"sharpness.rule={name}", *NEW[name]]
-
-
-def test_rules_of_2023_and_later():
-    cases = [(None, with_rule(name)) for name in NEW] + [(None, each) for each in MORE]
-    outcome = on_ranks(2, failing, cases)[0]
-    rows = [12 if name in NEXT else 11 for name in NEW] + [12, 11, 11, 11, 11]
-    assert outcome == [(count, []) for count in rows]
-
-
-OFTEN = ("friendly_sam", "functional_sam")  # one that remembers, one with a loss of its own
-
-
-@pytest.mark.parametrize(
-    "name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.exhaustive) for n in NEW]
-)
-def test_each_fault_is_found_with_rules_of_2023_and_later(name):
-    named = dict(NAMES)
-    if name == "stale_sam":
-        named["sync"] = NAMES["memory"]  # there is nothing to perturb by in the first step
-    own = {"objective": name == "functional_sam", "memory": name in ("friendly_sam", "stale_sam")}
-    faults = [fault for fault in NAMES if own.get(fault, True)]
-    outcome = on_ranks(2, failing, [(fault, with_rule(name)) for fault in faults])[0]
-    for fault, (_, failed) in zip(faults, outcome, strict=True):
-        assert named[fault] in failed, (fault, failed)
+    assert outcome == [(12, []), (12, []), (11, []), (11, []), (12, [])]
 
 
 def test_objectives_that_pair_images_or_keep_a_history():
@@ -216,3 +169,52 @@ def test_it_prints_the_configuration_and_offers_no_dry_run(capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         command.main()
     assert ended.value.code != 0
+
+
+# Rules of 2023 and later
+
+NEW = {
+    "wsam": ["sharpness.gamma=0.8"],
+    "friendly_sam": ["sharpness.sigma=0.8"],
+    "ssam": [],
+    "le_sam": ["sharpness.budget=0.05", "sharpness.rho=0.5"],
+    "stale_sam": ["sharpness.rho=0.5"],
+    "functional_sam": [],
+    "sam": ["sharpness.select=norms"],
+}
+NEXT = ("wsam", "friendly_sam", "stale_sam")  # their second step is compared, too
+MORE = (
+    ["sharpness.rule=wsam", "sharpness.gamma=0.8", "sharpness.decouple=false"],
+    ["sharpness.rule=sam", "sharpness.share=0.5"],
+    ["sharpness.rule=functional_sam", "sharpness.scope=rank", "sharpness.per_micro_batch=true"],
+    ["sharpness.rule=le_sam", "sharpness.budget=0.05", "sharpness.per_micro_batch=true"],
+    ["sharpness.rule=le_sam", "sharpness.budget=0.05", "sharpness.scope=rank"],
+)
+
+
+def with_rule(name: str) -> list[str]:
+    return [f"sharpness.rule={name}", *NEW[name]]
+
+
+def test_rules_of_2023_and_later():
+    cases = [(None, with_rule(name)) for name in NEW] + [(None, each) for each in MORE]
+    outcome = on_ranks(2, failing, cases)[0]
+    rows = [12 if name in NEXT else 11 for name in NEW] + [11, 11, 11, 11, 11]
+    assert outcome == [(count, []) for count in rows]
+
+
+OFTEN = ("friendly_sam", "functional_sam")  # one that remembers, one with a loss of its own
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.exhaustive) for n in NEW]
+)
+def test_each_fault_is_found_with_rules_of_2023_and_later(name):
+    named = dict(NAMES)
+    if name == "stale_sam":
+        named["sync"] = NAMES["memory"]  # there is nothing to perturb by in the first step
+    own = {"objective": name == "functional_sam", "memory": name in ("friendly_sam", "stale_sam")}
+    faults = [fault for fault in NAMES if own.get(fault, True)]
+    outcome = on_ranks(2, failing, [(fault, with_rule(name)) for fault in faults])[0]
+    for fault, (_, failed) in zip(faults, outcome, strict=True):
+        assert named[fault] in failed, (fault, failed)
