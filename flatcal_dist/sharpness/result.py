@@ -90,6 +90,7 @@ class Seen:
         self.ascent: Memory | None = None
         self.kept_norm: Tensor | None = None
         self.memory: Memory | None = None
+        self.watched: list[Tensor] = []  # scalars that have to be finite, and are not reported
 
     def add_only(self, sums: Sums) -> None:
         """Add the only pass of a unit."""
@@ -129,7 +130,8 @@ class Seen:
         figures |= {"ascent_norm": self.ascent_norm}
         figures |= dict(zip(Measured._fields, self.measured, strict=True))
         figures |= {"norm": norm.double()}
-        skip = 1 - torch.stack(list(figures.values())).isfinite().all().double()
+        watched = [value.to(norm.device).double() for value in self.watched]
+        skip = 1 - torch.stack([*figures.values(), *watched]).isfinite().all().double()
         total = summed([*figures.values(), skip, float(stop), self.losses, *votes])
         skips, stops, losses, *sums = total[len(figures) :]
         by_name = dict(zip(figures, total, strict=False))

@@ -279,10 +279,13 @@ class SharpnessAwareStep:
                 seen.add_only(self.path.accumulate(unit, call.passes[0], call.share))
         if rule and rule.combines:
             with torch.no_grad():
+                engine.fill_gradients(seen.ascent or ())  # a parameter of the first pass alone
                 shards = engine.shards(self.scope)
                 context = self._context(shards, call)
                 context.ascent, context.ascent_norm = seen.ascent, seen.kept_norm
                 seen.memory = rule.combine_(shards, context)
+            if rule.decoupled and seen.memory:  # the optimizer's gradient does not hold it
+                seen.watched.append(squared_norm(list(seen.memory.values())))
             seen.ascent = None
 
     def _perturbed_gradient(
@@ -323,6 +326,8 @@ class SharpnessAwareStep:
         with self.frozen.watched():
             shards, in_place, sums = self.path.ascent(unit, forward, call.share)
             call.seen.add_first(sums)
+        if rule.length_counts:
+            shards.weight = self.path.weight(sums.losses, call.share)
         return shards, in_place, sums.outputs
 
     def _context(self, shards: Shards, call: Call) -> Context:
@@ -341,6 +346,9 @@ class SharpnessAwareStep:
             call.seen.ascent = {name: g.clone() for name, g in shards.by_name()}
         if rule.keeps_norm:
             call.seen.kept_norm = shards.total(squared_norm(shards.gradients)).sqrt()
+        if moving is not shards:  # what does not move is remembered by some rules
+            rest = [g for name, g in shards.by_name() if not self.selects(name)]
+            call.seen.watched.append(squared_norm(rest))
         norm = rule.perturb_(moving, self._context(moving, call))
         # After an overflow the step will be skipped. Until all ranks agree on that no network is to
         # run on weights of NaN: it may check its values, or use them as indices.

@@ -58,19 +58,8 @@ def descend(engine: Engine, direction: Memory | None) -> None:
     """
     if direction is None:
         return
-    rates = learning_rates(engine)
+    rates = engine.learning_rates()
     for name, master in engine.masters().items():
         if name in direction:
-            master.sub_(rates[name] * direction[name].view_as(master))
+            master.sub_(direction[name].view_as(master), alpha=rates[name])
     engine.rewritten()
-
-
-def learning_rates(engine: Engine) -> dict[str, float]:
-    """Return the learning rate of each weight of which this rank holds a part, by name."""
-    slots = iter(engine.arrangement()["slots"])
-    return {
-        name: float(group["lr"])
-        for group in engine.optimizer.param_groups
-        for _, (_, parts) in zip(group["params"], slots, strict=False)
-        for name, _, _ in parts
-    }

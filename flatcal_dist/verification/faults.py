@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from flatcal_dist.config import Config, ConfigError
-from flatcal_dist.sharpness import CSAM, Engine
+from flatcal_dist.sharpness import CSAM, Engine, FunctionalSAM, Rule, SharpnessAwareStep
 from flatcal_dist.sharpness import step as step_module
 from flatcal_dist.sharpness.buffers import BufferState
 from flatcal_dist.sharpness.engines.move import Displacement
 from flatcal_dist.sharpness.engines.registry import ENGINES
 from flatcal_dist.sharpness.replay import SameFunctionTwice
-from flatcal_dist.sharpness.rules import Context, Shards
+from flatcal_dist.sharpness.result import Agreed
+from flatcal_dist.sharpness.rules import Context, Loss, Shards
 from flatcal_dist.sharpness.rules.base import Total
 
 Fault = Callable[[type[Engine]], AbstractContextManager[None]]
@@ -41,11 +42,11 @@ def restore(engine: type[Engine]) -> Iterator[None]:
 def norm(engine: type[Engine]) -> Iterator[None]:
     """The norm is off by a tenth, as when parts of it are missing."""
 
-    def context(rho: float, memory: Any, total: Total, ascent: Any) -> Context:
+    def context(rho: float, memory: Any, total: Total, **others: Any) -> Context:
         def too_much(part: Tensor) -> Tensor:
             return total(part) * 1.21
 
-        return Context(rho, memory, too_much, ascent)
+        return Context(rho, memory, too_much, **others)
 
     with patch.object(step_module, "Context", context):
         yield
@@ -97,8 +98,29 @@ def autocast(engine: type[Engine]) -> Iterator[None]:
 
 @contextmanager
 def objective(engine: type[Engine]) -> Iterator[None]:
-    """The second pass follows the loss of the first, so that CSAM is SAM."""
-    with patch.object(CSAM, "descent_loss", lambda self, loss: loss):
+    """The second pass follows the loss of the first, so that CSAM and Functional SAM are SAM."""
+
+    def as_first(self: Rule, loss: Loss) -> Loss:
+        return loss
+
+    with (
+        patch.object(CSAM, "descent_loss", as_first),
+        patch.object(FunctionalSAM, "descent_loss", as_first),
+    ):
+        yield
+
+
+@contextmanager
+def memory(engine: type[Engine]) -> Iterator[None]:
+    """The rule remembers nothing from step to step."""
+    original = step_module.SharpnessAwareStep._take
+
+    def take(self: SharpnessAwareStep, *arguments: Any) -> Agreed:
+        agreed = original(self, *arguments)
+        self.memory = None
+        return agreed
+
+    with patch.object(step_module.SharpnessAwareStep, "_take", take):
         yield
 
 
@@ -110,16 +132,23 @@ FAULTS: dict[str, Fault] = {
     "batch_norm": batch_norm,
     "autocast": autocast,
     "objective": objective,
+    "memory": memory,
 }
 
 
 def refuse_fault(name: str | None, config: Config) -> None:
     """Raise ConfigError for a fault that this configuration cannot have."""
     rule = config.sharpness.build()
-    if name == "objective" and (not isinstance(rule, CSAM) or rule.gamma == 0):
+    differs = isinstance(rule, FunctionalSAM) or (isinstance(rule, CSAM) and rule.gamma > 0)
+    if name == "objective" and not differs:
         raise ConfigError(
-            "--fault objective breaks CSAM's loss: use it with sharpness.rule=csam and a "
-            "sharpness.gamma above 0"
+            "--fault objective breaks a loss at w + e that is not the loss at w: use it with "
+            "sharpness.rule=csam and a sharpness.gamma above 0, or sharpness.rule=functional_sam"
+        )
+    if name == "memory" and (rule is None or not rule.remembers):
+        raise ConfigError(
+            "--fault memory loses what a rule remembers: use it with a rule that does, such as "
+            "sharpness.rule=friendly_sam"
         )
     if name == "autocast" and not ENGINES[config.train.engine].autocasts:
         usable = " or ".join(entry.name for entry in ENGINES.values() if entry.autocasts)

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from flatcal_dist.config import Config
-from flatcal_dist.sharpness import CSAM, SAM, StepResult
+from flatcal_dist.sharpness import CSAM, SAM, WSAM, StepResult
 from flatcal_dist.verification.laboratory import Laboratory, Weights
 from flatcal_dist.verification.reference import reference_steps
 
@@ -55,9 +55,14 @@ def _reference(lab: Laboratory) -> Iterator[Row]:
 
 
 def _next_step(lab: Laboratory) -> Iterator[Row]:
-    """Measure the second step of rules that perturb in some steps only, or from memory."""
+    """Measure the second step of rules that perturb in some steps only, or remember something.
+
+    The second step of a decoupled rule shows that the optimizer's momentum holds no sharpness.
+    """
     rule = lab.step.rule
-    if rule is None or (rule.perturbs_at(1) and rule.ascent_share):
+    if rule is None:
+        return
+    if rule.perturbs_at(1) and rule.ascent_share and not (rule.remembers or rule.decoupled):
         return
     _, before, after = lab.take(steps=2)
     expected = reference_steps(lab, 2) if lab.rank == 0 else {}
@@ -71,10 +76,13 @@ def _compared(
 ) -> Row:
     """Compare weights with the reference, to rounding in fp32.
 
-    In lower precision, where rounding decides more, the bound is a tenth of the step.
+    In lower precision, where rounding decides more, the bound is a tenth of the step. WSAM
+    multiplies the difference of two gradients, and with it the rounding of both.
     """
+    rule = lab.step.rule
+    times = max(1.0, rule.weight) if isinstance(rule, WSAM) else 1.0
     largest = max((float(w.abs().max()) for w in expected.values()), default=0.0)
-    bound = 0.1 * _distance(after, before, lab.trained) if lab.low else 1e-6 * largest
+    bound = 0.1 * _distance(after, before, lab.trained) if lab.low else 1e-6 * largest * times
     return Row(invariant, _distance(after, expected, lab.trained), bound)
 
 

@@ -18,12 +18,14 @@ from flatcal_dist.objectives import Targets
 from flatcal_dist.sharpness import SAM, Rule, StepResult
 from flatcal_dist.sharpness.rules import Loss
 from flatcal_dist.sharpness.step import MicroBatches
+from flatcal_dist.sharpness.weights import selection
 from flatcal_dist.training.build import DTYPES, build_step
 
 MICRO_BATCHES = (7, 5)  # images: two, uneven, and enough for batch statistics
 IN_PAIRS = (8, 4)  # as many, for an objective that compares pairs of images
 STREAM = 1000  # seed of rank r's random stream: STREAM + r
 RATE, MOMENTUM = 0.05, 0.9
+PROGRESS = 0.25  # the share of training that is over, for rules that depend on it
 Weights = dict[str, Tensor]
 LEADING = 4  # classes that the probe is sure of
 
@@ -157,19 +159,26 @@ class Laboratory:
             group["lr"] = rate
         before = self.weights()
         step = self.step
-        own = step.rule, step.descent_loss
+        own = step.rule, step.descent_loss, step.selects
         if rule is not None or plain:
             step.rule = rule
         if step.rule is not None:
+            step.selects = selection(step.rule, self.engine.named)
             step.descent_loss = descent_loss or step.rule.descent_loss(step.loss)
         step.memory = None
         micro_batches = micro_batches or self.batches[self.rank]
         try:
             for at in range(steps):
                 torch.manual_seed(STREAM + self.rank)
-                result = step(micro_batches, at=at, samples=self.samples, measure=measure)
+                result = step(
+                    micro_batches,
+                    at=at,
+                    samples=self.samples,
+                    progress=PROGRESS,
+                    measure=measure,
+                )
         finally:
-            step.rule, step.descent_loss = own
+            step.rule, step.descent_loss, step.selects = own
         return result, before, self.weights()
 
 

@@ -5,13 +5,15 @@ engine, no rule and no loss of the library, but for objectives other than cross-
 """
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
 
 from flatcal_dist.objectives import CrossEntropy, LabelSmoothing, Targets
-from flatcal_dist.sharpness import CSAM, GSAM, LookSAM, MomentumSAM, Rule
+from flatcal_dist.sharpness import Rule
 from flatcal_dist.sharpness.rules import Loss
+from flatcal_dist.verification.formulas import combined, dot, loss_at, perturb, perturb_from_memory
 from flatcal_dist.verification.laboratory import (
     MOMENTUM,
     RATE,
@@ -25,53 +27,46 @@ Buffers = list[dict[str, Tensor | None]]  # for each module of a network
 
 
 def reference_steps(lab: Laboratory, count: int) -> Weights:
-    """Return the weights after one or two steps of SGD with the configured rule.
-
-    With count 2 the second step does not perturb, as in periodic SAM and LookSAM, or it perturbs by
-    the gradient of the first step, as in Momentum-SAM.
-    """
+    """Return the weights after so many steps of SGD with the configured rule."""
     network = copy.deepcopy(lab.plain_network).to(lab.engine.device).train()
     weights = [w for w in network.parameters() if w.requires_grad]
     buffers = {rank: _buffers(network) for rank in range(lab.world_size)}  # each rank has its own
-    gradient, ascent = _descent_gradient(lab, network, buffers)
+    momentum = [torch.zeros_like(w) for w in weights]
+    kept: list[Tensor] = []
     rule = lab.step.rule
-    if isinstance(rule, GSAM):
-        ascent = [a / lab.samples for a in ascent]
-        along = _dot(gradient, ascent) / _dot(gradient, gradient)
-        across = [a - along * g for g, a in zip(gradient, ascent, strict=True)]
-        gradient = [g - rule.alpha * a for g, a in zip(gradient, across, strict=True)]
-    momentum = _clipped(gradient, lab.step.clip_norm)
-    _move(weights, momentum)
-    if count == 2:
-        everyone = range(lab.world_size)
-        states = _random_states(lab, network, everyone, buffers)
-        pieces = [(r, p) for r in everyone for p in range(len(lab.sizes))]
-        at = _copied(network)
-        if isinstance(rule, MomentumSAM):
-            length = rule.rho / _dot(gradient, gradient) ** 0.5
-            _move([w for w in at.parameters() if w.requires_grad], gradient, length)
-        plain, _ = _gradient(lab, at, pieces, states, buffers, _objective(lab))
-        plain = [g / lab.samples for g in plain]
-        if isinstance(rule, LookSAM):
-            along = _dot(gradient, ascent) / _dot(ascent, ascent)
-            kept = [g - along * a for g, a in zip(gradient, ascent, strict=True)]
-            factor = rule.alpha * (_dot(plain, plain) / _dot(kept, kept)) ** 0.5
-            plain = [g + factor * v for g, v in zip(plain, kept, strict=True)]
-        plain = _clipped(plain, lab.step.clip_norm)
-        momentum = [MOMENTUM * m + g for m, g in zip(momentum, plain, strict=True)]
+    for number in range(count):
+        perturbs = rule is not None and number % rule.every == 0
+        gradient, ascent = _descent_gradient(
+            lab, network, buffers, rule if perturbs else None, kept
+        )
+        gradient, kept, beside = combined(rule, gradient, ascent, kept)
+        gradient = _clipped(gradient, lab.step.clip_norm)
+        momentum = [MOMENTUM * m + g for m, g in zip(momentum, gradient, strict=True)]
         _move(weights, momentum)
+        if beside:
+            _move(weights, beside)
     return {name: w.detach().cpu() for name, w in network.named_parameters()}
 
 
 def _descent_gradient(
-    lab: Laboratory, network: nn.Module, buffers: dict[int, Buffers]
+    lab: Laboratory,
+    network: nn.Module,
+    buffers: dict[int, Buffers],
+    rule: Rule | None,
+    kept: list[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the mean gradient over all samples, and the ascent gradient of the last group.
 
-    Each group of ranks takes its gradient at its own w + e. `buffers` holds the buffers of each
-    rank, and becomes what one clean pass leaves.
+    Each group of ranks takes its gradient at its own w + e.
+
+    Args:
+        lab: The laboratory.
+        network: The network at w.
+        buffers: The buffers of each rank. They become what one clean pass leaves.
+        rule: The rule, or None in a step that does not perturb.
+        kept: What the rule remembers, or nothing.
     """
-    step, rule = lab.step, lab.step.rule
+    step, loss = lab.step, _objective(lab)
     total = [torch.zeros_like(w) for w in network.parameters() if w.requires_grad]
     ascent: list[Tensor] = []
     for first in range(0, lab.world_size, step.scope.ranks):
@@ -82,24 +77,30 @@ def _descent_gradient(
         for unit in units:
             pieces = [(r, p) for r in group for p in unit]
             moved = _copied(network)
-            gradient, after = _gradient(lab, network, pieces, states, buffers, _objective(lab))
-            if rule is not None and rule.ascent_share:  # else there is nothing to perturb by yet
-                ascent = gradient
-                _perturb(moved, ascent, rule)
-                loss = _csam(rule.gamma) if isinstance(rule, CSAM) else _objective(lab)
-                gradient, _ = _gradient(lab, moved, pieces, states, buffers, loss)
+            if rule is None or not rule.ascent_share:
+                if rule is not None:
+                    perturb_from_memory(moved, kept, rule)
+                gradient, after = _gradient(lab, moved, pieces, states, buffers, loss)
+            else:
+                share = rule.ascent_share
+                heads = (
+                    states if share == 1 else _random_states(lab, network, group, buffers, share)
+                )
+                seen: list[Tensor] = []
+                own, after = _gradient(lab, network, pieces, heads, buffers, loss, share, seen)
+                samples = sum(lab.sizes[p] for _, p in pieces)
+                ascent = [a / samples for a in own]
+                perturb(moved, ascent, rule, kept)
+                followed = loss_at(rule, loss, seen)
+                gradient, _ = _gradient(lab, moved, pieces, states, buffers, followed)
             buffers |= after
             for t, g in zip(total, gradient, strict=True):
                 t += g / lab.samples
     return total, ascent
 
 
-def _dot(a: list[Tensor], b: list[Tensor]) -> float:
-    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
-
-
 def _clipped(gradient: list[Tensor], clip_norm: float | None) -> list[Tensor]:
-    norm = _dot(gradient, gradient) ** 0.5
+    norm = dot(gradient, gradient) ** 0.5
     factor = min(1.0, (clip_norm or float("inf")) / (norm + 1e-6))
     return [g * factor for g in gradient]
 
@@ -130,9 +131,13 @@ def _put(network: nn.Module, buffers: Buffers) -> None:
 
 
 def _random_states(
-    lab: Laboratory, network: nn.Module, group: range, buffers: dict[int, Buffers]
+    lab: Laboratory,
+    network: nn.Module,
+    group: range,
+    buffers: dict[int, Buffers],
+    share: float = 1.0,
 ) -> dict[tuple[int, int], list[Tensor]]:
-    """Return the random state in which each rank meets each of its micro-batches."""
+    """Return the random state in which each rank meets this share of each of its micro-batches."""
     states = {}
     scratch = _copied(network)
     for rank in group:
@@ -141,7 +146,7 @@ def _random_states(
         for part, (images, _) in enumerate(lab.batches[rank]):
             states[rank, part] = _state(lab)
             with torch.no_grad(), precision_of(lab):
-                scratch(images)
+                scratch(images[: _head(lab, len(images), share)])
     return states
 
 
@@ -152,6 +157,8 @@ def _gradient(
     states: dict[tuple[int, int], list[Tensor]],
     buffers: dict[int, Buffers],
     loss: Loss,
+    share: float = 1.0,
+    seen: list[Tensor] | None = None,
 ) -> tuple[list[Tensor], dict[int, Buffers]]:
     """Return the gradient of the summed losses of some pieces, and the buffers after them.
 
@@ -162,6 +169,8 @@ def _gradient(
         states: The random state of each piece.
         buffers: The buffers that each rank starts from.
         loss: The loss, summed over samples.
+        share: The share of each piece whose samples stand for all of it.
+        seen: Gets the logits of each piece, in order.
     """
     weights = [w for w in network.parameters() if w.requires_grad]
     total = [torch.zeros_like(w) for w in weights]
@@ -169,10 +178,14 @@ def _gradient(
     for rank, part in pieces:
         _put(network, after.get(rank, buffers[rank]))
         images, targets = lab.batches[rank][part]
+        head = _head(lab, len(images), share)
         _set_state(lab, states[rank, part])
         with precision_of(lab):
-            logits = network(images)
-        gradients = torch.autograd.grad(loss(logits, targets), weights, allow_unused=True)
+            logits = network(images[:head])
+        if seen is not None:
+            seen.append(logits.detach())
+        summed = loss(logits, targets[:head]) * (len(images) / head)
+        gradients = torch.autograd.grad(summed, weights, allow_unused=True)
         for t, g in zip(total, gradients, strict=True):
             if g is not None:
                 t += g
@@ -180,15 +193,10 @@ def _gradient(
     return total, after
 
 
-@torch.no_grad()
-def _perturb(network: nn.Module, gradient: list[Tensor], rule: Rule) -> None:
-    named = [(n, w) for n, w in network.named_parameters() if w.requires_grad]
-    eta = getattr(rule, "eta", None)
-    stretch = [w.abs() + eta if eta is not None and "weight" in n else 1.0 for n, w in named]
-    scaled = [t * g for t, g in zip(stretch, gradient, strict=True)]
-    norm = torch.stack([(s.double() ** 2).sum() for s in scaled]).sum().sqrt()
-    for (_, w), t, s in zip(named, stretch, scaled, strict=True):
-        w.add_((rule.rho / norm * (t * s)).to(w.dtype))
+def _head(lab: Laboratory, samples: int, share: float) -> int:
+    """Return how many samples of a micro-batch are a share of it: even where they are pairs."""
+    head = math.ceil(samples * share)
+    return head + head % 2 if lab.step.loss.pairs != "none" else head
 
 
 def _objective(lab: Laboratory) -> Loss:
@@ -210,14 +218,6 @@ def _objective(lab: Laboratory) -> Loss:
         if over_others:
             spread = (log_p.sum(1) - own) / (log_p.shape[1] - 1)
         return -((1 - smoothing) * own + smoothing * spread).sum()
-
-    return loss
-
-
-def _csam(gamma: float) -> Loss:
-    def loss(logits: Tensor, targets: Targets) -> Tensor:
-        p = logits.float().softmax(1).gather(1, targets.labels[:, None])[:, 0]
-        return torch.where(p <= 0.5, -p.log(), -((1 + p) ** -gamma) * p.log()).sum()
 
     return loss
 

@@ -10,12 +10,20 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from flatcal_dist.sharpness import ASAM, CSAM, SAM, ReplicatedEngine, SharpnessAwareStep
+from flatcal_dist.sharpness import (
+    ASAM,
+    CSAM,
+    SAM,
+    ReplicatedEngine,
+    SharpnessAwareStep,
+    rule_table,
+)
 from flatcal_dist.sharpness.engines.fsdp2 import ShardedEngine
 from tests.support.engines import ENGINES, EVERYWHERE, ZERO, everywhere, make_engine
 from tests.support.ranks import on_ranks
 from tests.support.reference import (
     CLOSE,
+    RULES,
     far,
     make_network,
     make_optimizer,
@@ -129,6 +137,35 @@ def test_extra_memory_is_one_copy_of_the_local_weights_and_none_on_zero(kind):
         expected = 0 if kind in ZERO else own
         # Beside it: a state of the random generator, 5 kB, and a few scalars.
         assert all(0 <= bytes_ - expected < 16_384 for bytes_ in more), (more, own)
+
+
+def held(rank, world_size, kind):
+    """By rule: copies of this rank's weights in the last pass of a step, and bytes beside them."""
+    names = ("gsam", "momentum_sam", "wsam", "friendly_sam", "ssam", "stale_sam", "functional_sam")
+    return {name: held_by(RULES[name], rank, world_size, kind) for name in names}
+
+
+def held_by(rule, rank, world_size, kind):
+    network = nn.Sequential(nn.Linear(6, 10_000), nn.GELU(), nn.Linear(10_000, 5))
+    engine = make_engine(kind, network)
+    step, seen = SharpnessAwareStep(engine, rule), []
+    train(SharpnessAwareStep(engine, None), rank, world_size, numbers=[0])  # momentum is there
+    gc.collect()
+    before = bytes_alive()
+    step(my_part(rank, world_size, 0), at=0)  # what it remembers is there
+    gc.collect()
+    network.register_forward_pre_hook(lambda *_: seen.append(bytes_alive()))
+    step(my_part(rank, world_size, 0), at=0)
+    own = sum(weight.nbytes for weight in engine.masters().values())
+    return divmod(seen[-1] - before + 1_000, own)
+
+
+@pytest.mark.parametrize("kind", ["one", "zero1"])
+def test_rules_hold_as_many_copies_as_the_readme_says(kind):
+    for found in everywhere(kind, held):
+        for name, (copies, beside) in found.items():
+            assert copies + (kind in ZERO) == int(rule_table.copies(RULES[name])[0]), name
+            assert beside < 20_000, name
 
 
 # Graphs

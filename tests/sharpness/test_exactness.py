@@ -1,5 +1,7 @@
 """Every engine against the plain reference, and against one another, to 1e-6 of the weights."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,24 +10,33 @@ from tests.support.engines import ENGINES, make_engine, used
 from tests.support.ranks import on_ranks
 from tests.support.reference import (
     CLOSE,
+    NEW,
     RULES,
     SAMPLES,
     STEPS,
     bits,
     far,
+    network_of,
     reference,
     train,
 )
 
 # rule, micro-batches (24 samples do not divide by 5), scope, perturb per micro-batch
+REPEATED = ("wsam_not_decoupled", "sam_share")
 GLOBAL = [("none", 4, "global", False), ("sam", 5, "global", False), ("csam", 1, "global", False)]
 GLOBAL += [("csam", 4, "global", False), ("asam", 4, "global", False)]
-GLOBAL += [(rule, 2, "global", False) for rule in ("looksam", "gsam", "momentum_sam")]
+# Others are these with other numbers, to an engine.
+TOGETHER = ("looksam", "gsam", "momentum_sam", *(n for n in NEW if n not in REPEATED))
+GLOBAL += [(rule, 2, "global", False) for rule in TOGETHER]
 OWN = [("sam", 3, "rank", False), ("csam", 1, "rank", False), ("asam", 2, "rank", False)]
+# Rules that do not compare the gradients of a whole step.
+APART = ("le_sam", "functional_sam", "sam_norms", "sam_share")
+OWN += [(rule, 2, "rank", False) for rule in APART]
 EACH = [("csam", 3, "global", True), ("sam", 2, "rank", True)]
+EACH += [(rule, 3, scope, True) for rule, scope in zip(APART, ("rank", "global") * 2, strict=True)]
 ALL = [(rule, parts, "global", False) for rule in RULES for parts in (1, 4, 5)]
 ALL_OWN, ALL_EACH = (
-    [(rule, parts, "rank", each) for rule in ("sam", "csam", "asam") for parts in (1, 3)]
+    [(rule, parts, "rank", each) for rule in ("sam", "csam", "asam", *APART) for parts in (1, 3)]
     for each in (False, True)
 )
 
@@ -40,7 +51,7 @@ def trained(rank, world_size, kind, cases):
     """For each case: weights as saved; after each step what was reported, and all bits in use."""
     outcome = {}
     for rule, micro_batches, scope, each in cases:
-        engine = make_engine(kind)
+        engine = make_engine(kind, network_of(RULES[rule]))
         step = SharpnessAwareStep(engine, RULES[rule], scope=scope, per_micro_batch=each)
         seen = []
         for number in range(STEPS):
@@ -54,13 +65,15 @@ def check(outcomes, world_size):
     for case, (weights, seen) in outcomes[0].items():
         rule, micro_batches, scope, each = case
         ranks = {"global": 1, "rank": world_size, 2: world_size // 2}[scope]
-        if each:  # the units of accumulation are then part of the result
+        whole = not each and rule != "sam_share"
+        if not whole:  # the units of accumulation are then part of the result
             ranks = world_size
         expected = reference(
             RULES[rule],
             ranks,
-            {"global": ranks, "rank": 1, 2: 1}[scope],
-            micro_batches if each else 1,
+            {"global": ranks, "rank": 1, 2: ranks // 2}[scope],
+            1 if whole else micro_batches,
+            network=partial(network_of, RULES[rule]),
             per_micro_batch=each,
         )[0]
         assert far(weights, expected) < CLOSE, case

@@ -18,6 +18,7 @@ from tests.support.ranks import on_ranks
 from tests.support.reference import (
     CLASSES,
     CLOSE,
+    NEW,
     RULES,
     STEPS,
     LeavesOutABlock,
@@ -119,8 +120,8 @@ def plain_sgd(network: nn.Module) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("kind", EVERYWHERE)
 def test_frozen_and_unused_parameters(kind):
-    """LookSAM: the block is in one of its two gradients, and then in a plain one."""
-    rules = [RULES[name] for name in ("sam", "csam", "asam", "looksam")]
+    """The block is in one gradient of two, in which rules see zeros, and then in a plain one."""
+    rules = [RULES[name] for name in ("sam", "csam", "asam", "looksam", "gsam", *NEW[:-2])]
     steps = {"numbers": range(3)}
     outcomes = everywhere(kind, each, [((LeavesOutABlock, r, plain_sgd), steps) for r in rules])
     start = LeavesOutABlock().state_dict()
@@ -176,7 +177,8 @@ def groups_of_awkward(network: nn.Module) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("kind", EVERYWHERE)
 def test_awkward_networks_and_groups(kind):
-    rules = [RULES[name] for name in ("csam", "asam", "looksam")]
+    new = ("wsam", "friendly_sam", "ssam", "stale_sam")
+    rules = [RULES[name] for name in ("csam", "asam", "looksam", *new)]
     parts = {"micro_batches": 2}
     cases = [((Awkward, rule, groups_of_awkward), parts) for rule in rules]
     for rule, (_, weights, _) in zip(rules, everywhere(kind, each, cases)[0], strict=True):
@@ -253,7 +255,7 @@ def test_optimizers_that_look_at_whole_tensors_see_them_whole(kind):
 @pytest.mark.parametrize("kind", EVERYWHERE)
 def test_only_the_final_gradient_is_clipped(kind):
     """LookSAM changes gradients by hand: what clips must have seen it."""
-    rules = [RULES["csam"], RULES["looksam"]]
+    rules = [RULES[name] for name in ("csam", "looksam", "wsam", "friendly_sam", "ssam")]
     outcomes = everywhere(kind, each, [((make_network, r), {"clip_norm": 0.05}) for r in rules])
     for number, rule in enumerate(rules):
         expected = reference(rule, clip_norm=0.05)[0]

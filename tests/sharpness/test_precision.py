@@ -12,6 +12,8 @@ from flatcal_dist.sharpness.engines.zero import ZeroEngine
 from tests.support.engines import EVERYWHERE, ZERO, everywhere, make_engine, saved, used
 from tests.support.ranks import on_ranks
 from tests.support.reference import (
+    NEW,
+    RULES,
     STEPS,
     bits,
     far,
@@ -19,6 +21,7 @@ from tests.support.reference import (
     make_network,
     make_optimizer,
     my_part,
+    network_of,
     reference,
     train,
 )
@@ -214,23 +217,58 @@ def test_the_scale_is_halved_once_a_step_until_it_fits(kind):
 
 
 def scaled(rank, world_size, kind):
-    """fp32 passes, with losses scaled by 1 and by 2^16; clipped."""
-    ends = []
-    for scale in (1.0, 2.0**16):
-        engine = make_engine(kind, make_network())
-        engine.scale = LossScale(True, scale)
-        step = SharpnessAwareStep(engine, SAM(0.1), clip_norm=0.5)
-        results = train(step, rank, world_size, 2, measure=True)
-        norms = [(r.gradient_norm, r.ascent_gradient_norm, r.cosine, r.loss) for r in results]
-        ends.append((bits(used(engine)), norms))
-    return ends
+    """fp32 passes; by rule, losses scaled by 1, by 2^16, and by another number in each step."""
+    outcome = {}
+    for name in ("sam", "looksam", "momentum_sam", *NEW):
+        ends = []
+        for scales in (
+            [1.0] * STEPS,
+            [2.0**16] * STEPS,
+            [2.0 ** (12 - 3 * i) for i in range(STEPS)],
+        ):
+            engine = make_engine(kind, network_of(RULES[name]))
+            engine.scale = LossScale(True, 1.0)
+            step = SharpnessAwareStep(engine, RULES[name], clip_norm=0.5)
+            results = []
+            for number, scale in enumerate(scales):
+                engine.scale.value = scale
+                results += train(step, rank, world_size, 2, [number], measure=True)
+            norms = [(r.gradient_norm, r.ascent_gradient_norm, r.cosine, r.loss) for r in results]
+            remembered = {} if name == "looksam" else step.memory or {}  # it goes by direction
+            ends.append((bits(used(engine)), bits(dict(sorted(remembered.items()))), norms))
+        outcome[name] = ends
+    return outcome
 
 
 @pytest.mark.parametrize("kind", ["one", "ddp", "fsdp2"])
 def test_the_loss_scale_changes_no_bit(kind):
     """ZeRO's passes with a scale are in fp16, where its size does change the rounding."""
-    for small, large in everywhere(kind, scaled):
-        assert small == large
+    for outcome in everywhere(kind, scaled):
+        for name, (one, large, changing) in outcome.items():
+            assert one == large, name
+            assert one == changing, name
+
+
+def remembers_in_fp16(rank, world_size, kind):
+    """The scale falls from step to step."""
+    outcome = {}
+    for name in ("wsam", "friendly_sam", "stale_sam", "le_sam"):
+        engine = fp16_engine(kind, wide_network(), 2.0**10)
+        step = SharpnessAwareStep(engine, RULES[name])
+        skipped = []
+        for number in range(STEPS):
+            set_scale(engine, 2.0 ** (10 - 2 * number))
+            skipped += [result.skipped for result in train(step, rank, world_size, 2, [number])]
+        outcome[name] = any(skipped), engine.full_weights()
+    return outcome
+
+
+@pytest.mark.parametrize("kind", ZERO)
+def test_under_zero_rules_remember_nothing_of_the_scale(kind):
+    """With it, what is remembered would outweigh all else: off by a hundredth and more."""
+    for name, (skipped, weights) in on_ranks(2, remembers_in_fp16, kind)[0].items():
+        assert not skipped
+        assert far(weights, reference(RULES[name], network=wide_network)[0]) < 3e-3, name
 
 
 def test_the_scale_grows_by_steps_and_not_by_passes(monkeypatch):

@@ -12,7 +12,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from flatcal_dist.sharpness import CSAM, GSAM, SAM, LookSAM, MomentumSAM, SharpnessAwareStep
+from flatcal_dist.sharpness import (
+    CSAM,
+    GSAM,
+    LESAM,
+    SAM,
+    SSAM,
+    WSAM,
+    FriendlySAM,
+    LookSAM,
+    MomentumSAM,
+    SharpnessAwareStep,
+    StaleSAM,
+)
 from flatcal_dist.sharpness.engines.fsdp2 import ShardedEngine
 from flatcal_dist.sharpness.engines.zero import ZeroEngine
 from flatcal_dist.training.stopping import StopRequest
@@ -37,6 +49,9 @@ def zero_perturbations(rank, world_size, kind):
     for precision in precisions:
         ends = []
         nothing = (SAM(0.0), LookSAM(0.0, every=2), GSAM(0.0), MomentumSAM(0.0))
+        if precision == torch.float32:
+            nothing += (WSAM(0.0), WSAM(0.0, decouple=False), FriendlySAM(0.0), SSAM(0.0))
+            nothing += (LESAM(0.0), StaleSAM(0.0), SAM(0.0, select="norms"), WSAM(0.1, gamma=0.0))
         for rule in (None, *nothing, SAM(0.1), CSAM(0.1, 1, 0.0)):
             engine = make_engine(kind, make_network(0.3, norm=True), precision)
             torch.manual_seed(1 + rank)

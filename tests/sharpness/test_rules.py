@@ -18,6 +18,7 @@ from flatcal_dist.sharpness import (
 )
 from tests.support.engines import EVERYWHERE, everywhere, make_engine, used
 from tests.support.reference import (
+    NEW,
     RULES,
     bits,
     make_batch,
@@ -148,7 +149,9 @@ def test_what_is_measured_is_of_the_two_gradients_of_all_ranks(kind):
 def without_gradient(rank, world_size, kind):
     """A loss that does not depend on the weights; CSAM has one of its own."""
     outcome = []
-    for rule in (None, SAM(0.1), ASAM(0.5), LookSAM(0.1, every=2), GSAM(0.1), MomentumSAM(1.0)):
+    rules = (None, SAM(0.1), ASAM(0.5), LookSAM(0.1, every=2), GSAM(0.1), MomentumSAM(1.0))
+    new = (RULES[name] for name in NEW if name not in ("sam_norms", "sam_share"))
+    for rule in (*rules, *new):
         engine = make_engine(kind, optimizer=lambda n: torch.optim.SGD(n.parameters(), lr=0.1))
         before = bits(used(engine))
         step = SharpnessAwareStep(engine, rule, loss=lambda logits, target: 0 * logits.sum(1))
@@ -161,4 +164,4 @@ def without_gradient(rank, world_size, kind):
 @pytest.mark.parametrize("kind", EVERYWHERE)
 def test_zero_gradients_do_not_divide_by_zero(kind):
     for outcome in everywhere(kind, without_gradient):
-        assert outcome == [(True, True)] * 6
+        assert outcome == [(True, True)] * (4 + len(NEW))

@@ -19,7 +19,7 @@ from tests.support.engines import (
     used,
 )
 from tests.support.ranks import on_ranks
-from tests.support.reference import bits, make_network, make_optimizer, train
+from tests.support.reference import RULES, bits, make_network, make_optimizer, train
 
 
 def adamw(network: nn.Module) -> torch.optim.Optimizer:
@@ -33,20 +33,22 @@ def adafactor(network: nn.Module) -> torch.optim.Optimizer:
 
 
 def variants(kind: str) -> list:
-    more = [(torch.bfloat16, adamw)]
+    look = LookSAM(0.1, every=2)
+    cases = [(torch.float32, make_optimizer, look), (torch.bfloat16, adamw, look)]
+    cases += [(torch.float32, make_optimizer, RULES[n]) for n in ("friendly_sam", "stale_sam")]
     if kind == "fsdp2":
-        more += [(torch.float16, adafactor)]
-    return [(torch.float32, make_optimizer), *more]
+        cases += [(torch.float16, adafactor, look), (torch.float16, adamw, RULES["friendly_sam"])]
+    return cases
 
 
 def round_trips(rank, world_size, kind):
     """Two steps, a checkpoint, two more; and those two by others that loaded the checkpoint."""
     outcome = []
-    for precision, make in variants(kind):
+    for precision, make, rule in variants(kind):
         engine = make_engine(kind, make_network(norm=True), precision, make)
         if precision == torch.float16:
             engine.scale.value = 2.0**12
-        step = SharpnessAwareStep(engine, LookSAM(0.1, every=2))
+        step = SharpnessAwareStep(engine, rule)
         train(step, rank, world_size, numbers=[0, 1, 2])  # in the midst of LookSAM's period
         file = io.BytesIO()
         torch.save((engine.local_state(), step.state_dict()), file)
@@ -57,7 +59,7 @@ def round_trips(rank, world_size, kind):
         for weight in network.parameters():
             nn.init.normal_(weight)
         other = make_engine(kind, network, precision, make)
-        other_step = SharpnessAwareStep(other, LookSAM(0.1, every=2))
+        other_step = SharpnessAwareStep(other, rule)
         train(other_step, rank, world_size, numbers=[7])
         file.seek(0)
         state, of_step = torch.load(file, weights_only=True)
@@ -77,7 +79,7 @@ def size(state) -> int:
 
 @pytest.mark.parametrize("kind", EVERYWHERE)
 def test_a_state_goes_on_bit_for_bit(kind):
-    """Weights, buffers, optimizer, loss scale, LookSAM's memory and phase."""
+    """Weights, buffers, optimizer, loss scale, LookSAM's phase and what rules remember."""
     weights = sum(w.numel() for w in make_network(norm=True).parameters())
     shards = 1 if kind in ("one", "ddp") else 2
     for outcome in everywhere(kind, round_trips):

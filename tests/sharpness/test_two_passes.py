@@ -23,6 +23,7 @@ from flatcal_dist.sharpness import (
 from flatcal_dist.sharpness.engines.move import measure
 from tests.support.engines import EVERYWHERE, everywhere, make_engine, saved, used
 from tests.support.reference import (
+    RULES,
     bits,
     make_batch,
     make_network,
@@ -241,6 +242,23 @@ def test_no_network_runs_on_weights_that_are_not_finite(kind):
     for outcome in everywhere(kind, overflown):
         assert len(outcome) == 15
         assert [case for case, right in outcome.items() if not right] == []
+
+
+def overflown_later(rank, world_size, kind):
+    outcome = []
+    for name in ("wsam", "friendly_sam", "ssam", "le_sam", "stale_sam", "functional_sam"):
+        network = Watched("one" if rank == world_size - 1 else "never")
+        engine = make_engine(kind, network)
+        before = saved(engine)
+        [result] = train(SharpnessAwareStep(engine, RULES[name]), rank, world_size, numbers=[0])
+        outcome.append(result.skipped and saved(engine) == before)
+    return outcome
+
+
+@pytest.mark.parametrize("kind", EVERYWHERE)
+def test_no_network_does_with_rules_of_2023_and_later(kind):
+    for outcome in everywhere(kind, overflown_later):
+        assert outcome == [True] * 6
 
 
 # ASAM by whole names

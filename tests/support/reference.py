@@ -14,7 +14,21 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from flatcal_dist.sharpness import ASAM, CSAM, GSAM, SAM, LookSAM, MomentumSAM, Rule
+from flatcal_dist.sharpness import (
+    ASAM,
+    CSAM,
+    GSAM,
+    LESAM,
+    SAM,
+    SSAM,
+    WSAM,
+    FriendlySAM,
+    FunctionalSAM,
+    LookSAM,
+    MomentumSAM,
+    Rule,
+    StaleSAM,
+)
 
 SAMPLES, STEPS, CLASSES = 24, 5, 5
 RULES = {
@@ -25,7 +39,17 @@ RULES = {
     "looksam": LookSAM(0.1, every=2),
     "gsam": GSAM(0.1, alpha=0.4),
     "momentum_sam": MomentumSAM(0.3, momentum=0.8),
+    "wsam": WSAM(0.1, gamma=0.8),
+    "wsam_not_decoupled": WSAM(0.1, gamma=0.8, decouple=False),
+    "friendly_sam": FriendlySAM(0.1, sigma=0.8, decay=0.6),
+    "ssam": SSAM(0.1),
+    "le_sam": LESAM(0.2, budget=0.2, anneal_from=0.2),
+    "stale_sam": StaleSAM(0.1),
+    "functional_sam": FunctionalSAM(0.1),
+    "sam_norms": SAM(0.1, select="norms"),
+    "sam_share": SAM(0.1, share=0.5),
 }
+NEW = tuple(RULES)[7:]
 
 # Rounding of float32 sums in another order, relative to the largest weight: measured up to 3e-7
 # over these steps; a wrong scope, scale, loss or restore is off by 1e-3 or more.
@@ -42,6 +66,17 @@ def make_network(noise: float = 0.0, norm: bool = False) -> nn.Sequential:
     network = nn.Sequential(*layers, nn.Dropout(noise), DropPath(noise), nn.Linear(16, CLASSES))
     with torch.no_grad():
         network[-1].weight.mul_(12)
+    return network
+
+
+def network_of(rule: Rule | None) -> nn.Sequential:
+    """The network on which a rule is compared: with a layer norm if the rule asks for norm layers.
+
+    Batch norm would make results depend on ranks and micro-batches.
+    """
+    network = make_network()
+    if rule is not None and rule.select == "norms":
+        network[1] = nn.LayerNorm(16)
     return network
 
 
@@ -70,9 +105,13 @@ def my_part(rank: int, world_size: int, number: int, micro_batches=1, batch=make
 def train(
     step, rank, world_size, micro_batches=1, numbers=range(STEPS), measure=False, batch=make_batch
 ) -> list:
-    """Our step on this rank's parts; what it reports."""
+    """Our step on this rank's parts; what it reports. Training has STEPS steps."""
     return [
-        step(my_part(rank, world_size, number, micro_batches, batch), measure=measure)
+        step(
+            my_part(rank, world_size, number, micro_batches, batch),
+            measure=measure,
+            progress=min(number / STEPS, 1.0),
+        )
         for number in numbers
     ]
 
@@ -104,54 +143,68 @@ def reference(
         parts = [my_part(rank, ranks, number, micro_batches, batch) for rank in range(ranks)]
         samples = len(batch(number)[1])
         units = zip(*parts, strict=True) if per_micro_batch else [parts]
-        total = None
+        total, g = None, []
         perturbs = rule is not None and step % rule.every == 0
         for unit in units:
             batches = [[pairs] if per_micro_batch else pairs for pairs in unit]
             if not perturbs:
-                g, streams = _gradient(copies, batches, F.cross_entropy, streams, samples)
+                found, streams = _gradient(copies, batches, F.cross_entropy, streams, samples)
             else:
-                g, kept, streams = _sharp(
-                    rule, copies, batches, streams, samples, scope or ranks, seen, kept
+                found, g, streams = _sharp(
+                    rule, copies, batches, streams, samples, scope or ranks, seen, kept, number
                 )
-            total = g if total is None else add(total, g)
-        if isinstance(rule, MomentumSAM):
-            old = kept or [None] * len(total)
-            kept = add(total, [None if v is None else rule.momentum * v for v in old])
-        if isinstance(rule, LookSAM) and not perturbs:
-            ratio = rule.alpha * norm(total) / norm(kept)
-            total = [None if g is None else g + ratio * v for g, v in zip(total, kept, strict=True)]
+            total = found if total is None else add(total, found)
+        total, kept, beside = _combined(rule, perturbs, total, g, kept, trained(copies[0]))
         for own, optimizer in zip(copies, optimizers, strict=True):
-            for w, g in zip(trained(own), total, strict=True):
-                w.grad = None if g is None else g.clone()
+            for w, x in zip(trained(own), total, strict=True):
+                w.grad = None if x is None else x.clone()
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(own.parameters(), clip_norm)
             optimizer.step()
+            rates = {
+                id(w): group["lr"] for group in optimizer.param_groups for w in group["params"]
+            }
+            for w, x in zip(trained(own), beside or [None] * len(trained(own)), strict=True):
+                if x is not None:
+                    w.data -= rates[id(w)] * x
     return [own.state_dict() for own in copies]
 
 
-def _sharp(rule, copies, batches, streams, samples, scope, seen, kept):
-    """The gradient to follow; what the rule keeps, LookSAM's part of it; streams after one pass."""
-    if isinstance(rule, MomentumSAM):
+def _sharp(rule, copies, batches, streams, samples, scope, seen, kept, number):
+    """The gradient at w + e; that at w, of the last group; the streams after one pass."""
+    if isinstance(rule, MomentumSAM | StaleSAM):
         moved = [duplicate(network) for network in copies]
-        length = norm(kept)
+        length = norm(kept) * (1 if isinstance(rule, StaleSAM) else -1)
         for other in moved:
             for w, v in zip(trained(other), kept or [None] * len(trained(other)), strict=True):
                 if v is not None:
-                    w.data -= rule.rho * v / length
-        g, streams = _gradient(moved, batches, F.cross_entropy, streams, samples)
+                    w.data += rule.rho * v / length
+        g_s, streams = _gradient(moved, batches, F.cross_entropy, streams, samples)
         for network, other in zip(copies, moved, strict=True):
             count_on(other, network)
             for own, its in zip(network.buffers(), other.buffers(), strict=True):
                 own.copy_(its)
-        return g, kept, streams
-    moves = []
+        return g_s, [], streams
+    moves, logits = [], []
     moved = [duplicate(network) for network in copies]  # with the buffers of before the pass
     for first in range(0, len(copies), scope):
         group = slice(first, first + scope)
-        g, _ = _gradient(copies[group], batches[group], F.cross_entropy, streams[group], samples)
+        own = samples
+        if isinstance(rule, LESAM):  # the length of g counts: of the mean over the group's samples
+            own = sum(len(y) for pairs in batches[group] for _, y in pairs)
+        g, _ = _gradient(
+            copies[group], batches[group], F.cross_entropy, streams[group], own,
+            getattr(rule, "share", 1), logits,
+        )  # fmt: skip
         names = [n for n, w in copies[first].named_parameters() if w.requires_grad]
-        moves += [perturbation(rule, names, trained(copies[first]), g)] * scope
+        along = g
+        if isinstance(rule, FriendlySAM) and kept:
+            along = add(g, [None if m is None else -rule.sigma * m for m in kept])
+        if rule.select == "norms":
+            norms = names_of_norms(copies[first])
+            along = [x if n in norms else None for n, x in zip(names, along, strict=True)]
+        e = perturbation(rule, names, trained(copies[first]), along, number / STEPS)
+        moves += [e] * scope
     # Each rank's buffers are now those of one clean pass, and its stream is still that before it.
     for network, other, move in zip(copies, moved, moves, strict=True):
         count_on(network, other)
@@ -165,48 +218,94 @@ def _sharp(rule, copies, batches, streams, samples, scope, seen, kept):
         def loss(logits, target, reduction):
             return literal_csam(logits, target, rule.gamma, confidences)
 
+    if isinstance(rule, FunctionalSAM):
+        clean = iter(logits)
+
+        def loss(logits, target, reduction):
+            slopes = F.softmax(next(clean), dim=1) - F.one_hot(target, logits.shape[1])
+            return (slopes * logits).sum(1)
+
     g_s, streams = _gradient(moved, batches, loss, streams, samples)
     for network, other in zip(copies, moved, strict=True):
         count_on(other, network)
     if seen is not None:
         seen.append(torch.cat(confidences))
-    across = []
+    return g_s, g, streams
+
+
+def _combined(rule, perturbs, total, g, kept, weights):
+    """What the optimizer gets, what the rule keeps, and what moves weights beside the optimizer."""
+    zeros = [None] * len(total)
+    beside: list[Tensor | None] = []
+    if isinstance(rule, MomentumSAM):
+        kept = add(total, [None if v is None else rule.momentum * v for v in kept or zeros])
+    if isinstance(rule, StaleSAM):
+        kept = total
+    if isinstance(rule, LookSAM) and not perturbs:
+        ratio = rule.alpha * norm(total) / norm(kept)
+        total = [None if x is None else x + ratio * v for x, v in zip(total, kept, strict=True)]
+    if not perturbs:
+        return total, kept, beside
+    if isinstance(rule, FriendlySAM):
+        new = [None if x is None else (1 - rule.decay) * x for x in g]
+        old = [None if m is None else rule.decay * m for m in kept]
+        kept = add(new, old) if kept else g
+    if isinstance(rule, SSAM):
+        longer = norm(g) / norm(total)
+        total = [None if x is None else longer * x for x in total]
+    if isinstance(rule, WSAM):
+        weight = rule.gamma / (1 - rule.gamma)
+        sharpness = add(total, [None if x is None else -x for x in g])
+        beside = [None if x is None else weight * x for x in sharpness]
+        # A parameter with a gradient in the second pass alone has one, of zero, in the first.
+        clean = [x if x is not None or b is None else 0 * b for x, b in zip(g, total, strict=True)]
+        if rule.decouple:
+            return clean, kept, beside
+        return add(clean, beside), kept, []
     if isinstance(rule, GSAM):
         product = sum(
             float((a.double() * b).sum())
-            for a, b in zip(g_s, g, strict=True)
+            for a, b in zip(total, g, strict=True)
             if a is not None and b is not None
         )
-        factor = product / norm(g_s) ** 2
-        g_s = [
-            b if b is None or a is None else b - rule.alpha * (a - factor * b)
-            for a, b in zip(g, g_s, strict=True)
+        factor = product / norm(total) ** 2
+        total = [
+            b if a is None else -rule.alpha * a if b is None else b - rule.alpha * (a - factor * b)
+            for a, b in zip(g, total, strict=True)
         ]
     if isinstance(rule, LookSAM):
-        weights = trained(copies[0])
-        g = [torch.zeros_like(w) if x is None else x for w, x in zip(weights, g, strict=True)]
-        full = [torch.zeros_like(a) if b is None else b for a, b in zip(g, g_s, strict=True)]
+        g, full = (
+            [torch.zeros_like(w) if x is None else x for w, x in zip(weights, some, strict=True)]
+            for some in (g, total)
+        )
         product = sum(float((a.double() * b).sum()) for a, b in zip(full, g, strict=True))
-        across = [a - product / norm(g) ** 2 * b for a, b in zip(full, g, strict=True)]
-    return g_s, across, streams
+        kept = [a - product / norm(g) ** 2 * b for a, b in zip(full, g, strict=True)]
+    return total, kept, beside
 
 
-def _gradient(copies, batches, loss, streams, samples):
-    """Of the losses of these ranks, over so many samples; and each rank's stream after."""
+def _gradient(copies, batches, loss, streams, samples, share=1, logits=None):
+    """Of the losses of these ranks, over so many samples; and each rank's stream after.
+
+    share: of each micro-batch, whose first samples then stand for all. logits: gets those of each.
+    """
     total, after = None, []
     for own, pairs, stream in zip(copies, batches, streams, strict=True):
         own.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(stream)
             for x, y in pairs:  # backward and not autograd.grad, which some checkpointing refuses
-                (loss(own(x), y, reduction="none").sum() / samples).backward()
+                n = math.ceil(len(y) * share)
+                z, stand_for = own(x[:n]), len(y) / max(n, 1)
+                (loss(z, y[:n], reduction="none").sum() * stand_for / samples).backward()
+                if logits is not None:
+                    logits.append(z.detach())
             after.append(torch.get_rng_state())
         g = [None if w.grad is None else w.grad.clone() for w in trained(own)]
         total = g if total is None else add(total, g)
     return total, after
 
 
-def perturbation(rule: Rule, names, weights, gradient) -> list[Tensor]:
+def perturbation(rule: Rule, names, weights, gradient, progress=0.0) -> list[Tensor]:
     """e of one group of ranks: SAM's rho g / ||g||, ASAM's rho T^2 g / ||T g||."""
     g = [torch.zeros_like(w) if x is None else x for w, x in zip(weights, gradient, strict=True)]
     t = [
@@ -216,7 +315,17 @@ def perturbation(rule: Rule, names, weights, gradient) -> list[Tensor]:
         for name, w in zip(names, weights, strict=True)
     ]
     length = norm([a * b for a, b in zip(t, g, strict=True)])
-    return [rule.rho * a * a * b / length for a, b in zip(t, g, strict=True)]
+    rho = rule.rho
+    if isinstance(rule, LESAM):
+        over = max(0.0, (progress - rule.anneal_from) / (1 - rule.anneal_from))
+        rho = min(rho, rule.budget * (1 + math.cos(math.pi * over)) / 2 / length)
+    return [rho * a * a * b / length for a, b in zip(t, g, strict=True)]
+
+
+def names_of_norms(network: nn.Module) -> set[str]:
+    kinds = nn.LayerNorm | nn.GroupNorm | nn.BatchNorm1d | nn.BatchNorm2d
+    layers = {name for name, module in network.named_modules() if isinstance(module, kinds)}
+    return {n for n, _ in network.named_parameters() if n.rpartition(".")[0] in layers}
 
 
 def literal_csam(logits, target, gamma, confidences=None) -> Tensor:

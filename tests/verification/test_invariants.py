@@ -25,6 +25,7 @@ NAMES = {
     "batch_norm": "norm statistics count one clean pass",
     "autocast": "an outer autocast block hides nothing (share of loss rise)",
     "objective": "equals one process (weights after a step)",
+    "memory": "the step after it, with what the rule remembers, too",
 }
 ASAM_EACH = ["sharpness.rule=asam", "sharpness.rho=0.5", "sharpness.scope=rank"]
 
@@ -51,7 +52,7 @@ def failing(rank: int, world_size: int, cases: list) -> list[tuple[int, list[str
 
 def test_it_holds_and_each_fault_fails_by_name():
     """On one process; replicas that differ need two."""
-    faults = [fault for fault in NAMES if fault != "sync"]
+    faults = [fault for fault in NAMES if fault not in ("sync", "memory")]
     right, *wrong = on_ranks(1, failing, [(fault, []) for fault in (None, *faults)])[0]
     assert right == (12, [])
     for fault, (_, failed) in zip(faults, wrong, strict=True):
@@ -150,6 +151,7 @@ def test_the_command_prints_saves_and_exits(tmp_path):
     [
         ("objective", ["sharpness.rule=sam"], "use it with sharpness.rule=csam"),
         ("objective", ["sharpness.gamma=0.0"], "a sharpness.gamma above 0"),
+        ("memory", [], "use it with a rule that does"),
         ("autocast", ["train.engine=zero2"], "use it with train.engine=ddp"),
     ],
 )
@@ -168,3 +170,52 @@ def test_it_prints_the_configuration_and_offers_no_dry_run(capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         command.main()
     assert ended.value.code != 0
+
+
+# Rules of 2023 and later
+
+NEW = {
+    "wsam": ["sharpness.gamma=0.8"],
+    "friendly_sam": ["sharpness.sigma=0.8"],
+    "ssam": [],
+    "le_sam": ["sharpness.budget=0.05", "sharpness.rho=0.5"],
+    "stale_sam": ["sharpness.rho=0.5"],
+    "functional_sam": [],
+    "sam": ["sharpness.select=norms"],
+}
+NEXT = ("wsam", "friendly_sam", "stale_sam")  # their second step is compared, too
+MORE = (
+    ["sharpness.rule=wsam", "sharpness.gamma=0.8", "sharpness.decouple=false"],
+    ["sharpness.rule=sam", "sharpness.share=0.5"],
+    ["sharpness.rule=functional_sam", "sharpness.scope=rank", "sharpness.per_micro_batch=true"],
+    ["sharpness.rule=le_sam", "sharpness.budget=0.05", "sharpness.per_micro_batch=true"],
+    ["sharpness.rule=le_sam", "sharpness.budget=0.05", "sharpness.scope=rank"],
+)
+
+
+def with_rule(name: str) -> list[str]:
+    return [f"sharpness.rule={name}", *NEW[name]]
+
+
+def test_rules_of_2023_and_later():
+    cases = [(None, with_rule(name)) for name in NEW] + [(None, each) for each in MORE]
+    outcome = on_ranks(2, failing, cases)[0]
+    rows = [12 if name in NEXT else 11 for name in NEW] + [11, 11, 11, 11, 11]
+    assert outcome == [(count, []) for count in rows]
+
+
+OFTEN = ("friendly_sam", "functional_sam")  # one that remembers, one with a loss of its own
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.exhaustive) for n in NEW]
+)
+def test_each_fault_is_found_with_rules_of_2023_and_later(name):
+    named = dict(NAMES)
+    if name == "stale_sam":
+        named["sync"] = NAMES["memory"]  # there is nothing to perturb by in the first step
+    own = {"objective": name == "functional_sam", "memory": name in ("friendly_sam", "stale_sam")}
+    faults = [fault for fault in NAMES if own.get(fault, True)]
+    outcome = on_ranks(2, failing, [(fault, with_rule(name)) for fault in faults])[0]
+    for fault, (_, failed) in zip(faults, outcome, strict=True):
+        assert named[fault] in failed, (fault, failed)

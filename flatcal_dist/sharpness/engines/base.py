@@ -1,7 +1,7 @@
 """What the step asks of an engine, and the functions that all engines share."""
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -85,6 +85,9 @@ class Engine(Protocol):
 
         A reduced gradient is the mean over the ranks.
         """
+
+    def fill_gradients(self, names: Iterable[str]) -> None:
+        """Give each of these parameters a gradient of zeros, if no pass has given it one."""
 
     def shards(self, scope: Scope) -> Shards:
         """Return this rank's part of the weights, and of the gradient that passes have left.
@@ -172,6 +175,9 @@ class Engine(Protocol):
         Called by all ranks before the next pass.
         """
 
+    def learning_rates(self) -> dict[str, float]:
+        """Return the learning rate of each weight of which this rank holds a part, by name."""
+
     def arrangement(self) -> "Arrangement":
         """Return where this rank's parts lie in the whole, for other engines and rank counts."""
 
@@ -210,6 +216,24 @@ def slots_by_parameter(
         [list(part.shape), [[names[id(weight)], 0, part.numel()]]]
         for weight, part in zip(held, local, strict=True)
     ]
+
+
+def fill(weights: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Give weights of these names a gradient of zeros where they have none."""
+    for name in names:
+        if weights[name].grad is None:
+            weights[name].grad = torch.zeros_like(weights[name])
+
+
+def rates_by_name(optimizer: torch.optim.Optimizer, slots: list[list]) -> dict[str, float]:
+    """Return the learning rate of each weight that has a part in the slots of an optimizer."""
+    left = iter(slots)
+    return {
+        name: float(group["lr"])
+        for group in optimizer.param_groups
+        for _, (_, parts) in zip(group["params"], left, strict=False)
+        for name, _, _ in parts
+    }
 
 
 def with_groups(

@@ -7,7 +7,7 @@ changes the shards while nothing whole is held, and the next forward pass sees i
 Only the public interface of torch.distributed.fsdp is used, but for fsdp2_passes.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor
 from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
 from flatcal_dist.sharpness.engines.base import (
     Arrangement,
+    fill,
+    rates_by_name,
     refuse_part,
     refuse_unusable,
     slots_by_parameter,
@@ -171,6 +173,9 @@ class ShardedEngine:
         with sparse_refused():
             (loss * self.loss_scale).backward()
 
+    def fill_gradients(self, names: Iterable[str]) -> None:
+        fill(self.weights, names)
+
     def shards(self, scope: Scope) -> Shards:
         if not scope.everyone:  # each group perturbs alone
             return replace(self._held(), total=self._total_of_group)
@@ -317,6 +322,9 @@ class ShardedEngine:
 
     def rewritten(self) -> None:
         self._drop_gathered()
+
+    def learning_rates(self) -> dict[str, float]:
+        return rates_by_name(self.optimizer, self.arrangement()["slots"])
 
     def arrangement(self) -> Arrangement:
         rank, pieces = dist.get_rank(self.group), {}

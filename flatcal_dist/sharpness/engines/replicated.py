@@ -1,7 +1,7 @@
 """The engine of one process and of DistributedDataParallel: every rank holds all weights."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
 from flatcal_dist.sharpness.engines.base import (
     Arrangement,
+    fill,
+    rates_by_name,
     refuse_part,
     refuse_unusable,
     slots_by_parameter,
@@ -153,6 +155,9 @@ class ReplicatedEngine:
         with sparse_refused():
             (loss * self.loss_scale).backward()
 
+    def fill_gradients(self, names: Iterable[str]) -> None:
+        fill(self.weights, names)
+
     def shards(self, scope: Scope) -> Shards:
         return self._held()
 
@@ -230,6 +235,9 @@ class ReplicatedEngine:
 
     def rewritten(self) -> None:
         pass  # there is no other copy
+
+    def learning_rates(self) -> dict[str, float]:
+        return rates_by_name(self.optimizer, self.arrangement()["slots"])
 
     def arrangement(self) -> Arrangement:
         return {

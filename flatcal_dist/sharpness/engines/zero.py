@@ -7,7 +7,7 @@ gather of the weights that are used (in stage 3 of the small ones); in low preci
 fp32 is kept until it has been measured.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,7 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
-from flatcal_dist.sharpness.engines.base import Arrangement, refuse_part, stack, with_groups
+from flatcal_dist.sharpness.engines.base import (
+    Arrangement,
+    rates_by_name,
+    refuse_part,
+    stack,
+    with_groups,
+)
 from flatcal_dist.sharpness.engines.move import Backup, Displacement, Measured, measure
 from flatcal_dist.sharpness.engines.zero_parts import Layout, deepspeed, layout_of
 from flatcal_dist.sharpness.engines.zero_start import InPrecision, start_zero
@@ -121,6 +127,9 @@ class ZeroEngine:
     def backward(self, loss: Tensor) -> None:
         with sparse_refused():
             self.zero.backward(loss, scale_wrt_gas=False)  # scales it in float16
+
+    def fill_gradients(self, names: Iterable[str]) -> None:
+        pass  # every part has a gradient
 
     def shards(self, scope: Scope) -> Shards:
         self.touched = True
@@ -296,6 +305,11 @@ class ZeroEngine:
     def rewritten(self) -> None:
         self.stale = True
         self._refresh()
+
+    def learning_rates(self) -> dict[str, float]:
+        slots = self.arrangement()["slots"]
+        with self.layout.base_optimizer() as optimizer:  # stage 3 empties the groups elsewhere
+            return rates_by_name(optimizer, slots)
 
     def arrangement(self) -> Arrangement:
         with self.layout.base_optimizer() as optimizer:

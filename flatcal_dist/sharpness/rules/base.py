@@ -18,7 +18,7 @@ Only `perturb_` has to be written. A new rule is one file with one class. Its `n
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -72,6 +72,8 @@ class Shards:
         own: Whether nobody else reads the memory of these gradients. It can then hold the weights
             at w while they are moved.
         loss_scale: The factor that the gradients were multiplied by.
+        weight: What the samples of these gradients weigh in the whole batch. The gradients of their
+            mean loss were multiplied by it as well. Only known for a rule with `length_counts`.
         total: Sums a tensor over the ranks that hold the other parts. Its shape is kept.
     """
 
@@ -80,6 +82,7 @@ class Shards:
     gradients: list[Tensor]
     own: bool = False
     loss_scale: float = 1.0
+    weight: float | Tensor = 1.0
     total: Total = _unchanged
 
     def by_name(self) -> Iterator[tuple[str, Tensor]]:
@@ -139,14 +142,20 @@ class Rule(ABC):
 
     rho: Length = 0.05
     every: Every = 1
-    select: Select = "all"
+    select: Select = field(default="all", kw_only=True)
     # Whether `combine_` gets a copy of the ascent gradient. It takes the memory of one more copy of
     # the weights until then.
     keeps_ascent: ClassVar[bool] = False
     # Whether `combine_` gets the norm of the ascent gradient.
     keeps_norm: ClassVar[bool] = False
+    # Whether e depends on the length of the ascent gradient, and not on its direction alone. Its
+    # length is then `Shards.weight`.
+    length_counts: ClassVar[bool] = False
     # Whether `combine_` is called. Both gradients must then be of all ranks.
     combines: ClassVar[bool] = False
+    # Whether `combine_` returns something to remember, which checkpoints hold. The step does not
+    # need to know it: documentation and verification do.
+    remembers: ClassVar[bool] = False
     # Whether the rule defines the losses of both passes itself, from class indices.
     own_loss: ClassVar[bool] = False
     # Whether the targets that the descent loss gets hold the outputs at w (`Targets.at_w`).
@@ -210,7 +219,7 @@ class AscentRule(Rule):
         share: The share of each micro-batch that gives the ascent gradient.
     """
 
-    share: Share = 1.0
+    share: Share = field(default=1.0, kw_only=True)
 
     @property
     def ascent_share(self) -> float:

@@ -25,6 +25,7 @@ class LESAM(SAM):
     """
 
     name: ClassVar[str] = "le_sam"
+    length_counts: ClassVar[bool] = True
 
     budget: Annotated[
         float,
@@ -49,7 +50,7 @@ class LESAM(SAM):
     def perturb_(self, shards: Shards, context: Context) -> Tensor:
         norm = context.total(squared_norm(shards.gradients)).sqrt()
         budget = self.budget_at(context.progress)
-        radius = ratio(budget * shards.loss_scale, norm).clamp(max=context.rho)
+        radius = ratio(budget * shards.loss_scale * shards.weight, norm).clamp(max=context.rho)
         if shards.gradients:  # a rank may hold none of what is perturbed
             torch._foreach_mul_(shards.gradients, ratio(radius, norm))
         return norm

@@ -32,6 +32,7 @@ class LookSAM(SAM):
     name: ClassVar[str] = "looksam"
     keeps_ascent: ClassVar[bool] = True
     combines: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
 
     every: Every = 5
     alpha: Annotated[

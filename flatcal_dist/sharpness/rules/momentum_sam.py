@@ -23,6 +23,7 @@ class MomentumSAM(Rule):
 
     name: ClassVar[str] = "momentum_sam"
     combines: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
 
     momentum: Annotated[
         float,

@@ -22,6 +22,7 @@ class StaleSAM(Rule):
 
     name: ClassVar[str] = "stale_sam"
     combines: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
 
     @property
     def ascent_share(self) -> float:

@@ -23,6 +23,10 @@ class WSAM(SAM):
                   too (atorch.optimizers.wsam).
     not decoupled The optimizer gets g + weight * (g_s - g).
 
+    Their code differs from this in three points: each rank perturbs by its own gradient, both
+    gradients are clipped (to a norm of 1 by default) before they are compared, and weights come
+    back by subtraction. Without clipping and on one process both agree to rounding.
+
     `optimizer.clip_norm` acts on what the optimizer gets. Until the second gradient is there, g
     takes the memory of one more copy of the weights, and decoupled another one until the end of the
     step. On ZeRO the decoupled form gathers the weights once more in each step.
