@@ -231,6 +231,10 @@ def on_a_share(forward: Pass, share: float, even: bool) -> Pass:
         part = _head(batch, share, even)
         found = forward(model, part)
         weight = len(batch[1]) / max(len(part[1]), 1)
-        return found._replace(total=found.total * weight, reported=found.reported * weight)
+        return found._replace(
+            total=found.total * weight,
+            reported=found.reported * weight,
+            losses=found.losses * weight,
+        )
 
     return evaluated

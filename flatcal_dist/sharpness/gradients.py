@@ -58,6 +58,21 @@ class GradientPath:
     objective: Objective
     batch_of: WholeBatch
 
+    def weight(self, losses: float | Tensor, share: float) -> float | Tensor:
+        """Return what the samples that perturb together weigh in the whole batch.
+
+        Called by all ranks.
+
+        Args:
+            losses: The number of losses on this rank.
+            share: The factor of each loss, for a mean over all ranks.
+        """
+        if self.scope.everyone and not self.per_micro_batch:
+            return 1.0
+        together = torch.as_tensor(losses, dtype=torch.float64, device=self.engine.device).clone()
+        self.scope.sum_([together])
+        return (together * (share / self.scope.ranks)).float()
+
     def ascent(self, unit: MicroBatches, forward: Pass, share: float) -> Ascent:
         """Return the gradient at w that perturbs.
 

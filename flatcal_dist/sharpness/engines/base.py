@@ -99,6 +99,9 @@ class Engine(Protocol):
         Raises StepError where no rank does.
         """
 
+    def weight_decays(self) -> dict[str, float]:
+        """Return the weight decay that the optimizer gives to each trained weight, by name."""
+
     def total(self, part: Tensor) -> Tensor:
         """Return the sum of a tensor over the ranks that hold the other parts of `masters`.
 
@@ -210,6 +213,18 @@ def slots_by_parameter(
         [list(part.shape), [[names[id(weight)], 0, part.numel()]]]
         for weight, part in zip(held, local, strict=True)
     ]
+
+
+def decays_by_name(
+    optimizer: torch.optim.Optimizer, weights: dict[str, nn.Parameter]
+) -> dict[str, float]:
+    """Return the weight decay of each weight in an optimizer that holds the weights themselves."""
+    decays = {
+        id(w): float(group.get("weight_decay", 0.0))
+        for group in optimizer.param_groups
+        for w in group["params"]
+    }
+    return {name: decays[id(weight)] for name, weight in weights.items()}
 
 
 def with_groups(
