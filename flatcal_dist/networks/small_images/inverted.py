@@ -67,7 +67,9 @@ def efficientnet_b0_cifar(**options: Any) -> nn.Module:
     return _inverted(EFFICIENTNET_B0, Swish, **options)
 
 
-def _inverted(blocks: list[list[str]], activation: type[nn.Module], **options: Any) -> EfficientNet:
+def _inverted(
+    blocks: list[list[str]], activation: type[nn.Module], /, **options: Any
+) -> EfficientNet:
     network = EfficientNet(
         decode_arch_def(blocks),
         act_layer=activation,

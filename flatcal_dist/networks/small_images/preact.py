@@ -53,20 +53,20 @@ def wrn_28_10(**options: Any) -> nn.Module:
 
 
 def _preact(
-    depths: list[int], width: int, num_classes: int = 10, in_chans: int = 3, **options: Any
+    depths: list[int], factor: int, /, num_classes: int = 10, in_chans: int = 3, **options: Any
 ) -> ResNetV2:
     """Build a network with three stages of basic blocks.
 
     Args:
         depths: The number of blocks of each stage.
-        width: The factor of the widths 16, 32 and 64.
+        factor: The factor of the widths 16, 32 and 64.
         num_classes: The number of logits.
         in_chans: The number of channels of an image.
         options: Other arguments of timm's `ResNetV2`.
     """
     network = ResNetV2(
         depths,
-        channels=(16 * width, 32 * width, 64 * width),
+        channels=(16 * factor, 32 * factor, 64 * factor),
         num_classes=num_classes,
         in_chans=in_chans,
         stem_chs=STEM,

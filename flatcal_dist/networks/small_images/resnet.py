@@ -41,6 +41,7 @@ def resnet50_cifar(**options: Any) -> nn.Module:
 def _with_small_stem(
     block: Any,
     depths: tuple[int, ...],
+    /,
     num_classes: int = 10,
     in_chans: int = 3,
     **options: Any,
