@@ -49,7 +49,8 @@ class ModelConfig(Section):
 
     name: Text = Field(
         "resnet50",
-        description="The network: one of timm's, one of this package (mlp), or torchvision:NAME.",
+        description="The network: one of timm's, torchvision:NAME, or one of this package, such as "
+        "mlp and wrn_28_10 (flatcal_dist/networks/README.md).",
     )
     num_classes: int = Field(1000, ge=2, le=1_000_000, description="The number of classes.")
     options: Options = Field({}, description="What is passed to the builder of the network.")
@@ -74,7 +75,19 @@ class OptimizerConfig(Section):
         0.0,
         ge=0,
         le=1e6,
-        description="The weight decay. It is not applied to biases and norm weights.",
+        description="The weight decay of the weights that `decayed` names.",
+    )
+    decayed: Literal["matrices", "all"] = Field(
+        "matrices",
+        description="Which weights are decayed. matrices: not biases, norm weights, and what a "
+        "network of timm exempts, such as position embeddings. all: every weight.",
+    )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="What the learning rate of a layer is, as a share of that of the layer above "
+        "it. 1: all layers have one rate.",
     )
     clip_norm: float | None = Field(
         None,

@@ -8,5 +8,6 @@ registers a function with timm:
         return LeNet(num_classes, in_chans)
 
 The network is then `model.name=lenet`, and the other arguments of the function are its
-`model.options`. A function with an argument `img_size` gets data.image_size.
+`model.options`. A function with an argument `img_size` gets data.image_size. Modules in rooms of
+this package, such as small_images/, are found too. README.md has the table of names.
 """

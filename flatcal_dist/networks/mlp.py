@@ -52,6 +52,10 @@ class MLP(nn.Module):
                 x = nn.functional.dropout(x, self.drop_rate, self.training)
         return self.head(x)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Return which parameters are of which layer, from the input on, as timm asks for it."""
+        return {"hidden": r"^hidden\.(\d+)"}
+
 
 @register_model
 def mlp(

@@ -21,8 +21,9 @@ from flatcal_dist.sharpness.replay import SameFunctionTwice
 @cache
 def _import_networks() -> None:
     """Import all modules of this package, so that their networks are registered with timm."""
-    for module in pkgutil.iter_modules(flatcal_dist.networks.__path__):
-        importlib.import_module(f"{flatcal_dist.networks.__name__}.{module.name}")
+    prefix = f"{flatcal_dist.networks.__name__}."
+    for module in pkgutil.walk_packages(flatcal_dist.networks.__path__, prefix):
+        importlib.import_module(module.name)
 
 
 def is_registered(name: str) -> bool:

@@ -30,7 +30,7 @@ from flatcal_dist.sharpness.replay import SameFunctionTwice, no_weights_in_autoc
 from flatcal_dist.sharpness.result import Agreed, Seen, StepResult
 from flatcal_dist.sharpness.rules import Context, Loss, Memory, Rule, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
-from flatcal_dist.sharpness.weights import descend, selection
+from flatcal_dist.sharpness.weights import add_decay_, descend, selection
 from flatcal_dist.sharpness.whole_batch import WholeBatch
 
 __all__ = ["MicroBatches", "SharpnessAwareStep"]
@@ -326,7 +326,7 @@ class SharpnessAwareStep:
         with self.frozen.watched():
             shards, in_place, sums = self.path.ascent(unit, forward, call.share)
             call.seen.add_first(sums)
-        if rule.length_counts:
+        if rule.length_counts or rule.decays_ascent:
             shards.weight = self.path.weight(sums.losses, call.share)
         return shards, in_place, sums.outputs
 
@@ -349,6 +349,8 @@ class SharpnessAwareStep:
         if moving is not shards:  # what does not move is remembered by some rules
             rest = [g for name, g in shards.by_name() if not self.selects(name)]
             call.seen.watched.append(squared_norm(rest))
+        if rule.decays_ascent:
+            add_decay_(moving, self.engine.weight_decays())
         norm = rule.perturb_(moving, self._context(moving, call))
         # After an overflow the step will be skipped. Until all ranks agree on that no network is to
         # run on weights of NaN: it may check its values, or use them as indices.

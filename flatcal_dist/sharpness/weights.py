@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from flatcal_dist.sharpness.engines.base import Engine
 from flatcal_dist.sharpness.errors import StepError
-from flatcal_dist.sharpness.rules import Memory, Rule
+from flatcal_dist.sharpness.rules import Memory, Rule, Shards
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -47,6 +47,19 @@ def selection(rule: Rule, network: nn.Module) -> Callable[[str], bool]:
             "layer with trained weights: nothing would be perturbed. Use select='all'"
         )
     return lambda name: name in norms and rule.selects(name)
+
+
+def add_decay_(shards: Shards, decays: dict[str, float]) -> None:
+    """Add (weight decay) * w to the gradients of a mean loss, in their scale.
+
+    Args:
+        shards: The weights and the gradients.
+        decays: The weight decay of each weight, by name.
+    """
+    scale = shards.loss_scale * shards.weight
+    for (name, gradient), weight in zip(shards.by_name(), shards.weights, strict=True):
+        if decays[name]:
+            gradient.add_(weight.detach() * (decays[name] * scale))
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from flatcal_dist.training import finishing, resuming
 from flatcal_dist.training.build import samples_per_perturbation
 from flatcal_dist.training.diagnosis import explain_divergence
 from flatcal_dist.training.figures import Speed, measured_at, sharpness_figures
+from flatcal_dist.training.optimizers import learning_rate
 from flatcal_dist.training.resuming import Started
 from flatcal_dist.training.setup import Setup, prepare
 from flatcal_dist.training.stopping import StopRequest, deadline
@@ -206,7 +207,7 @@ class Trainer:
     def _set_rates(self) -> None:
         """Set the learning rate and rho of this step, which follow from its number."""
         self.setup.schedule.step_update(self.done)
-        rate = self.engine.optimizer.param_groups[0]["lr"]
+        rate = learning_rate(self.engine.optimizer)
         self.rho = self.config.sharpness.rho_at(rate / self.config.optimizer.learning_rate)
 
     def _uses_rule(self, step: int) -> bool:
@@ -251,10 +252,10 @@ class Trainer:
     def _log(self, result: StepResult) -> None:
         """Log the figures of this step, which a resumed run repeats, and the speed of training."""
         speed = self.speed.read(self.batch_size)
-        values = {
+        values: dict[str, float | None] = {
             "epoch": self.done / self.epoch_steps,
             "train/loss": result.loss,
-            "optim/learning_rate": self.engine.optimizer.param_groups[0]["lr"],
+            "optim/learning_rate": learning_rate(self.engine.optimizer),
             "optim/gradient_norm": result.gradient_norm,
             "optim/skipped_steps": self.skipped,
             "data/replaced": self.bad_samples.replaced,

@@ -11,6 +11,8 @@ from timm.optim import (
     get_optimizer_class,
     get_optimizer_info,
     list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
 )
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -23,11 +25,12 @@ OWN_KEYS = ("lr", "weight_decay", "momentum")
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Return timm's optimizer of this name. Biases and norm weights are not decayed.
+    """Return timm's optimizer of this name, with a group of weights for each decay and layer.
 
     'sgd' is without Nesterov momentum, as in the papers; the 'sgd' of timm has it.
-    Raises ConfigError for an unknown name, for options that the optimizer does not take, and for an
-    optimizer that needs more than gradients, or a package that is not installed.
+    Raises ConfigError for an unknown name, for options that the optimizer does not take, for an
+    optimizer that needs more than gradients, or a package that is not installed, and for layer
+    decay of a network that does not tell its layers.
     """
     names = [str(name) for name in list_optimizers()]
     if config.name not in names:
@@ -53,6 +56,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
             f"optimizer.momentum={config.momentum} belongs to optimizers with momentum, and "
             f"optimizer.name={config.name} has none: leave it out, or choose sgd"
         )
+    groups = _groups(config, model)
     try:
         return create_optimizer_v2(
             model,
@@ -60,6 +64,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             momentum=config.momentum,
+            param_group_fn=lambda _: groups,
             **options,
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -78,6 +83,33 @@ def _class_of(info: OptimInfo) -> Callable[..., Any]:
             f"optimizer.name={info.name} cannot be used here ({error}): install what it needs, or "
             "choose another optimizer"
         ) from None
+
+
+def _groups(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """Return the groups of weights that have a decay and a learning rate in common."""
+    everything = config.decayed == "all"
+    exempt = [] if everything else ["*.bias", *getattr(model, "no_weight_decay", tuple)()]
+    options: dict[str, Any] = {
+        "weight_decay_exclude_1d": not everything,
+        "no_weight_decay_list": exempt,
+    }
+    if config.layer_decay == 1:
+        return param_groups_weight_decay(model, config.weight_decay, **options)
+    if not hasattr(model, "group_matcher"):
+        raise ConfigError(
+            f"optimizer.layer_decay={config.layer_decay:g} needs the order of the layers, which "
+            f"networks of timm and of this package tell and {type(model).__name__} does not: "
+            "choose one of them, or set optimizer.layer_decay=1"
+        )
+    return param_groups_layer_decay(
+        model, config.weight_decay, layer_decay=config.layer_decay, **options
+    )
+
+
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the learning rate of the last layer, which is the one that the schedule gives."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) / group.get("lr_scale", 1.0)
 
 
 def build_schedule(

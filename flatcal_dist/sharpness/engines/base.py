@@ -102,6 +102,9 @@ class Engine(Protocol):
         Raises StepError where no rank does.
         """
 
+    def weight_decays(self) -> dict[str, float]:
+        """Return the weight decay that the optimizer gives to each trained weight, by name."""
+
     def total(self, part: Tensor) -> Tensor:
         """Return the sum of a tensor over the ranks that hold the other parts of `masters`.
 
@@ -234,6 +237,18 @@ def rates_by_name(optimizer: torch.optim.Optimizer, slots: list[list]) -> dict[s
         for _, (_, parts) in zip(group["params"], left, strict=False)
         for name, _, _ in parts
     }
+
+
+def decays_by_name(
+    optimizer: torch.optim.Optimizer, weights: dict[str, nn.Parameter]
+) -> dict[str, float]:
+    """Return the weight decay of each weight in an optimizer that holds the weights themselves."""
+    decays = {
+        id(w): float(group.get("weight_decay", 0.0))
+        for group in optimizer.param_groups
+        for w in group["params"]
+    }
+    return {name: decays[id(weight)] for name, weight in weights.items()}
 
 
 def with_groups(

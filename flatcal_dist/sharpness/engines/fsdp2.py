@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
 from flatcal_dist.sharpness.engines.base import (
     Arrangement,
+    decays_by_name,
     fill,
     rates_by_name,
     refuse_part,
@@ -205,6 +206,9 @@ class ShardedEngine:
         part = part.detach().to(self.device, copy=True)
         dist.all_reduce(part, group=self.group)
         return part
+
+    def weight_decays(self) -> dict[str, float]:
+        return decays_by_name(self.optimizer, self.weights)
 
     def total(self, part: Tensor) -> Tensor:
         # Over replicas too, for one result: groups by themselves may sum in another order.

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
 from flatcal_dist.sharpness.engines.base import (
     Arrangement,
+    decays_by_name,
     fill,
     rates_by_name,
     refuse_part,
@@ -171,6 +172,9 @@ class ReplicatedEngine:
     def whole_weights(self) -> Shards:
         weights = list(self.weights.values())
         return Shards(list(self.weights), weights, [], own=True, loss_scale=self.loss_scale)
+
+    def weight_decays(self) -> dict[str, float]:
+        return decays_by_name(self.optimizer, self.weights)
 
     def total(self, part: Tensor) -> Tensor:
         return part  # every rank has all of it

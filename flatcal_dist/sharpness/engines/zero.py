@@ -146,6 +146,15 @@ class ZeroEngine:
         weights = {n: w for n, w in self.module.named_parameters() if w.requires_grad}
         return Shards(list(weights), list(weights.values()), [], own=True)
 
+    def weight_decays(self) -> dict[str, float]:
+        groups = self.optimizer.param_groups
+        names = {weight: name for name, weight in self._trained()}
+        return {
+            names[weight]: float(groups[place].get("weight_decay", 0.0))
+            for place, weights in zip(self.layout.places, self.layout.groups, strict=True)
+            for weight in weights
+        }
+
     def total(self, part: Tensor) -> Tensor:
         return self.over_ranks(part)
 

@@ -13,7 +13,7 @@ DeepSpeed 0.19.8:
   1 in bf16    another class, with bf16_groups, bf16_groups_flat, bf16_partitioned_groups,
                fp32_groups_flat_partition, fp32_groups_gradients_flat instead
   stage 3      fp16_groups, fp32_partitioned_groups_flat, grad_partitions_flat_buffer,
-               averaged_gradients, persistent_parameters, parameter_offload,
+               sub_group_to_group_id, averaged_gradients, persistent_parameters, parameter_offload,
                _set_fp32_optimizer_param_groups, _clear_fp32_optimizer_param_groups;
                of a parameter ds_tensor, ds_numel, ds_process_group
   all          optimizer, loss_scaler
@@ -87,6 +87,11 @@ class PartitionedState:
         self.flats = self.zero.bit16_groups_flat
         self.pieces = self.zero.parallel_partitioned_bit16_groups
         self.masters = [flat.detach() for flat in self.zero.single_partition_of_fp32_groups]
+
+    @property
+    def places(self) -> list[int]:
+        """The place of each group among the parameter groups of the user's optimizer."""
+        return list(range(len(self.groups)))
 
     def gradients(self) -> list[Tensor]:
         """Return the reduced gradients of the parts: flat fp32 views of what DeepSpeed will use."""
@@ -193,6 +198,10 @@ class PartitionedWeights:
     @property
     def masters(self) -> list[Tensor]:
         return [flat.detach() for flat in self.zero.fp32_partitioned_groups_flat]
+
+    @property
+    def places(self) -> list[int]:
+        return [self.zero.sub_group_to_group_id[i] for i in range(len(self.groups))]
 
     def gradients(self) -> list[Tensor]:
         return [

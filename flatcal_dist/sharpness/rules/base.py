@@ -61,6 +61,15 @@ def _unchanged(part: Tensor) -> Tensor:
     return part
 
 
+AscentDecay = Annotated[
+    bool,
+    Field(
+        description="Whether the ascent gradient holds the optimizer's weight decay, as that of a "
+        "loss with an L2 penalty does (code of Foret et al.)."
+    ),
+]
+
+
 @dataclass
 class Shards:
     """What one rank holds of the weights and of a gradient at them: three lists of one length.
@@ -73,7 +82,8 @@ class Shards:
             at w while they are moved.
         loss_scale: The factor that the gradients were multiplied by.
         weight: What the samples of these gradients weigh in the whole batch. The gradients of their
-            mean loss were multiplied by it as well. Only known for a rule with `length_counts`.
+            mean loss were multiplied by it as well. Only known for a rule with `length_counts`
+            or `decays_ascent`.
         total: Sums a tensor over the ranks that hold the other parts. Its shape is kept.
     """
 
@@ -173,6 +183,11 @@ class Rule(ABC):
         return 1.0
 
     @property
+    def decays_ascent(self) -> bool:
+        """Whether `perturb_` gets g + (weight decay of the optimizer) * w in place of g."""
+        return False
+
+    @property
     def decoupled(self) -> bool:
         """Whether `combine_` returns no memory, but a second descent direction for the weights.
 
@@ -217,13 +232,19 @@ class AscentRule(Rule):
 
     Args:
         share: The share of each micro-batch that gives the ascent gradient.
+        ascent_decay: Whether the ascent gradient holds the optimizer's weight decay.
     """
 
     share: Share = field(default=1.0, kw_only=True)
+    ascent_decay: AscentDecay = field(default=False, kw_only=True)
 
     @property
     def ascent_share(self) -> float:
         return self.share
+
+    @property
+    def decays_ascent(self) -> bool:
+        return self.ascent_decay
 
 
 def ratio(a: float | Tensor, b: Tensor) -> Tensor:
