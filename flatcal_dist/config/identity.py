@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flatcal_dist.config.choosing import CHOOSERS
+from flatcal_dist.config.checking.choosing import CHOOSERS
 from flatcal_dist.config.files import dump_yaml, private_file
 from flatcal_dist.config.root import Config
 from flatcal_dist.files import write_text

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from flatcal_dist.config.choosing import CHOOSERS, keys, set_aside, unknown
-from flatcal_dist.config.conditions import with_defaults_for_unread
+from flatcal_dist.config.checking.choosing import CHOOSERS, keys, set_aside, unknown
+from flatcal_dist.config.checking.conditions import with_defaults_for_unread
+from flatcal_dist.config.checking.messages import explain
+from flatcal_dist.config.checking.older import refuse_older, translate_older
+from flatcal_dist.config.checking.run_length import refuse_short_epochs
 from flatcal_dist.config.files import read_layers
 from flatcal_dist.config.identity import fingerprint
-from flatcal_dist.config.messages import explain
-from flatcal_dist.config.older import refuse_older, translate_older
 from flatcal_dist.config.root import Config
-from flatcal_dist.config.run_length import refuse_short_epochs
 from flatcal_dist.errors import ConfigError
 
 

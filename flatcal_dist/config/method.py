@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flatcal_dist.config.choosing import CHOOSERS
+from flatcal_dist.config.checking.choosing import CHOOSERS
 from flatcal_dist.config.identity import chosen_values, fingerprint
 from flatcal_dist.config.root import Config
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from flatcal_dist.config.choosing import CHOOSERS, Chooser, keys, sections_of
-from flatcal_dist.config.conditions import CONDITIONS
+from flatcal_dist.config.checking.choosing import CHOOSERS, Chooser, keys, sections_of
+from flatcal_dist.config.checking.conditions import CONDITIONS
+from flatcal_dist.config.checking.messages import as_written, nearest
+from flatcal_dist.config.checking.older import NOW
 from flatcal_dist.config.files import as_override
-from flatcal_dist.config.messages import as_written, nearest
-from flatcal_dist.config.older import NOW
 from flatcal_dist.config.root import Config
 from flatcal_dist.errors import ConfigError
 from flatcal_dist.files import read_bytes, write_text

@@ -2,6 +2,7 @@
 
 from pydantic import Field, model_validator
 
+from flatcal_dist.config.checking.combinations import what_does_not_go_together
 from flatcal_dist.config.choice_sections import (
     AverageConfig,
     MixingConfig,
@@ -12,7 +13,6 @@ from flatcal_dist.config.choice_sections import (
     ScheduleConfig,
     SharpnessConfig,
 )
-from flatcal_dist.config.combinations import what_does_not_go_together
 from flatcal_dist.config.data_section import DataConfig
 from flatcal_dist.config.kinds import Section
 from flatcal_dist.config.sections import (

@@ -9,8 +9,8 @@ from torch import nn
 
 from flatcal_dist.calibration.report.about import About, Setting
 from flatcal_dist.config import Config, method_of
+from flatcal_dist.config.checking.conditions import unread
 from flatcal_dist.config.choice_sections import ChoiceSection, Perturbation
-from flatcal_dist.config.conditions import unread
 from flatcal_dist.config.kinds import Section
 from flatcal_dist.data.sets.variants import DataSet
 from flatcal_dist.networks.registry import parameter_count

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from rich.cells import cell_len
 from rich.console import Console
 
+from flatcal_dist.config.checking.older import translate_older
 from flatcal_dist.config.files import read_layers
-from flatcal_dist.config.older import translate_older
 from flatcal_dist.config.sections import TrainConfig
 from flatcal_dist.runs.directory import RunDirectory, RunError, in_words
 from flatcal_dist.tracking.tracker import read_metrics

@@ -217,7 +217,7 @@ def _read_ones(sweep: Sweep, point: dict[str, Any], overrides: list[str]) -> lis
     What stands beside the choice, in one place of an axis, was meant for it. It is kept, and
     refused if it is not read.
     """
-    from flatcal_dist.config import choosing, conditions
+    from flatcal_dist.config.checking import choosing, conditions
 
     try:
         config = configuration.load(sweep.base, overrides, recorded=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flatcal_dist import batch_sizes, inputs
 from flatcal_dist.config import Config
-from flatcal_dist.config.run_length import length_of, no_average, refuse_short
+from flatcal_dist.config.checking.run_length import length_of, no_average, refuse_short
 from flatcal_dist.data import DataError, steps_per_epoch
 from flatcal_dist.data.order import micro_batch_count, micro_batches, rank_share
 from flatcal_dist.networks.registry import in_evaluation_mode

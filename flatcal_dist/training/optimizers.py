@@ -18,7 +18,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from flatcal_dist.config import Config, ConfigError, OptimizerConfig
-from flatcal_dist.config.run_length import length_of, refuse_short
+from flatcal_dist.config.checking.run_length import length_of, refuse_short
 
 MOMENTUM = OptimizerConfig().momentum
 OWN_KEYS = ("lr", "weight_decay", "momentum")

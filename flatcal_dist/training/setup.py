@@ -9,7 +9,7 @@ from timm.scheduler.scheduler import Scheduler
 from flatcal_dist import batch_sizes, inputs
 from flatcal_dist.averaging.average import Average
 from flatcal_dist.config import Config
-from flatcal_dist.config.run_length import length_of, no_average
+from flatcal_dist.config.checking.run_length import length_of, no_average
 from flatcal_dist.data import Index, steps_per_epoch
 from flatcal_dist.data.shards.listing import Stream
 from flatcal_dist.ranks.distributed import on_all_ranks

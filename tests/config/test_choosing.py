@@ -115,7 +115,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
 
 
 def test_every_condition_names_keys_that_exist_and_is_decided_by_keys_that_exist():
-    from flatcal_dist.config.conditions import CONDITIONS
+    from flatcal_dist.config.checking.conditions import CONDITIONS
 
     for condition in CONDITIONS:
         assert {*condition.keys, *condition.by} <= set(choosing.keys())

@@ -6,7 +6,7 @@ import pytest
 
 from flatcal_dist import cli
 from flatcal_dist.config import ConfigError, load
-from flatcal_dist.config.choosing import CHOOSERS, keys
+from flatcal_dist.config.checking.choosing import CHOOSERS, keys
 from flatcal_dist.config.reference import FIRST, LAST, as_text, entries, with_reference
 
 README = Path(__file__).parents[2] / "configs/README.md"

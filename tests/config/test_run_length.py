@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from flatcal_dist.config import ConfigError, load
-from flatcal_dist.config.run_length import length_of, no_average
+from flatcal_dist.config.checking.run_length import length_of, no_average
 from flatcal_dist.training.dry_run import phases_in_words
 from flatcal_dist.training.optimizers import build_optimizer, build_schedule
 

@@ -13,7 +13,7 @@ from torch import nn
 from flatcal_dist import config as configuration
 from flatcal_dist import inputs
 from flatcal_dist.config import ConfigError, load
-from flatcal_dist.config.choosing import CHOOSERS, keys
+from flatcal_dist.config.checking.choosing import CHOOSERS, keys
 from flatcal_dist.data import DataError, expand, training_transform
 from flatcal_dist.networks.registry import build
 from flatcal_dist.runs.directory import RunDirectory

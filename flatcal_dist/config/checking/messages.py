@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from flatcal_dist.config.choosing import Chooser
+from flatcal_dist.config.checking.choosing import Chooser
 from flatcal_dist.config.files import Layers, shown
 
 ONE_OF_TWO = ("bool_type", "bool_parsing")
