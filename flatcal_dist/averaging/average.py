@@ -13,8 +13,8 @@ from flatcal_dist.averaging.norm_statistics import (
     reestimate,
     statistics_of,
 )
-from flatcal_dist.sharpness.buffers import broadcast
 from flatcal_dist.sharpness.engines.base import Engine
+from flatcal_dist.sharpness.passes.buffers import broadcast
 
 Batches = Callable[[], Iterable[tuple[Tensor, bool]]]
 

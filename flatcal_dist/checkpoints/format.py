@@ -26,7 +26,7 @@ from flatcal_dist.files import read_bytes, read_json, sync_directory
 from flatcal_dist.networks.weights import sha256
 from flatcal_dist.runs.directory import RunError, in_words
 from flatcal_dist.sharpness import SharpnessAwareStep
-from flatcal_dist.sharpness.learning import load_state
+from flatcal_dist.sharpness.passes.learning import load_state
 
 NAME = re.compile(r"step_([0-9]{8,18})")
 # Errors that say nothing about what lies on the disk. They may be gone at the next try.

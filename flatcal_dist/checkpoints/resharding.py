@@ -24,7 +24,7 @@ from flatcal_dist.networks.weights import save_weights
 from flatcal_dist.ranks.distributed import on_all_ranks
 from flatcal_dist.runs.directory import RunDirectory
 from flatcal_dist.sharpness import SharpnessAwareStep
-from flatcal_dist.sharpness.buffers import set_buffers
+from flatcal_dist.sharpness.passes.buffers import set_buffers
 
 Pieces = dict[str, list]
 

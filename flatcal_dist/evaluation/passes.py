@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from flatcal_dist.config import ConfigError
-from flatcal_dist.sharpness.outputs import logits_of
+from flatcal_dist.sharpness.passes.outputs import logits_of
 
 PASSES = 32  # passes with dropout for each image
 

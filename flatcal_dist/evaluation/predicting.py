@@ -20,7 +20,7 @@ from flatcal_dist.evaluation.passes import Ensemble, passes_with_dropout, refuse
 from flatcal_dist.networks.features import Watch, watching_features
 from flatcal_dist.networks.registry import in_evaluation_mode
 from flatcal_dist.ranks.distributed import on_all_ranks
-from flatcal_dist.sharpness.outputs import logits_of
+from flatcal_dist.sharpness.passes.outputs import logits_of
 
 REFERENCE_IMAGES = 50_000  # the most training images that features are compared with
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import flatcal_dist.networks
 from flatcal_dist.errors import ConfigError
-from flatcal_dist.sharpness.replay import SameFunctionTwice
+from flatcal_dist.sharpness.passes.replay import SameFunctionTwice
 
 
 @cache

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from flatcal_dist.objectives import Objective
 from flatcal_dist.sharpness.engines.base import Engine
-from flatcal_dist.sharpness.forward import Pass
+from flatcal_dist.sharpness.passes.forward import Pass
+from flatcal_dist.sharpness.passes.whole_batch import WholeBatch
 from flatcal_dist.sharpness.result import Sums
 from flatcal_dist.sharpness.rules import Shards
 from flatcal_dist.sharpness.scope import Scope
-from flatcal_dist.sharpness.whole_batch import WholeBatch
 
 MicroBatches = Sequence[Any]  # pairs (inputs, target), or what the user's `forward` takes
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flatcal_dist.sharpness.engines.move import Measured
-from flatcal_dist.sharpness.forward import Evaluated
+from flatcal_dist.sharpness.passes.forward import Evaluated
 from flatcal_dist.sharpness.rules import Memory
 
 

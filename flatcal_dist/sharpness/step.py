@@ -18,20 +18,20 @@ import torch
 from torch import Tensor
 
 from flatcal_dist.objectives.base import Objective, State
-from flatcal_dist.sharpness import learning
-from flatcal_dist.sharpness.batches import global_size
 from flatcal_dist.sharpness.engines.base import Engine
 from flatcal_dist.sharpness.engines.move import Measured
 from flatcal_dist.sharpness.errors import StepError
-from flatcal_dist.sharpness.forward import Forward, Pass, of_user, on_a_share, pair
 from flatcal_dist.sharpness.gradients import GradientPath, MicroBatches
 from flatcal_dist.sharpness.networks import FrozenWeights, Parameters
-from flatcal_dist.sharpness.replay import SameFunctionTwice, no_weights_in_autocast
+from flatcal_dist.sharpness.passes import learning
+from flatcal_dist.sharpness.passes.batches import global_size
+from flatcal_dist.sharpness.passes.forward import Forward, Pass, of_user, on_a_share, pair
+from flatcal_dist.sharpness.passes.replay import SameFunctionTwice, no_weights_in_autocast
+from flatcal_dist.sharpness.passes.whole_batch import WholeBatch
 from flatcal_dist.sharpness.result import Agreed, Seen, StepResult
 from flatcal_dist.sharpness.rules import Context, Loss, Memory, Rule, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 from flatcal_dist.sharpness.weights import add_decay_, descend, selection
-from flatcal_dist.sharpness.whole_batch import WholeBatch
 
 __all__ = ["MicroBatches", "SharpnessAwareStep"]
 
@@ -143,8 +143,8 @@ class SharpnessAwareStep:
                 perturbs. By default it is `taken`.
             rho: The length of the perturbation in this step. By default it is the rule's.
             forward: A function of (model, batch) that returns losses and whatever else is wanted
-                back, in a form of `flatcal_dist.sharpness.forward`. It has to call the model that
-                it is given. By default the step calls the network and its objective.
+                back, in a form of `flatcal_dist.sharpness.passes.forward`. It has to call the model
+                that it is given. By default the step calls the network and its objective.
             samples: The number of losses (or the sum of their weights) in a pass over all ranks
                 and micro-batches. If it is not given, one more small reduction finds it from the
                 first tensor of each batch, and checks that ranks have as many micro-batches.

@@ -11,10 +11,10 @@ from torch import Tensor
 from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.sharpness import CSAM, Engine, FunctionalSAM, Rule, SharpnessAwareStep
 from flatcal_dist.sharpness import step as step_module
-from flatcal_dist.sharpness.buffers import BufferState
 from flatcal_dist.sharpness.engines.move import Displacement
 from flatcal_dist.sharpness.engines.registry import ENGINES
-from flatcal_dist.sharpness.replay import SameFunctionTwice
+from flatcal_dist.sharpness.passes.buffers import BufferState
+from flatcal_dist.sharpness.passes.replay import SameFunctionTwice
 from flatcal_dist.sharpness.result import Agreed
 from flatcal_dist.sharpness.rules import Context, Loss, Shards
 from flatcal_dist.sharpness.rules.base import Total

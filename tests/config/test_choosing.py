@@ -8,7 +8,8 @@ from torch import nn
 
 from flatcal_dist import config as configuration
 from flatcal_dist.choices import found_in
-from flatcal_dist.config import ConfigError, OptimizerConfig, choosing, load
+from flatcal_dist.config import ConfigError, OptimizerConfig, load
+from flatcal_dist.config.checking import choosing
 from flatcal_dist.objectives import Focal
 from flatcal_dist.runs.directory import RunDirectory
 from flatcal_dist.runs.sweep import elements, load_sweep

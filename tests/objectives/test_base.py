@@ -18,8 +18,8 @@ from flatcal_dist.objectives import (
     csam_loss,
 )
 from flatcal_dist.sharpness import CSAM, SAM, ReplicatedEngine, SharpnessAwareStep
-from flatcal_dist.sharpness.forward import on_a_share, pair
-from flatcal_dist.sharpness.whole_batch import WholeBatch
+from flatcal_dist.sharpness.passes.forward import on_a_share, pair
+from flatcal_dist.sharpness.passes.whole_batch import WholeBatch
 from tests.support.engines import make_engine
 from tests.support.ranks import on_ranks
 from tests.support.readme import example_class

@@ -7,8 +7,8 @@ from flatcal_dist.config import ConfigError, load
 from flatcal_dist.objectives import CRL, CrossEntropy, Focal, Targets
 from flatcal_dist.objectives.targets import Mixed
 from flatcal_dist.sharpness import SAM, FunctionalSAM, ReplicatedEngine, SharpnessAwareStep
-from flatcal_dist.sharpness.forward import on_a_share, pair
-from flatcal_dist.sharpness.whole_batch import WholeBatch
+from flatcal_dist.sharpness.passes.forward import on_a_share, pair
+from flatcal_dist.sharpness.passes.whole_batch import WholeBatch
 from tests.support.reference import CLOSE, far, make_batch, make_network, make_optimizer
 
 WEIGHT = 0.7

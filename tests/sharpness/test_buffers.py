@@ -28,7 +28,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_state_comes_back(layout):
     """After changes in memory, of shape, and of the name's tensor."""
-    from flatcal_dist.sharpness.buffers import BufferState, distinct_memory
+    from flatcal_dist.sharpness.passes.buffers import BufferState, distinct_memory
 
     module = nn.Module()
     module.register_buffer("b", LAYOUTS[layout]())

@@ -18,7 +18,7 @@ from flatcal_dist.sharpness import (
     SharpnessAwareStep,
     rule_table,
 )
-from flatcal_dist.sharpness.engines.fsdp2 import ShardedEngine
+from flatcal_dist.sharpness.engines.fsdp2.engine import ShardedEngine
 from tests.support.engines import ENGINES, EVERYWHERE, ZERO, everywhere, make_engine
 from tests.support.ranks import on_ranks
 from tests.support.reference import (

@@ -8,7 +8,7 @@ from torch import nn
 
 from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
 from flatcal_dist.sharpness.engines.loss_scale import LossScale
-from flatcal_dist.sharpness.engines.zero import ZeroEngine
+from flatcal_dist.sharpness.engines.zero.engine import ZeroEngine
 from tests.support.engines import EVERYWHERE, ZERO, everywhere, make_engine, saved, used
 from tests.support.ranks import on_ranks
 from tests.support.reference import (

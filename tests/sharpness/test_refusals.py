@@ -21,8 +21,8 @@ from flatcal_dist.sharpness import (
     SharpnessAwareStep,
     StepError,
 )
-from flatcal_dist.sharpness.engines.fsdp2 import ShardedEngine
-from flatcal_dist.sharpness.engines.fsdp2_start import shard
+from flatcal_dist.sharpness.engines.fsdp2.engine import ShardedEngine
+from flatcal_dist.sharpness.engines.fsdp2.start import shard
 from tests.support.engines import CPU, ENGINES, make_engine
 from tests.support.ranks import on_ranks
 from tests.support.reference import (

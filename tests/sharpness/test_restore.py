@@ -25,8 +25,8 @@ from flatcal_dist.sharpness import (
     SharpnessAwareStep,
     StaleSAM,
 )
-from flatcal_dist.sharpness.engines.fsdp2 import ShardedEngine
-from flatcal_dist.sharpness.engines.zero import ZeroEngine
+from flatcal_dist.sharpness.engines.fsdp2.engine import ShardedEngine
+from flatcal_dist.sharpness.engines.zero.engine import ZeroEngine
 from flatcal_dist.training.stopping import StopRequest
 from tests.support.engines import (
     EVERYWHERE,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flatcal_dist.sharpness import SAM, LookSAM, SharpnessAwareStep
-from flatcal_dist.sharpness.engines.zero import ZeroEngine
+from flatcal_dist.sharpness.engines.zero.engine import ZeroEngine
 from tests.support.engines import (
     ENGINES,
     EVERYWHERE,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.sharpness import ReplicatedEngine, SharpnessAwareStep, StepError
-from flatcal_dist.sharpness.engines.zero import ZeroEngine
+from flatcal_dist.sharpness.engines.zero.engine import ZeroEngine
 from tests.support.engines import make_engine
 from tests.support.ranks import on_ranks
 from tests.support.reference import (

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flatcal_dist.sharpness import SAM, LookSAM, SharpnessAwareStep
-from flatcal_dist.sharpness.engines.zero_start import RunningStatisticsInFp32
+from flatcal_dist.sharpness.engines.zero.start import RunningStatisticsInFp32
 from tests.sharpness.test_precision import wide_network
 from tests.sharpness.test_restore import Spoiled, raise_error
 from tests.support.engines import ZERO, make_engine, used

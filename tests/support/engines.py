@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.sharpness import ReplicatedEngine
-from flatcal_dist.sharpness.engines import zero_start
-from flatcal_dist.sharpness.engines.fsdp2 import ShardedEngine
-from flatcal_dist.sharpness.engines.fsdp2_start import shard
-from flatcal_dist.sharpness.engines.zero import ZeroEngine, start_zero
+from flatcal_dist.sharpness.engines.fsdp2.engine import ShardedEngine
+from flatcal_dist.sharpness.engines.fsdp2.start import shard
+from flatcal_dist.sharpness.engines.zero import start as zero_start
+from flatcal_dist.sharpness.engines.zero.engine import ZeroEngine, start_zero
 from tests.support.ranks import on_ranks
 from tests.support.reference import LeavesOutABlock, make_network, make_optimizer
 

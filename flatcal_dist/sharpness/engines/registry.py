@@ -100,8 +100,8 @@ def _replicated(network: nn.Module, plan: Plan) -> Engine:
 
 
 def _sharded(network: nn.Module, plan: Plan) -> Engine:
-    from flatcal_dist.sharpness.engines.fsdp2 import ShardedEngine
-    from flatcal_dist.sharpness.engines.fsdp2_start import shard
+    from flatcal_dist.sharpness.engines.fsdp2.engine import ShardedEngine
+    from flatcal_dist.sharpness.engines.fsdp2.start import shard
 
     device, ranks = plan.accelerator.device, plan.ranks_per_group
     sharded = shard(network, device, plan.precision, ranks_per_group=ranks)
@@ -109,8 +109,8 @@ def _sharded(network: nn.Module, plan: Plan) -> Engine:
 
 
 def _zero(stage: int, network: nn.Module, plan: Plan) -> Engine:
-    from flatcal_dist.sharpness.engines.zero import ZeroEngine
-    from flatcal_dist.sharpness.engines.zero_start import start_zero
+    from flatcal_dist.sharpness.engines.zero.engine import ZeroEngine
+    from flatcal_dist.sharpness.engines.zero.start import start_zero
 
     network = network.to(plan.accelerator.device)
     optimizer = plan.optimizer(network)

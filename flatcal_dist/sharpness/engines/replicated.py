@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
 from flatcal_dist.sharpness.engines.base import (
     Arrangement,
     decays_by_name,
@@ -28,6 +27,7 @@ from flatcal_dist.sharpness.engines.loss_scale import LossScale
 from flatcal_dist.sharpness.engines.move import Backup, Displacement, measure
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.networks import refuse_sparse, refuse_unheld, sparse_refused
+from flatcal_dist.sharpness.passes.buffers import broadcast_buffers, set_buffers
 from flatcal_dist.sharpness.rules import Rule, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 

@@ -4,7 +4,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.networks.registry import in_evaluation_mode
-from flatcal_dist.sharpness.outputs import logits_of
+from flatcal_dist.sharpness.passes.outputs import logits_of
 
 
 def arrange_buckets(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flatcal_dist.sharpness.engines.alone import join_alone
 from flatcal_dist.sharpness.engines.base import refuse_part
 from flatcal_dist.sharpness.engines.optimizer_probe import refuse_flat_parts
-from flatcal_dist.sharpness.engines.zero_parts import deepspeed, layout_of
+from flatcal_dist.sharpness.engines.zero.parts import deepspeed, layout_of
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.networks import refuse_unheld
 

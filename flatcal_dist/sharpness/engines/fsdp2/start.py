@@ -8,10 +8,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from flatcal_dist.sharpness.buffers import broadcast, broadcast_buffers
 from flatcal_dist.sharpness.engines.alone import join_alone
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.networks import refuse_unheld
+from flatcal_dist.sharpness.passes.buffers import broadcast, broadcast_buffers
 
 NORMS = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from flatcal_dist.objectives import Objective, Targets
 from flatcal_dist.sharpness.errors import StepError
-from flatcal_dist.sharpness.outputs import logits_of
+from flatcal_dist.sharpness.passes.outputs import logits_of
+from flatcal_dist.sharpness.passes.whole_batch import WholeBatch
 from flatcal_dist.sharpness.rules import Loss
-from flatcal_dist.sharpness.whole_batch import WholeBatch
 
 Forward = Callable[[nn.Module, Any], Any]
 

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
 from flatcal_dist.sharpness.engines.base import (
     Arrangement,
     rates_by_name,
@@ -24,10 +23,11 @@ from flatcal_dist.sharpness.engines.base import (
     with_groups,
 )
 from flatcal_dist.sharpness.engines.move import Backup, Displacement, Measured, measure
-from flatcal_dist.sharpness.engines.zero_parts import Layout, deepspeed, layout_of
-from flatcal_dist.sharpness.engines.zero_start import InPrecision, start_zero
+from flatcal_dist.sharpness.engines.zero.parts import Layout, deepspeed, layout_of
+from flatcal_dist.sharpness.engines.zero.start import InPrecision, start_zero
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.networks import sparse_refused
+from flatcal_dist.sharpness.passes.buffers import broadcast_buffers, set_buffers
 from flatcal_dist.sharpness.rules import Rule, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from flatcal_dist.sharpness.buffers import BufferState
+from flatcal_dist.sharpness.passes.buffers import BufferState
 
 # What puts a generator of random numbers back, and the state that it is given.
 RandomState = list[tuple[Callable[[Any], Any], Any]]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from flatcal_dist.objectives import Objective, Targets
 from flatcal_dist.objectives.targets import Batch, as_targets
-from flatcal_dist.sharpness.outputs import logits_of
-from flatcal_dist.sharpness.replay import SameFunctionTwice
+from flatcal_dist.sharpness.passes.outputs import logits_of
+from flatcal_dist.sharpness.passes.replay import SameFunctionTwice
 
 Calls = Callable[[nn.Module, Any], Any]
 

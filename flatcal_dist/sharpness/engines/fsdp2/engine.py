@@ -4,7 +4,7 @@ Every rank holds its rows of each parameter in fp32. A forward or backward pass 
 of a block from the shards, in the precision of the pass, and drops it again. So a perturbation
 changes the shards while nothing whole is held, and the next forward pass sees it without more work.
 
-Only the public interface of torch.distributed.fsdp is used, but for fsdp2_passes.py.
+Only the public interface of torch.distributed.fsdp is used, but for passes.py.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from flatcal_dist.sharpness.buffers import broadcast_buffers, set_buffers
 from flatcal_dist.sharpness.engines.base import (
     Arrangement,
     decays_by_name,
@@ -30,9 +29,9 @@ from flatcal_dist.sharpness.engines.base import (
     stack,
     with_groups,
 )
-from flatcal_dist.sharpness.engines.fsdp2_passes import end_passes, forget_gradients, refuse_unknown
-from flatcal_dist.sharpness.engines.fsdp2_start import in_full_precision
-from flatcal_dist.sharpness.engines.fsdp2_state import (
+from flatcal_dist.sharpness.engines.fsdp2.passes import end_passes, forget_gradients, refuse_unknown
+from flatcal_dist.sharpness.engines.fsdp2.start import in_full_precision
+from flatcal_dist.sharpness.engines.fsdp2.state import (
     copy_into,
     join,
     local,
@@ -46,12 +45,13 @@ from flatcal_dist.sharpness.engines.move import Backup, Displacement, Measured, 
 from flatcal_dist.sharpness.engines.optimizer_probe import refuse_rows
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.networks import sparse_refused
+from flatcal_dist.sharpness.passes.buffers import broadcast_buffers, set_buffers
 from flatcal_dist.sharpness.rules import Rule, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 
 
 class ShardedEngine:
-    """A network sharded by `fsdp2_start.shard`, and an optimizer on its sharded parameters.
+    """A network sharded by `start.shard`, and an optimizer on its sharded parameters.
 
     The engine perturbs for all ranks. Where the network is sharded over groups of ranks, it can
     also perturb for each group alone, since each group holds all weights. Replicas (ranks of
@@ -370,7 +370,7 @@ def _refuse_unsharded(
     ):
         raise StepError(
             "ShardedEngine takes an fp32 network in which every parameter is sharded over a mesh "
-            "of one dimension: shard it with flatcal_dist.sharpness.engines.fsdp2_start.shard"
+            "of one dimension: shard it with flatcal_dist.sharpness.engines.fsdp2.start.shard"
         )
     refuse_unknown(model)
     own = {id(w) for w in parameters.values()}

@@ -5,8 +5,8 @@ from typing import Any
 from flatcal_dist.objectives.base import Objective
 from flatcal_dist.sharpness.engines.base import Engine
 from flatcal_dist.sharpness.errors import StepError
-from flatcal_dist.sharpness.forward import size_of
 from flatcal_dist.sharpness.gradients import MicroBatches
+from flatcal_dist.sharpness.passes.forward import size_of
 
 
 def global_size(

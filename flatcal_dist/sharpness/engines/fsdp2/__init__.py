@@ -1,0 +1,1 @@
+"""FSDP2: all that a weight needs is cut into rows."""

@@ -1,0 +1,1 @@
+"""ZeRO: the optimizer's state, gradients and weights in parts, through DeepSpeed."""
