@@ -3,9 +3,9 @@
 `python -m flatcal_dist.sharpness.rule_table` writes it. A test keeps both equal.
 """
 
-import inspect
 from pathlib import Path
 
+from flatcal_dist import markdown
 from flatcal_dist.choices import found_in
 from flatcal_dist.files import write_text
 from flatcal_dist.sharpness.rules import Rule
@@ -13,31 +13,26 @@ from flatcal_dist.sharpness.rules import Rule
 README = Path(__file__).with_name("README.md")
 FIRST = "<!-- rules: python -m flatcal_dist.sharpness.rule_table -->"
 LAST = "<!-- end of rules -->"
+HEAD = ("rule", "what it is", "passes", "copies", "scopes", "not with")
 RULES = found_in("flatcal_dist.sharpness.rules", Rule)  # type: ignore[type-abstract]
 
 
 def as_markdown() -> str:
     """Return the table of all rules."""
-    head = (
-        "| rule | what it is | passes | copies | scopes | not with |\n|---|---|---|---|---|---|\n"
-    )
-    return head + "".join(_row(kind) for kind in RULES.values())
+    return markdown.table(HEAD, [_row(kind) for kind in RULES.values()])
 
 
 def with_table(text: str) -> str:
     """Return a Markdown text with the table between its marker lines."""
-    before, _, rest = text.partition(FIRST)
-    return f"{before}{FIRST}\n\n{as_markdown()}\n{LAST}{rest.partition(LAST)[2]}"
+    return markdown.between(text, FIRST, LAST, as_markdown())
 
 
-def _row(kind: type[Rule]) -> str:
+def _row(kind: type[Rule]) -> tuple[str, ...]:
     rule = kind()
-    first = (inspect.getdoc(kind) or "").partition("\n")[0].replace("|", "\\|")
-    cells = (
-        f"`{rule.name}`: `{kind.__name__}`", first, passes(rule), copies(rule),
+    return (
+        f"`{rule.name}`: `{kind.__name__}`", markdown.summary(kind), passes(rule), copies(rule),
         "`global`" if rule.combines else "all", "; ".join(refused(rule)) or "-",
     )  # fmt: skip
-    return "| " + " | ".join(cells) + " |\n"
 
 
 def passes(rule: Rule) -> str:
