@@ -11,8 +11,8 @@ def summary(kind: type) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    first, *rest = (f"| {' | '.join(cells)} |\n" for cells in (head, *rows))
+    return first + "|" + "---|" * len(head) + "\n" + "".join(rest)
 
 
 def between(text: str, first: str, last: str, body: str) -> str:
