@@ -17,10 +17,10 @@ class FriendlySAM(SAM):
 
     e = rho * d / ||d||_2 with d = g - sigma * m, where m estimates the full gradient:
     m <- decay * m + (1 - decay) * g. As in the authors' code (nblt/F-SAM), d uses the m of before
-    this step, and the first step perturbs along g and sets m = g. Their adaptive form is not here. Only
-    steps that perturb change m.
-    It takes the memory of one more copy of the weights, in checkpoints too, and g takes another
-    one until the second gradient is there. With sigma 0 the rule is SAM.
+    this step, and the first step perturbs along g and sets m = g. Their adaptive form is not here.
+    Only steps that perturb change m. It takes the memory of one more copy of the weights, in
+    checkpoints too, and g takes another one until the second gradient is there. With sigma 0 the
+    rule is SAM.
     """
 
     name: ClassVar[str] = "friendly_sam"
