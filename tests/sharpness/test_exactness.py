@@ -132,5 +132,7 @@ def test_every_rule_accumulation_and_scope(kind):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ENGINES)
 def test_four_ranks(kind):
-    groups = [("csam", 2, 2, False)] if kind in ("ddp", "zero1", "zero2") else []
-    check(on_ranks(4, trained, kind, [*ALL[3:9], *groups]), 4)
+    groups = [(rule, 2, 2, False) for rule in ("csam", "le_sam", "sam_share")]
+    groups = groups if kind in ("ddp", "zero1", "zero2") else []
+    new = [(rule, 2, "global", False) for rule in NEW]
+    check(on_ranks(4, trained, kind, [*ALL[3:9], *new, *groups]), 4)
