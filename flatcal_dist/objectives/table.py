@@ -59,7 +59,9 @@ def refused(kind: type[Objective]) -> list[str]:
     if kind.pairs == "same_class" or kind.keeps_history:
         found.append("streamed shards")
     if kind.keeps_history:
-        found.append("rules with one pass, `share` below 1")
+        found.append("rules with one pass")
+    if kind.keeps_history or kind.whole_batch:
+        found.append("`share` below 1")
     if kind.whole_batch:
         found.append("scopes other than `global`, `per_micro_batch`, `functional_sam`")
     return found

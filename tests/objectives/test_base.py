@@ -137,7 +137,9 @@ def test_a_share_of_a_micro_batch_keeps_pairs_whole():
             forward = pair(
                 objective if even else CrossEntropy(), CrossEntropy(), False, WholeBatch(1)
             )
-            sizes[share, even] = on_a_share(forward, share, even)(make_network(), batch).losses
+            evaluated = on_a_share(forward, share, even)(make_network(), batch)
+            assert evaluated.losses == pytest.approx(24), "weighed as if they were all"
+            sizes[share, even] = len(evaluated.output)
     assert [sizes[s, True] for s in (0.01, 0.1, 0.25, 0.3, 0.5, 0.9, 0.99)] == [
         2, 4, 6, 8, 12, 22, 24,
     ]  # fmt: skip

@@ -186,6 +186,8 @@ def test_what_would_compare_a_part_of_the_batch_is_refused():
 
     with pytest.raises(StepError, match="MMCE compares all samples of a step"):
         step(SAM(0.1), per_micro_batch=True)
+    with pytest.raises(StepError, match=r"SAM\(share=0.5\) takes the ascent gradient of a part"):
+        step(SAM(0.1, share=0.5))
     with pytest.raises(StepError, match="keeps the slopes at w"):
         step(FunctionalSAM(0.1))
     with pytest.raises(StepError, match=r"2 micro-batches: .* accumulation='second_pass'"):

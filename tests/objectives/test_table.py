@@ -20,7 +20,8 @@ def test_what_the_table_says_is_refused_is_refused():
         "`csam`": ["sharpness.rule=csam"],
         "mixup, CutMix": ["mixing.name=mixup"],
         "streamed shards": ["data.reader=streaming"],
-        "rules with one pass, `share` below 1": ["sharpness.rule=sam", "sharpness.share=0.5"],
+        "rules with one pass": ["sharpness.rule=stale_sam"],
+        "`share` below 1": ["sharpness.rule=sam", "sharpness.share=0.5"],
         "scopes other than `global`, `per_micro_batch`, `functional_sam`": [
             "sharpness.rule=sam", "sharpness.scope=rank",
         ],

@@ -35,6 +35,12 @@ def _rule_and_objective(rule: Rule, objective: Objective) -> Iterator[str]:
             f"objective.name={objective.name} learns from a pass at w of every image, and "
             f"sharpness.rule={rule.name} {how}: choose sharpness.rule=sam, with sharpness.share=1"
         )
+    if objective.whole_batch and 0 < rule.ascent_share < 1:
+        yield (
+            f"objective.name={objective.name} compares all images of a step, and sharpness.share="
+            f"{rule.ascent_share:g} takes the ascent gradient of a part of them: set "
+            "sharpness.share=1, or choose another objective.name"
+        )
     if objective.whole_batch and rule.follows_outputs:
         yield (
             f"sharpness.rule={rule.name} keeps the slopes at w, and objective.name="

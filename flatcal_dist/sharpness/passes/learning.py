@@ -49,6 +49,11 @@ def refuse_apart(objective: Objective, rule: Rule, apart: bool) -> None:
             f"{loss} compares all samples of a step, and in this scope a part of them perturbs by "
             "itself: use scope 'global' without per_micro_batch"
         )
+    if objective.whole_batch and 0 < rule.ascent_share < 1:
+        raise StepError(
+            f"{loss} compares all samples of a step, and {name}(share={rule.ascent_share:g}) takes "
+            "the ascent gradient of a part of them: use share=1"
+        )
     if rule.follows_outputs and objective.whole_batch:
         raise StepError(
             f"{name} keeps the slopes at w, and {loss} compares the samples at w + e: use SAM"
