@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from flatcal_dist.sharpness import CSAM, SharpnessAwareStep
-from flatcal_dist.sharpness.engines.zero.engine import ZeroEngine, start_zero
+from flatcal_dist.sharpness.zero import ZeroEngine, start_zero
 
 BATCH = 64  # of all processes together
 

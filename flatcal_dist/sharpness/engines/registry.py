@@ -120,7 +120,7 @@ def _zero(stage: int, network: nn.Module, plan: Plan) -> Engine:
 def _zero_entry(stage: int) -> Entry:
     return Entry(
         name=f"zero{stage}",
-        path="flatcal_dist.sharpness.engines.zero:ZeroEngine",
+        path="flatcal_dist.sharpness.engines.zero.engine:ZeroEngine",
         build=partial(_zero, stage),
         plugin=Plugin("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage)),
         autocasts=False,
@@ -142,7 +142,7 @@ _ENTRIES = (
     *(_zero_entry(stage) for stage in (1, 2, 3)),
     Entry(
         name="fsdp2",
-        path="flatcal_dist.sharpness.engines.fsdp2:ShardedEngine",
+        path="flatcal_dist.sharpness.engines.fsdp2.engine:ShardedEngine",
         build=_sharded,
         plugin=Plugin("ACCELERATE_USE_FSDP", "FSDP_VERSION", "2"),
         autocasts=False,
