@@ -380,6 +380,7 @@ def augmentation(data: DataConfig) -> Augmentation:
         kind=data.augmentation,
         scale=(data.crop_scale[0], data.crop_scale[1]),
         ratio=(data.crop_ratio[0], data.crop_ratio[1]),
+        padding=data.crop_padding,
         flip=data.flip,
         interpolation=data.interpolation,
         crop_pct=data.crop_pct,

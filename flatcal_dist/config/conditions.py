@@ -44,10 +44,22 @@ CONDITIONS = (
         "average.start_epoch=null",
     ),
     Condition(
-        ("data.crop_scale", "data.crop_ratio", "data.flip"),
+        ("data.crop_scale", "data.crop_ratio"),
         lambda config: config.data.augmentation == "resized_crop",
         ("data.augmentation",),
         "data.augmentation=resized_crop",
+    ),
+    Condition(
+        ("data.crop_padding",),
+        lambda config: config.data.augmentation == "pad_crop",
+        ("data.augmentation",),
+        "data.augmentation=pad_crop",
+    ),
+    Condition(
+        ("data.flip",),
+        lambda config: config.data.augmentation != "none",
+        ("data.augmentation",),
+        "data.augmentation=resized_crop or pad_crop",
     ),
     Condition(
         ("data.auto_augment_magnitude",),
