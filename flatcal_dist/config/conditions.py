@@ -44,6 +44,12 @@ CONDITIONS = (
         "average.start_epoch=null",
     ),
     Condition(
+        ("data.holdout_seed",),
+        lambda config: config.data.holdout is not None,
+        ("data.holdout",),
+        "a data.holdout",
+    ),
+    Condition(
         ("data.crop_scale", "data.crop_ratio"),
         lambda config: config.data.augmentation == "resized_crop",
         ("data.augmentation",),

@@ -29,6 +29,17 @@ class DataConfig(Section):
     validation: Shards | list[Shards] | None = Field(
         None, description="The shards to evaluate on, named in the same ways."
     )
+    holdout: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="The share of the training images that is never trained on. The evaluation "
+        "fits the temperature on them (TS-valid). Each class gives the same share. Default: none, "
+        "and the temperature is cross-fitted on the evaluated images.",
+    )
+    holdout_seed: int = Field(
+        0, ge=0, le=2**63 - 1, description="The seed that chooses these images."
+    )
     global_batch_size: int = Field(
         256, ge=1, le=2**24, description="The number of images of one optimizer step, on all ranks."
     )

@@ -52,7 +52,9 @@ def test_shards_hold_what_torchvision_reads(classes, form, tmp_path, monkeypatch
         main([*words, "--shards", "2", "--unchecked"])
         index = load_index(expand(out, split), classes)
         theirs = by_torchvision(files, classes, tmp_path, split == "train", monkeypatch)
-        assert len(index) == len(theirs) == {"train": 60 // (1 + 4 * (classes == 100))}.get(split, 12)
+        assert (
+            len(index) == len(theirs) == {"train": 60 // (1 + 4 * (classes == 100))}.get(split, 12)
+        )
         assert index.shards[0].name == f"cifar{classes}-{split}-0000.tar"
         for i in range(len(index)):
             number = int(index.key(i).rpartition("_")[2])
@@ -79,7 +81,7 @@ def test_an_interrupted_download_says_so(share, tmp_path):
     archive = cifar_archive(tmp_path / "cifar-10-python.tar.gz", cifar_files(10), 10)
     data = archive.read_bytes()
     archive.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(DataError, match="is cut short or damaged .* download it again"):
+    with pytest.raises(DataError, match=r"is cut short or damaged .* download it again"):
         cifar(archive, "validation", checked=False)
 
 
@@ -105,7 +107,7 @@ def test_what_is_no_archive_of_cifar_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"is cut short or damaged \(not a gzip file"):
         cifar(page, "train")
     other = cifar_archive(tmp_path / "x.tgz", {"a": b"1"}, 10)
-    with pytest.raises(DataError, match="holds no cifar-10-batches-py/batches.meta"):
+    with pytest.raises(DataError, match=r"holds no cifar-10-batches-py/batches.meta"):
         cifar(other, "train", checked=False)
     os.mkfifo(tmp_path / "cifar-100-python.tar.gz")
     with pytest.raises(DataError, match="is a FIFO, expected a regular file"):
@@ -177,7 +179,10 @@ def test_damaged_pickles_are_errors_of_data():
     whole = pickled_by_python2({"data": np.zeros((2, 9), np.uint8), "labels": [1, 2]})
     refused = 0
     for place in range(len(whole)):
-        for data in (whole[:place], whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :]):
+        for data in (
+            whole[:place],
+            whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :],
+        ):
             try:
                 read_pickle(data, "x")
             except DataError:

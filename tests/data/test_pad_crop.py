@@ -7,7 +7,13 @@ from conftest import QUICK, train_on
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as F
 
-from flatcal_dist.data import Augmentation, BatchPlan, Decoding, evaluation_transform, training_transform
+from flatcal_dist.data import (
+    Augmentation,
+    BatchPlan,
+    Decoding,
+    evaluation_transform,
+    training_transform,
+)
 from flatcal_dist.data.images.pad_crop import PadCrop
 from flatcal_dist.data.loading.streaming import streaming_loader
 from flatcal_dist.data.order import sample_seed, sample_seeds
@@ -62,7 +68,9 @@ def test_places_and_mirroring_are_uniform_and_independent():
 
 def test_it_is_torchvisions_crop_with_the_places_drawn():
     image, crop = pixels()[0].permute(2, 0, 1), PadCrop(4, 0.5)
-    for seed, row, column, mirrored in zip(SEEDS[:20].tolist(), *crop.draw(SEEDS[:20]), strict=True):
+    for seed, row, column, mirrored in zip(
+        SEEDS[:20].tolist(), *crop.draw(SEEDS[:20]), strict=True
+    ):
         part = F.crop(T.Pad(4)(image), int(row), int(column), 6, 5)
         expected = F.horizontal_flip(part) if mirrored else part
         assert torch.equal(crop.one(image, seed), expected)

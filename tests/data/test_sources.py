@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flatcal_dist.cli import main
 from flatcal_dist.data import (
     DataError,
-    expand,
     image_folder,
     load_index,
     prepare_shards,

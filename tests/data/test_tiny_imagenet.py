@@ -39,7 +39,9 @@ def test_shards_hold_the_published_bytes_under_sorted_classes(archive, unpacked,
                 expected |= {f"{wnid}_{i}": (jpeg(100 * k + i), label) for i in range(12)}
             else:
                 expected |= {f"val_{i}": (jpeg(1000 + i), label) for i in range(k, 11, 3)}
-        found = {index.key(i): (bytes(index.read(i)), int(index.label[i])) for i in range(len(index))}
+        found = {
+            index.key(i): (bytes(index.read(i)), int(index.label[i])) for i in range(len(index))
+        }
         assert found == expected
     assert tiny_imagenet(source, "train", checked=False).classes == tuple(sorted(WNIDS))
 
@@ -62,7 +64,7 @@ def test_an_interrupted_download_says_so(archive):
         archive.write_bytes(data[: int(share * len(data))])
         with pytest.raises(DataError, match="has the MD5 sum .* published with " + MD5):
             tiny_imagenet(archive, "train")
-        with pytest.raises(DataError, match="is cut short, damaged or no zip .* again"):
+        with pytest.raises(DataError, match=r"is cut short, damaged or no zip .* again"):
             tiny_imagenet(archive, "train", checked=False)
 
 
@@ -108,5 +110,5 @@ def test_what_is_no_zip_is_refused(tmp_path):
     with zipfile.ZipFile(data, "w") as other:
         other.writestr("a.txt", "a")
     (tmp_path / "z.zip").write_bytes(data.getvalue())
-    with pytest.raises(SystemExit, match="holds no wnids.txt"):
+    with pytest.raises(SystemExit, match=r"holds no wnids.txt"):
         main(["shard", str(tmp_path / "z.zip"), str(tmp_path / "out"), "--unchecked"])

@@ -14,7 +14,7 @@ from torch.nn.functional import pad as padded
 
 from flatcal_dist.data.order import mixed
 
-STREAM = np.uint64(0x6A09E667F3BCC909)  # other numbers than those of torch's generator and of mixing
+STREAM = np.uint64(0x6A09E667F3BCC909)  # so that other draws from the same seed are independent
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ The archive holds, below tiny-imagenet-200/:
     val/val_annotations.txt            a line for each of them: the file, its WNID, and a box
     test/images/test_0.JPEG            images without labels, which are not used
 
-Labels count the sorted WNIDs, as for ImageNet and in torchvision's ImageFolder, and not the lines of
-wnids.txt. Images are copied bit for bit. Source: Le and Yang, Tiny ImageNet Visual Recognition
-Challenge (Stanford CS231N, 2015).
+Labels count the sorted WNIDs, as for ImageNet and in torchvision's ImageFolder. They do not count
+the lines of wnids.txt. Images are copied bit for bit. Source: Le and Yang, Tiny ImageNet Visual
+Recognition Challenge (Stanford CS231N, 2015).
 """
 
 import hashlib
