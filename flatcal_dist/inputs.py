@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -32,9 +33,8 @@ from flatcal_dist.data import (
 )
 from flatcal_dist.data.holdout import held_out
 from flatcal_dist.data.image_index import ImageIndex
-from flatcal_dist.data.loading.delivery import (
-    Batches,
-)
+from flatcal_dist.data.loading.delivery import Batches
+from flatcal_dist.data.loading.memory import MemoryBatches
 from flatcal_dist.data.loading.streaming import streaming_loader
 from flatcal_dist.data.shards.access import is_remote
 from flatcal_dist.data.shards.listing import Stream, class_names, list_shards, open_stream
@@ -223,7 +223,8 @@ def training_batches(
     world_size: int,
     pin_memory: bool,
     same_class: bool = False,
-) -> Batches:
+    device: torch.device | str = "cpu",
+) -> Batches | MemoryBatches:
     """Return the training batches of one rank, from `start` to the end of the run.
 
     Args:
@@ -234,12 +235,18 @@ def training_batches(
         world_size: The number of ranks.
         pin_memory: Whether batches are put into pinned memory.
         same_class: Whether images of one class are paired, which a stream cannot do.
+        device: Where data.reader=memory holds and varies the images.
 
     Raises:
         DataError: The data does not fit the batches.
     """
     data = config.data
     plan = replace(_plan(config, start, rank, world_size), same_class=same_class)
+    if data.reader == "memory" and not isinstance(train, Stream):
+        return MemoryBatches(
+            train, plan, augmentation(data), data.image_size, _decoding(data),
+            Workers(data.workers), device,
+        )  # fmt: skip
     transform = training_transform(augmentation(data), data.image_size)
     workers = Workers(data.workers, pin_memory=pin_memory)
     if isinstance(train, Stream):

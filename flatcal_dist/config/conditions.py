@@ -81,7 +81,7 @@ CONDITIONS = (
     ),
     Condition(
         ("data.epoch_samples", "data.shuffle_buffer"),
-        lambda config: config.data.reader != "indexed",
+        lambda config: config.data.reader in ("streaming", "auto"),
         ("data.reader",),
         "data.reader=streaming or auto",
     ),
@@ -89,7 +89,7 @@ CONDITIONS = (
         ("data.shuffle_window",),
         lambda config: config.data.reader != "streaming",
         ("data.reader",),
-        "data.reader=indexed or auto",
+        "data.reader=indexed, memory or auto",
     ),
     Condition(
         ("data.cache_limit",),

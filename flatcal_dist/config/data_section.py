@@ -143,9 +143,11 @@ class DataConfig(Section):
         description="How many images are shuffled together. Shards that lie about this far apart "
         "are read at the same time.",
     )
-    reader: Literal["auto", "indexed", "streaming"] = Field(
+    reader: Literal["auto", "indexed", "memory", "streaming"] = Field(
         "auto",
-        description="How `train` is read. auto: streaming for URLs and commands, else indexed.",
+        description="How `train` is read. auto: streaming for URLs and commands, else indexed. "
+        "memory: as indexed, but all images are decoded once and kept, and whole batches are "
+        "varied on the device.",
     )
     epoch_samples: int | None = Field(
         None,

@@ -19,7 +19,9 @@ APART = Apart(THEIRS, KEPT)
 
 
 def nll(logits: np.ndarray, labels: np.ndarray, t: float) -> float:
-    return -log_softmax(logits.astype(np.float64) / t, axis=1)[np.arange(len(labels)), labels].mean()
+    return -log_softmax(logits.astype(np.float64) / t, axis=1)[
+        np.arange(len(labels)), labels
+    ].mean()
 
 
 def best(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -25,7 +25,7 @@ def test_each_class_gives_its_share_and_the_total_is_exact(fraction):
     chosen = held_out(KEYS, LABELS, fraction, 0)
     assert chosen.sum() == round(1000 * fraction)
     for label in range(7):
-        images = LABELS == label
+        images = label == LABELS
         assert abs(chosen[images].sum() - fraction * images.sum()) < 1
 
 
@@ -96,16 +96,14 @@ def test_streams_and_lone_seeds_are_refused(configuration):
         configuration("data.holdout_seed=3")
     data = configuration("data.holdout=0.1").data
     data = data.model_copy(update={"train": "http://127.0.0.1:9/x-{0..1}.tar"})
-    with pytest.raises(DataError, match="with data.cache for URLs"):
+    with pytest.raises(DataError, match=r"with data.cache for URLs"):
         inputs.open_training(data, 7)
 
 
 def test_the_shards_of_another_number_give_the_same_choice(configuration, tmp_path):
     data = configuration("data.holdout=0.2").data
     other = tmp_path / "other"
-    shards = write_shards(
-        make_samples(50), other, "x-train", split="train", samples_per_shard=7
-    )
+    shards = write_shards(make_samples(50), other, "x-train", split="train", samples_per_shard=7)
     assert len(load_index(shards)) == 50
     elsewhere = data.model_copy(update={"train": str(other)})
     one, two = (set(inputs.open_holdout(d, 7).keys()) for d in (data, elsewhere))

@@ -104,6 +104,11 @@ def _after_the_crop(augmentation: Augmentation) -> list[nn.Module]:
     return steps
 
 
+def is_of_integers(augmentation: Augmentation) -> bool:
+    """Tell whether an image that was stretched before is only padded, cut and mirrored."""
+    return augmentation.kind != "resized_crop" and not _after_the_crop(augmentation)
+
+
 class _Crop(T.RandomResizedCrop):
     """A random-resized crop that resizes a copy of the crop.
 
