@@ -301,8 +301,8 @@ def _sets(config: Config, wanted: Wanted) -> tuple[Variant | None, list[Variant]
     narrowed = wanted.corruptions is not None or wanted.severities is not None
     if narrowed and not any(variant.corruption for variant in variants):
         raise ConfigError(
-            "--corruptions and --severities choose from ImageNet-C, and none is given: add --data "
-            "imagenet_c=PATH, or imagenet_c_generated=PATH to corrupt clean images"
+            "--corruptions and --severities choose from ImageNet-C or CIFAR-C, and none is given: "
+            "add --data imagenet_c=PATH, cifar_c=PATH, or imagenet_c_generated=PATH"
         )
     if first is None and config.data.validation is None and variants:
         if len(variants) > 1 or variants[0].corruption:
