@@ -46,6 +46,11 @@ def shard_arguments(parser: argparse.ArgumentParser) -> None:
         "meta.mat and the ground truth; by default what lies beside the tar")  # fmt: skip
     add("--root", type=Path, metavar="DIR",
         help="with cifar10, cifar100: the directory in which torchvision keeps them")  # fmt: skip
+    add("--labels", type=Path, metavar="FILE",
+        help="with CIFAR's training images: CIFAR-10_human.pt or CIFAR-100_human.pt, whose labels "
+        "replace the published ones")  # fmt: skip
+    add("--labels-name", metavar="NAME",
+        help="which labels of this file: worse_label, aggre_label, random_label1, ...")  # fmt: skip
     add("--unchecked", action="store_true",
         help="read files of CIFAR and Tiny-ImageNet that are not the published ones, bit for bit"
         )  # fmt: skip
@@ -109,6 +114,20 @@ def shard(arguments: argparse.Namespace) -> None:
 
 
 def _source(arguments: argparse.Namespace) -> "Source":
+    source = _published(arguments)
+    if arguments.labels is None:
+        if arguments.labels_name is not None:
+            raise ValueError("--labels-name chooses from a file: name it with --labels")
+        return source
+    from flatcal_dist.data.making.cifar import SETS
+    from flatcal_dist.data.making.human_labels import with_human_labels
+
+    if source.prefix not in SETS:
+        raise ValueError("--labels are those of CIFAR-N: they go with CIFAR's training images")
+    return with_human_labels(source, expanded(arguments.labels), arguments.labels_name)
+
+
+def _published(arguments: argparse.Namespace) -> "Source":
     from flatcal_dist.data import image_folder
     from flatcal_dist.data.making.archives import ilsvrc_archive
     from flatcal_dist.data.making.cifar import SETS, cifar, is_cifar

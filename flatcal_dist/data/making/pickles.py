@@ -94,7 +94,7 @@ class _Unpickler(pickle.Unpickler):
         raise _Refused("a reference to something outside of the file")
 
 
-def read_pickle(data: bytes, name: str) -> dict[str, Any]:
+def read_pickle(data: bytes, name: str, place: int = 0) -> dict[str, Any]:
     """Return a pickled dictionary with names as keys. Arrays in it are numpy arrays.
 
     Text of Python 2 is bytes, except for the keys.
@@ -102,12 +102,16 @@ def read_pickle(data: bytes, name: str) -> dict[str, Any]:
     Args:
         data: The pickle.
         name: What errors call it.
+        place: How many other pickles stand before it in the file.
 
     Raises:
         DataError: The bytes are no whole pickle, hold no dictionary, or name anything but arrays.
     """
     try:
-        found = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+        file = io.BytesIO(data)
+        for _ in range(place):
+            _Unpickler(file, encoding="bytes").load()
+        found = _Unpickler(file, encoding="bytes").load()
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}, expected names with values")
         return {_text(key): _value(value) for key, value in found.items()}

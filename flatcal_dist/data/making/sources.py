@@ -34,6 +34,7 @@ class Source:
     key: np.ndarray  # [n] S, keys of the samples in shards
     name: np.ndarray  # [n] S, original names of the images
     left_out: tuple[str, ...] = ()  # paths that are no image of a class
+    clean: np.ndarray | None = None  # [n] i4, true labels, where `label` holds noisy ones
 
     def __len__(self) -> int:
         return len(self.label)
