@@ -186,12 +186,20 @@ def open_training(data: DataConfig, classes: int) -> Index | Stream:
     return open_stream(data.train, "train", classes, access(data), data.epoch_samples, cache)
 
 
-def promise(train: Index | Stream) -> str:
-    """Say in words what a run may rely on in the order of the training data."""
+def promise(train: Index | Stream, reader: str = "indexed") -> str:
+    """Say in words what a run may rely on in the order of the training data.
+
+    Args:
+        train: The training data.
+        reader: What `data.reader` says.
+    """
     if isinstance(train, Stream):
         return train.promise
+    name = "indexed reader"
+    if reader == "memory":
+        name = f"reader in memory, which decodes {len(train):,} images before the first step"
     return (
-        "indexed reader: every epoch visits each image at most once, in an order that depends on "
+        f"{name}: every epoch visits each image at most once, in an order that depends on "
         "run.seed and the epoch alone; a run resumes exactly, on any number of ranks and workers"
     )
 
