@@ -266,7 +266,7 @@ def training_batches(
 
 def statistics_batches(
     config: Config, train: Index | Stream, rank: int, world_size: int, pin_memory: bool
-) -> tuple[Batches, int]:
+) -> tuple[Batches | MemoryBatches, int]:
     """Return training batches to estimate norm statistics on, and how many of them count.
 
     A batch counts if its `Batch.step` is below this number. The batches hold `STATISTICS_SAMPLES`

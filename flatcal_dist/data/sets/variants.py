@@ -24,6 +24,7 @@ from flatcal_dist.data.sets import imagenet
 from flatcal_dist.data.sets.arrays import ArrayIndex, corruption_arrays, open_arrays
 from flatcal_dist.data.sets.class_labels import (
     labels_of_folders,
+    names_of_labels,
     numbers_of_folders,
     recorded_numbers,
 )
@@ -105,9 +106,10 @@ class DataSet:
 
     @property
     def class_names(self) -> list[str] | None:
-        """The names of all classes of the network if they are those of ImageNet, else None."""
-        known = (*SAME_FORM, *imagenet.MASKED, SUBSET)
-        return list(imagenet.class_names()) if self.variant.kind in known else None
+        """The names of all classes of the network, if ImageNet or the data tell them."""
+        if self.variant.kind in (*SAME_FORM, *imagenet.MASKED, SUBSET):
+            return list(imagenet.class_names())
+        return names_of_labels(self.index) if self.variant.kind == "plain" else None
 
 
 def of_index(index: Index, path: str, classes: int, real_file: Path | None = None) -> DataSet:
