@@ -104,8 +104,7 @@ def test_the_command_prints_one_key(capsys):
     assert capsys.readouterr().out.splitlines() == [
         "data.flip",
         "    The probability of a horizontal flip.",
-        "    number from 0 to 1; default 0.5; only with data.augmentation=resized_crop or",
-        "    pad_crop",
+        "    number from 0 to 1; default 0.5; only with data.augmentation=resized_crop or pad_crop",
     ]
 
 
