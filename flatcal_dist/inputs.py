@@ -1,10 +1,10 @@
 """Indexes and loaders for training and evaluation, made as the configuration says."""
 
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -24,7 +24,6 @@ from flatcal_dist.data import (
     evaluation_loader,
     evaluation_transform,
     expand,
-    index_shard,
     load_index,
     prepare_digits,
     sample_loader,
@@ -32,26 +31,24 @@ from flatcal_dist.data import (
     training_loader,
     training_transform,
 )
+from flatcal_dist.data.holdout import held_out
 from flatcal_dist.data.image_index import ImageIndex
-from flatcal_dist.data.loading.delivery import (
-    Batches,
-)
+from flatcal_dist.data.loading.delivery import Batches
+from flatcal_dist.data.loading.memory import MemoryBatches
 from flatcal_dist.data.loading.streaming import streaming_loader
-from flatcal_dist.data.shards.access import Access, is_remote
-from flatcal_dist.data.shards.cache import ShardCache
-from flatcal_dist.data.shards.listing import (
-    Stream,
-    checksums,
-    class_names,
-    list_shards,
-    open_stream,
-)
-from flatcal_dist.data.shards.sidecars import sidecar
+from flatcal_dist.data.shards.access import is_remote
+from flatcal_dist.data.shards.listing import Stream, class_names, list_shards, open_stream
 from flatcal_dist.ranks.distributed import on_all_ranks
+from flatcal_dist.shard_sources import access, cache_of, download, remote, streams
 from flatcal_dist.urls import public
 
+__all__ = [
+    "access", "agree_on_decoder", "augmentation", "check_classes", "download", "evaluation_batches",
+    "images_apart", "normalization", "open_holdout", "open_index", "open_training", "prepare",
+    "promise", "remote", "statistics_batches", "streams", "training_batches",
+]  # fmt: skip
+
 STATISTICS_SAMPLES = 8192  # 10^3 to 10^4 are enough (Wu and Johnson, 2021, arXiv 2105.07576)
-DOWNLOAD_ROUND = 60  # seconds; far below the timeout of a collective
 
 HOW_TO_PREPARE = """
 Prepare ImageNet once, as WebDataset shards, from its archives or from trees of one folder a class:
@@ -78,7 +75,8 @@ def prepare(data: DataConfig) -> None:
 def open_index(data: DataConfig, split: str, classes: int) -> Index:
     """Return the index of the shards that `data.train` or `data.validation` names.
 
-    Shards from URLs have to be in the cache already (see `download`).
+    Training images that `data.holdout` keeps apart are left out (see `open_holdout`). Shards from
+    URLs have to be in the cache already (see `download`).
 
     Args:
         data: The configuration of the data.
@@ -88,11 +86,41 @@ def open_index(data: DataConfig, split: str, classes: int) -> Index:
     Raises:
         DataError: No shards are named, or they cannot be used.
     """
+    index = _whole_index(data, split, classes)
+    if split != "train" or data.holdout is None:
+        return index
+    return index.part(~_apart(data, index))
+
+
+def open_holdout(data: DataConfig, classes: int) -> Index:
+    """Return the training images that `data.holdout` keeps apart. Raises DataError."""
+    index = _whole_index(data, "train", classes)
+    return index.part(_apart(data, index))
+
+
+def images_apart(config: Config, accelerator: Accelerator) -> Index | None:
+    """Return the training images to fit the temperature on, if the configuration keeps some apart.
+
+    All ranks call this function. Raises FailedTogether where the training data is not there.
+    """
+    data, classes = config.data, config.model.num_classes
+    if data.holdout is None:
+        return None
+    download(data, accelerator, "train")
+    return on_all_ranks(lambda: open_holdout(data, classes))
+
+
+def _apart(data: DataConfig, index: Index) -> np.ndarray:
+    assert data.holdout is not None
+    return held_out(index.keys(), index.label, data.holdout, data.holdout_seed)
+
+
+def _whole_index(data: DataConfig, split: str, classes: int) -> Index:
     pattern = getattr(data, split)
     if pattern is None:
         raise DataError(f"data.{split} names no shards.{HOW_TO_PREPARE}")
     if remote(pattern):
-        cache = _cache(data, f"data.{split}")
+        cache = cache_of(data, f"data.{split}")
         names = list_shards(pattern, split, access(data))
         return load_index([cache.path(n) if is_remote(n) else Path(n) for n in names], classes)
     try:
@@ -149,99 +177,29 @@ def open_training(data: DataConfig, classes: int) -> Index | Stream:
     """Return the training data, opened by the reader that `data.reader` names. Raises DataError."""
     if data.train is None or not streams(data):
         return open_index(data, "train", classes)
-    cache = _cache(data, "data.train") if data.cache else None
+    if data.holdout is not None:
+        raise DataError(
+            "data.holdout chooses images by their keys and labels, which streamed shards do not "
+            "have: set data.reader=indexed, with data.cache for URLs."
+        )
+    cache = cache_of(data, "data.train") if data.cache else None
     return open_stream(data.train, "train", classes, access(data), data.epoch_samples, cache)
 
 
-def streams(data: DataConfig) -> bool:
-    """Tell whether training reads its shards from front to back."""
-    if data.train is None:
-        return False
-    return data.reader == "streaming" or (data.reader == "auto" and remote(data.train))
-
-
-def remote(pattern: str | list[str]) -> bool:
-    """Tell whether any of these shards is a URL or a command."""
-    return any(is_remote(one) for one in ([pattern] if isinstance(pattern, str) else pattern))
-
-
-def access(data: DataConfig) -> Access:
-    """Return how patient readers are, and what they may open."""
-    return Access(
-        stall_timeout=data.stall_timeout, retries=data.retries, allow_pipe=data.allow_pipe
-    )
-
-
-def _cache(data: DataConfig, key: str) -> ShardCache:
-    if data.cache is None:
-        raise DataError(
-            f"{key} is read in any order, so its shards have to be downloaded from their URLs: "
-            "name a directory for them, data.cache=DIRECTORY."
-        )
-    limit = data.cache_limit << 30 if data.cache_limit else None
-    return ShardCache(Path(data.cache).expanduser(), access(data), limit)
-
-
-def download(
-    data: DataConfig,
-    accelerator: Accelerator,
-    *splits: str,
-    alive: Callable[[], None] = lambda: None,
-) -> None:
-    """Download shards from URLs that will be read in any order into the cache, and index them.
-
-    All ranks take part, and each begins with another share. They work in rounds, so that no rank
-    waits in a collective for as long as a download takes.
+def promise(train: Index | Stream, reader: str = "indexed") -> str:
+    """Say in words what a run may rely on in the order of the training data.
 
     Args:
-        data: The configuration of the data.
-        accelerator: All its ranks take part.
-        splits: "train", "validation" or both.
-        alive: It is called after each round.
-
-    Raises:
-        FailedTogether: A shard could not be downloaded.
+        train: The training data.
+        reader: What `data.reader` says.
     """
-    todo = on_all_ranks(lambda: _to_download(data, splits))
-    first = len(todo) * accelerator.process_index // accelerator.num_processes
-    todo = todo[first:] + todo[:first]
-
-    def some() -> int:
-        until = time.monotonic() + DOWNLOAD_ROUND
-        while todo and time.monotonic() < until:
-            cache, url, sha256 = todo[0]
-            cache.open(url, sha256).close()
-            if not sidecar(cache.path(url)).exists():
-                index_shard(cache.path(url))
-            del todo[0]
-        return len(todo)
-
-    while left := max(gather_object([on_all_ranks(some)])):
-        accelerator.print(f"downloading: {left:,} shards to go")
-        alive()
-
-
-def _to_download(
-    data: DataConfig, splits: Sequence[str]
-) -> list[tuple[ShardCache, str, str | None]]:
-    found = []
-    for split in splits:
-        pattern = getattr(data, split)
-        if pattern is None or not remote(pattern) or (split == "train" and streams(data)):
-            continue
-        urls = [n for n in list_shards(pattern, split, access(data)) if is_remote(n)]
-        cache = _cache(data, f"data.{split}")
-        digests = checksums(urls, access(data))
-        found += [(cache, url, digest) for url, digest in zip(urls, digests, strict=True)]
-    return found
-
-
-def promise(train: Index | Stream) -> str:
-    """Say in words what a run may rely on in the order of the training data."""
     if isinstance(train, Stream):
         return train.promise
+    name = "indexed reader"
+    if reader == "memory":
+        name = f"reader in memory, which decodes {len(train):,} images before the first step"
     return (
-        "indexed reader: every epoch visits each image at most once, in an order that depends on "
+        f"{name}: every epoch visits each image at most once, in an order that depends on "
         "run.seed and the epoch alone; a run resumes exactly, on any number of ranks and workers"
     )
 
@@ -273,7 +231,8 @@ def training_batches(
     world_size: int,
     pin_memory: bool,
     same_class: bool = False,
-) -> Batches:
+    device: torch.device | str = "cpu",
+) -> Batches | MemoryBatches:
     """Return the training batches of one rank, from `start` to the end of the run.
 
     Args:
@@ -284,12 +243,18 @@ def training_batches(
         world_size: The number of ranks.
         pin_memory: Whether batches are put into pinned memory.
         same_class: Whether images of one class are paired, which a stream cannot do.
+        device: Where data.reader=memory holds and varies the images.
 
     Raises:
         DataError: The data does not fit the batches.
     """
     data = config.data
     plan = replace(_plan(config, start, rank, world_size), same_class=same_class)
+    if data.reader == "memory" and not isinstance(train, Stream):
+        return MemoryBatches(
+            train, plan, augmentation(data), data.image_size, _decoding(data),
+            Workers(data.workers), device,
+        )  # fmt: skip
     transform = training_transform(augmentation(data), data.image_size)
     workers = Workers(data.workers, pin_memory=pin_memory)
     if isinstance(train, Stream):
@@ -301,7 +266,7 @@ def training_batches(
 
 def statistics_batches(
     config: Config, train: Index | Stream, rank: int, world_size: int, pin_memory: bool
-) -> tuple[Batches, int]:
+) -> tuple[Batches | MemoryBatches, int]:
     """Return training batches to estimate norm statistics on, and how many of them count.
 
     A batch counts if its `Batch.step` is below this number. The batches hold `STATISTICS_SAMPLES`
@@ -380,6 +345,7 @@ def augmentation(data: DataConfig) -> Augmentation:
         kind=data.augmentation,
         scale=(data.crop_scale[0], data.crop_scale[1]),
         ratio=(data.crop_ratio[0], data.crop_ratio[1]),
+        padding=data.crop_padding,
         flip=data.flip,
         interpolation=data.interpolation,
         crop_pct=data.crop_pct,

@@ -25,8 +25,9 @@ def add_commands(commands: "argparse._SubParsersAction") -> None:
 def shard_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE",
-        help="an ImageFolder tree, ILSVRC2012_img_train.tar or _val.tar, cifar10, cifar100, digits"
-        )  # fmt: skip
+        help="an ImageFolder tree, ILSVRC2012_img_train.tar or _val.tar, cifar-10-python.tar.gz or "
+        "cifar-100-python.tar.gz, tiny-imagenet-200.zip, an unpacked folder of these three, "
+        "cifar10, cifar100, digits")  # fmt: skip
     add("destination", type=Path, metavar="DESTINATION")
     add("--split", choices=("train", "validation"), default="train")
     add("--prefix", help="shards are named PREFIX-SPLIT-0000.tar; by default imagenet1k or cifar..."
@@ -43,7 +44,16 @@ def shard_arguments(parser: argparse.ArgumentParser) -> None:
     add("--devkit", type=Path, metavar="PATH",
         help="with ILSVRC2012_img_val.tar: ILSVRC2012_devkit_t12.tar.gz, or a directory with "
         "meta.mat and the ground truth; by default what lies beside the tar")  # fmt: skip
-    add("--root", type=Path, metavar="DIR", help="with cifar10, cifar100: where they lie")
+    add("--root", type=Path, metavar="DIR",
+        help="with cifar10, cifar100: the directory in which torchvision keeps them")  # fmt: skip
+    add("--labels", type=Path, metavar="FILE",
+        help="with CIFAR's training images: CIFAR-10_human.pt or CIFAR-100_human.pt, whose labels "
+        "replace the published ones")  # fmt: skip
+    add("--labels-name", metavar="NAME",
+        help="which labels of this file: worse_label, aggre_label, random_label1, ...")  # fmt: skip
+    add("--unchecked", action="store_true",
+        help="read files of CIFAR and Tiny-ImageNet that are not the published ones, bit for bit"
+        )  # fmt: skip
     _workers(parser)
     parser.set_defaults(run=shard)
 
@@ -104,22 +114,42 @@ def shard(arguments: argparse.Namespace) -> None:
 
 
 def _source(arguments: argparse.Namespace) -> "Source":
+    source = _published(arguments)
+    if arguments.labels is None:
+        if arguments.labels_name is not None:
+            raise ValueError("--labels-name chooses from a file: name it with --labels")
+        return source
+    from flatcal_dist.data.making.cifar import SETS
+    from flatcal_dist.data.making.human_labels import with_human_labels
+
+    if source.prefix not in SETS:
+        raise ValueError("--labels are those of CIFAR-N: they go with CIFAR's training images")
+    return with_human_labels(source, expanded(arguments.labels), arguments.labels_name)
+
+
+def _published(arguments: argparse.Namespace) -> "Source":
     from flatcal_dist.data import image_folder
     from flatcal_dist.data.making.archives import ilsvrc_archive
-    from flatcal_dist.data.making.sources import TORCHVISION, torchvision_set
+    from flatcal_dist.data.making.cifar import SETS, cifar, is_cifar
+    from flatcal_dist.data.making.tiny_imagenet import is_tiny_imagenet, tiny_imagenet
 
-    if arguments.source in TORCHVISION:
+    split, checked = arguments.split, not arguments.unchecked
+    if arguments.source in SETS:
         if arguments.root is None:
             raise ValueError(f"{arguments.source} needs --root, the directory torchvision keeps")
-        return torchvision_set(arguments.source, expanded(arguments.root), arguments.split)
+        return cifar(expanded(arguments.root), split, arguments.source, checked=checked)
     path = expanded(arguments.source)
+    if is_cifar(path):
+        return cifar(path, split, checked=checked)
+    if is_tiny_imagenet(path):
+        return tiny_imagenet(path, split, checked=checked)
     if path.is_dir():
         from flatcal_dist.data.making.image_folder import warn_of_left_out
 
         source = image_folder(path)
         warn_of_left_out(source.left_out)
         return source
-    return ilsvrc_archive(path, arguments.split, arguments.devkit, arguments.workers)
+    return ilsvrc_archive(path, split, arguments.devkit, arguments.workers)
 
 
 def index(arguments: argparse.Namespace) -> None:

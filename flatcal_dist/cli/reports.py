@@ -29,11 +29,16 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", action="append", default=[], metavar="[NAME=]DATA",
         help="shards or an ImageFolder tree; may be repeated; by default the run's. The first "
         "clean data set gives the temperature to the others. Some NAMEs say what the data has to "
-        "be: imagenet, imagenet_v2, imagenet_a, imagenet_r, imagenet_sketch, imagenet_c, or "
-        "imagenet_c_generated to corrupt clean images")  # fmt: skip
+        "be: imagenet, imagenet_v2, imagenet_a, imagenet_r, imagenet_sketch, imagenet_c, "
+        "cifar_c (the arrays of CIFAR-10-C or -100-C), or imagenet_c_generated to corrupt clean "
+        "images")  # fmt: skip
     add("--corruptions", metavar="LIST",
-        help="corruptions of ImageNet-C: fog,snow; or common, extra, all")  # fmt: skip
-    add("--severities", metavar="LIST", help="severities of ImageNet-C: 1,3,5; by default all five")
+        help="corruptions of ImageNet-C or CIFAR-C: fog,snow; or common, extra, all")  # fmt: skip
+    add(
+        "--severities",
+        metavar="LIST",
+        help="severities of ImageNet-C or CIFAR-C: 1,3,5; by default all five",
+    )
     add("--real", type=Path, metavar="FILE", help="ReaL labels; by default those that timm ships")
     add("--confidence", metavar="LIST",
         help="scores to compute besides those from logits, such as trust_score,mc_dropout (a wrong "

@@ -29,6 +29,17 @@ class DataConfig(Section):
     validation: Shards | list[Shards] | None = Field(
         None, description="The shards to evaluate on, named in the same ways."
     )
+    holdout: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="The share of the training images that is never trained on. The evaluation "
+        "fits the temperature on them (TS-valid). Each class gives the same share. Default: none, "
+        "and the temperature is cross-fitted on the evaluated images.",
+    )
+    holdout_seed: int = Field(
+        0, ge=0, le=2**63 - 1, description="The seed that chooses these images."
+    )
     global_batch_size: int = Field(
         256, ge=1, le=2**24, description="The number of images of one optimizer step, on all ranks."
     )
@@ -53,10 +64,11 @@ class DataConfig(Section):
     std: list[Std] = Field(
         [0.229, 0.224, 0.225], description="What each channel is divided by after that."
     )
-    augmentation: Literal["none", "resized_crop"] = Field(
+    augmentation: Literal["none", "resized_crop", "pad_crop"] = Field(
         "resized_crop",
         description="How training images vary. resized_crop: a random crop, resized, and a flip. "
-        "none: they are resized and cropped as for evaluation.",
+        "pad_crop: zeros are added on all sides, then a crop of image_size and a flip. none: they "
+        "are resized as for evaluation.",
     )
     crop_scale: list[Share] = Field(
         [0.08, 1.0],
@@ -69,6 +81,9 @@ class DataConfig(Section):
         min_length=2,
         max_length=2,
         description="The smallest and the largest ratio of a crop's width to its height.",
+    )
+    crop_padding: int = Field(
+        4, ge=0, le=1024, description="The number of pixels that pad_crop adds on each side."
     )
     flip: float = Field(0.5, ge=0, le=1, description="The probability of a horizontal flip.")
     auto_augment: Literal["none", "randaugment", "autoaugment", "trivial_augment", "augmix"] = (
@@ -128,9 +143,11 @@ class DataConfig(Section):
         description="How many images are shuffled together. Shards that lie about this far apart "
         "are read at the same time.",
     )
-    reader: Literal["auto", "indexed", "streaming"] = Field(
+    reader: Literal["auto", "indexed", "memory", "streaming"] = Field(
         "auto",
-        description="How `train` is read. auto: streaming for URLs and commands, else indexed.",
+        description="How `train` is read. auto: streaming for URLs and commands, else indexed. "
+        "memory: as indexed, but all images are decoded once and kept, and whole batches are "
+        "varied on the device.",
     )
     epoch_samples: int | None = Field(
         None,
@@ -189,7 +206,8 @@ class DataConfig(Section):
         if self.augmentation == "none" and random:
             raise ValueError(
                 "data.augmentation=none varies nothing: leave out data.auto_augment, "
-                "data.color_jitter and data.random_erasing, or set data.augmentation=resized_crop"
+                "data.color_jitter and data.random_erasing, or set data.augmentation=pad_crop or "
+                "resized_crop"
             )
         if self.auto_augment == "augmix" and not 1 <= self.auto_augment_magnitude <= 10:
             raise ValueError(

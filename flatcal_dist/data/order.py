@@ -218,6 +218,17 @@ def sample_seed(seed: int, epoch: int, sample: int) -> int:
     return _mix(_mix(_mix(seed) ^ epoch) ^ sample)
 
 
+def sample_seeds(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
+    """Return `sample_seed` of many samples, [n] uint64.
+
+    Args:
+        seed: The seed of the run.
+        epoch: The number of the epoch, from 0.
+        samples: The numbers of the samples, [n] int64.
+    """
+    return mixed(np.uint64(_mix(_mix(seed) ^ epoch)) ^ samples.astype(np.uint64))
+
+
 def substitutes(seed: int, epoch: int, sample: int, samples: int) -> Iterator[int]:
     """Yield samples to try, one after the other, in place of a bad one.
 
@@ -239,3 +250,11 @@ def _mix(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
     return x ^ (x >> 31)
+
+
+def mixed(x: np.ndarray) -> np.ndarray:
+    """Return one output of the same generator for each state, [n] uint64."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)  # unsigned numbers wrap around
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

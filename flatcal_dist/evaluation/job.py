@@ -227,7 +227,10 @@ def ensemble_of(members: Sequence[Network], output: Path | None, own_data: bool)
 
 def _how_evaluated(config: Config, own_data: bool) -> dict[str, Any]:
     """Return the settings that decide what a network sees and what its logits mean, by key."""
-    seen = sorted(EVALUATED_DATA - {"decoder"} | ({"validation"} if own_data else set()))
+    data = {"validation"} if own_data else set()
+    # A temperature may not be fitted on images that any of the networks was trained on.
+    data |= {"train", "holdout_seed"} if config.data.holdout is not None else set()
+    seen = sorted(EVALUATED_DATA - {"decoder"} | data | {"holdout"})
     return {
         "model.num_classes": config.model.num_classes,
         "train.precision": config.train.precision,
@@ -298,8 +301,8 @@ def _sets(config: Config, wanted: Wanted) -> tuple[Variant | None, list[Variant]
     narrowed = wanted.corruptions is not None or wanted.severities is not None
     if narrowed and not any(variant.corruption for variant in variants):
         raise ConfigError(
-            "--corruptions and --severities choose from ImageNet-C, and none is given: add --data "
-            "imagenet_c=PATH, or imagenet_c_generated=PATH to corrupt clean images"
+            "--corruptions and --severities choose from ImageNet-C or CIFAR-C, and none is given: "
+            "add --data imagenet_c=PATH, cifar_c=PATH, or imagenet_c_generated=PATH"
         )
     if first is None and config.data.validation is None and variants:
         if len(variants) > 1 or variants[0].corruption:
@@ -353,6 +356,7 @@ def _evaluate_one(
         title=network.title, weights_file=weights_file, trained=network.trained,
         training=_log(network, accelerator), class_names=wanted.class_names,
         logits_file=network.output / "logits.npz" if wanted.save_logits else None,
+        apart=inputs.images_apart(config, accelerator),
     )  # fmt: skip
     if shifted:
         records = written[0] if written else None

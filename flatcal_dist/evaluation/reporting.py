@@ -18,12 +18,14 @@ from flatcal_dist.calibration.confidence.score import Score
 from flatcal_dist.calibration.metrics.binned import BinnedEvaluation
 from flatcal_dist.calibration.pages.display import counted
 from flatcal_dist.calibration.records.records import Records, Source
+from flatcal_dist.calibration.records.temperatures import Apart
 from flatcal_dist.calibration.report.model import Report
 from flatcal_dist.calibration.report.writing import render_report, write_report
 from flatcal_dist.calibration.shift.report import Shifted, save_shifted, write_shift
 from flatcal_dist.calibration.shift.rows import Measured, measure
 from flatcal_dist.config import Config
 from flatcal_dist.data import DataError, Index
+from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.sets.variants import DataSet, Variant, local_shards, open_variant
 from flatcal_dist.evaluation.passes import Ensemble
 from flatcal_dist.evaluation.predicting import (
@@ -48,6 +50,7 @@ def evaluate(
     accelerator: Accelerator,
     *,
     clean: Records | None = None,
+    apart: Index | None = None,
     logits_file: Path | None = None,
     scores: Sequence[Score] = (),
 ) -> tuple[Records, Records | None] | None:
@@ -62,6 +65,7 @@ def evaluate(
         data: The images.
         accelerator: All its ranks take part.
         clean: For images under shift, the records of the clean images, whose temperature is used.
+        apart: Training images that were never trained on, to fit the temperature on.
         logits_file: Where rank 0 writes the logits (npz: ids, labels, logits); None writes none.
         scores: Scores of confidence that need more than logits. Second records have none.
 
@@ -86,23 +90,28 @@ def evaluate(
     reference = training_reference(config, module, accelerator, scores)
     own = predict(config, module, data.index, accelerator, scores, classes=data.classes)
     found = gathered(own)
+    fitted_on = None if apart is None else gathered(predict(config, module, apart, accelerator))
 
     def merged() -> tuple[Records, Records | None] | None:
         if not accelerator.is_main_process:
             return None
-        _check_whole(data, found.samples)
+        _check_whole(data.index, found.samples, str(data.variant))
         computed = found.scores | of_features(found, reference, scores, data.classes)
+        fit_on: Records | Apart | None = clean
+        if apart is not None and fitted_on is not None:
+            _check_whole(apart, fitted_on.samples, "data.holdout")
+            fit_on = Apart(apart.label.astype(np.int64), fitted_on.logits)
         probabilities = isinstance(module, Ensemble)
-        return _records(config, data, found.logits, clean, logits_file, computed, probabilities)
+        return _records(config, data, found.logits, fit_on, logits_file, computed, probabilities)
 
     return on_all_ranks(merged)
 
 
-def _check_whole(data: DataSet, samples: np.ndarray) -> None:
-    if not np.array_equal(samples, np.arange(len(data.index))):
+def _check_whole(index: ImageIndex, samples: np.ndarray, name: str) -> None:
+    if not np.array_equal(samples, np.arange(len(index))):
         raise DataError(
             f"{len(np.unique(samples))} different images were evaluated, {len(samples)} in all, "
-            f"but {data.variant} holds {len(data.index)}: the ranks do not see the same images"
+            f"but {name} holds {len(index)}: the ranks do not see the same images"
         )
 
 
@@ -110,7 +119,7 @@ def _records(
     config: Config,
     data: DataSet,
     logits: np.ndarray,
-    clean: Records | None,
+    fit_on: Records | Apart | None,
     logits_file: Path | None,
     scores: Mapping[str, np.ndarray],
     probabilities: bool,
@@ -129,7 +138,8 @@ def _records(
             labels=label,
             logits=logits,
             folds=config.evaluate.folds,
-            clean=clean,
+            clean=fit_on if isinstance(fit_on, Records) else None,
+            apart=_among(fit_on, source) if isinstance(fit_on, Apart) else None,
             source=source,
             real_labels=data.real,
             scores=scores,
@@ -155,6 +165,15 @@ def _records(
         raise DataError(f"{variant}: {error}") from None
 
 
+def _among(apart: Apart, source: Source) -> Apart:
+    """Return the images of the classes that compete, with the logits of these classes."""
+    if source.classes is None:
+        return apart
+    chosen = np.isin(apart.labels, source.classes)
+    labels = np.searchsorted(source.classes, apart.labels[chosen])
+    return Apart(labels, apart.logits[chosen][:, list(source.classes)])
+
+
 def report(
     config: Config,
     module: nn.Module,
@@ -168,6 +187,7 @@ def report(
     training: Sequence[Mapping[str, Any]] = (),
     logits_file: Path | None = None,
     class_names: Sequence[str] | None = None,
+    apart: Index | None = None,
 ) -> tuple[Records, Report] | None:
     """Evaluate on all ranks, and write the report on rank 0.
 
@@ -187,6 +207,7 @@ def report(
         training: The records of the metrics.jsonl of the run, for the curves over epochs.
         logits_file: Where to write the logits (see `evaluate`).
         class_names: The names of the classes, if the data do not tell them.
+        apart: Training images that were never trained on, to fit the temperature on.
 
     Returns:
         The records and the metrics on rank 0, and None on the other ranks.
@@ -196,7 +217,9 @@ def report(
         FailedTogether: See `evaluate`.
     """
     scores = wanted_scores(config, module)
-    found = evaluate(config, module, data, accelerator, logits_file=logits_file, scores=scores)
+    found = evaluate(
+        config, module, data, accelerator, apart=apart, logits_file=logits_file, scores=scores
+    )
 
     def written() -> tuple[Records, Report] | None:
         if found is None:

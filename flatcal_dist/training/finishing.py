@@ -4,6 +4,7 @@ import shlex
 
 from accelerate import Accelerator
 
+from flatcal_dist import inputs
 from flatcal_dist.config import Config
 from flatcal_dist.data import Index
 from flatcal_dist.data.sets.variants import of_index
@@ -53,6 +54,7 @@ def export_and_report(
         directory.report,
         weights_file=directory.weights_file,
         trained=Provenance.of_run(config, training_seconds),
+        apart=inputs.images_apart(config, accelerator),
         training=read_metrics(directory.metrics_file) if accelerator.is_main_process else (),
     )
     if written is None:

@@ -132,7 +132,7 @@ class Trainer:
         position = Position(*divmod(self.done, self.epoch_steps))
         same_class, pin_memory = self.step.loss.pairs == "same_class", device.type == "cuda"
         batches = inputs.training_batches(
-            config, self.setup.train, position, rank, world_size, pin_memory, same_class
+            config, self.setup.train, position, rank, world_size, pin_memory, same_class, device
         )
         every = config.train.log_every_steps
         self.speed.begin()

@@ -96,7 +96,7 @@ def _announce(setup: Setup, tracker: Tracker, done: int, remarks: list[str]) -> 
         tracker.say(remark)
     at = f", going on after step {done}" if done else ""
     tracker.say(f"run directory: {setup.directory.path}{at}")
-    tracker.say(inputs.promise(setup.train))
+    tracker.say(inputs.promise(setup.train, setup.config.data.reader))
     ranks = setup.accelerator.num_processes
     tracker.say(batch_sizes.batch_arithmetic(setup.config, ranks, len(setup.train)))
 
@@ -190,7 +190,7 @@ def enter(setup: Setup, found: Path | None) -> tuple[State | None, list[str]]:
         "precision": config.train.precision,
         "world_size": accelerator.num_processes,
         "device": str(accelerator.device.type),
-        "train_order": inputs.promise(train),
+        "train_order": inputs.promise(train, config.data.reader),
         "readers": _readers(config, accelerator.num_processes),
         **identities,
     }

@@ -34,7 +34,7 @@ SGD = ROOT / "configs/digits/sgd.yaml"
         ("average.decay=0.9", "average.name=ema"),
         ("objective.smoothing=0.2", "objective.name=label_smoothing"),
         ("schedule.milestones=[3.0]", "schedule.name=multi_step"),
-        ("data.flip=0.1", "data.augmentation=resized_crop"),
+        ("data.flip=0.1", "data.augmentation=resized_crop or pad_crop"),
         ("data.auto_augment_magnitude=3", "data.auto_augment=randaugment or augmix"),
         ("mixing.probability=0.5", "mixing.name other than none"),
         ("mixing.alpha=0.5", "mixing.name=cutmix or mixup"),

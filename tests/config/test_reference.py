@@ -63,7 +63,7 @@ def test_keys_say_which_choices_have_them():
     assert defaults == {"sharpness.rule=csam": "1.0", "sharpness.rule=wsam": "0.9"}
     assert one("sharpness.rho").only == "sharpness.rule other than none"
     assert one("sharpness.rho_min").only.endswith("and sharpness.rho_schedule=learning_rate")
-    assert one("data.flip").only == "data.augmentation=resized_crop"
+    assert one("data.flip").only == "data.augmentation=resized_crop or pad_crop"
     defaults = {entry.only: entry.default for entry in entries("mixing.alpha")}
     assert defaults == {
         "mixing.name=cutmix": "1.0",
@@ -104,7 +104,7 @@ def test_the_command_prints_one_key(capsys):
     assert capsys.readouterr().out.splitlines() == [
         "data.flip",
         "    The probability of a horizontal flip.",
-        "    number from 0 to 1; default 0.5; only with data.augmentation=resized_crop",
+        "    number from 0 to 1; default 0.5; only with data.augmentation=resized_crop or pad_crop",
     ]
 
 

@@ -7,16 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flatcal_dist.cli import main
 from flatcal_dist.data import (
     DataError,
-    expand,
     image_folder,
     load_index,
     prepare_shards,
 )
 from flatcal_dist.data.making.sharding import Encoding
-from flatcal_dist.data.making.sources import torchvision_set
 from tests.support.photographs import AWKWARD, awkward_image, write_photographs
 
 
@@ -118,45 +115,3 @@ def test_keys_have_no_dots_and_are_unique(tree):
     (b / "x_1.JPEG").write_bytes(b"two")
     keys = image_folder(tree).key.tolist()
     assert {b"n02123045_x_1", b"n03792782_x_1"} < set(keys)
-
-
-def test_cifar(tmp_path, monkeypatch):
-    """Synthetic batches under torchvision's names; their sums are patched in, as they differ."""
-    import hashlib
-    import pickle
-
-    from torchvision.datasets import CIFAR100
-
-    root = tmp_path / CIFAR100.base_folder
-    root.mkdir()
-    random = np.random.default_rng(0)
-    files = {}
-    for name, count in (("train", 60), ("test", 20), ("meta", 0)):
-        pixels = random.integers(0, 256, (count, 3 * 32 * 32), dtype=np.uint8)
-        labels = random.integers(0, 100, count).tolist()
-        entry = {"data": pixels, "fine_labels": labels}
-        files[name] = {"fine_label_names": [f"c{i}" for i in range(100)]} if not count else entry
-        data = pickle.dumps(files[name])
-        (root / name).write_bytes(data)
-        files[name]["md5"] = hashlib.md5(data).hexdigest()
-    with pytest.raises(DataError, match=r"does not hold CIFAR100 as published"):
-        torchvision_set("cifar100", tmp_path, "train")
-    monkeypatch.setattr(CIFAR100, "train_list", [["train", files["train"]["md5"]]])
-    monkeypatch.setattr(CIFAR100, "test_list", [["test", files["test"]["md5"]]])
-    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": files["meta"]["md5"]})
-    for split, part, count in (("train", "train", 20), ("validation", "test", 4)):
-        out = str(tmp_path / "out")
-        main(
-            ["shard", "cifar100", out, "--split", split, "--root", str(tmp_path), "--workers", "1"]
-        )
-        index = load_index(expand(out, split), classes=100)
-        assert len(index.shards) == count
-        assert index.shards[0].name == f"cifar100-{split}-0000.tar"
-        for i in range(len(index)):
-            number = int(index.key(i).rpartition("_")[2])
-            assert index.label[i] == files[part]["fine_labels"][number]
-            pixels = np.asarray(Image.open(io.BytesIO(index.read(i))))
-            stored = files[part]["data"][number].reshape(3, 32, 32).transpose(1, 2, 0)
-            assert np.array_equal(pixels, stored)
-    with pytest.raises(SystemExit, match="cifar10 needs --root"):
-        main(["shard", "cifar10", out])

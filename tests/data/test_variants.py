@@ -9,7 +9,7 @@ from timm.data import RealLabelsImagenet
 
 from flatcal_dist.data import DataError, image_folder, load_index, prepare_shards, write_shards
 from flatcal_dist.data.sets.imagenet import class_names, real_labels, subset
-from flatcal_dist.data.sets.variants import find, of_index, open_variant
+from flatcal_dist.data.sets.variants import find, local_shards, of_index, open_variant
 from flatcal_dist.data.shards.writing import Sample
 from tests.support.variant_trees import WNIDS, small_image, write_tree
 
@@ -306,3 +306,17 @@ def test_generated_corruptions_are_labelled(tmp_path):
     corrupted_tree(tmp_path / "c", ["fog"])
     with pytest.raises(DataError, match="corrupted already"):
         find(f"imagenet_c_generated={tmp_path / 'c'}", 3)
+
+
+def test_names_of_classes_are_those_of_folders_and_of_the_list_beside_shards(tmp_path):
+    tree = write_tree(tmp_path / "t", ["cat", "dog", "owl"])
+    prepare_shards(image_folder(tree), tmp_path / "s", "validation", shards=1)
+    for path in (tree, tmp_path / "s"):
+        data = open_variant(find(str(path), 3)[0], 3)
+        assert data.class_names == ["cat", "dog", "owl"]
+    index = local_shards(str(tmp_path / "s"), 3)
+    assert of_index(index, "s", 3).class_names == ["cat", "dog", "owl"]
+    next((tmp_path / "s").glob("*.plan.json")).unlink()
+    assert of_index(index, "s", 3).class_names is None
+    numbers = write_tree(tmp_path / "n", ["0", "1", "2"])
+    assert open_variant(find(str(numbers), 3)[0], 3).class_names is None

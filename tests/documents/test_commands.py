@@ -40,7 +40,7 @@ NOT_RUN = {
     r"https?://|s3://|gs://|hf://": "needs the network; tests/data/test_streaming.py has a server",
     r"timm_train\.py": "timm's train.py is not in its package; tests/recipes/test_timm_loop.py",
     r"flatcal sync|--push|wandb ": "needs an account of W&B; tests/tracking have a server",
-    r"cifar1|\.npz data/": "needs a download",
+    r"cifar-?1|tiny-imagenet|CIFAR-|\.npz data/": "needs a download",
 }
 # Options that make a command small, at its end.
 SMALLER = {
@@ -49,6 +49,7 @@ SMALLER = {
     r"benchmarks/step_overhead\.py": "--network resnet18 --image-size 32 --batch 2 --rounds 1",
     r"benchmarks/checkpoint\.py": "--network resnet18 --rounds 1",
     r"benchmarks/loader\.py": "--images 80 --rounds 1 --workers 0",
+    r"benchmarks/small_images\.py": "--images 300 --rounds 1",
     r"benchmarks/report\.py": "--images 300 --classes 10",
     r"benchmarks/interval_coverage\.py(?!.*--logits)": "--images 200 --draws 2 --resamples 20",
     r"benchmarks/interval_coverage\.py.*--logits": "--images 60 --draws 2 --resamples 20",

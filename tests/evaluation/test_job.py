@@ -216,7 +216,9 @@ def test_which_data_set_is_the_clean_one(trees):
     with pytest.raises(ConfigError, match="name clean data as well"):
         _sets(alone, Wanted([c], **chosen))
     for narrowed in ({"corruptions": ["fog"]}, {"severities": [1]}):
-        with pytest.raises(ConfigError, match="choose from ImageNet-C, and none is given"):
+        with pytest.raises(
+            ConfigError, match="choose from ImageNet-C or CIFAR-C, and none is given"
+        ):
             _sets(own, Wanted([clean], **narrowed))
     with pytest.raises(ConfigError, match="two data sets are called photographs"):
         _sets(alone, Wanted([clean, clean]))

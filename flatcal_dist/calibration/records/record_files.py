@@ -14,6 +14,7 @@ from flatcal_dist.calibration.confidence.sources import SCORES
 METADATA_KEY = b"flatcal_dist.records"
 OF_SOFTMAX = ("log_confidence", "nll", "brier", "entropy")  # for both sides of temperature scaling
 SIDES = ("", "_after_temperature")
+OPTIMUM = "_at_test_optimum"  # a third side, where the temperature was fitted on images kept apart
 RANKING = "score_"  # stands before the key of a confidence score
 SETTINGS = (
     "classes",
@@ -32,9 +33,13 @@ REQUIRED: dict[str, type] = {
 }
 OPTIONAL: dict[str, type] = {
     "real": np.int64,
+    **{name + OPTIMUM: np.float64 for name in OF_SOFTMAX},
     **{RANKING + score.key: np.float64 for score in SCORES},
 }
-DERIVED = ("correct", *("confidence" + side for side in SIDES))  # for other readers of the file
+DERIVED = (
+    "correct",
+    *("confidence" + side for side in (*SIDES, OPTIMUM)),
+)  # for other readers of the file
 
 
 def read_columns(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

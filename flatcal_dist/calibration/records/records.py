@@ -14,7 +14,6 @@ from flatcal_dist.calibration.calibrators.crossfit import (
     CrossFit,
     HoldOut,
     OutOfSample,
-    fit_out_of_sample,
     fold_of,
 )
 from flatcal_dist.calibration.calibrators.of_logits import TemperatureScaling
@@ -26,53 +25,27 @@ from flatcal_dist.calibration.checks import (
     image_ids,
     logits_and_labels,
 )
-from flatcal_dist.calibration.confidence.of_logits import Tuning, confidence_scores, tune
+from flatcal_dist.calibration.confidence.of_logits import Tuning, confidence_scores
 from flatcal_dist.calibration.confidence.sources import BY_KEY, SCORES
 from flatcal_dist.calibration.metrics.classwise import ClasswiseSums
 from flatcal_dist.calibration.records.record_files import (
     METADATA_KEY,
     OF_SOFTMAX,
+    OPTIMUM,
     RANKING,
     SETTINGS,
     known_fields,
     read_columns,
 )
+from flatcal_dist.calibration.records.source import UNTOLD, Source
+from flatcal_dist.calibration.records.temperatures import (
+    Apart,
+    fitted,
+    of_images_apart,
+    with_own_temperature,
+)
 from flatcal_dist.calibration.softmax import Scores, score_images
 from flatcal_dist.files import write_atomically
-
-
-@dataclass(frozen=True)
-class Source:
-    """Which images were evaluated, and what was done to them.
-
-    Args:
-        name: The name of the data set.
-        kind: The kind of the data set, as in `data.sets.variants`.
-        classes: The classes from which the network had to choose, if not all of them. ImageNet-A
-            and -R have 200 of them, and other logits are left out before the softmax. Labels and
-            predictions of the records are places in this list.
-        corruption: The corruption of ImageNet-C.
-        severity: The severity of ImageNet-C.
-        generated: Whether this package applied the corruption. If not, published files were read.
-        temperature_from: The name of the data whose temperature scales these records. None: their
-            temperatures are cross-fitted on themselves.
-        own_temperature: The temperature that is fitted on all of these images, with their labels.
-            If temperature_from is set, it is there for comparison and scales nothing.
-        own_temperature_interval: Its 95 % interval over images.
-        probabilities: Whether only the softmax was known. Logits are then its logarithms, and
-            scores that need the level of the logits have no meaning.
-    """
-
-    name: str | None = None
-    kind: str | None = None
-    classes: tuple[int, ...] | None = None
-    corruption: str | None = None
-    severity: int | None = None
-    generated: bool = False
-    temperature_from: str | None = None
-    own_temperature: float | None = None
-    own_temperature_interval: tuple[float, float] | None = None
-    probabilities: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +74,8 @@ class Records:
         fold_temperatures: The temperature that scores each fold. It is empty after a hold-out.
         fold_seed: The seed of the folds.
         held_out: The number of images that were fitted on and have no record.
+        optimum: The scores at `source.own_temperature`, which has seen their labels. They are there
+            only where `source.fitted_apart` is true.
         classwise: Classwise and thresholded classwise ECE, before and after.
         logits_dtype: The dtype in which the logits came.
         source: Which images were evaluated.
@@ -126,8 +101,9 @@ class Records:
     held_out: int
     classwise: dict[str, float | None]
     logits_dtype: str
-    source: Source = Source()
+    source: Source = UNTOLD
     real: IntArray | None = None
+    optimum: Scores | None = None
 
     def __len__(self) -> int:
         return len(self.id)
@@ -160,8 +136,9 @@ class Records:
         folds: int = 5,
         hold_out: float | None = None,
         seed: int = 0,
+        apart: Apart | None = None,
         clean: "Records | None" = None,
-        source: Source = Source(),
+        source: Source = UNTOLD,
         real_labels: Sequence[Sequence[int]] | None = None,
         scores: Mapping[str, ArrayLike] | None = None,
     ) -> "Records":
@@ -175,6 +152,8 @@ class Records:
             folds: The number of folds for cross-fitting.
             hold_out: The share of the images that is fitted on and gets no record, if any.
             seed: The seed of the folds, or of the hold-out.
+            apart: Images that the network was not trained on, to fit the temperature on. Neither
+                folds nor a hold-out of these images are fitted on then.
             clean: For images under shift, the same network's records of the clean images.
             source: Which images these are.
             real_labels: The ReaL labels of each image, which may be none, in the order of the ids.
@@ -190,11 +169,15 @@ class Records:
         computed = _computed(scores or {}, len(z))
         order, names, z, y = _sorted(names, z, y)
         if clean is None:
-            fit, tuning = _fitted(names.tolist(), z, y, hold_out, folds, seed)
+            how = apart or (CrossFit(folds, seed) if hold_out is None else HoldOut(hold_out, seed))
+            fit, tuning = fitted(names.tolist(), z, y, how)
+            if apart is not None:
+                source = replace(with_own_temperature(source, z, y), fitted_apart=True)
         else:
             fit, tuning = clean.temperature_fit(), clean.tuning
-            folds, seed = len(clean.fold_temperatures), clean.fold_seed
-            source = _shifted(source, clean.source, z, y)
+            folds, seed = len(clean.fold_temperatures) or folds, clean.fold_seed
+            source = with_own_temperature(source, z, y)
+            source = replace(source, temperature_from=clean.source.name or "clean images")
         kept = fit.may_score(names.tolist())
         if not kept.all():
             order, names, z, y = order[kept], names[kept], z[kept], y[kept]
@@ -205,7 +188,8 @@ class Records:
             fold_seed=seed,
             ranking=found.ranking | {key: values[order] for key, values in computed.items()},
             temperature_interval=fit.scaling.interval() if clean is None else None,
-            held_out=int((~kept).sum()),
+            held_out=int((~kept).sum()) if apart is None else len(apart),
+            optimum=_at_optimum(z, y, found, source),
             logits_dtype=str(np.asarray(logits).dtype),
             source=source,
             real=_real(real_labels, order, found.prediction),
@@ -252,8 +236,11 @@ class Records:
     def temperature_fit(self) -> OutOfSample:
         """Return the temperatures, to score other images, such as shifted versions of these.
 
-        ValueError unless the temperatures are cross-fitted on these images.
+        ValueError unless the temperatures are cross-fitted on these images, or fitted on images
+        that were kept apart.
         """
+        if self.source.fitted_apart:
+            return of_images_apart(TemperatureScaling.at(self.temperature))
         if not self.fold_temperatures or self.source.temperature_from is not None:
             raise ValueError(
                 "only records that are cross-fitted can calibrate other images; "
@@ -279,7 +266,10 @@ class Records:
         }
         if self.real is not None:
             columns["real"] = self.real.astype(np.int8)
-        for suffix, scores in (("", self.before), ("_after_temperature", self.after)):
+        sides = {"": self.before, "_after_temperature": self.after, OPTIMUM: self.optimum}
+        for suffix, scores in sides.items():
+            if scores is None:
+                continue
             columns["confidence" + suffix] = scores.confidence
             columns |= {name + suffix: getattr(scores, name) for name in OF_SOFTMAX}
         columns |= {RANKING + name: score for name, score in self.ranking.items()}
@@ -300,10 +290,14 @@ class Records:
         columns, settings = read_columns(Path(path))
         tuning, source = settings.pop("tuning"), settings.pop("source")
         correct = columns["rank"] == 0
-        before, after = (
+        before, after, optimum = (
             Scores(correct, *(columns[name + suffix] for name in OF_SOFTMAX))
-            for suffix in ("", "_after_temperature")
+            if OF_SOFTMAX[0] + suffix in columns
+            else None
+            for suffix in ("", "_after_temperature", OPTIMUM)
         )
+        assert before is not None  # `read_columns` refuses a file without these
+        assert after is not None
         columns.setdefault(f"{RANKING}msp", before.log_confidence)  # others are compared to it
         settings["fold_temperatures"] = tuple(settings["fold_temperatures"])
         if settings["temperature_interval"] is not None:
@@ -326,6 +320,7 @@ class Records:
             tuning=Tuning(**tuning | {"split": HoldOut(**known_fields(path, HoldOut, split))}),
             source=source,
             real=columns.get("real"),
+            optimum=optimum,
             **settings,
         )
 
@@ -352,24 +347,11 @@ def _sorted(
     return order, names[order], z, y[order]
 
 
-def _fitted(
-    ids: list[str], z: np.ndarray, y: IntArray, share: float | None, folds: int, seed: int
-) -> tuple[OutOfSample, Tuning]:
-    """The temperatures of a hold-out of a share of the images, or of folds if share is None."""
-    held_out = None if share is None else HoldOut(share, seed)
-    fit = fit_out_of_sample("temperature", ids, z, y, held_out or CrossFit(folds, seed))
-    return fit, tune(ids, z, y, held_out or HoldOut(seed=seed))
-
-
-def _shifted(source: Source, clean: Source, z: np.ndarray, y: IntArray) -> Source:
-    """The source of images under shift, with the temperature that they would need."""
-    own = TemperatureScaling().fit(z, y)
-    return replace(
-        source,
-        temperature_from=clean.name or "clean images",
-        own_temperature=own.temperature,
-        own_temperature_interval=own.interval(),
-    )
+def _at_optimum(z: np.ndarray, y: IntArray, found: Records, source: Source) -> Scores | None:
+    """The scores at the images' own temperature, if theirs was fitted on images kept apart."""
+    if not source.fitted_apart or source.own_temperature is None:
+        return None
+    return score_images(z, y, source.own_temperature).scores(found.correct)
 
 
 def _computed(scores: Mapping[str, ArrayLike], images: int) -> dict[str, FloatArray]:

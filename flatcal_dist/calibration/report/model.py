@@ -23,6 +23,7 @@ from flatcal_dist.calibration.report.parts import (
     Count,
     EceNull,
     FilledBin,
+    FittedTemperature,
     Histogram,
     Limits,
     Number,
@@ -145,6 +146,9 @@ class Report(Side, _Head):
     temperature: Positive
     temperature_interval: tuple[float, float] | None
     temperature_folds: list[Positive | None]
+    temperatures: list[FittedTemperature] = Field(
+        [], description="where images were kept apart (data.holdout): how temperatures compare"
+    )
     after_temperature: AfterTemperature
     scores: ScoreTable | None
     per_class: PerClass

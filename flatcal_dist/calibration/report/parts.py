@@ -5,7 +5,7 @@ evaluation is lost by an error of rounding.
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
@@ -260,6 +260,22 @@ class Reference(Part):
     aurc: Positive | None
     auroc: Positive | None
     fpr_at_95_tpr: Positive | None
+
+
+class FittedTemperature(Part):
+    """A temperature, the images that it was fitted on, and a few figures of the evaluated images.
+
+    TS-valid was fitted on training images that were kept apart. The optimum was fitted on the
+    evaluated images themselves with their labels, so its figures are no result: nobody can reach
+    them without these labels.
+    """
+
+    name: Literal["as_trained", "ts_valid", "test_optimum"]
+    saw_the_labels: bool
+    images: Count
+    temperature: Positive
+    interval: tuple[float, float] | None
+    figures: dict[str, float | None]
 
 
 class AllClasses(Part):

@@ -80,6 +80,7 @@ def summarize(
         "temperature": records.temperature,
         "temperature_interval": records.temperature_interval,
         "temperature_folds": list(records.fold_temperatures),
+        "temperatures": _temperatures(records, bins),
         "after_temperature": after,
         "scores": _scores(records, resamples, seed),
         "per_class": per_class(records, about.class_names),
@@ -94,6 +95,34 @@ def summarize(
         "about": json.loads(json.dumps(asdict(about), default=str)),
     }
     return Report.model_validate(written)
+
+
+def _temperatures(records: Records, bins: int) -> list[dict[str, Any]]:
+    """What temperatures do to the images, if one was fitted on images kept apart."""
+    if records.optimum is None:
+        return []
+    source, own = records.source, len(records)
+    rows = (
+        ("as_trained", 0, 1.0, None, records.before),
+        ("ts_valid", records.held_out, records.temperature, records.temperature_interval,
+         records.after),
+        ("test_optimum", own, source.own_temperature, source.own_temperature_interval,
+         records.optimum),
+    )  # fmt: skip
+    found = []
+    for name, images, temperature, interval, scores in rows:
+        metrics = point_metrics(scores, bins)
+        found.append(
+            {
+                "name": name,
+                "saw_the_labels": name == "test_optimum",
+                "images": images,
+                "temperature": temperature,
+                "interval": interval,
+                "figures": {key: metrics[key] for key in OF_ALL_CLASSES},
+            }
+        )
+    return found
 
 
 def _all_classes(records: Records) -> dict[str, Any]:
@@ -211,6 +240,11 @@ def _conventions(records: Records, bins: int, resamples: int, seed: int) -> dict
     source = records.source
     if source.temperature_from is not None:
         after = f"scored with the temperature of {source.temperature_from}"
+    elif source.fitted_apart:
+        after = (
+            f"scored with a temperature fitted on {records.held_out} training images that were "
+            "not trained on (TS-valid)"
+        )
     elif records.held_out:
         after = f"scored with a temperature fitted on {records.held_out} other images"
     else:

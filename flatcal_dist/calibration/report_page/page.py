@@ -21,6 +21,11 @@ from flatcal_dist.calibration.shift import figures as shift_figures
 SIDES = ("before", "after")
 FEW_OUTCOMES = 100  # images of the rarer outcome, see "How often intervals hold" in the README
 UNKNOWN = "unknown"
+TEMPERATURES = {
+    "as_trained": ("None", "as trained"),
+    "ts_valid": ("TS-valid", "on training images that were never trained on"),
+    "test_optimum": ("Test optimum", "on these very images with their labels: no result"),
+}
 KNOWN_BY = {
     "images": "names, labels and sizes",
     "ids": "ids and labels",
@@ -56,6 +61,8 @@ def report_html(m: Report, shift: dict[str, Any] | None, folder: Path) -> str:
         errors=list(zip(m.confident_errors, pictures, strict=True)),
         pictured=any(pictures),
         shift=shift,
+        temperature=temperature,
+        temperature_names=TEMPERATURES,
         usable_temperature=is_fitted(m.temperature),
         stale_shift=stale,
         shift_figures=_shift_figures(shift, folder / "figures") if shift else [],
@@ -200,6 +207,8 @@ def _temperature_note(m: Report) -> str:
         return "no temperature can be fitted"
     if m.source.temperature_from is not None:
         return f"of {m.source.temperature_from}"
+    if m.source.fitted_apart:
+        return f"on {m.temperatures[1].images:,} images kept apart"
     if m.temperature_interval is None:
         return "no interval"
     low, high = (temperature(v) for v in m.temperature_interval)

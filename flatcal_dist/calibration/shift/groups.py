@@ -121,12 +121,16 @@ def _interval_of_mean_corruption_error(
 def mean_corruption_error(rows: Sequence[dict[str, Any]]) -> float | None:
     """Return the mCE of the published ImageNet-C, which is 1 for AlexNet.
 
-    It is None if a corruption or severity is missing, or if corruptions were applied here. Source:
+    It is None for other images (CIFAR-10-C), if a corruption or severity is missing, or if
+    corruptions were applied here. Source:
     Hendrycks and Dietterich (ICLR 2019), section 4.
     """
     error = {(r["corruption"], r["severity"]): 1 - r["before"]["accuracy"] for r in rows}
     wanted = {(c, s) for c in ALEXNET_ERROR for s in SEVERITIES}
-    if any(r["generated"] for r in rows) or not wanted <= error.keys():
+    if (
+        any(r["generated"] or r.get("kind") == "cifar_c" for r in rows)
+        or not wanted <= error.keys()
+    ):
         return None
     relative = [
         np.mean([error[c, s] for s in SEVERITIES]) / known for c, known in ALEXNET_ERROR.items()

@@ -19,6 +19,11 @@ def what_does_not_go_together(config: "Config") -> Iterator[str]:
         yield from _rule_and_scope(config, rule)
     yield from _mixing(config, rule, objective)
     yield from _objective_and_data(config, objective)
+    if config.data.holdout is not None and config.data.reader == "streaming":
+        yield (
+            "data.holdout chooses images by their keys and labels, which streamed shards do not "
+            "have: set data.reader=indexed"
+        )
     if config.train.keep_best and config.train.validate_every_epochs is None:
         yield "train.keep_best needs validation: set train.validate_every_epochs"
 

@@ -44,10 +44,28 @@ CONDITIONS = (
         "average.start_epoch=null",
     ),
     Condition(
-        ("data.crop_scale", "data.crop_ratio", "data.flip"),
+        ("data.holdout_seed",),
+        lambda config: config.data.holdout is not None,
+        ("data.holdout",),
+        "a data.holdout",
+    ),
+    Condition(
+        ("data.crop_scale", "data.crop_ratio"),
         lambda config: config.data.augmentation == "resized_crop",
         ("data.augmentation",),
         "data.augmentation=resized_crop",
+    ),
+    Condition(
+        ("data.crop_padding",),
+        lambda config: config.data.augmentation == "pad_crop",
+        ("data.augmentation",),
+        "data.augmentation=pad_crop",
+    ),
+    Condition(
+        ("data.flip",),
+        lambda config: config.data.augmentation != "none",
+        ("data.augmentation",),
+        "data.augmentation=resized_crop or pad_crop",
     ),
     Condition(
         ("data.auto_augment_magnitude",),
@@ -63,7 +81,7 @@ CONDITIONS = (
     ),
     Condition(
         ("data.epoch_samples", "data.shuffle_buffer"),
-        lambda config: config.data.reader != "indexed",
+        lambda config: config.data.reader in ("streaming", "auto"),
         ("data.reader",),
         "data.reader=streaming or auto",
     ),
@@ -71,7 +89,7 @@ CONDITIONS = (
         ("data.shuffle_window",),
         lambda config: config.data.reader != "streaming",
         ("data.reader",),
-        "data.reader=indexed or auto",
+        "data.reader=indexed, memory or auto",
     ),
     Condition(
         ("data.cache_limit",),

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as F
 
 from flatcal_dist.data.errors import BadImage
 from flatcal_dist.data.images.decode import MAX_PIXELS
+from flatcal_dist.data.images.pad_crop import PadCrop
 
 Evaluation = Callable[[Tensor], Tensor]  # uint8 [C, H, W] -> uint8 [C, S, S]
 Training = Callable[[Tensor, int], Tensor]  # the same, with the seed of the sample
@@ -35,9 +36,12 @@ class Augmentation:
     Attributes:
         kind: "resized_crop" takes a random crop in training and resizes it. In evaluation it
             resizes the shorter side to image_size / crop_pct and cuts out the centre, as timm does.
-            "none" neither crops nor varies, and stretches images of another size to image_size.
+            "pad_crop" adds zeros on all sides in training and cuts out a part of image_size.
+            "none" neither crops nor varies. The latter two stretch images of another size to
+            image_size first, and do nothing else in evaluation.
         scale: The least and the largest share of the area that a crop takes.
         ratio: The least and the largest aspect ratio of a crop.
+        padding: The number of pixels that pad_crop adds on each side.
         flip: The probability that a crop is mirrored.
         interpolation: How images are resized.
         crop_pct: The share of the resized image that evaluation sees, along each side.
@@ -53,9 +57,10 @@ class Augmentation:
         fill: The colour of these rectangles, uint8, one value for each channel.
     """
 
-    kind: Literal["none", "resized_crop"] = "resized_crop"
+    kind: Literal["none", "resized_crop", "pad_crop"] = "resized_crop"
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    padding: int = 4
     flip: float = 0.5
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     crop_pct: float = 0.875
@@ -70,7 +75,14 @@ class Augmentation:
 def training_transform(augmentation: Augmentation, image_size: int) -> Training:
     """Return the transform (image uint8 [C, H, W], seed) -> uint8 [C, image_size, image_size]."""
     if augmentation.kind == "none":
-        return _Unseeded(_stretch(augmentation, image_size))
+        return _Unseeded(stretch(augmentation, image_size))
+    if augmentation.kind == "pad_crop":
+        more = _after_the_crop(augmentation)
+        return _PadCrop(
+            stretch(augmentation, image_size),
+            PadCrop(augmentation.padding, augmentation.flip),
+            _Seeded(T.Compose(more)) if more else None,
+        )
     crop = _Crop(
         image_size,
         scale=augmentation.scale,
@@ -78,13 +90,23 @@ def training_transform(augmentation: Augmentation, image_size: int) -> Training:
         interpolation=InterpolationMode(augmentation.interpolation),
         antialias=True,
     )
-    steps = [crop, T.RandomHorizontalFlip(augmentation.flip)]
+    flip = T.RandomHorizontalFlip(augmentation.flip)
+    return _Seeded(T.Compose([crop, flip, *_after_the_crop(augmentation)]))
+
+
+def _after_the_crop(augmentation: Augmentation) -> list[nn.Module]:
+    steps: list[nn.Module] = []
     if in_pillow := _colours_and_shapes(augmentation):
         # These are two to three times as fast on Pillow's images as on tensors.
         steps += [T.ToPILImage(), *in_pillow, T.PILToTensor()]
     if augmentation.random_erasing:
         steps.append(T.RandomErasing(augmentation.random_erasing, value=list(augmentation.fill)))
-    return _Seeded(T.Compose(steps))
+    return steps
+
+
+def is_of_integers(augmentation: Augmentation) -> bool:
+    """Tell whether an image that was stretched before is only padded, cut and mirrored."""
+    return augmentation.kind != "resized_crop" and not _after_the_crop(augmentation)
 
 
 class _Crop(T.RandomResizedCrop):
@@ -122,15 +144,16 @@ def evaluation_transform(augmentation: Augmentation, image_size: int) -> Evaluat
     The transform raises BadImage for an image so long that resizing would take more memory than
     MAX_PIXELS pixels.
     """
-    if augmentation.kind == "none":
-        return _stretch(augmentation, image_size)
+    if augmentation.kind != "resized_crop":
+        return stretch(augmentation, image_size)
     interpolation = InterpolationMode(augmentation.interpolation)
     shorter = math.floor(image_size / augmentation.crop_pct)
     resize = T.Resize(shorter, interpolation=interpolation, antialias=True)
     return _Bounded(T.Compose([resize, T.CenterCrop(image_size)]), shorter)
 
 
-def _stretch(augmentation: Augmentation, image_size: int) -> Evaluation:
+def stretch(augmentation: Augmentation, image_size: int) -> Evaluation:
+    """Return the transform that resizes images to image_size whatever their shape."""
     interpolation = InterpolationMode(augmentation.interpolation)
     return T.Resize((image_size, image_size), interpolation=interpolation, antialias=True)
 
@@ -176,6 +199,17 @@ class _Unseeded:
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
         return self.transform(image)
+
+
+@dataclass(frozen=True)
+class _PadCrop:
+    stretch: Callable[[Tensor], Tensor]
+    crop: PadCrop
+    more: "_Seeded | None"
+
+    def __call__(self, image: Tensor, seed: int) -> Tensor:
+        part = self.crop.one(self.stretch(image), seed)
+        return self.more(part, seed) if self.more else part
 
 
 class Normalize(nn.Module):

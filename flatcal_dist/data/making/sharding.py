@@ -251,7 +251,9 @@ def _write_part(part: Source, shard: Path, encoding: Encoding) -> tuple[str, lis
 def _samples(part: Source, encoding: Encoding, copied: list[str]) -> Iterator[Sample]:
     names, keys = map(os.fsdecode, part.name.tolist()), map(bytes.decode, part.key.tolist())
     images: Iterable[bytes] = part.images()
-    for image, name, key, label in zip(images, names, keys, part.label.tolist(), strict=True):
+    clean = [None] * len(part) if part.clean is None else part.clean.tolist()
+    rows = zip(images, names, keys, part.label.tolist(), clean, strict=True)
+    for image, name, key, label, true in rows:
         extension = PurePosixPath(name).suffix[1:].lower().replace("jpeg", "jpg")
         if not encoding.copies:
             try:
@@ -263,7 +265,7 @@ def _samples(part: Source, encoding: Encoding, copied: list[str]) -> Iterator[Sa
                 copied.append(name)
             if new is not None:
                 image, extension = new, "jpg"
-        more = {"class": part.classes[label]}
+        more = {"class": part.classes[label]} | ({} if true is None else {"clean_label": true})
         yield Sample(key, image, extension, label, name, more)
 
 

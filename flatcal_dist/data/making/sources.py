@@ -34,6 +34,7 @@ class Source:
     key: np.ndarray  # [n] S, keys of the samples in shards
     name: np.ndarray  # [n] S, original names of the images
     left_out: tuple[str, ...] = ()  # paths that are no image of a class
+    clean: np.ndarray | None = None  # [n] i4, true labels, where `label` holds noisy ones
 
     def __len__(self) -> int:
         return len(self.label)
@@ -131,45 +132,6 @@ class Pixels(Source):
             png = io.BytesIO()
             Image.fromarray(pixels).save(png, "png")
             yield png.getvalue()
-
-
-TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
-
-
-def torchvision_set(name: str, root: Path, split: str) -> Pixels:
-    """Return CIFAR-10 or CIFAR-100 as torchvision keeps it.
-
-    torchvision checks the published MD5 sums of the files before it reads them.
-
-    Args:
-        name: "cifar10" or "cifar100".
-        root: The directory in which torchvision keeps data sets.
-        split: "train", or "validation" for the test images.
-
-    Raises:
-        DataError: The files are not there, or are not as published.
-    """
-    import torchvision
-
-    try:
-        data = getattr(torchvision.datasets, TORCHVISION[name])(root, train=split == "train")
-    except (RuntimeError, OSError) as error:
-        kind = getattr(torchvision.datasets, TORCHVISION[name])
-        raise DataError(
-            f"{Path(root) / kind.base_folder} does not hold {TORCHVISION[name]} as published "
-            f"({error}). Unpack {kind.filename} there, or name another --root."
-        ) from error
-    numbers = range(len(data))
-    return Pixels(
-        kind=f"torchvision {TORCHVISION[name]}",
-        prefix=name,
-        shards={"train": 20, "validation": 4},  # 2,500 images in each
-        classes=tuple(data.classes),
-        label=np.array(data.targets, np.int32),
-        key=np.array([f"{name}_{split}_{i:05d}".encode() for i in numbers]),
-        name=np.array([f"{name}/{split}/{i:05d}.png".encode() for i in numbers]),
-        pixels=np.asarray(data.data),
-    )
 
 
 def unique_keys(names: Sequence[str], where: str = "") -> np.ndarray:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from flatcal_dist.data.errors import DataError
+from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.sets import imagenet
 from flatcal_dist.data.sets.tree import TreeIndex
 from flatcal_dist.data.shards.access import Access
@@ -102,6 +103,23 @@ def recorded_numbers(index: Index) -> np.ndarray:
     if any(other != names for _, other in others) or label.max(initial=0) >= len(names):
         raise DataError(f"{plan}: the lists of classes beside these shards do not fit their labels")
     return imagenet.numbers_of(names, Path(plan))[label]
+
+
+def names_of_labels(index: ImageIndex) -> list[str] | None:
+    """Return the names of the classes in the order of their labels, if the data tell them.
+
+    Names that are plain numbers say no more than the labels. Names of shards stand in the list that
+    `flatcal shard` left beside them.
+    """
+    if isinstance(index, TreeIndex):
+        found = [list(index.folders)]
+    elif isinstance(index, Index):
+        found = list(class_names([str(shard) for shard in index.shards], Access()).values())
+    else:
+        return None
+    if not found or any(names != found[0] for names in found) or are_numbers(found[0]):
+        return None
+    return found[0] if index.label.max(initial=0) < len(found[0]) else None
 
 
 def check_recorded(index: Index, classes: int) -> None:

@@ -12,12 +12,13 @@ The kind says how folders and labels become classes of the network:
                             (Hendrycks et al., CVPR 2021 and ICCV 2021)
     imagenet_sketch         1,000 WordNet ids, and files named sketch_0 and so on
     imagenet_c              CORRUPTION/SEVERITY/WNID/FILE as published, also below blur/, noise/ ...
+    cifar_c                 CORRUPTION.npy and labels.npy, as CIFAR-10-C and -100-C are published
     imagenet_c_generated    corruptions that this program applies to clean images; never recognised
     plain                   anything else: a folder for each class in the order of names, where
                             plain numbers are the labels; shards with labels of the network
 
-A network with another number of classes than ImageNet has only the kinds plain, imagenet_c and
-imagenet_c_generated.
+A network with another number of classes than ImageNet has only the kinds plain, imagenet_c, cifar_c
+and imagenet_c_generated.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.images import corruptions
 from flatcal_dist.data.making.image_folder import class_folders
 from flatcal_dist.data.sets import imagenet
+from flatcal_dist.data.sets.arrays import has_arrays
 from flatcal_dist.data.sets.class_labels import (
     are_numbers,
     check_count,
@@ -44,7 +46,7 @@ CLEAN = ("plain", "imagenet", SUBSET)
 SAME_FORM = ("imagenet", "imagenet_v2", "imagenet_sketch")  # the data may not tell them apart
 KINDS = (
     "imagenet", "imagenet_v2", *imagenet.MASKED, "imagenet_sketch", SUBSET, "imagenet_c",
-    "imagenet_c_generated", "plain",
+    "imagenet_c_generated", "cifar_c", "plain",
 )  # fmt: skip
 OpenShards = Callable[[str, int], Index]  # (path, classes) -> the index of shards
 
@@ -74,6 +76,8 @@ def recognise(path: str, classes: int, named: str | None, open_shards: OpenShard
         labels = np.unique(index.label)
         return _kind_of_labels(path, labels, classes, named)
     root = Path(path).expanduser()
+    if has_arrays(root):
+        return "cifar_c"
     folders = class_folders(root)
     if named == SUBSET and folders:
         numbers_of_folders(folders, root)

@@ -21,8 +21,10 @@ from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.images import corruptions
 from flatcal_dist.data.images.corruptions import Corrupted
 from flatcal_dist.data.sets import imagenet
+from flatcal_dist.data.sets.arrays import ArrayIndex, corruption_arrays, open_arrays
 from flatcal_dist.data.sets.class_labels import (
     labels_of_folders,
+    names_of_labels,
     numbers_of_folders,
     recorded_numbers,
 )
@@ -51,7 +53,7 @@ def local_shards(path: str, classes: int) -> Index:
 
 @dataclass(frozen=True)
 class Variant:
-    """A data set, or a subset of ImageNet-C, that has not been read yet."""
+    """A data set, or a subset of ImageNet-C or CIFAR-C, that has not been read yet."""
 
     name: str
     kind: str  # one of KINDS
@@ -87,7 +89,7 @@ class DataSet:
 
     @property
     def cropped(self) -> bool:
-        """Whether the images are cropped already (ImageNet-C) and are resized only."""
+        """Whether the images are cropped already (corrupted images) and are resized only."""
         return self.variant.corruption is not None
 
     @property
@@ -97,16 +99,17 @@ class DataSet:
         A tree and any shards of it have the same identity.
         """
         index, more = self.index, ""
-        if isinstance(index, Corrupted):
+        if isinstance(index, Corrupted | ArrayIndex):
             more = f"{index.corruption} {index.severity}"
         label = self.label if self.classes is None else np.array(self.classes)[self.label]
         return data_identity(index.keys(), label, index.size, more)
 
     @property
     def class_names(self) -> list[str] | None:
-        """The names of all classes of the network if they are those of ImageNet, else None."""
-        known = (*SAME_FORM, *imagenet.MASKED, SUBSET)
-        return list(imagenet.class_names()) if self.variant.kind in known else None
+        """The names of all classes of the network, if ImageNet or the data tell them."""
+        if self.variant.kind in (*SAME_FORM, *imagenet.MASKED, SUBSET):
+            return list(imagenet.class_names())
+        return names_of_labels(self.index) if self.variant.kind == "plain" else None
 
 
 def of_index(index: Index, path: str, classes: int, real_file: Path | None = None) -> DataSet:
@@ -157,13 +160,13 @@ def find(
     Args:
         text: PATH or NAME=PATH.
         classes: The number of classes of the network.
-        chosen_corruptions: The corruptions of ImageNet-C, published or generated, to be used; None
-            uses the usual ones.
+        chosen_corruptions: The corruptions of ImageNet-C or CIFAR-C, published or generated, to be
+            used; None uses the usual ones.
         severities: The severities of ImageNet-C to be used; None uses all.
         open_shards: It opens shards.
 
     Returns:
-        One variant. For ImageNet-C one variant for each subset.
+        One variant. For ImageNet-C and CIFAR-C one variant for each subset.
 
     Raises:
         DataError: The path is not there, or the data are of another kind than the name says, or of
@@ -178,15 +181,26 @@ def find(
             raise DataError(f"{path} is corrupted already: name clean images for {kind}")
         names, levels = corruptions.choose(chosen_corruptions, severities)
         return [Variant(kind, kind, path, c, s, base) for c in names for s in levels]
-    if kind and kind != "imagenet_c" and classes != imagenet.CLASSES:
+    if kind and kind not in ("imagenet_c", "cifar_c") and classes != imagenet.CLASSES:
         raise DataError(f"{kind} needs a network of ImageNet's 1,000 classes, not of {classes}")
     found = recognise(path, classes, kind, open_shards)
     if kind and kind != found:
         raise DataError(f"{path} was named {kind}, but holds {found} data")
     name = name or (found if found != "plain" else _stem(path))
+    if found == "cifar_c":
+        there = list(corruption_arrays(Path(path).expanduser()))
+        names, levels = corruptions.choose(chosen_corruptions or _usual(there), severities)
+        if missing := [one for one in names if one not in there]:
+            raise DataError(f"{path} has no {missing[0]}.npy, only {', '.join(there)}")
+        return [Variant(name, found, path, c, s) for c in names for s in levels]
     if found != "imagenet_c":
         return [Variant(name, found, path)]
     return _published(name, path, chosen_corruptions, severities)
+
+
+def _usual(there: Sequence[str]) -> list[str]:
+    """Return the common corruptions that are there; the others if none of these is."""
+    return [name for name in there if name in corruptions.COMMON] or list(there)
 
 
 def _split(text: str) -> tuple[str | None, str]:
@@ -272,7 +286,11 @@ def open_variant(
 def _index_and_label(
     variant: Variant, classes: int, open_shards: OpenShards
 ) -> tuple[ImageIndex, np.ndarray]:
-    """Return the images, before any corruption, and the class of the network of each of them."""
+    """Return the images, before a corruption here, and the class of the network of each of them."""
+    if variant.kind == "cifar_c" and variant.corruption and variant.severity:
+        root = Path(variant.path).expanduser()
+        arrays = open_arrays(root, variant.corruption, variant.severity, classes)
+        return arrays, arrays.label
     if is_tree(variant.path):
         tree = open_tree(Path(variant.path).expanduser())
         if variant.kind == SUBSET:

@@ -19,6 +19,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from functools import lru_cache
 from pathlib import Path
 
@@ -63,13 +64,33 @@ class Index:
         self.shards = tuple(shards)
         self.identity = identity
         self.lengths = np.array([len(part) for part in parts], np.int64)
-        samples = int(self.lengths.sum())
-        row = sum(np.dtype(kind).itemsize for kind in ALL_COLUMNS.values())
-        self._memory = torch.empty(row * samples, dtype=torch.uint8)
-        self._lay_columns()
+        self._kept: list[np.ndarray] | None = None  # of each shard, where this is a part
+        self._make_columns()
         for name in COLUMNS:
             np.concatenate([getattr(part, name) for part in parts], out=getattr(self, name))
         self.shard[:] = np.repeat(np.arange(len(shards)), self.lengths)
+
+    def part(self, chosen: np.ndarray) -> "Index":
+        """Return some of the samples as an index of their own, numbered from 0.
+
+        Args:
+            chosen: Which samples, bool [n]. This index must not be a part itself.
+        """
+        if self._kept is not None:
+            raise ValueError("a part of an index has no parts")
+        part = copy(self)
+        part.lengths = np.bincount(self.shard[chosen], minlength=len(self.shards)).astype(np.int64)
+        part._kept = np.split(chosen, np.cumsum(self.lengths)[:-1])
+        part.identity = hashlib.sha256(self.identity.encode() + chosen.tobytes()).hexdigest()
+        part._make_columns()
+        for name in ALL_COLUMNS:
+            getattr(part, name)[:] = getattr(self, name)[chosen]
+        return part
+
+    def _make_columns(self) -> None:
+        row = sum(np.dtype(kind).itemsize for kind in ALL_COLUMNS.values())
+        self._memory = torch.empty(row * int(self.lengths.sum()), dtype=torch.uint8)
+        self._lay_columns()
 
     def _lay_columns(self) -> None:
         memory, samples, start = self._memory.numpy(), int(self.lengths.sum()), 0
@@ -166,7 +187,8 @@ class Index:
         return [str(k, "utf-8") for s in range(len(self.shards)) for k in self._keys(s)]
 
     def _keys(self, number: int) -> np.ndarray:
-        return load_sidecar(self.shards[number]).key
+        keys = load_sidecar(self.shards[number]).key
+        return keys if self._kept is None else keys[self._kept[number]]
 
 
 def _header_name(data: bytes) -> str:
