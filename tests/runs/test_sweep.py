@@ -8,6 +8,7 @@ from flatcal_dist.config import ConfigError, load, method_of
 from flatcal_dist.runs.sweep import elements, load_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
+STUDIES = ROOT / "configs/studies"
 
 
 @pytest.fixture
@@ -244,3 +245,16 @@ def test_a_date_is_text(sweep_file):
 def test_a_name_that_leaves_the_directory_of_runs_is_refused(sweep_file, name):
     with pytest.raises(ConfigError, match="name: string should"):
         load_sweep(sweep_file(f"name: '{name}'\ngrid: {{run.seed: [1]}}"))
+
+
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_study_of_the_package_loads_and_tells_its_methods_apart(file):
+    found = elements(load_sweep(file))
+    places = {tuple(sorted(one.config.run.axes.items())) for one in found}
+    by_method: dict[str, set[str]] = {}
+    for one in found:
+        if "method" in one.config.run.axes:
+            by_method.setdefault(one.config.run.axes["method"], set()).add(method_of(one.config))
+    names = [name for found_names in by_method.values() for name in found_names]
+    assert len(names) == len(set(names)), "two methods of a study have one name"
+    assert places
