@@ -1,13 +1,23 @@
-"""Every configuration of ImageNet starts on every engine: real networks of three channels."""
+"""Every configuration starts on every engine: real networks of three channels."""
 
 import pytest
 
 from tests.support.engines import ENGINES
 from tests.support.launching import ROOT, launch
 
-CONFIGS = sorted(path.stem for path in (ROOT / "configs/imagenet").glob("*.yaml"))
+FOLDERS = ("imagenet", "cifar10", "cifar100")
+CONFIGS = [
+    f"{folder}/{path.stem}"
+    for folder in FOLDERS
+    for path in sorted((ROOT / f"configs/{folder}").glob("*.yaml"))
+]
 # Both networks, low precision, channels_last, clipping; each kind of engine.
-SOME = [("resnet50_csam", "zero2"), ("resnet50_sam", "fsdp2"), ("vit_s16_csam", "zero3")]
+SOME = [
+    ("imagenet/resnet50_csam", "zero2"),
+    ("imagenet/vit_s16_csam", "zero3"),
+    ("imagenet/resnet50_sam", "fsdp2"),
+    ("cifar10/resnet18_fmfp", "ddp"),
+]
 
 
 def check(config: str, engine: str, folder) -> None:
@@ -15,10 +25,11 @@ def check(config: str, engine: str, folder) -> None:
         "imagenet_csam",
         "--dry-run",
         "--config",
-        ROOT / f"configs/imagenet/{config}.yaml",
+        ROOT / f"configs/{config}.yaml",
         f"train.engine={engine}",
-        "data.image_size=64",  # many processors are slow in bf16
-        *(["model.options={img_size: 64}"] if config.startswith("vit") else []),
+        # Many processors are slow in bf16.
+        *(["data.image_size=64"] if config.startswith("imagenet") else []),
+        *(["model.options={img_size: 64}"] if "vit" in config else []),
         launcher=f"cpu_{engine}",
         cwd=folder,
     )
