@@ -78,12 +78,7 @@ def evaluate(
             logit is not finite. All ranks raise it.
     """
     check_sources(config, module, scores)
-    identities = set(gather_object([data.index.identity]))
-    if len(identities) > 1:
-        raise DataError(
-            f"{data.variant} holds other images on one rank than on another (names, sizes or "
-            "labels differ): all machines must see the same files"
-        )
+    _refuse_different_images(data)
     if data.cropped:  # at the network's size, but not zoomed into
         cut = config.data.model_copy(update={"crop_pct": 1.0})
         config = config.model_copy(update={"data": cut})
@@ -105,6 +100,15 @@ def evaluate(
         return _records(config, data, found.logits, fit_on, logits_file, computed, probabilities)
 
     return on_all_ranks(merged)
+
+
+def _refuse_different_images(data: DataSet) -> None:
+    """Raise DataError on all ranks if they see different images."""
+    if len(set(gather_object([data.index.identity]))) > 1:
+        raise DataError(
+            f"{data.variant} holds other images on one rank than on another (names, sizes or "
+            "labels differ): all machines must see the same files"
+        )
 
 
 def _check_whole(index: ImageIndex, samples: np.ndarray, name: str) -> None:
@@ -191,9 +195,8 @@ def report(
 ) -> tuple[Records, Report] | None:
     """Evaluate on all ranks, and write the report on rank 0.
 
-    A table of data under shift in `output` is deleted, because it belongs to an older evaluation.
-    The scores are those that `evaluate.confidence` names, and for an ensemble those of several
-    networks.
+    What `output` holds of data under shift is deleted, because it belongs to an older evaluation.
+    Scores are those of `evaluate.confidence`, and for an ensemble those of several networks.
 
     Args:
         config: The configuration of the network.
@@ -213,31 +216,34 @@ def report(
         The records and the metrics on rank 0, and None on the other ranks.
 
     Raises:
-        ConfigError: The network lacks what a score needs.
-        FailedTogether: See `evaluate`.
+        ConfigError, FailedTogether: See `evaluate`.
     """
-    scores = wanted_scores(config, module)
     found = evaluate(
-        config, module, data, accelerator, apart=apart, logits_file=logits_file, scores=scores
-    )
+        config, module, data, accelerator,
+        apart=apart, logits_file=logits_file, scores=wanted_scores(config, module),
+    )  # fmt: skip
 
     def written() -> tuple[Records, Report] | None:
         if found is None:
             return None
-        records, all_classes = found
-        (output / "shift.json").unlink(missing_ok=True)
-        shutil.rmtree(output / "shift", ignore_errors=True)
+        _forget_shift(output)
         about = describe(
             config, module, data, accelerator, title or output.parent.name, weights_file, trained,
         )  # fmt: skip
-        if class_names is not None:
-            about = replace(about, class_names=list(class_names))
-        image_of = _image_of(data)
+        about = about if class_names is None else replace(about, class_names=list(class_names))
+        records, all_classes = found
         return records, write_report(
-            records, output, about, all_classes=all_classes, image_of=image_of, training=training
-        )
+            records, output, about,
+            all_classes=all_classes, image_of=_image_of(data), training=training,
+        )  # fmt: skip
 
     return on_all_ranks(written)
+
+
+def _forget_shift(output: Path) -> None:
+    """Delete what an older evaluation measured under shift."""
+    (output / "shift.json").unlink(missing_ok=True)
+    shutil.rmtree(output / "shift", ignore_errors=True)
 
 
 def _image_of(data: DataSet) -> Callable[[str], bytes | None]:

@@ -152,8 +152,7 @@ class Records:
             folds: The number of folds for cross-fitting.
             hold_out: The share of the images that is fitted on and gets no record, if any.
             seed: The seed of the folds, or of the hold-out.
-            apart: Images that the network was not trained on, to fit the temperature on. Neither
-                folds nor a hold-out of these images are fitted on then.
+            apart: Images kept apart from training. The temperature is then fitted on them alone.
             clean: For images under shift, the same network's records of the clean images.
             source: Which images these are.
             real_labels: The ReaL labels of each image, which may be none, in the order of the ids.
@@ -168,24 +167,17 @@ class Records:
         _refuse_other_numbers(len(names), expected, real_labels)
         computed = _computed(scores or {}, len(z))
         order, names, z, y = _sorted(names, z, y)
-        if clean is None:
-            how = apart or (CrossFit(folds, seed) if hold_out is None else HoldOut(hold_out, seed))
-            fit, tuning = fitted(names.tolist(), z, y, how)
-            if apart is not None:
-                source = replace(with_own_temperature(source, z, y), fitted_apart=True)
-        else:
-            fit, tuning = clean.temperature_fit(), clean.tuning
+        source = _named(source, z, y, clean, apart)
+        if clean is not None:
             folds, seed = len(clean.fold_temperatures) or folds, clean.fold_seed
-            source = with_own_temperature(source, z, y)
-            source = replace(source, temperature_from=clean.source.name or "clean images")
+        how = apart or (CrossFit(folds, seed) if hold_out is None else HoldOut(hold_out, seed))
+        fit, tuning = clean.used() if clean is not None else fitted(names.tolist(), z, y, how)
         kept = fit.may_score(names.tolist())
-        if not kept.all():
-            order, names, z, y = order[kept], names[kept], z[kept], y[kept]
+        order, names, z, y = order[kept], names[kept], z[kept], y[kept]
         found = cls._scored(names, z, y, fit, tuning)
         return replace(
             found,
-            fold=fold_of(names.tolist(), folds, seed),
-            fold_seed=seed,
+            fold=fold_of(names.tolist(), folds, seed), fold_seed=seed,
             ranking=found.ranking | {key: values[order] for key, values in computed.items()},
             temperature_interval=fit.scaling.interval() if clean is None else None,
             held_out=int((~kept).sum()) if apart is None else len(apart),
@@ -193,7 +185,7 @@ class Records:
             logits_dtype=str(np.asarray(logits).dtype),
             source=source,
             real=_real(real_labels, order, found.prediction),
-        )
+        )  # fmt: skip
 
     @classmethod
     def _scored(
@@ -232,6 +224,10 @@ class Records:
             },
             logits_dtype=str(z.dtype),
         )
+
+    def used(self) -> tuple[OutOfSample, Tuning]:
+        """Return what other images are scored with: `temperature_fit` and the tuned settings."""
+        return self.temperature_fit(), self.tuning
 
     def temperature_fit(self) -> OutOfSample:
         """Return the temperatures, to score other images, such as shifted versions of these.
@@ -352,6 +348,18 @@ def _at_optimum(z: np.ndarray, y: IntArray, found: Records, source: Source) -> S
     if not source.fitted_apart or source.own_temperature is None:
         return None
     return score_images(z, y, source.own_temperature).scores(found.correct)
+
+
+def _named(
+    source: Source, z: np.ndarray, y: np.ndarray, clean: Records | None, apart: Apart | None
+) -> Source:
+    """Return a source that says on which other images the temperature was fitted, if on any."""
+    if clean is None and apart is None:
+        return source
+    source = with_own_temperature(source, z, y)
+    if clean is not None:
+        return replace(source, temperature_from=clean.source.name or "clean images")
+    return replace(source, fitted_apart=True)
 
 
 def _computed(scores: Mapping[str, ArrayLike], images: int) -> dict[str, FloatArray]:

@@ -67,7 +67,6 @@ def summarize(
     after["difference"] = {
         name: asdict(samples.difference(1, 0, name)) for name in STATISTICS if name != "accuracy"
     }
-    clean = records.source.temperature_from is None
     written = {
         "schema_version": SCHEMA_VERSION,
         "images": len(records),
@@ -88,7 +87,7 @@ def summarize(
         "confident_errors": most_confident_errors(records),
         "training": training_curves(training),
         "references": references(about.model, about.data, records.classes, len(records))
-        if clean
+        if records.source.temperature_from is None
         else [],
         "conventions": _conventions(records, bins, resamples, seed),
         # Paths become text and tuples become lists, so that reading gives back what is returned.

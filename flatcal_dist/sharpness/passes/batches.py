@@ -39,6 +39,31 @@ def global_size(
         total = engine.sum([float(number) for number in found])
         samples, even = round(total[0]), engine.world_size * total[2] == total[1] ** 2
         fit, counted, odd = not total[3], not total[4], total[5] > 0
+    if problem := _problem(objective, count, samples, fit, counted, even, odd):
+        raise StepError(problem)
+    return samples
+
+
+def _problem(
+    objective: Objective,
+    count: int,
+    samples: float,
+    fit: bool,
+    counted: bool,
+    even: bool,
+    odd: bool,
+) -> str | None:
+    """Return why a batch cannot be taken, or None.
+
+    Args:
+        objective: The objective.
+        count: The number of micro-batches.
+        samples: The size of the global batch.
+        fit: Whether batches have a form that the step knows.
+        counted: Whether their samples can be counted.
+        even: Whether all ranks have as many micro-batches.
+        odd: Whether some micro-batch holds half a pair.
+    """
     problem = None
     if not fit:
         problem = (
@@ -66,11 +91,9 @@ def global_size(
             "micro-batches: give it one, or allow one more forward pass for each pass, "
             "accumulation='second_pass'"
         )
-    elif samples <= 0 or not micro_batches:
+    elif samples <= 0 or not count:
         problem = f"nothing to learn from: {count} micro-batches, {samples} samples"
-    if problem:
-        raise StepError(problem)
-    return samples
+    return problem
 
 
 def _is_pair(batch: Any) -> bool:
