@@ -8,7 +8,6 @@ from flatcal_dist.calibration.records.records import Records
 from tests.support.markers import needs
 from tests.support.synthetic import make_records
 
-
 # A test must not fail because the machine is busy.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
