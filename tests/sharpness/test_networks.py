@@ -14,6 +14,7 @@ from torch.distributed.nn.functional import all_reduce
 
 from flatcal_dist.sharpness import SAM, SharpnessAwareStep
 from tests.support.engines import ENGINES, EVERYWHERE, OWN, everywhere, make_engine, used
+from tests.support.leaves_out import LeavesOutABlock
 from tests.support.ranks import on_ranks
 from tests.support.reference import (
     CLASSES,
@@ -21,7 +22,6 @@ from tests.support.reference import (
     NEW,
     RULES,
     STEPS,
-    LeavesOutABlock,
     bits,
     far,
     make_batch,

@@ -16,8 +16,9 @@ from flatcal_dist.sharpness.engines.fsdp2.engine import ShardedEngine
 from flatcal_dist.sharpness.engines.fsdp2.start import shard
 from flatcal_dist.sharpness.engines.zero import start as zero_start
 from flatcal_dist.sharpness.engines.zero.engine import ZeroEngine, start_zero
+from tests.support.leaves_out import LeavesOutABlock
 from tests.support.ranks import on_ranks
-from tests.support.reference import LeavesOutABlock, make_network, make_optimizer
+from tests.support.reference import make_network, make_optimizer
 
 CPU = torch.device("cpu")
 ZERO = ("zero1", "zero2", "zero3")
