@@ -29,6 +29,8 @@ class Row:
 
 def digits(value: float) -> str:
     """Return a number to three digits, with a typographic minus sign."""
+    if 1000 <= abs(value) < 1e6:
+        return f"{float(f'{value:.3g}'):,.0f}".replace("-", MINUS)
     return f"{value:.3g}".replace("e+0", "e").replace("e-0", "e-").replace("-", MINUS)
 
 
@@ -44,7 +46,7 @@ def in_a_sentence(m: Sharpness) -> str:
     if around is not None:
         text += f"; in a random direction of the same length, it goes to {digits(around)}"
     return (
-        f"{text}. A smaller rise is a flatter minimum. Flatness alone does not prove calibration."
+        f"{text}. A smaller rise means a flatter loss. Flatness alone does not prove calibration."
     )
 
 
@@ -82,7 +84,7 @@ def sharpness_rows(m: Sharpness) -> list[Row]:
             digits(weight.value), _error(weight, "random vector"),
         ),
         *map(_rise, m.rises),
-        Row("Norm of the gradient", "of the mean loss", digits(m.gradient_norm), "exact"),
+        Row("Norm of the gradient", "of the mean loss", digits(m.gradient_norm), ""),
     ]  # fmt: skip
 
 
@@ -131,11 +133,12 @@ def _rise(one: Rise) -> Row:
     together = "all images together" if one.groups == 1 else f"groups of {one.images}"
     name = f"{RULES[one.rule]}sharpness, {together}".capitalize()
     meaning = MEANINGS[one.rule].format(rho=digits(one.rho))
-    return Row(name, meaning, digits(one.rise.value), _error(one.rise, "group"))
+    sure = _error(one.rise, "group") if one.groups > 1 else ""
+    return Row(name, meaning, digits(one.rise.value), sure)
 
 
 def _error(estimate: Estimate, what: str) -> str:
     if estimate.standard_error is None:
-        return "exact" if what == "group" else "one random vector"
+        return f"one {what}"
     error, samples = digits(estimate.standard_error), counted(estimate.samples, what)
     return f"± {error} (standard error, {samples})"
