@@ -13,7 +13,10 @@ from torch.nn.functional import cross_entropy
 from flatcal_dist import cli
 from flatcal_dist.calibration.report.model import SCHEMA, read_metrics
 from flatcal_dist.calibration.report.writing import render_report
-from flatcal_dist.config import to_yaml
+from flatcal_dist.calibration.report_page.sharpness import digits
+from flatcal_dist.config import ConfigError, to_yaml
+from flatcal_dist.evaluation import reporting
+from flatcal_dist.evaluation.passes import Ensemble
 from flatcal_dist.evaluation.sharpness import chosen_groups
 from flatcal_dist.sharpness.measures import Options
 from tests.evaluation.small_networks import join, logits_by_hand, network, settings
@@ -124,3 +127,14 @@ def test_options_without_sharpness_are_refused(trees, tmp_path):
     assert "--sharpness-m goes with --sharpness" in str(refused.value)
     with pytest.raises(SystemExit):
         evaluate(run, trees, tmp_path / "o", "--sharpness", "--sharpness-rho", "-1")
+
+
+def test_an_ensemble_is_refused_before_work(tmp_path):
+    several = Ensemble([network(10), network(10)])
+    with pytest.raises(ConfigError, match="sharpness is measured for one network"):
+        reporting.report(settings(10), several, None, None, tmp_path, sharpness=Options())
+
+
+def test_numbers_are_written_with_three_digits():
+    written = {1316.2: "1,320", 0.012345: "0.0123", 3.2e-7: "3.2e−7", -4e8: "−4e8", 263.4: "263"}
+    assert {value: digits(value) for value in written} == written

@@ -1,7 +1,9 @@
 """Measures of sharpness: against an exact Hessian, closed forms, and on any number of ranks."""
 
 import math
+import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from flatcal_dist.sharpness.measures import MeanLoss, MeasureError, Options, Sha
 from flatcal_dist.sharpness.measures.spectrum import largest_eigenvalue, trace
 from tests.support.ranks import on_ranks
 
+README = Path(__file__).parents[2] / "flatcal_dist/sharpness/README.md"
 IMAGES, M = 48, 12
 
 
@@ -256,3 +259,13 @@ def test_a_network_without_second_derivatives_is_refused() -> None:
     with pytest.raises(MeasureError, match=r"cannot be differentiated twice.*fused or custom"):
         loss.check()
     MeanLoss(make_network(), make_groups()).check()
+
+
+def test_the_readmes_example_measures() -> None:
+    [block] = re.findall(r"```python\n(from flatcal_dist.sharpness.measures .*?)```",
+                         README.read_text(), re.DOTALL)  # fmt: skip
+    torch.manual_seed(0)
+    names = {"model": nn.Linear(3, 2), "images": torch.randn(1024, 3)}
+    names["labels"] = torch.randint(0, 2, (1024,))
+    exec(block, names)
+    assert [one.groups for one in names["found"].rises] == [1, 8, 1, 8]
