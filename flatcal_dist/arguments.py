@@ -1,6 +1,7 @@
 """Types and defaults of command-line options."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 
@@ -14,6 +15,17 @@ def whole_number(least: int = 1) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def positive_number(text: str) -> float:
+    """Return the number above 0 that an option holds. A type for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1000")
+    return value
 
 
 def usable_cores() -> int:

@@ -3,9 +3,13 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flatcal_dist.arguments import whole_number
+from flatcal_dist.arguments import positive_number, whole_number
 from flatcal_dist.files import refuse_no_directory
+
+if TYPE_CHECKING:
+    from flatcal_dist.sharpness.measures import Options
 
 
 def add_commands(commands: "argparse._SubParsersAction") -> None:
@@ -46,6 +50,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ensemble", action="store_true",
         help="write one report on the networks of all RUNs together")  # fmt: skip
     add("--save-logits", action="store_true", help="write logits.npz of the clean images as well")
+    _sharpness_arguments(parser)
     add("--output", type=Path, metavar="DIR", help="by default RUN/report")
     _origin(parser)
     parser.set_defaults(run=evaluate)
@@ -64,6 +69,23 @@ def _network_arguments(parser: argparse.ArgumentParser) -> None:
         "were trained, not their average")  # fmt: skip
     add("--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value",
         help="with --model: configuration keys, such as model.num_classes=100")  # fmt: skip
+
+
+def _sharpness_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that ask for measures of sharpness."""
+    add = parser.add_argument
+    add("--sharpness", action="store_true",
+        help="measure the sharpness of the loss as well: the largest eigenvalue and the trace of "
+        "its Hessian, m-sharpness, adaptive sharpness, and the loss along directions")  # fmt: skip
+    add("--sharpness-images", type=whole_number(), metavar="N",
+        help="the largest number of clean images to measure it on; by default 1024")  # fmt: skip
+    add("--sharpness-rho", type=positive_number, metavar="RHO",
+        help="the length of the ascent of SAM; by default 0.05. Curves go to 4 times this "
+        "distance")  # fmt: skip
+    add("--sharpness-adaptive-rho", type=positive_number, metavar="RHO",
+        help="the length of the ascent of ASAM; by default 0.5")  # fmt: skip
+    add("--sharpness-m", type=whole_number(), metavar="M",
+        help="the number of images in a group for m-sharpness; by default 128")  # fmt: skip
 
 
 def report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +146,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         save_logits=arguments.save_logits,
         class_names=None if classes is None else read_class_names(classes),
         confidence=_confidence(arguments.confidence),
+        sharpness=_sharpness(arguments),
     )
     if arguments.directories:
         if arguments.model or arguments.weights or arguments.overrides:
@@ -154,6 +177,21 @@ def _confidence(text: str | None) -> list[str] | None:
     if text is None:
         return None
     return [] if text == "none" else [key.strip() for key in text.split(",")]
+
+
+def _sharpness(arguments: argparse.Namespace) -> "Options | None":
+    """Return what is measured of sharpness. Raises ValueError for a number without --sharpness."""
+    from flatcal_dist.sharpness.measures import Options
+
+    names = ("images", "rho", "adaptive_rho", "m")
+    values = {name: getattr(arguments, f"sharpness_{name}") for name in names}
+    given = {name: value for name, value in values.items() if value is not None}
+    if arguments.sharpness:
+        return Options(**given)
+    if given:
+        option = f"--sharpness-{next(iter(given)).replace('_', '-')}"
+        raise ValueError(f"{option} goes with --sharpness, which is not given")
+    return None
 
 
 def _severities(text: str | None) -> list[int] | None:

@@ -41,6 +41,7 @@ from flatcal_dist.networks.weights import load_weights
 from flatcal_dist.ranks import distributed
 from flatcal_dist.ranks.distributed import ending_together, on_all_ranks
 from flatcal_dist.runs.directory import RunDirectory, RunError
+from flatcal_dist.sharpness.measures import Options
 from flatcal_dist.tracking.tracker import read_metrics
 from flatcal_dist.urls import public
 
@@ -58,6 +59,7 @@ class Wanted:
         class_names: The names of the classes of the network, in their order.
         confidence: The scores to compute beside those of logits. None computes the scores that the
             configuration names.
+        sharpness: How to measure the sharpness on the clean images. None does not measure it.
     """
 
     data: Sequence[str] = ()
@@ -67,6 +69,7 @@ class Wanted:
     save_logits: bool = False
     class_names: Sequence[str] | None = None
     confidence: Sequence[str] | None = None
+    sharpness: Options | None = None
 
 
 @dataclass(frozen=True)
@@ -356,7 +359,7 @@ def _evaluate_one(
         title=network.title, weights_file=weights_file, trained=network.trained,
         training=_log(network, accelerator), class_names=wanted.class_names,
         logits_file=network.output / "logits.npz" if wanted.save_logits else None,
-        apart=inputs.images_apart(config, accelerator),
+        apart=inputs.images_apart(config, accelerator), sharpness=wanted.sharpness,
     )  # fmt: skip
     if shifted:
         records = written[0] if written else None

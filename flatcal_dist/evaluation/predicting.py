@@ -16,6 +16,7 @@ from flatcal_dist.calibration.confidence.sources import SCORES
 from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.order import sample_seed
+from flatcal_dist.data.sets.variants import DataSet
 from flatcal_dist.evaluation.passes import Ensemble, passes_with_dropout, refuse_without_dropout
 from flatcal_dist.networks.features import Watch, watching_features
 from flatcal_dist.networks.registry import in_evaluation_mode
@@ -103,6 +104,17 @@ def predict(
             images = normalize(batch.images.to(accelerator.device, non_blocking=True))
             parts.append(asked.answer(images, batch.samples, batch.valid))
     return Prediction.merged(parts)
+
+
+def as_cropped(config: Config, data: DataSet) -> Config:
+    """Return the configuration for images that may be cropped already.
+
+    They are brought to the size of the network, but not zoomed into.
+    """
+    if not data.cropped:
+        return config
+    cut = config.data.model_copy(update={"crop_pct": 1.0})
+    return config.model_copy(update={"data": cut})
 
 
 class _Asked:

@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from flatcal_dist.calibration.report.model import Report
 from flatcal_dist.calibration.report.writing import render_report, write_report
 from flatcal_dist.calibration.shift.report import Shifted, save_shifted, write_shift
 from flatcal_dist.calibration.shift.rows import Measured, measure
-from flatcal_dist.config import Config
+from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.data import DataError, Index
 from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.sets.variants import DataSet, Variant, local_shards, open_variant
 from flatcal_dist.evaluation.passes import Ensemble
 from flatcal_dist.evaluation.predicting import (
+    as_cropped,
     check_sources,
     gathered,
     of_features,
@@ -37,8 +38,10 @@ from flatcal_dist.evaluation.predicting import (
     wanted_scores,
 )
 from flatcal_dist.evaluation.provenance import UNKNOWN, Provenance, describe
+from flatcal_dist.evaluation.sharpness import measured_sharpness
 from flatcal_dist.files import write_atomically
 from flatcal_dist.ranks.distributed import on_all_ranks
+from flatcal_dist.sharpness.measures import Options
 
 ALL_CLASSES = "_all_classes"  # added to the name of a data set in which few classes compete
 
@@ -79,9 +82,7 @@ def evaluate(
     """
     check_sources(config, module, scores)
     _refuse_different_images(data)
-    if data.cropped:  # at the network's size, but not zoomed into
-        cut = config.data.model_copy(update={"crop_pct": 1.0})
-        config = config.model_copy(update={"data": cut})
+    config = as_cropped(config, data)
     reference = training_reference(config, module, accelerator, scores)
     own = predict(config, module, data.index, accelerator, scores, classes=data.classes)
     found = gathered(own)
@@ -192,6 +193,7 @@ def report(
     logits_file: Path | None = None,
     class_names: Sequence[str] | None = None,
     apart: Index | None = None,
+    sharpness: Options | None = None,
 ) -> tuple[Records, Report] | None:
     """Evaluate on all ranks, and write the report on rank 0.
 
@@ -211,17 +213,21 @@ def report(
         logits_file: Where to write the logits (see `evaluate`).
         class_names: The names of the classes, if the data do not tell them.
         apart: Training images that were never trained on, to fit the temperature on.
+        sharpness: How to measure sharpness; None does not measure it.
 
     Returns:
         The records and the metrics on rank 0, and None on the other ranks.
 
     Raises:
-        ConfigError, FailedTogether: See `evaluate`.
+        ConfigError, FailedTogether: See `evaluate`. A network that cannot be differentiated twice
+            has no sharpness to measure, and an ensemble is no one network.
+        MeasureError: The loss is not finite somewhere.
     """
     found = evaluate(
         config, module, data, accelerator,
         apart=apart, logits_file=logits_file, scores=wanted_scores(config, module),
     )  # fmt: skip
+    measured = _sharpness(config, module, data, accelerator, sharpness)
 
     def written() -> tuple[Records, Report] | None:
         if found is None:
@@ -233,11 +239,26 @@ def report(
         about = about if class_names is None else replace(about, class_names=list(class_names))
         records, all_classes = found
         return records, write_report(
-            records, output, about,
-            all_classes=all_classes, image_of=_image_of(data), training=training,
+            records, output, about, all_classes=all_classes, image_of=_image_of(data),
+            training=training, sharpness=measured,
         )  # fmt: skip
 
     return on_all_ranks(written)
+
+
+def _sharpness(
+    config: Config,
+    module: nn.Module,
+    data: DataSet,
+    accelerator: Accelerator,
+    wanted: Options | None,
+) -> dict[str, Any] | None:
+    """Return what was measured of a network's sharpness, if it is wanted. Called by all ranks."""
+    if wanted is None:
+        return None
+    if isinstance(module, Ensemble):
+        raise ConfigError("sharpness is measured for one network, and this is an ensemble")
+    return asdict(measured_sharpness(config, module, data, accelerator, wanted))
 
 
 def _forget_shift(output: Path) -> None:

@@ -36,6 +36,7 @@ from flatcal_dist.calibration.report.parts import (
     ScoreTable,
     SmoothCurve,
 )
+from flatcal_dist.calibration.report.sharpness import Sharpness
 from flatcal_dist.calibration.statistics.intervals import Interval
 from flatcal_dist.files import write_json
 
@@ -156,6 +157,9 @@ class Report(Side, _Head):
     confident_errors: list[ConfidentError]
     training: dict[str, list[Number | None]] | None = Field(
         description="one column per figure, with a value per validated epoch; null without a log"
+    )
+    sharpness: Sharpness | None = Field(
+        None, description="null where it was not measured (`flatcal evaluate --sharpness`)"
     )
     references: list[Reference]
     conventions: dict[str, Any]

@@ -40,6 +40,7 @@ def summarize(
     *,
     all_classes: Records | None = None,
     training: Sequence[Mapping[str, Any]] = (),
+    sharpness: Mapping[str, Any] | None = None,
     bins: int = 15,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -55,6 +56,7 @@ def summarize(
         all_classes: The records of the same images among all classes of the network, if `records`
             are among some of them.
         training: The records of the run's metrics.jsonl.
+        sharpness: The keys of `report.sharpness.Sharpness`, if it was measured.
         bins: The number of bins of ECE and related metrics.
         resamples: The number of resamples.
         seed: The seed of the resamples.
@@ -86,6 +88,7 @@ def summarize(
         "confusions": confusions(records),
         "confident_errors": most_confident_errors(records),
         "training": training_curves(training),
+        "sharpness": sharpness,
         "references": references(about.model, about.data, records.classes, len(records))
         if records.source.temperature_from is None
         else [],

@@ -24,6 +24,7 @@ def write_report(
     all_classes: Records | None = None,
     image_of: Callable[[str], bytes | None] | None = None,
     training: Sequence[Mapping[str, Any]] = (),
+    sharpness: Mapping[str, Any] | None = None,
     bins: int = 15,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -43,14 +44,15 @@ def write_report(
         image_of: Returns the encoded image of an id, or None. The page shows pictures of the most
             confident errors.
         training: The records of the run's metrics.jsonl, for the curves over epochs.
+        sharpness: The keys of `report.sharpness.Sharpness`, if it was measured.
         bins: The number of bins of ECE and related metrics.
         resamples: The number of resamples.
         seed: The seed of the resamples.
     """
     output = Path(output)
     m = summarize(
-        records, about, all_classes=all_classes, training=training, bins=bins,
-        resamples=resamples, seed=seed,
+        records, about, all_classes=all_classes, training=training, sharpness=sharpness,
+        bins=bins, resamples=resamples, seed=seed,
     )  # fmt: skip
     records.save(output / "records.parquet")
     write_text(output / "metrics.csv", metrics_csv(m))

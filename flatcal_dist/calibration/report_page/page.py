@@ -15,6 +15,12 @@ from flatcal_dist.calibration.report.about import SYMBOLS, About
 from flatcal_dist.calibration.report.confident_errors import read_thumbnails
 from flatcal_dist.calibration.report.model import Report
 from flatcal_dist.calibration.report_page import describe, figures
+from flatcal_dist.calibration.report_page.sharpness import (
+    describe_sharpness,
+    draw_sharpness,
+    in_a_sentence,
+    sharpness_rows,
+)
 from flatcal_dist.calibration.report_page.verdict import FEW_OF_A_CLASS, class_name, verdict
 from flatcal_dist.calibration.shift import figures as shift_figures
 
@@ -66,6 +72,8 @@ def report_html(m: Report, shift: dict[str, Any] | None, folder: Path) -> str:
         usable_temperature=is_fitted(m.temperature),
         stale_shift=stale,
         shift_figures=_shift_figures(shift, folder / "figures") if shift else [],
+        sharpness_sentence=in_a_sentence(m.sharpness) if m.sharpness else "",
+        sharpness_rows=sharpness_rows(m.sharpness) if m.sharpness else [],
         few_outcomes=_few_outcomes(m),
         difference_of=m.difference,
         class_name=lambda number: class_name(m, number),
@@ -125,6 +133,11 @@ def _figures(m: Report, folder: Path) -> dict[str, Markup]:
         drawn["training"] = page.figure(
             figures.draw_training(m.training), folder,
             "training", "Validation by epoch", describe.training(m.training),
+        )  # fmt: skip
+    if m.sharpness is not None:
+        drawn["sharpness"] = page.figure(
+            draw_sharpness(m.sharpness), folder,
+            "sharpness", "Loss around the weights", describe_sharpness(m.sharpness),
         )  # fmt: skip
     return drawn
 
@@ -258,6 +271,7 @@ def _facts(m: Report) -> list[tuple[str, str]]:
         ("Precision", about.precision),
         ("Engine", about.engine),
         ("World size", about.world_size),
+        ("Sharpness", None if m.sharpness else "not measured (flatcal evaluate --sharpness)"),
         ("Training time", duration(about.training_seconds)),
         *sorted(about.versions.items()),
     ]
