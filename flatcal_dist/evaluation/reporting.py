@@ -20,6 +20,7 @@ from flatcal_dist.calibration.pages.display import counted
 from flatcal_dist.calibration.records.records import Records, Source
 from flatcal_dist.calibration.records.temperatures import Apart
 from flatcal_dist.calibration.report.model import Report
+from flatcal_dist.calibration.report.post_hoc import post_hoc
 from flatcal_dist.calibration.report.writing import render_report, write_report
 from flatcal_dist.calibration.shift.report import Shifted, save_shifted, write_shift
 from flatcal_dist.calibration.shift.rows import Measured, measure
@@ -156,6 +157,9 @@ def _records(
     )
     try:
         chosen = records(data.label, competing, source, scores)
+        if not isinstance(fit_on, Records):
+            found = post_hoc(ids, data.label, competing, folds=config.evaluate.folds)
+            chosen = replace(chosen, post_hoc=found)
         if data.classes is None:
             return chosen, None
         label = np.array(data.classes)[data.label]
