@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from flatcal_dist.calibration.calibrators.refinement import refined_nll
 from flatcal_dist.calibration.confidence.score import Score
 from flatcal_dist.calibration.metrics.binned import BinnedEvaluation
 from flatcal_dist.calibration.pages.display import counted
@@ -30,6 +31,7 @@ from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.sets.variants import DataSet, Variant, local_shards, open_variant
 from flatcal_dist.evaluation.passes import Ensemble
 from flatcal_dist.evaluation.predicting import (
+    Prediction,
     check_sources,
     gathered,
     of_features,
@@ -39,7 +41,7 @@ from flatcal_dist.evaluation.predicting import (
 )
 from flatcal_dist.evaluation.provenance import UNKNOWN, Provenance, describe
 from flatcal_dist.files import write_atomically
-from flatcal_dist.ranks.distributed import on_all_ranks
+from flatcal_dist.ranks.distributed import on_all_ranks, said_by_rank_0
 
 ALL_CLASSES = "_all_classes"  # added to the name of a data set in which few classes compete
 
@@ -337,7 +339,7 @@ def running_metrics(
 
     All ranks call this function. The figures are those of the report up to rounding; AUROC and the
     areas have an error of binning. A figure is NaN where it is undefined. All figures are NaN if a
-    logit is not finite.
+    logit is not finite. With `train.keep_best=refined_nll` the logits of all ranks are gathered.
 
     Args:
         config: The configuration of the network.
@@ -354,8 +356,28 @@ def running_metrics(
         dist.all_reduce(total)
         binned.state[:] = total.cpu().numpy()
     figures = vars(binned.figures())
-    return {
+    refined = {}
+    if config.train.keep_best == "refined_nll":
+        refined = {"val/refined_nll": _refined_nll(config, found, index)}
+    return refined | {
         f"val/{name}": math.nan if value is None else value
         for name, value in figures.items()
         if name not in ("images", "not_finite") and not name.endswith("_error")
     }
+
+
+def _refined_nll(config: Config, own: Prediction, index: Index) -> float:
+    """The NLL after cross-fitted temperature of all ranks' images, on every rank.
+
+    Rank 0 computes it from all logits, in the order of the images. So it does not depend on the
+    number of ranks.
+    """
+    found = gathered(own)
+
+    def computed() -> float:
+        if dist.is_initialized() and dist.get_rank():
+            return math.nan
+        _check_whole(index, found.samples, "data.validation")
+        return refined_nll(index.keys(), found.logits, index.label, config.evaluate.folds)
+
+    return said_by_rank_0(on_all_ranks(computed))

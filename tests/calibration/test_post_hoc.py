@@ -19,6 +19,7 @@ from flatcal_dist.calibration.calibrators import (
     fit_out_of_sample,
 )
 from flatcal_dist.calibration.calibrators.crossfit import fold_of
+from flatcal_dist.calibration.calibrators.refinement import refined_nll
 from flatcal_dist.calibration.records.records import Records
 from flatcal_dist.calibration.report.model import read_metrics
 from flatcal_dist.calibration.report.post_hoc import ROWS, left_out, post_hoc
@@ -188,3 +189,14 @@ def test_an_older_report_has_none(tmp_path: Path) -> None:
     file.write_text(json.dumps(older))
     assert read_metrics(file).post_hoc is None
     assert "post-hoc" not in (tmp_path / "index.html").read_text()
+
+
+def test_refined_nll_is_the_nll_after_cross_fitted_temperature() -> None:
+    fold, total = fold_of(IDS), 0.0
+    for f in range(5):
+        t = TemperatureScaling().fit(LOGITS[fold != f], LABELS[fold != f]).temperature
+        log_p = log_softmax(LOGITS[fold == f].astype(float) / t, axis=1)
+        total -= log_p[np.arange(len(log_p)), LABELS[fold == f]].sum()
+    assert refined_nll(IDS, LOGITS, LABELS) == pytest.approx(total / len(IDS), rel=1e-9)
+    assert refined_nll(IDS, 7 * LOGITS, LABELS) == pytest.approx(total / len(IDS), rel=1e-6)
+    assert math.isnan(refined_nll(IDS, np.where(LOGITS > 8, np.inf, LOGITS), LABELS))
