@@ -142,10 +142,10 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(
         2, ge=1, le=MANY, description="How many of the newest checkpoints are kept."
     )
-    keep_best: Literal["accuracy", "nll"] | None = Field(
+    keep_best: Literal["accuracy", "nll", "refined_nll"] | None = Field(
         None,
         description="Keep the checkpoint with the best validation, too. Each validation then "
-        "writes a checkpoint.",
+        "writes a checkpoint. refined_nll: NLL after cross-fitted temperature.",
     )
     stop_after_minutes: float | None = Field(
         None,

@@ -14,12 +14,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from flatcal_dist.calibration.calibrators.refinement import refined_nll
 from flatcal_dist.calibration.confidence.score import Score
 from flatcal_dist.calibration.metrics.binned import BinnedEvaluation
 from flatcal_dist.calibration.pages.display import counted
 from flatcal_dist.calibration.records.records import Records, Source
 from flatcal_dist.calibration.records.temperatures import Apart
 from flatcal_dist.calibration.report.model import Report
+from flatcal_dist.calibration.report.post_hoc import post_hoc
 from flatcal_dist.calibration.report.writing import render_report, write_report
 from flatcal_dist.calibration.shift.report import Shifted, save_shifted, write_shift
 from flatcal_dist.calibration.shift.rows import Measured, measure
@@ -29,6 +31,7 @@ from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.sets.variants import DataSet, Variant, local_shards, open_variant
 from flatcal_dist.evaluation.passes import Ensemble
 from flatcal_dist.evaluation.predicting import (
+    Prediction,
     as_cropped,
     check_sources,
     gathered,
@@ -40,7 +43,7 @@ from flatcal_dist.evaluation.predicting import (
 from flatcal_dist.evaluation.provenance import UNKNOWN, Provenance, describe
 from flatcal_dist.evaluation.sharpness import measured_sharpness
 from flatcal_dist.files import write_atomically
-from flatcal_dist.ranks.distributed import on_all_ranks
+from flatcal_dist.ranks.distributed import on_all_ranks, said_by_rank_0
 from flatcal_dist.sharpness.measures import Options
 
 ALL_CLASSES = "_all_classes"  # added to the name of a data set in which few classes compete
@@ -161,6 +164,9 @@ def _records(
     )
     try:
         chosen = records(data.label, competing, source, scores)
+        if not isinstance(fit_on, Records):
+            found = post_hoc(ids, data.label, competing, folds=config.evaluate.folds)
+            chosen = replace(chosen, post_hoc=found)
         if data.classes is None:
             return chosen, None
         label = np.array(data.classes)[data.label]
@@ -360,7 +366,7 @@ def running_metrics(
 
     All ranks call this function. The figures are those of the report up to rounding; AUROC and the
     areas have an error of binning. A figure is NaN where it is undefined. All figures are NaN if a
-    logit is not finite.
+    logit is not finite. With `train.keep_best=refined_nll` the logits of all ranks are gathered.
 
     Args:
         config: The configuration of the network.
@@ -377,8 +383,28 @@ def running_metrics(
         dist.all_reduce(total)
         binned.state[:] = total.cpu().numpy()
     figures = vars(binned.figures())
-    return {
+    refined = {}
+    if config.train.keep_best == "refined_nll":
+        refined = {"val/refined_nll": _refined_nll(config, found, index)}
+    return refined | {
         f"val/{name}": math.nan if value is None else value
         for name, value in figures.items()
         if name not in ("images", "not_finite") and not name.endswith("_error")
     }
+
+
+def _refined_nll(config: Config, own: Prediction, index: Index) -> float:
+    """The NLL after cross-fitted temperature of all ranks' images, on every rank.
+
+    Rank 0 computes it from all logits, in the order of the images. So it does not depend on the
+    number of ranks.
+    """
+    found = gathered(own)
+
+    def computed() -> float:
+        if dist.is_initialized() and dist.get_rank():
+            return math.nan
+        _check_whole(index, found.samples, "data.validation")
+        return refined_nll(index.keys(), found.logits, index.label, config.evaluate.folds)
+
+    return said_by_rank_0(on_all_ranks(computed))

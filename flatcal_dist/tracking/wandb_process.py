@@ -28,7 +28,7 @@ from flatcal_dist.tracking.wandb_files import history, segments
 from flatcal_dist.tracking.wandb_sink import Mode
 from flatcal_dist.urls import hide, public
 
-BEST = {"val/accuracy": max, "val/nll": min}
+BEST = {"val/accuracy": max, "val/nll": min, "val/refined_nll": min}
 TABLES = {
     "calibration/reliability": lambda metrics: metrics,
     "calibration/reliability_after_temperature": lambda metrics: metrics["after_temperature"],

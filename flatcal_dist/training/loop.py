@@ -277,7 +277,7 @@ class Trainer:
             values = evaluation.running_metrics(
                 self.config, self.engine.inference, self.setup.validation, self.accelerator
             )
-        figures = {key: values[f"val/{key}"] for key in checkpoint.BEST}
+        figures = {k: values[f"val/{k}"] for k in checkpoint.BEST if f"val/{k}" in values}
         self.validated = self.done, {k: v for k, v in figures.items() if math.isfinite(v)}
         self.tracker.log(self.done, {"epoch": epoch, **values})
         self.tracker.say(

@@ -37,7 +37,7 @@ def test_the_readme_holds_the_reference():
         ("data.crop_scale", "list of 2 numbers above 0 and at most 1", "[0.08, 1.0]"),
         ("data.train", "text, list of texts or null", "null"),
         ("data.channels", "1 or 3", "3"),
-        ("train.keep_best", "accuracy, nll or null", "null"),
+        ("train.keep_best", "accuracy, nll, refined_nll or null", "null"),
         ("wandb.name", "text of at most 128 characters or null", "null"),
         ("optimizer.clip_norm", "number above 0 and at most 1e30 or null", "null"),
         ("sharpness.scope", "global, rank, node or whole number from 1 to 1,048,576", "global"),

@@ -14,12 +14,18 @@ from flatcal_dist.calibration.calibrators.of_logits import (
     TemperatureScaling,
     VectorScaling,
 )
+from flatcal_dist.calibration.calibrators.of_matrix import DirichletScaling, MatrixScaling
+from flatcal_dist.calibration.calibrators.one_vs_rest import OneVsRestHistogram, OneVsRestIsotonic
 
 __all__ = [
     "CrossFit",
+    "DirichletScaling",
     "EnsembleTemperatureScaling",
     "HoldOut",
     "Identity",
+    "MatrixScaling",
+    "OneVsRestHistogram",
+    "OneVsRestIsotonic",
     "OutOfSample",
     "TemperatureScaling",
     "TopLabelHistogram",

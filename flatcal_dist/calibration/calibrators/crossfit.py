@@ -23,6 +23,8 @@ from flatcal_dist.calibration.calibrators.of_logits import (
     TemperatureScaling,
     VectorScaling,
 )
+from flatcal_dist.calibration.calibrators.of_matrix import DirichletScaling, MatrixScaling
+from flatcal_dist.calibration.calibrators.one_vs_rest import OneVsRestHistogram, OneVsRestIsotonic
 from flatcal_dist.calibration.checks import (
     BoolArray,
     FloatArray,
@@ -38,13 +40,18 @@ OF_LOGITS: dict[str, type[LogitCalibrator]] = {
     "temperature": TemperatureScaling,
     "ensemble_temperature": EnsembleTemperatureScaling,
     "vector": VectorScaling,
+    "matrix": MatrixScaling,
+    "dirichlet": DirichletScaling,
+    "one_vs_rest_isotonic": OneVsRestIsotonic,
+    "one_vs_rest_histogram": OneVsRestHistogram,
 }
 OF_CONFIDENCE: dict[str, type[TopLabelIsotonic | TopLabelHistogram]] = {
     "isotonic": TopLabelIsotonic,
     "histogram": TopLabelHistogram,
 }
 CALIBRATORS = (*OF_LOGITS, *OF_CONFIDENCE)
-MOVES_ANSWERS = ("vector",)  # all others keep the predicted class, and so the accuracy
+KEEPS_ANSWERS = ("identity", "temperature", "ensemble_temperature", *OF_CONFIDENCE)
+MOVES_ANSWERS = tuple(name for name in CALIBRATORS if name not in KEEPS_ANSWERS)
 Fit = LogitCalibrator | TopLabelIsotonic | TopLabelHistogram
 
 
@@ -64,6 +71,14 @@ def fold_of(ids: Sequence[str], folds: int = 5, seed: int = 0) -> IntArray:
     """
     positive_integer(folds, "folds")
     return np.array([h % folds for h in _hash(ids, seed)], dtype=np.int64)
+
+
+def uniform_of(ids: Sequence[str], seed: int = 0) -> FloatArray:
+    """Return a number in [0, 1) for each image [N], which depends on seed and id alone.
+
+    It is independent of the fold of the image.
+    """
+    return np.array([h / 2**64 for h in _hash([f"u:{i}" for i in ids], seed)])
 
 
 @dataclass(frozen=True)

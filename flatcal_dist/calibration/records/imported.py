@@ -7,7 +7,7 @@ and `Imported.understood` says how the file was read. A report's records.parquet
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from flatcal_dist.calibration.records.column_names import Found
 from flatcal_dist.calibration.records.record_files import METADATA_KEY
 from flatcal_dist.calibration.records.records import Records, Source
 from flatcal_dist.calibration.records.tables import DAMAGED, Columns, open_columns, text_of
+from flatcal_dist.calibration.report.post_hoc import post_hoc
 
 PREDICTIONS = ("pred", "prediction", "predicted", "y_pred", "predicted_class", "predicted_label")
 
@@ -98,6 +99,7 @@ def import_file(
     found = read_scores(path, classes=classes, labels=labels, scores=scores)
     source = Source(name=path.stem, probabilities=found.kind != "logits")
     records = Records.from_logits(found.ids, found.labels, found.logits, source=source)
+    records = replace(records, post_hoc=post_hoc(found.ids, found.labels, found.logits))
     return Imported(records, found.class_names, found.understood, found.warnings)
 
 

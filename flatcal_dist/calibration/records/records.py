@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +48,9 @@ from flatcal_dist.calibration.records.temperatures import (
 from flatcal_dist.calibration.softmax import Scores, score_images
 from flatcal_dist.files import write_atomically
 
+if TYPE_CHECKING:
+    from flatcal_dist.calibration.report.post_hoc_parts import PostHoc
+
 
 @dataclass(frozen=True)
 class Records:
@@ -81,6 +85,8 @@ class Records:
         source: Which images were evaluated.
         real: 1 if the prediction is a ReaL label of the image, 0 if not, -1 if the image has no
             such label [N]. None if there are no ReaL labels.
+        post_hoc: What calibrators and conformal sets make of the images, for the report. The file
+            of records does not hold it.
     """
 
     id: StringArray
@@ -104,6 +110,7 @@ class Records:
     source: Source = UNTOLD
     real: IntArray | None = None
     optimum: Scores | None = None
+    post_hoc: "PostHoc | None" = None
 
     def __len__(self) -> int:
         return len(self.id)

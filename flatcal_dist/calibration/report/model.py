@@ -36,6 +36,7 @@ from flatcal_dist.calibration.report.parts import (
     ScoreTable,
     SmoothCurve,
 )
+from flatcal_dist.calibration.report.post_hoc_parts import PostHoc
 from flatcal_dist.calibration.report.sharpness import Sharpness
 from flatcal_dist.calibration.statistics.intervals import Interval
 from flatcal_dist.files import write_json
@@ -151,6 +152,9 @@ class Report(Side, _Head):
         [], description="where images were kept apart (data.holdout): how temperatures compare"
     )
     after_temperature: AfterTemperature
+    post_hoc: PostHoc | None = Field(
+        None, description="calibrators and conformal sets; null without logits"
+    )
     scores: ScoreTable | None
     per_class: PerClass
     confusions: Confusions

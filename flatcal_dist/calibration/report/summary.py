@@ -83,6 +83,7 @@ def summarize(
         "temperature_folds": list(records.fold_temperatures),
         "temperatures": _temperatures(records, bins),
         "after_temperature": after,
+        "post_hoc": records.post_hoc and records.post_hoc.model_dump(),
         "scores": _scores(records, resamples, seed),
         "per_class": per_class(records, about.class_names),
         "confusions": confusions(records),

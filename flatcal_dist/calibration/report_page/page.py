@@ -32,6 +32,46 @@ TEMPERATURES = {
     "ts_valid": ("TS-valid", "on training images that were never trained on"),
     "test_optimum": ("Test optimum", "on these very images with their labels: no result"),
 }
+CALIBRATORS = {
+    "identity": ("None", "as trained"),
+    "temperature": ("Temperature", "one number divides all logits; Guo et al. (ICML 2017)"),
+    "vector": (
+        "Vector scaling",
+        "a factor and a bias for each class, held near the temperature; Guo et al. (ICML 2017)",
+    ),
+    "matrix": (
+        "Matrix scaling",
+        "each class corrects each other one, held near the temperature by ODIR; Guo et al. (ICML "
+        "2017)",
+    ),
+    "dirichlet": (
+        "Dirichlet, ODIR",
+        "a matrix on the logarithms of probabilities; Kull et al. (NeurIPS 2019)",
+    ),
+    "one_vs_rest_isotonic": (
+        "Isotonic, one against the rest",
+        "a rising curve for each class, then a sum of 1; Zadrozny and Elkan (KDD 2002)",
+    ),
+    "one_vs_rest_histogram": (
+        "Histogram, one against the rest",
+        "15 bins for each class, then a sum of 1; Zadrozny and Elkan (ICML 2001)",
+    ),
+}
+SETS = {
+    "lac": (
+        "LAC",
+        "classes of enough probability, the smallest sets; Sadinle et al. (JASA 2019)",
+    ),
+    "aps": (
+        "APS",
+        "the most probable classes up to a sum, fairer to hard images; Romano et al. (NeurIPS "
+        "2020)",
+    ),
+    "raps": (
+        "RAPS",
+        "APS with a penalty on improbable classes; Angelopoulos et al. (ICLR 2021)",
+    ),
+}
 KNOWN_BY = {
     "images": "names, labels and sizes",
     "ids": "ids and labels",
@@ -69,6 +109,8 @@ def report_html(m: Report, shift: dict[str, Any] | None, folder: Path) -> str:
         shift=shift,
         temperature=temperature,
         temperature_names=TEMPERATURES,
+        calibrator_names=CALIBRATORS,
+        set_names=SETS,
         usable_temperature=is_fitted(m.temperature),
         stale_shift=stale,
         shift_figures=_shift_figures(shift, folder / "figures") if shift else [],
