@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from flatcal_dist.calibration.report.post_hoc import post_hoc
 from flatcal_dist.calibration.report.writing import render_report, write_report
 from flatcal_dist.calibration.shift.report import Shifted, save_shifted, write_shift
 from flatcal_dist.calibration.shift.rows import Measured, measure
-from flatcal_dist.config import Config, ConfigError
+from flatcal_dist.config import Config
 from flatcal_dist.data import DataError, Index
 from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.sets.variants import DataSet, Variant, local_shards, open_variant
@@ -41,7 +41,7 @@ from flatcal_dist.evaluation.predicting import (
     wanted_scores,
 )
 from flatcal_dist.evaluation.provenance import UNKNOWN, Provenance, describe
-from flatcal_dist.evaluation.sharpness import measured_sharpness
+from flatcal_dist.evaluation.sharpness import refuse_ensemble, wanted_sharpness
 from flatcal_dist.files import write_atomically
 from flatcal_dist.ranks.distributed import on_all_ranks, said_by_rank_0
 from flatcal_dist.sharpness.measures import Options
@@ -203,8 +203,7 @@ def report(
 ) -> tuple[Records, Report] | None:
     """Evaluate on all ranks, and write the report on rank 0.
 
-    What `output` holds of data under shift is deleted, because it belongs to an older evaluation.
-    Scores are those of `evaluate.confidence`, and for an ensemble those of several networks.
+    What `output` holds of data under shift is deleted: it belongs to an older evaluation.
 
     Args:
         config: The configuration of the network.
@@ -225,23 +224,21 @@ def report(
         The records and the metrics on rank 0, and None on the other ranks.
 
     Raises:
-        ConfigError, FailedTogether: See `evaluate`. A network that cannot be differentiated twice
-            has no sharpness to measure, and an ensemble is no one network.
-        MeasureError: The loss is not finite somewhere.
+        ConfigError, FailedTogether, MeasureError: See `evaluate` and `evaluation.sharpness`.
     """
+    refuse_ensemble(module, sharpness)
     found = evaluate(
         config, module, data, accelerator,
         apart=apart, logits_file=logits_file, scores=wanted_scores(config, module),
     )  # fmt: skip
-    measured = _sharpness(config, module, data, accelerator, sharpness)
+    measured = wanted_sharpness(config, module, data, accelerator, sharpness)
 
     def written() -> tuple[Records, Report] | None:
         if found is None:
             return None
         _forget_shift(output)
-        about = describe(
-            config, module, data, accelerator, title or output.parent.name, weights_file, trained,
-        )  # fmt: skip
+        named = title or output.parent.name
+        about = describe(config, module, data, accelerator, named, weights_file, trained)
         about = about if class_names is None else replace(about, class_names=list(class_names))
         records, all_classes = found
         return records, write_report(
@@ -250,21 +247,6 @@ def report(
         )  # fmt: skip
 
     return on_all_ranks(written)
-
-
-def _sharpness(
-    config: Config,
-    module: nn.Module,
-    data: DataSet,
-    accelerator: Accelerator,
-    wanted: Options | None,
-) -> dict[str, Any] | None:
-    """Return what was measured of a network's sharpness, if it is wanted. Called by all ranks."""
-    if wanted is None:
-        return None
-    if isinstance(module, Ensemble):
-        raise ConfigError("sharpness is measured for one network, and this is an ensemble")
-    return asdict(measured_sharpness(config, module, data, accelerator, wanted))
 
 
 def _forget_shift(output: Path) -> None:

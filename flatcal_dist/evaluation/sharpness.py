@@ -1,6 +1,7 @@
 """Sharpness of an evaluated network, measured on a part of the evaluated images."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,8 +9,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flatcal_dist import inputs
-from flatcal_dist.config import Config
+from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.data.sets.variants import DataSet
+from flatcal_dist.evaluation.passes import Ensemble
 from flatcal_dist.evaluation.predicting import as_cropped
 from flatcal_dist.networks.registry import in_evaluation_mode
 from flatcal_dist.ranks.distributed import on_all_ranks
@@ -17,6 +19,25 @@ from flatcal_dist.sharpness.measures import MeanLoss, Options, Sharpness, measur
 from flatcal_dist.sharpness.measures.loss import Batch
 
 BATCH = 64  # the most images of one pass: two backward passes need more memory than a prediction
+
+
+def refuse_ensemble(module: nn.Module, options: Options | None) -> None:
+    """Raise ConfigError if the sharpness of several networks is wanted."""
+    if options is not None and isinstance(module, Ensemble):
+        raise ConfigError("sharpness is measured for one network, and this is an ensemble")
+
+
+def wanted_sharpness(
+    config: Config,
+    module: nn.Module,
+    data: DataSet,
+    accelerator: Accelerator,
+    options: Options | None,
+) -> dict[str, Any] | None:
+    """Return what was measured, in plain containers, or None if nothing is wanted."""
+    if options is None:
+        return None
+    return asdict(measured_sharpness(config, module, data, accelerator, options))
 
 
 def measured_sharpness(

@@ -53,8 +53,7 @@ def summarize(
     Args:
         records: The records of the evaluated images.
         about: What was evaluated.
-        all_classes: The records of the same images among all classes of the network, if `records`
-            are among some of them.
+        all_classes: The records among all classes, if `records` are among some of them.
         training: The records of the run's metrics.jsonl.
         sharpness: The keys of `report.sharpness.Sharpness`, if it was measured.
         bins: The number of bins of ECE and related metrics.
@@ -90,14 +89,19 @@ def summarize(
         "confident_errors": most_confident_errors(records),
         "training": training_curves(training),
         "sharpness": sharpness,
-        "references": references(about.model, about.data, records.classes, len(records))
-        if records.source.temperature_from is None
-        else [],
+        "references": _references(about, records),
         "conventions": _conventions(records, bins, resamples, seed),
         # Paths become text and tuples become lists, so that reading gives back what is returned.
         "about": json.loads(json.dumps(asdict(about), default=str)),
     }
     return Report.model_validate(written)
+
+
+def _references(about: About, records: Records) -> list[dict[str, Any]]:
+    """Return published figures to compare with, for images that are not under shift."""
+    if records.source.temperature_from is not None:
+        return []
+    return references(about.model, about.data, records.classes, len(records))
 
 
 def _temperatures(records: Records, bins: int) -> list[dict[str, Any]]:
