@@ -160,6 +160,7 @@ def test_before_a_fit_and_wrong_strength() -> None:
 
 def test_what_is_left_out() -> None:
     assert all(left_out(name, 10_000, 100) is None for name in ROWS)
+    assert "fewer images (100) than classes (101)" in left_out("vector", 100, 101)
     assert "40,201 parameters" in left_out("matrix", 10_000, 200)
     assert left_out("vector", 10_000, 200) is None
     assert [left_out(name, 50_000, 1000) is None for name in ROWS] == [True, True] + [False] * 5

@@ -35,6 +35,7 @@ ROWS = (
 FIGURES = ("accuracy", "nll", "ece", "brier", "signed_gap", "aurc")
 QUICK = ("identity", "temperature")  # fitted to any number of logits
 MOST_LOGITS = 20_000_000  # images times classes; a fit to ImageNet's 50 million takes minutes
+MOST_PARAMETERS = 20_000  # of a matrix: up to 140 classes
 MOST_WORK = 200_000_000  # images times parameters of a matrix; CIFAR-100 has half of it
 
 LEAST_OF_A_CLASS = 20  # images, below which the coverage of a class says too little
@@ -87,7 +88,11 @@ def left_out(name: str, images: int, classes: int) -> str | None:
             f"{images:,} images of {classes:,} classes are more than {MOST_LOGITS:,} logits: only "
             "a temperature is fitted to so many"
         )
+    if images < classes:
+        return f"there are fewer images ({images:,}) than classes ({classes:,})"
     count = parameters(name, classes)
+    if name in ("matrix", "dirichlet") and count is not None and count > MOST_PARAMETERS:
+        return f"it has {count:,} parameters, and the limit is {MOST_PARAMETERS:,}"
     if name in ("matrix", "dirichlet") and count is not None and images * count > MOST_WORK:
         return (
             f"it has {count:,} parameters; with {images:,} images this is more than "
