@@ -213,11 +213,9 @@ def report(
         output: The directory of the report.
         title: The title of the report; by default the name of the directory above `output`.
         weights_file: The file of the weights, whose hash the report names.
-        trained: How the network was trained.
-        training: The records of the metrics.jsonl of the run, for the curves over epochs.
-        logits_file: Where to write the logits (see `evaluate`).
+        trained, training: How the network was trained, and the records of its metrics.jsonl.
         class_names: The names of the classes, if the data do not tell them.
-        apart: Training images that were never trained on, to fit the temperature on.
+        logits_file, apart: See `evaluate`.
         sharpness: How to measure sharpness; None does not measure it.
 
     Returns:

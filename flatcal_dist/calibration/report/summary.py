@@ -57,8 +57,7 @@ def summarize(
         training: The records of the run's metrics.jsonl.
         sharpness: The keys of `report.sharpness.Sharpness`, if it was measured.
         bins: The number of bins of ECE and related metrics.
-        resamples: The number of resamples.
-        seed: The seed of the resamples.
+        resamples, seed: The number of resamples, and their seed.
     """
     about = _identified(about or About(), records)
     samples = bootstrap([records.before, records.after], resamples, seed, bins)
