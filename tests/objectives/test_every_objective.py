@@ -100,7 +100,9 @@ def test_training_is_that_of_one_process_by_the_formula(kind):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ENGINES)
 def test_training_on_four_ranks_is_that_of_one_process_by_the_formula(kind):
-    compare(list(all_jobs()), lambda wanted: on_ranks(4, our_trainings, kind, wanted))
+    every = list(all_jobs())
+    for first in range(0, len(every), 8):  # ranks that say nothing for minutes are ended
+        compare(every[first : first + 8], lambda wanted: on_ranks(4, our_trainings, kind, wanted))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
