@@ -11,10 +11,10 @@ PLAIN = ("none", "cross_entropy")
 # the batch and on how many ranks a rule perturbs.
 MAKES_ANOTHER = {
     "sharpness": ("every", "share", "start_epoch", "stop_epoch", "scope"),
-    "objective": ("plain_epochs",),
+    "objective": ("plain_epochs", "p"),
 }
 # They say how a run computes, not what.
-SAYS_NOTHING = ("allow_other_samples", "accumulation", "rho_schedule", "norm_statistics")
+SAYS_NOTHING = ("allow_other_samples", "accumulation")
 
 
 def method_of(config: Config) -> str:

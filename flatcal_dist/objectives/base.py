@@ -88,6 +88,10 @@ class Objective(ABC):
     def losses(self, output: Any, targets: Targets) -> Tensor:
         """Return the loss of each sample, [N], in float32 or the output's wider type."""
 
+    def check_classes(self, classes: int) -> None:
+        """Raise ValueError if the objective is not defined for so many classes."""
+        return None
+
     def facts(self, output: Any, targets: Targets) -> Tensor:
         """Return what the losses of other samples depend on, [N, F]. Only if `whole_batch`."""
         raise NotImplementedError(f"{type(self).__name__} sets whole_batch and has no facts")

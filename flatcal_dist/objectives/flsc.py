@@ -55,6 +55,14 @@ class FLSc(Objective):
         refuse_labels_alone("FLSc", targets)
         return super().__call__(output, targets)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.second_from > self.third_from:
+            raise ValueError(
+                f"FLSc: second_from = {self.second_from} is after third_from = {self.third_from}: "
+                "gamma_second would never count"
+            )
+
     def losses(self, logits: Tensor, targets: Targets) -> Tensor:
         nll = cross_entropy(logits, targets.labels, reduction="none")
         return focal(nll, self.gamma_of(targets.epoch))

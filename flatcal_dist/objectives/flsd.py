@@ -53,6 +53,14 @@ class FLSD(Objective):
         Gamma, Field(description="The exponent of samples with a probability of at least `high`.")
     ] = 3.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low > self.high:
+            raise ValueError(
+                f"FLSD: low = {self.low:g} is above high = {self.high:g}: no sample lies between, "
+                "so gamma_middle would never count"
+            )
+
     def losses(self, logits: Tensor, targets: Targets) -> Tensor:
         nll = cross_entropy(logits, targets.labels, reduction="none")
         return focal(nll, self.gammas((-nll.detach()).exp()))

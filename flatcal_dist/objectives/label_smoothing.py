@@ -46,6 +46,10 @@ class LabelSmoothing(Objective):
         ),
     ] = "all"
 
+    def check_classes(self, classes: int) -> None:
+        if self.spread == "others" and self.smoothing > 0:
+            self._over_all(classes)
+
     def losses(self, logits: Tensor, targets: Targets) -> Tensor:
         smoothing = self.smoothing
         if self.spread == "others" and smoothing > 0:

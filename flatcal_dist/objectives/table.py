@@ -56,6 +56,8 @@ def refused(kind: type[Objective]) -> list[str]:
     found = ["`csam`"] if kind.name != "cross_entropy" else []
     if kind.hard_labels:
         found.append("mixup, CutMix")
+    if kind.pairs == "same_class":
+        found.append("RegMixup")
     if kind.pairs == "same_class" or kind.keeps_history:
         found.append("streamed shards")
     if kind.keeps_history:

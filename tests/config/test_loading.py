@@ -217,3 +217,18 @@ def test_a_rule_may_begin_in_the_last_epoch_and_end_in_the_first():
     assert [late.perturbs_in(epoch) for epoch in (0, 88.99, 89, 89.9)] == [False, False, True, True]
     early = load(None, ["sharpness.rule=sam", "sharpness.stop_epoch=0.5"]).sharpness
     assert [early.perturbs_in(epoch) for epoch in (0, 0.49, 0.5)] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("objective.name=label_smoothing objective.spread=others objective.smoothing=0.6 "
+         "model.num_classes=2", "does not fit model.num_classes"),
+        ("objective.name=flsd objective.low=0.7 objective.high=0.2", "low = 0.7 is above high"),
+        ("objective.name=flsc objective.second_from=9 objective.third_from=3", "is after third"),
+        ("objective.name=crl sharpness.rule=looksam sharpness.share=0.5", "set sharpness.share=1"),
+    ],
+)  # fmt: skip
+def test_settings_of_an_objective_that_cannot_be_true_are_refused_at_load(words, told):
+    with pytest.raises(ConfigError, match=told):
+        load(None, words.split())

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from flatcal_dist.config import ConfigError, load
-from flatcal_dist.config.checking.run_length import length_of, no_average
+from flatcal_dist.config.checking.run_length import length_of, no_average, refuse_short
 from flatcal_dist.training.dry_run import phases_in_words
 from flatcal_dist.training.optimizers import build_optimizer, build_schedule
 
@@ -104,3 +104,28 @@ def test_shipped_files_of_swa_are_what_they_say():
     fmfp, swa = load(DIGITS / "fmfp.yaml"), load(DIGITS / "swa.yaml")
     for config, count in ((fmfp, 60), (swa, 38)):
         assert f"; {count} weights are averaged" in phases_in_words(config, 12)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "sharpness.start_epoch=0.01 sharpness.stop_epoch=0.02",
+        "sharpness.every=1000 sharpness.start_epoch=1",
+        "sharpness.every=7 sharpness.start_epoch=1 sharpness.stop_epoch=1.1",
+    ],
+)
+def test_a_rule_that_perturbs_in_no_step_is_refused(words):
+    """12 steps in an epoch, 120 in the run."""
+    config = load(None, ["sharpness.rule=sam", "train.epochs=10", *words.split()])
+    with pytest.raises(ConfigError, match="would perturb in no step"):
+        refuse_short(config, length_of(config, 120, 12))
+
+
+def test_a_rule_that_perturbs_once_is_not():
+    for words in (
+        ["sharpness.every=1000"],
+        ["sharpness.start_epoch=9.9"],
+        ["sharpness.every=7", "sharpness.start_epoch=1", "sharpness.stop_epoch=1.25"],
+    ):
+        config = load(None, ["sharpness.rule=sam", "train.epochs=10", *words])
+        refuse_short(config, length_of(config, 120, 12))

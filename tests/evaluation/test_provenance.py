@@ -30,7 +30,7 @@ from flatcal_dist.evaluation.provenance import Provenance
         ),
         (
             {"sharpness": {"rule": "sam", "rho_schedule": "learning_rate", "scope": 2}},
-            "sam[scope=2]",
+            "sam[rho_schedule=learning_rate,scope=2]",
             {"rho": 0.05, "rho_min": 0.0, "scope": 2},
         ),
         (

@@ -114,7 +114,9 @@ def test_part_and_device_of_targets_keep_the_mixed_ones():
 def test_csam_is_refused_and_hard_label_objectives_are_not():
     with pytest.raises(ConfigError, match="csam is defined for hard labels only"):
         load(None, ["mixing.name=regmixup", "sharpness.rule=csam"])
-    for objective in ("focal", "crl", "cs_kd"):
+    with pytest.raises(ConfigError, match="puts images of one class side by side"):
+        load(None, ["mixing.name=regmixup", "objective.name=cs_kd"])
+    for objective in ("focal", "crl", "mmce"):
         load(None, ["mixing.name=regmixup", f"objective.name={objective}"])
         with pytest.raises(ConfigError, match="mixing makes soft ones"):
             load(None, ["mixing.name=mixup", f"objective.name={objective}"])

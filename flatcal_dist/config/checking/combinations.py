@@ -19,6 +19,10 @@ def what_does_not_go_together(config: "Config") -> Iterator[str]:
         yield from _rule_and_scope(config, rule)
     yield from _mixing(config, rule, objective)
     yield from _objective_and_data(config, objective)
+    try:
+        objective.check_classes(config.model.num_classes)
+    except ValueError as error:
+        yield f"objective.name={objective.name} does not fit model.num_classes: {error}"
     if config.data.holdout is not None and config.data.reader == "streaming":
         yield (
             "data.holdout chooses images by their keys and labels, which streamed shards do not "
@@ -35,10 +39,12 @@ def _rule_and_objective(rule: Rule, objective: Objective) -> Iterator[str]:
             f"objective.name=cross_entropy, or another rule than {rule.name}, such as sam"
         )
     if objective.keeps_history and rule.ascent_share != 1:
-        how = "makes no such pass" if not rule.ascent_share else "makes it on a part of the batch"
+        how, remedy = "makes no such pass", "choose sharpness.rule=sam"
+        if rule.ascent_share:
+            how, remedy = "makes it on a part of the batch", "set sharpness.share=1"
         yield (
             f"objective.name={objective.name} learns from a pass at w of every image, and "
-            f"sharpness.rule={rule.name} {how}: choose sharpness.rule=sam, with sharpness.share=1"
+            f"sharpness.rule={rule.name} {how}: {remedy}"
         )
     if objective.whole_batch and 0 < rule.ascent_share < 1:
         yield (
@@ -74,6 +80,12 @@ def _mixing(config: "Config", rule: Rule | None, objective: Objective) -> Iterat
     mixing = config.mixing.name
     if mixing == "none":
         return
+    if mixing == "regmixup" and objective.pairs == "same_class":
+        yield (
+            f"objective.name={objective.name} puts images of one class side by side, and mixing "
+            "mixes such neighbours, which would be of one class: set mixing.name=none, or choose "
+            "another objective.name"
+        )
     key = None
     if rule is not None and rule.own_loss:
         key = f"sharpness.rule={rule.name}"

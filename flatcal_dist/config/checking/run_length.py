@@ -1,5 +1,7 @@
 """Whether a run is long enough for its schedule, its rule and its average."""
 
+import math
+
 from flatcal_dist.config.root import Config
 from flatcal_dist.errors import ConfigError
 from flatcal_dist.schedules import Length
@@ -21,10 +23,10 @@ def length_of(config: Config, total_steps: int, epoch_steps: int) -> Length:
     return Length(warmup, epoch_steps, total_steps, snapshots)
 
 
-def refuse_short(config: Config, length: Length) -> None:
+def refuse_short(config: Config, length: Length, exact: bool = True) -> None:
     """Raise ConfigError if schedule or rule would never begin in a run of this length.
 
-    The schedule may have several phases.
+    The schedule may have several phases. `exact` says whether the steps of an epoch are known.
     """
     begins, _ = config.sharpness.phase
     if begins * length.epoch > length.total - 1:
@@ -33,10 +35,31 @@ def refuse_short(config: Config, length: Length) -> None:
             f"{length.total / length.epoch:g} epochs: sharpness.rule={config.sharpness.rule} would "
             "never perturb. Choose an earlier epoch, or sharpness.rule=none"
         )
+    if exact:
+        _refuse_idle(config, length)
     try:
         config.schedule.build().refuse_unfit(length)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _refuse_idle(config: Config, length: Length) -> None:
+    """Raise ConfigError if no step of the run perturbs."""
+    rule = config.sharpness.build()
+    if rule is None:
+        return
+    (begins, ends), every = config.sharpness.phase, rule.every
+    first = math.ceil(math.ceil(begins * length.epoch - 1e-9) / every) * every
+    end = length.total if ends is None else min(length.total, math.ceil(ends * length.epoch - 1e-9))
+    if first < end:
+        return
+    until = "" if ends is None else f", stop_epoch={ends:g}"
+    raise ConfigError(
+        f"sharpness.rule={config.sharpness.rule} would perturb in no step: with every={every}, "
+        f"start_epoch={begins:g}{until} and {length.epoch} steps in an epoch, the first step that "
+        f"perturbs would be {first}, and the rule ends before step {end}. Choose other epochs, or "
+        "a smaller sharpness.every"
+    )
 
 
 def no_average(config: Config, length: Length) -> str | None:
@@ -70,4 +93,4 @@ def refuse_short_epochs(config: Config) -> None:
     length = length_of(config, config.train.epochs * PRECISE, PRECISE)
     if remark := no_average(config, length):
         raise ConfigError(remark)
-    refuse_short(config, length)
+    refuse_short(config, length, exact=False)

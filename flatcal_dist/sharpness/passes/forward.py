@@ -213,6 +213,7 @@ def _head(batch: Any, share: float, even: bool) -> Any:
         )
     inputs, target = batch
     count = math.ceil(round(len(target) * share, 6))  # 0.1 of 30 is 3, whatever floats say
+    count = max(count, min(len(target), 1))
     count += count % 2 if even else 0
     each = len(inputs) // max(len(target), 1)  # 2 where a mixed image comes beside each clean one
     return inputs[: each * count], target[:count]
