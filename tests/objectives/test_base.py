@@ -17,7 +17,7 @@ from flatcal_dist.objectives import (
     Targets,
     csam_loss,
 )
-from flatcal_dist.sharpness import CSAM, SAM, ReplicatedEngine, SharpnessAwareStep
+from flatcal_dist.sharpness import CSAM, SAM, ReplicatedEngine, SharpnessAwareStep, StepError
 from flatcal_dist.sharpness.passes.forward import on_a_share, pair
 from flatcal_dist.sharpness.passes.whole_batch import WholeBatch
 from tests.support.engines import make_engine
@@ -124,6 +124,14 @@ def shrunk(rank, world_size, kind):
 def test_an_objective_may_see_all_that_the_network_returns(kind):
     expected = shrunk(0, 1, "one")
     assert far(on_ranks(2, shrunk, kind)[0], expected) < CLOSE
+
+
+def test_an_objective_that_forward_would_replace_is_refused():
+    network = make_network()
+    engine = ReplicatedEngine(network, make_optimizer(network))
+    step = SharpnessAwareStep(engine, SAM(0.1), loss=Focal())
+    with pytest.raises(StepError, match=r"Focal would not be used: compute it within forward"):
+        step([make_batch(0)], forward=lambda model, batch: model(batch[0]).sum(1))
 
 
 def test_a_share_of_a_micro_batch_keeps_pairs_whole():

@@ -69,11 +69,16 @@ def with_outputs(unit: Sequence[Any], outputs: Sequence[Any]) -> Sequence[Any]:
 
 
 def refuse_without_targets(objective: Objective) -> None:
-    """Raise StepError for an objective that learns from targets which the step does not see."""
+    """Raise StepError for an objective that `forward=` would replace, or that sees no targets."""
     if objective.keeps_history:
         raise StepError(
             f"with forward= the step sees no targets, and {type(objective).__name__} keeps a "
             "history of them: give the step pairs (inputs, targets) without forward="
+        )
+    if not isinstance(objective, CrossEntropy):
+        raise StepError(
+            f"with forward= the losses are those that it returns, and {type(objective).__name__} "
+            "would not be used: compute it within forward, and give the step no loss="
         )
 
 
