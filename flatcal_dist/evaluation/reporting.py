@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from flatcal_dist.calibration.after_training.post_hoc import post_hoc
 from flatcal_dist.calibration.calibrators.refinement import refined_nll
 from flatcal_dist.calibration.confidence.score import Score
 from flatcal_dist.calibration.metrics.binned import BinnedEvaluation
@@ -21,7 +22,6 @@ from flatcal_dist.calibration.pages.display import counted
 from flatcal_dist.calibration.records.records import Records, Source
 from flatcal_dist.calibration.records.temperatures import Apart
 from flatcal_dist.calibration.report.model import Report
-from flatcal_dist.calibration.report.post_hoc import post_hoc
 from flatcal_dist.calibration.report.writing import render_report, write_report
 from flatcal_dist.calibration.shift.report import Shifted, save_shifted, write_shift
 from flatcal_dist.calibration.shift.rows import Measured, measure

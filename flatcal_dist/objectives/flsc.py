@@ -51,10 +51,6 @@ class FLSc(Objective):
         Epoch, Field(description="The first epoch with gamma_third, counted from 0.")
     ] = 250
 
-    def __call__(self, output: Any, targets: Tensor | Targets) -> Tensor:
-        refuse_labels_alone("FLSc", targets)
-        return super().__call__(output, targets)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.second_from > self.third_from:
@@ -62,6 +58,10 @@ class FLSc(Objective):
                 f"FLSc: second_from = {self.second_from} is after third_from = {self.third_from}: "
                 "gamma_second would never count"
             )
+
+    def __call__(self, output: Any, targets: Tensor | Targets) -> Tensor:
+        refuse_labels_alone("FLSc", targets)
+        return super().__call__(output, targets)
 
     def losses(self, logits: Tensor, targets: Targets) -> Tensor:
         nll = cross_entropy(logits, targets.labels, reduction="none")

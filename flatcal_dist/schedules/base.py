@@ -54,8 +54,9 @@ class Schedule(ABC):
     def __post_init__(self) -> None:
         check(self)
 
-    def refuse_unfit(self, length: Length) -> None:  # noqa: B027
+    def refuse_unfit(self, length: Length) -> None:
         """Raise ValueError if a phase of this schedule would never begin in such a run."""
+        return None
 
     @abstractmethod
     def scheduler(self, optimizer: Optimizer, peak: float, length: Length) -> Scheduler:

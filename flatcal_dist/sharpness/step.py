@@ -191,15 +191,19 @@ class SharpnessAwareStep:
         Called by all ranks.
         """
         objective = self.objective_state()
-        return {"taken": self.taken, "memory": self.memory, "objective": objective}
+        rule = type(self.rule).__name__
+        return {"taken": self.taken, "memory": self.memory, "objective": objective, "rule": rule}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave.
 
-        Raises ValueError if the objective keeps a history and the state has none of this kind.
+        Raises ValueError if the objective keeps a history and the state has none of this kind, or
+        if what is remembered is of another rule or network.
         """
+        memory, parts = state["memory"], self.engine.masters()
+        learning.refuse_memory(memory, state.get("rule"), self.rule, parts)
         learning.load_state(self.loss, state.get("objective"))
-        self.taken, memory = state["taken"], state["memory"]
+        self.taken = state["taken"]
         self.memory = memory and {n: t.to(self.engine.device) for n, t in memory.items()}
 
     @property

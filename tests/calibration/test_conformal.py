@@ -2,8 +2,14 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from flatcal_dist.calibration.after_training.conformal import (
+    KINDS,
+    Rule,
+    Sets,
+    conformal_sets,
+    threshold_of,
+)
 from flatcal_dist.calibration.calibrators.crossfit import fold_of
-from flatcal_dist.calibration.conformal import KINDS, Rule, Sets, conformal_sets, threshold_of
 from flatcal_dist.calibration.softmax import log_softmax
 from tests.support.synthetic import make_logits
 

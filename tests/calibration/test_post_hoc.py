@@ -9,6 +9,7 @@ from scipy.special import log_softmax, softmax
 from sklearn.isotonic import isotonic_regression
 from sklearn.linear_model import LogisticRegression
 
+from flatcal_dist.calibration.after_training.post_hoc import ROWS, left_out, post_hoc
 from flatcal_dist.calibration.calibrators import (
     DirichletScaling,
     MatrixScaling,
@@ -22,7 +23,6 @@ from flatcal_dist.calibration.calibrators.crossfit import fold_of
 from flatcal_dist.calibration.calibrators.refinement import refined_nll
 from flatcal_dist.calibration.records.records import Records
 from flatcal_dist.calibration.report.model import read_metrics
-from flatcal_dist.calibration.report.post_hoc import ROWS, left_out, post_hoc
 from flatcal_dist.calibration.report.writing import read_report, write_report
 from tests.support.synthetic import make_logits
 
@@ -167,7 +167,7 @@ def test_what_is_left_out() -> None:
 
 
 def test_the_report_holds_and_shows_it(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("flatcal_dist.calibration.report.post_hoc.MOST_WORK", 1000)
+    monkeypatch.setattr("flatcal_dist.calibration.after_training.post_hoc.MOST_WORK", 1000)
     found = post_hoc(IDS, LABELS, LOGITS)
     records = Records.from_logits(IDS, LABELS, LOGITS)
     m = write_report(replace(records, post_hoc=found), tmp_path, resamples=20)

@@ -102,10 +102,9 @@ def test_every_method_gives_the_same_network_on_every_engine(method, engine, dat
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "a share"])
 def test_every_method_on_four_ranks(method, data, tmp_path, alone):
-    if method == "a share":
-        pytest.skip("micro-batches of 16 are the whole of a rank's part")
+    """A share is of each micro-batch, and on four ranks these would be of other images."""
     check(method, "ddp", 4, data, tmp_path, alone)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from flatcal_dist.sharpness import SAM, LookSAM, SharpnessAwareStep
+from flatcal_dist.sharpness import SAM, FriendlySAM, LookSAM, MomentumSAM, SharpnessAwareStep
 from flatcal_dist.sharpness.engines.zero.engine import ZeroEngine
 from tests.support.engines import (
     ENGINES,
@@ -167,3 +167,21 @@ def train_one(step, rank, world_size, stop):
 @pytest.mark.parametrize("kind", ENGINES)
 def test_a_raised_hand_is_seen_by_every_rank(kind):
     assert on_ranks(2, raises_a_hand, kind) == [[False, True]] * 2
+
+
+def test_what_another_rule_or_network_remembers_is_refused():
+    friendly = SharpnessAwareStep(make_engine("one"), FriendlySAM(0.1))
+    train(friendly, 0, 1, numbers=[0])
+    state = friendly.state_dict()
+    other = SharpnessAwareStep(make_engine("one"), MomentumSAM(0.1))
+    with pytest.raises(ValueError, match=r"what FriendlySAM remembers, .* nothing to MomentumSAM"):
+        other.load_state_dict(state)
+    assert other.memory is None
+    small = SharpnessAwareStep(make_engine("one", nn.Linear(6, 5)), FriendlySAM(0.1))
+    with pytest.raises(ValueError, match="of another network"):
+        small.load_state_dict(state)
+    again = SharpnessAwareStep(make_engine("one"), FriendlySAM(0.1))
+    again.load_state_dict(state)
+    del state["rule"]  # as written before rules were named
+    again.load_state_dict(state)
+    other.load_state_dict(state | {"memory": None, "rule": "FriendlySAM"})

@@ -1,6 +1,7 @@
 """Training with an objective on every engine, and by a plain loop in one process."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,24 +21,29 @@ ALL = BATCHES * SAMPLES
 JUMP = 1e-5  # nearer to a jump or a kink than this, a comparison would be one of rounding
 
 
-class Literal:
+class Literal(ABC):
     """An objective by its formula: the losses of a whole batch, and what it learns from it."""
 
-    def losses(self, logits: Tensor, targets: Targets) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def losses(self, logits: Tensor, targets: Targets) -> Tensor: ...
 
     def after(self, logits: Tensor, targets: Targets) -> None:
         """Learn from the logits at w of a step."""
+        return None
 
     def end(self) -> None:
         """Finish an epoch."""
+        return None
 
 
 class Formula(Literal):
     """An objective that learns nothing."""
 
     def __init__(self, losses: Callable[[Tensor, Targets], Tensor]) -> None:
-        self.losses = losses
+        self.formula = losses
+
+    def losses(self, logits: Tensor, targets: Targets) -> Tensor:
+        return self.formula(logits, targets)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from flatcal_dist.calibration.after_training.post_hoc import post_hoc
 from flatcal_dist.calibration.checks import FloatArray, IntArray, image_ids, logits_and_labels
 from flatcal_dist.calibration.pages.display import counted
 from flatcal_dist.calibration.records import column_names, label_arrays, score_arrays
@@ -20,7 +21,6 @@ from flatcal_dist.calibration.records.column_names import Found
 from flatcal_dist.calibration.records.record_files import METADATA_KEY
 from flatcal_dist.calibration.records.records import Records, Source
 from flatcal_dist.calibration.records.tables import DAMAGED, Columns, open_columns, text_of
-from flatcal_dist.calibration.report.post_hoc import post_hoc
 
 PREDICTIONS = ("pred", "prediction", "predicted", "y_pred", "predicted_class", "predicted_label")
 

@@ -49,7 +49,7 @@ from flatcal_dist.calibration.softmax import Scores, score_images
 from flatcal_dist.files import write_atomically
 
 if TYPE_CHECKING:
-    from flatcal_dist.calibration.report.post_hoc_parts import PostHoc
+    from flatcal_dist.calibration.after_training.parts import PostHoc
 
 
 @dataclass(frozen=True)

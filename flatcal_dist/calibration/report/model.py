@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationError, WithJsonSchema, create_model, field_validator
 from pydantic.json_schema import GenerateJsonSchema, JsonDict
 
+from flatcal_dist.calibration.after_training.parts import PostHoc
 from flatcal_dist.calibration.metrics.entries import METRICS
 from flatcal_dist.calibration.metrics.entry import Metric
 from flatcal_dist.calibration.records.records import Source
@@ -36,7 +37,6 @@ from flatcal_dist.calibration.report.parts import (
     ScoreTable,
     SmoothCurve,
 )
-from flatcal_dist.calibration.report.post_hoc_parts import PostHoc
 from flatcal_dist.calibration.report.sharpness import Sharpness
 from flatcal_dist.calibration.statistics.intervals import Interval
 from flatcal_dist.files import write_json

@@ -8,7 +8,7 @@ from flatcal_dist.objectives.base import Objective, OfLabels, State, unmixed
 from flatcal_dist.objectives.cross_entropy import CrossEntropy
 from flatcal_dist.objectives.targets import as_targets
 from flatcal_dist.sharpness.errors import StepError
-from flatcal_dist.sharpness.rules import Loss, Rule
+from flatcal_dist.sharpness.rules import Loss, Memory, Rule
 
 
 def objective_of(loss: Loss | None, rule: Rule | None) -> Objective:
@@ -94,6 +94,31 @@ def learn(objective: Objective, micro_batches: Sequence[Any], outputs: Sequence[
         known = [as_targets(targets) for _, targets in micro_batches]
         clean = [o if t.mixed is None else unmixed(o) for o, t in zip(outputs, known, strict=True)]
         objective.after_step(known, clean)
+
+
+def refuse_memory(memory: Memory | None, of: str | None, rule: Rule | None, parts: Memory) -> None:
+    """Raise ValueError for a memory that means nothing here.
+
+    Args:
+        memory: What a rule remembered, or None.
+        of: The name of its class, or None if it is not known.
+        rule: The rule that would go on with it.
+        parts: This rank's parts of the weights.
+    """
+    own = type(rule).__name__
+    if memory is None:
+        return
+    if of not in (None, own):
+        raise ValueError(
+            f"the state holds what {of} remembers, which means nothing to {own}: go on with {of}, "
+            "or begin without this state"
+        )
+    for name, tensor in memory.items():
+        if name not in parts or tensor.numel() != parts[name].numel():
+            raise ValueError(
+                f"the state remembers {tensor.numel()} numbers for {name}, which this rank does "
+                "not have in this size: it is of another network, or of another number of ranks"
+            )
 
 
 def load_state(objective: Objective, state: State | None) -> None:

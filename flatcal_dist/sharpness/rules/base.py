@@ -247,6 +247,29 @@ class AscentRule(Rule):
         return self.ascent_decay
 
 
+def along_gradient_(shards: Shards, context: Context) -> Tensor:
+    """Turn gradients into e = rho * g / ||g||_2, in place, and return the norm of all of them."""
+    norm = context.total(squared_norm(shards.gradients)).sqrt()
+    if shards.gradients:  # a rank may hold none of what is perturbed
+        torch._foreach_mul_(shards.gradients, ratio(context.rho, norm))
+    return norm
+
+
+def along_memory_(shards: Shards, context: Context, sign: int) -> Tensor:
+    """Turn zeros into e = sign * rho * v / ||v||_2, with v what the rule remembers.
+
+    Without a memory e is 0. Returns the norm of v.
+    """
+    memory = context.memory or {}
+    held = [memory.get(name) for name in shards.names]
+    norm = context.total(squared_norm([v for v in held if v is not None])).sqrt()
+    scale = sign * ratio(context.rho, norm)
+    for e, v in zip(shards.gradients, held, strict=True):
+        if v is not None:
+            torch.mul(v, scale, out=e)
+    return norm
+
+
 def ratio(a: float | Tensor, b: Tensor) -> Tensor:
     """Return a / b, and 0 where b is 0."""
     return torch.where(b > 0, a / b, 0.0)

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from flatcal_dist.objectives.base import at_least_float32
 from flatcal_dist.objectives.targets import Targets
-from flatcal_dist.sharpness.rules.base import Context, Loss, Rule, Shards
-from flatcal_dist.sharpness.rules.sam import SAM
+from flatcal_dist.sharpness.rules.base import Context, Loss, Rule, Shards, along_gradient_
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class FunctionalSAM(Rule):
     follows_outputs: ClassVar[bool] = True
 
     def perturb_(self, shards: Shards, context: Context) -> Tensor:
-        return SAM.perturb_(self, shards, context)  # type: ignore[arg-type]
+        return along_gradient_(shards, context)
 
     def descent_loss(self, loss: Loss) -> Loss:
         def slope_times_logits(logits: Tensor, targets: Any) -> Tensor:

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from flatcal_dist.sharpness.rules.base import Context, Memory, Rule, Shards, ratio, squared_norm
+from flatcal_dist.sharpness.rules.base import Context, Memory, Rule, Shards, along_memory_
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,7 @@ class MomentumSAM(Rule):
         return 0.0
 
     def perturb_(self, shards: Shards, context: Context) -> Tensor:
-        memory = context.memory or {}
-        held = [memory.get(name) for name in shards.names]
-        norm = context.total(squared_norm([v for v in held if v is not None])).sqrt()
-        scale = ratio(context.rho, norm)
-        for e, v in zip(shards.gradients, held, strict=True):
-            if v is not None:
-                torch.mul(v, -scale, out=e)
-        return norm
+        return along_memory_(shards, context, sign=-1)
 
     def combine_(self, shards: Shards, context: Context) -> Memory:
         after = {name: self.momentum * v for name, v in (context.memory or {}).items()}

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from flatcal_dist.sharpness.rules.base import AscentRule, Context, Shards, ratio, squared_norm
+from flatcal_dist.sharpness.rules.base import AscentRule, Context, Shards, along_gradient_
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,4 @@ class SAM(AscentRule):
     name: ClassVar[str] = "sam"
 
     def perturb_(self, shards: Shards, context: Context) -> Tensor:
-        norm = context.total(squared_norm(shards.gradients)).sqrt()
-        if shards.gradients:  # a rank may hold none of what is perturbed
-            torch._foreach_mul_(shards.gradients, ratio(context.rho, norm))
-        return norm
+        return along_gradient_(shards, context)

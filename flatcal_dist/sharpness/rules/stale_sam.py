@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from flatcal_dist.sharpness.rules.base import Context, Memory, Rule, Shards, ratio, squared_norm
+from flatcal_dist.sharpness.rules.base import Context, Memory, Rule, Shards, along_memory_
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,7 @@ class StaleSAM(Rule):
         return 0.0
 
     def perturb_(self, shards: Shards, context: Context) -> Tensor:
-        memory = context.memory or {}
-        held = [memory.get(name) for name in shards.names]
-        norm = context.total(squared_norm([g for g in held if g is not None])).sqrt()
-        scale = ratio(context.rho, norm)
-        for e, g in zip(shards.gradients, held, strict=True):
-            if g is not None:
-                torch.mul(g, scale, out=e)
-        return norm
+        return along_memory_(shards, context, sign=1)
 
     def combine_(self, shards: Shards, context: Context) -> Memory:
         return {name: gradient / shards.loss_scale for name, gradient in shards.by_name()}

@@ -69,30 +69,48 @@ class Rule:
 
     def of_labels(self, z: np.ndarray, y: IntArray, u: FloatArray) -> FloatArray:
         """Return the scores [N] of the labels [N] of logits [N, K], with draws u [N]."""
-        found = []
-        for rows in chunks(*z.shape):
-            p = np.exp(log_softmax(z[rows] / self.temperature))
-            own = p[np.arange(len(p)), y[rows]][:, None]
-            before = p > own  # of equal classes, the first one stands first, as in argmax
-            before |= (p == own) & (np.arange(p.shape[1]) < y[rows, None])
-            mass, place = (p * before).sum(axis=1), before.sum(axis=1) + 1
-            found.append(self._score(mass, own[:, 0], place, u[rows]))
-        return np.concatenate(found) if found else np.zeros(0)
+        return self.score(*_of_labels(z, y, self.temperature), u)
 
     def sizes(self, z: np.ndarray, u: FloatArray, threshold: float) -> IntArray:
         """Return how many classes [N] have a score of at most `threshold`."""
-        found = []
-        for rows in chunks(*z.shape):
-            p = -np.sort(-np.exp(log_softmax(z[rows] / self.temperature)), axis=1)
-            mass = np.cumsum(p, axis=1) - p
-            scores = self._score(mass, p, np.arange(1, p.shape[1] + 1), u[rows, None])
-            found.append((scores <= threshold).sum(axis=1))
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+        return _sizes([self], [threshold], z, u)[0]
 
-    def _score(self, mass: FloatArray, p: FloatArray, place: IntArray, u: FloatArray) -> FloatArray:
+    def score(self, mass: FloatArray, p: FloatArray, place: IntArray, u: FloatArray) -> FloatArray:
+        """Return the scores of classes, by S, p, o and u, arrays that broadcast."""
         if self.kind == "lac":
             return 1 - p
         return mass + u * p + self.penalty * np.maximum(0, place - self.free)
+
+
+def _of_labels(
+    z: np.ndarray, y: IntArray, temperature: float
+) -> tuple[FloatArray, FloatArray, IntArray]:
+    """Return S, p and o of the labels, [N] each."""
+    masses, own, places = [np.zeros(0)], [np.zeros(0)], [np.zeros(0, np.int64)]
+    for rows in chunks(*z.shape):
+        p = np.exp(log_softmax(z[rows] / temperature))
+        label = p[np.arange(len(p)), y[rows]][:, None]
+        before = p > label  # of equal classes, the first one stands first, as in argmax
+        before |= (p == label) & (np.arange(p.shape[1]) < y[rows, None])
+        masses.append((p * before).sum(axis=1))
+        own.append(label[:, 0])
+        places.append(before.sum(axis=1) + 1)
+    return np.concatenate(masses), np.concatenate(own), np.concatenate(places)
+
+
+def _sizes(
+    rules: Sequence[Rule], thresholds: Sequence[float], z: np.ndarray, u: FloatArray
+) -> list[IntArray]:
+    """Return the sizes of sets [N] of rules with one temperature. Each row is sorted once."""
+    found: list[list[IntArray]] = [[np.zeros(0, np.int64)] for _ in rules]
+    place = np.arange(1, z.shape[1] + 1)
+    for rows in chunks(*z.shape):
+        p = -np.sort(-np.exp(log_softmax(z[rows] / rules[0].temperature)), axis=1)
+        mass = np.cumsum(p, axis=1) - p
+        for rule, threshold, sizes in zip(rules, thresholds, found, strict=True):
+            scores = rule.score(mass, p, place, u[rows, None])
+            sizes.append((scores <= threshold).sum(axis=1))
+    return [np.concatenate(sizes) for sizes in found]
 
 
 def threshold_of(scores: ArrayLike, wanted: float = WANTED) -> float:
@@ -141,11 +159,14 @@ def conformal_sets(
         if not judged.any():
             continue
         rest = ~judged & ~tuned_on
-        for rule in _tuned(z[tuned_on], y[tuned_on], u[tuned_on], wanted):
-            threshold = threshold_of(rule.of_labels(z[rest], y[rest], u[rest]), wanted)
-            own = z[judged], y[judged], u[judged]
-            covered[rule.kind][judged] = rule.of_labels(*own) <= threshold
-            size[rule.kind][judged] = rule.sizes(own[0], own[2], threshold)
+        rules = _tuned(z[tuned_on], y[tuned_on], u[tuned_on], wanted)
+        others = _of_labels(z[rest], y[rest], rules[0].temperature)
+        own = _of_labels(z[judged], y[judged], rules[0].temperature)
+        thresholds = [threshold_of(rule.score(*others, u[rest]), wanted) for rule in rules]
+        sizes = _sizes(rules, thresholds, z[judged], u[judged])
+        for rule, threshold, held in zip(rules, thresholds, sizes, strict=True):
+            covered[rule.kind][judged] = rule.score(*own, u[judged]) <= threshold
+            size[rule.kind][judged] = held
     return {kind: Sets(covered[kind], size[kind]) for kind in KINDS}
 
 
@@ -154,12 +175,10 @@ def _tuned(z: np.ndarray, y: IntArray, u: FloatArray, wanted: float) -> list[Rul
     if not len(z):
         return [Rule(kind) for kind in KINDS]
     t = TemperatureScaling().fit(z, y).temperature
-    place = (z > z[np.arange(len(z)), y][:, None]).sum(axis=1) + 1
-    free = int(np.quantile(place, wanted, method="higher"))
-
-    def mean_size(penalty: float) -> float:
-        rule = Rule("raps", t, penalty, free)
-        return float(rule.sizes(z, u, threshold_of(rule.of_labels(z, y, u), wanted)).mean())
-
-    penalty = min(PENALTIES, key=mean_size)  # of equally good ones the smallest
+    labels = _of_labels(z, y, t)
+    free = int(np.quantile(labels[2], wanted, method="higher"))
+    rules = [Rule("raps", t, penalty, free) for penalty in PENALTIES]
+    thresholds = [threshold_of(rule.score(*labels, u), wanted) for rule in rules]
+    mean_sizes = [sizes.mean() for sizes in _sizes(rules, thresholds, z, u)]
+    penalty = PENALTIES[int(np.argmin(mean_sizes))]  # of equally good ones the smallest
     return [Rule("lac", t), Rule("aps", t), Rule("raps", t, penalty, free)]

@@ -10,22 +10,22 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import binom
 
-from flatcal_dist.calibration.calibrators.crossfit import (
-    KEEPS_ANSWERS,
-    CrossFit,
-    fit_out_of_sample,
-)
-from flatcal_dist.calibration.checks import IntArray, image_ids, logits_and_labels
-from flatcal_dist.calibration.conformal import FOLDS, WANTED, Sets, conformal_sets
-from flatcal_dist.calibration.metrics.entries import METRICS
-from flatcal_dist.calibration.metrics.entry import Evaluated
-from flatcal_dist.calibration.report.post_hoc_parts import (
+from flatcal_dist.calibration.after_training.conformal import FOLDS, WANTED, Sets, conformal_sets
+from flatcal_dist.calibration.after_training.parts import (
     ByClass,
     CalibratorRow,
     ConformalSets,
     PostHoc,
     SetRow,
 )
+from flatcal_dist.calibration.calibrators.crossfit import (
+    KEEPS_ANSWERS,
+    CrossFit,
+    fit_out_of_sample,
+)
+from flatcal_dist.calibration.checks import IntArray, image_ids, logits_and_labels
+from flatcal_dist.calibration.metrics.entries import METRICS
+from flatcal_dist.calibration.metrics.entry import Evaluated
 from flatcal_dist.calibration.statistics.intervals import proportion_interval
 
 ROWS = (

@@ -1,0 +1,1 @@
+"""What can be fitted to a trained network: calibrators, and sets of classes."""
