@@ -131,6 +131,11 @@ def test_more_than_half_of_the_free_memory_is_refused(index, monkeypatch):
     monkeypatch.setattr(memory, "_free", lambda device: 2 * 50 * 8 * 8 * 3 - 1)
     with pytest.raises(DataError, match=r"data.reader=memory would hold .* on cpu"):
         list(both(index, Augmentation("pad_crop"))[0])
+    monkeypatch.setattr(memory, "_free", lambda device: 2 * 50 * 8 * 8 * 3)
+    assert len(list(both(index, Augmentation("pad_crop"))[0])) == 45
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(DataError, match=r"training images 2 times on cpu"):
+        list(both(index, Augmentation("pad_crop"))[0])
     monkeypatch.setattr(memory, "_free", lambda device: None)
     assert len(list(both(index, Augmentation("pad_crop"))[0])) == 45
 

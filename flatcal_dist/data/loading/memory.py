@@ -7,6 +7,7 @@ With any other augmentation the images are varied one by one, as the indexed rea
 saves the decoding alone.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -191,11 +192,17 @@ def _refuse_other_size(images: Tensor, others: Tensor, name: str) -> None:
 
 
 def _refuse_too_large(size: int, device: torch.device) -> None:
-    """Raise DataError for data that would take more than a half of the free memory."""
-    free = _free(device)
-    if free is not None and size > free / 2:
+    """Raise DataError for data that would take more than a half of the free memory.
+
+    On the CPU all ranks of a machine hold a copy each.
+    """
+    free, copies = _free(device), 1
+    if device.type == "cpu":
+        copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if free is not None and copies * size > free / 2:
+        times = f" {copies} times" if copies > 1 else ""
         raise DataError(
-            f"data.reader=memory would hold {size / 2**30:,.1f} GiB of training images on "
+            f"data.reader=memory would hold {size / 2**30:,.1f} GiB of training images{times} on "
             f"{device}, where {free / 2**30:,.1f} GiB are free: at most a half of that is used. "
             "Set data.reader=indexed, or a smaller data.image_size."
         )
