@@ -3,7 +3,7 @@
 import pytest
 
 from flatcal_dist.config import load, method_of
-from flatcal_dist.config.identity import fingerprint
+from flatcal_dist.config.identity import chosen_values, fingerprint
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,9 @@ def test_defaults_that_are_written_out_change_neither_name_nor_fingerprint():
     short = load(None, ["sharpness.rule=sam"])
     long = load(None, ["sharpness.rule=sam", "sharpness.select=all", "sharpness.share=1"])
     assert fingerprint(short) == fingerprint(long)
+    chosen = {name: values for name, values in chosen_values(long).items() if name != "sharpness"}
+    assert chosen_values(long)["sharpness"] == {"rule": "sam"}
+    assert all(list(values) == ["name"] for values in chosen.values()), chosen
     assert method_of(short) == method_of(long)
 
 

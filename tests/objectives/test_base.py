@@ -140,7 +140,7 @@ def test_a_share_of_a_micro_batch_keeps_pairs_whole():
     inputs, labels = make_batch(0)
     batch = inputs, Targets(labels, torch.arange(24))
     sizes = {}
-    for share in (0.01, 0.1, 0.25, 0.3, 0.5, 0.9, 0.99):
+    for share in (1e-9, 0.01, 0.1, 0.25, 0.3, 0.5, 0.9, 0.99):
         for even in (True, False):
             forward = pair(
                 objective if even else CrossEntropy(), CrossEntropy(), False, WholeBatch(1)
@@ -152,6 +152,7 @@ def test_a_share_of_a_micro_batch_keeps_pairs_whole():
         2, 4, 6, 8, 12, 22, 24,
     ]  # fmt: skip
     assert sizes[0.1, False] == 3
+    assert (sizes[1e-9, False], sizes[1e-9, True]) == (1, 2), "a perturbation needs an image"
 
 
 def test_the_objective_of_the_readme():

@@ -1,5 +1,6 @@
 """Every rule and every objective in the digits recipe: ranks, engines, restarts, combinations."""
 
+import math
 from itertools import product
 
 import pytest
@@ -146,6 +147,17 @@ def test_every_method_goes_on_with_other_ranks_and_engines(method, data, tmp_pat
     assert run.start(fault=stop_after_six).wait() == [75, 75]
     run.finish(ranks=1, engine="fsdp2") if method != "a share" else run.finish()
     assert far(run.weights(), alone(method)) < ALIKE
+
+
+def test_the_budget_of_le_sam_falls_over_the_run(data, tmp_path):
+    """The length of e times that of the gradient is the budget, half a cosine over 20 steps."""
+    words = ("sharpness.rule=le_sam", "sharpness.budget=0.001", "sharpness.rho=100")
+    run = Run(tmp_path / "run", data, "ddp", *STEPS, *words).finish(ranks=1)
+    for (step, validation), record in run.records().items():
+        if not validation:
+            budget = 0.0005 * (1 + math.cos(math.pi * (step - 1) / 20))
+            spent = record["optim/effective_rho"] * record["optim/ascent_gradient_norm"]
+            assert spent == pytest.approx(budget, rel=1e-2)  # of weights in float32
 
 
 # What the rule remembers is what a checkpoint holds
