@@ -149,6 +149,14 @@ def test_every_method_goes_on_with_other_ranks_and_engines(method, data, tmp_pat
     assert far(run.weights(), alone(method)) < ALIKE
 
 
+def test_a_rule_perturbs_in_its_phase_only(data, tmp_path):
+    """From half of the first epoch to a quarter of the second, of 12 steps each."""
+    run = Run(tmp_path / "run", data, "ddp", *STEPS, *METHODS["late"]).finish(ranks=1)
+    records = {step: one for (step, validation), one in run.records().items() if not validation}
+    assert sorted(records) == list(range(1, 21))
+    assert [n for n, one in records.items() if "train/perturbed_loss" in one] == list(range(7, 16))
+
+
 def test_the_budget_of_le_sam_falls_over_the_run(data, tmp_path):
     """The length of e times that of the gradient is the budget, half a cosine over 20 steps."""
     words = ("sharpness.rule=le_sam", "sharpness.budget=0.001", "sharpness.rho=100")
