@@ -14,7 +14,8 @@ def refined_nll(ids: Sequence[str], logits: ArrayLike, labels: ArrayLike, folds:
     """Return the mean NLL in nats after cross-fitted temperature. NaN if a logit is not finite.
 
     A checkpoint that is best by it need not be calibrated: the temperature is fitted after
-    training. Source: Berta et al., Rethinking early stopping (2025), with temperature scaling.
+    training. Source: Berta et al., Rethinking Early Stopping: Refine, Then
+    Calibrate (arXiv 2501.19195, 2025), with temperature scaling.
 
     Args:
         ids: The ids of the images [N], each of them once.
