@@ -1,7 +1,7 @@
 """What the step asks of an engine, and the functions that all engines share."""
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -221,13 +221,6 @@ def slots_by_parameter(
     ]
 
 
-def fill(weights: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    """Give weights of these names a gradient of zeros where they have none."""
-    for name in names:
-        if weights[name].grad is None:
-            weights[name].grad = torch.zeros_like(weights[name])
-
-
 def rates_by_name(optimizer: torch.optim.Optimizer, slots: list[list]) -> dict[str, float]:
     """Return the learning rate of each weight that has a part in the slots of an optimizer."""
     left = iter(slots)
@@ -237,18 +230,6 @@ def rates_by_name(optimizer: torch.optim.Optimizer, slots: list[list]) -> dict[s
         for _, (_, parts) in zip(group["params"], left, strict=False)
         for name, _, _ in parts
     }
-
-
-def decays_by_name(
-    optimizer: torch.optim.Optimizer, weights: dict[str, nn.Parameter]
-) -> dict[str, float]:
-    """Return the weight decay of each weight in an optimizer that holds the weights themselves."""
-    decays = {
-        id(w): float(group.get("weight_decay", 0.0))
-        for group in optimizer.param_groups
-        for w in group["params"]
-    }
-    return {name: decays[id(weight)] for name, weight in weights.items()}
 
 
 def with_groups(

@@ -1,7 +1,7 @@
 """The engine of one process and of DistributedDataParallel: every rank holds all weights."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -13,18 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.sharpness.engines.base import (
     Arrangement,
-    decays_by_name,
-    fill,
-    rates_by_name,
     refuse_part,
     refuse_unusable,
     slots_by_parameter,
-    stack,
     with_groups,
 )
 from flatcal_dist.sharpness.engines.fabric import within_fabric
 from flatcal_dist.sharpness.engines.loss_scale import LossScale
 from flatcal_dist.sharpness.engines.move import Backup, Displacement, measure
+from flatcal_dist.sharpness.engines.of_parameters import OfParameters
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.networks import refuse_sparse, refuse_unheld, sparse_refused
 from flatcal_dist.sharpness.passes.buffers import broadcast_buffers, set_buffers
@@ -36,7 +33,7 @@ NOT_ROUNDED = (
 )  # fmt: skip
 
 
-class ReplicatedEngine:
+class ReplicatedEngine(OfParameters):
     """One process, or DistributedDataParallel: every rank holds all weights.
 
     Args:
@@ -91,10 +88,6 @@ class ReplicatedEngine:
         self.scale = LossScale.start(compute_dtype)
         self.backup = Backup()
 
-    @property
-    def loss_scale(self) -> float:
-        return self.scale.value
-
     def check(self, rule: Rule, scope: Scope, per_micro_batch: bool) -> None:
         # Every rule and every scope, but for this: a rank's own gradient has to bypass DDP.
         own = per_micro_batch or not scope.everyone
@@ -107,10 +100,6 @@ class ReplicatedEngine:
 
     def reduces(self, scope: Scope) -> bool:
         return scope.everyone
-
-    @property
-    def scales_losses(self) -> bool:
-        return self.scale.enabled
 
     @property
     def reduces_always(self) -> bool:
@@ -156,9 +145,6 @@ class ReplicatedEngine:
         with sparse_refused():
             (loss * self.loss_scale).backward()
 
-    def fill_gradients(self, names: Iterable[str]) -> None:
-        fill(self.weights, names)
-
     def shards(self, scope: Scope) -> Shards:
         return self._held()
 
@@ -172,9 +158,6 @@ class ReplicatedEngine:
     def whole_weights(self) -> Shards:
         weights = list(self.weights.values())
         return Shards(list(self.weights), weights, [], own=True, loss_scale=self.loss_scale)
-
-    def weight_decays(self) -> dict[str, float]:
-        return decays_by_name(self.optimizer, self.weights)
 
     def total(self, part: Tensor) -> Tensor:
         return part  # every rank has all of it
@@ -196,13 +179,6 @@ class ReplicatedEngine:
         self.optimizer.step()
         self.zero_gradients()
         self.scale.update(skipped=False)
-
-    def skip(self) -> None:
-        self.zero_gradients()
-        self.scale.update(skipped=True)
-
-    def sum(self, values: Sequence[Tensor | float]) -> list[float]:
-        return self.over_ranks(stack(values, self.device)).tolist()
 
     def over_ranks(self, tensor: Tensor) -> Tensor:
         total = tensor.clone()
@@ -240,9 +216,6 @@ class ReplicatedEngine:
     def rewritten(self) -> None:
         pass  # there is no other copy
 
-    def learning_rates(self) -> dict[str, float]:
-        return rates_by_name(self.optimizer, self.arrangement()["slots"])
-
     def arrangement(self) -> Arrangement:
         return {
             "pieces": {n: [list(w.shape), 0, w.numel()] for n, w in self.weights.items()},
@@ -252,9 +225,6 @@ class ReplicatedEngine:
 
     def load_optimizer(self, state: dict[int, dict[str, Any]], groups: list[dict]) -> None:
         self.optimizer.load_state_dict(with_groups(self.optimizer, state, groups))
-
-    def set_loss_scale(self, value: float) -> None:
-        self.scale.value = value
 
 
 def _dtypes_under_autocast(network: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -7,7 +7,7 @@ changes the shards while nothing whole is held, and the next forward pass sees i
 Only the public interface of torch.distributed.fsdp is used, but for passes.py.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -20,13 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from flatcal_dist.sharpness.engines.base import (
     Arrangement,
-    decays_by_name,
-    fill,
-    rates_by_name,
     refuse_part,
     refuse_unusable,
     slots_by_parameter,
-    stack,
     with_groups,
 )
 from flatcal_dist.sharpness.engines.fsdp2.passes import end_passes, forget_gradients, refuse_unknown
@@ -42,6 +38,7 @@ from flatcal_dist.sharpness.engines.fsdp2.state import (
 )
 from flatcal_dist.sharpness.engines.loss_scale import LossScale
 from flatcal_dist.sharpness.engines.move import Backup, Displacement, Measured, measure
+from flatcal_dist.sharpness.engines.of_parameters import OfParameters
 from flatcal_dist.sharpness.engines.optimizer_probe import refuse_rows
 from flatcal_dist.sharpness.errors import StepError
 from flatcal_dist.sharpness.networks import sparse_refused
@@ -50,7 +47,7 @@ from flatcal_dist.sharpness.rules import Rule, Shards, squared_norm
 from flatcal_dist.sharpness.scope import Scope
 
 
-class ShardedEngine:
+class ShardedEngine(OfParameters):
     """A network sharded by `start.shard`, and an optimizer on its sharded parameters.
 
     The engine perturbs for all ranks. Where the network is sharded over groups of ranks, it can
@@ -116,10 +113,6 @@ class ShardedEngine:
         return Scope("replicas", count, count == self.world_size, group)
 
     @property
-    def loss_scale(self) -> float:
-        return self.scale.value
-
-    @property
     def inference(self) -> nn.Module:
         return self.model
 
@@ -140,10 +133,6 @@ class ShardedEngine:
                 "other's shards; use scope 'global', shard over groups of so many ranks "
                 "(ranks_per_group), or use DDP"
             )
-
-    @property
-    def scales_losses(self) -> bool:
-        return self.scale.enabled
 
     def leaves_own(self) -> bool:
         return False
@@ -174,9 +163,6 @@ class ShardedEngine:
         with sparse_refused():
             (loss * self.loss_scale).backward()
 
-    def fill_gradients(self, names: Iterable[str]) -> None:
-        fill(self.weights, names)
-
     def shards(self, scope: Scope) -> Shards:
         if not scope.everyone:  # each group perturbs alone
             return replace(self._held(), total=self._total_of_group)
@@ -206,9 +192,6 @@ class ShardedEngine:
         part = part.detach().to(self.device, copy=True)
         dist.all_reduce(part, group=self.group)
         return part
-
-    def weight_decays(self) -> dict[str, float]:
-        return decays_by_name(self.optimizer, self.weights)
 
     def total(self, part: Tensor) -> Tensor:
         # Over replicas too, for one result: groups by themselves may sum in another order.
@@ -258,13 +241,6 @@ class ShardedEngine:
         self.optimizer.step()
         self.zero_gradients()
         self.scale.update(skipped=False)
-
-    def skip(self) -> None:
-        self.zero_gradients()
-        self.scale.update(skipped=True)
-
-    def sum(self, values: Sequence[Tensor | float]) -> list[float]:
-        return self.over_ranks(stack(values, self.device)).tolist()
 
     def over_ranks(self, tensor: Tensor) -> Tensor:
         total = tensor.clone()
@@ -327,9 +303,6 @@ class ShardedEngine:
     def rewritten(self) -> None:
         self._drop_gathered()
 
-    def learning_rates(self) -> dict[str, float]:
-        return rates_by_name(self.optimizer, self.arrangement()["slots"])
-
     def arrangement(self) -> Arrangement:
         rank, pieces = dist.get_rank(self.group), {}
         for name, weight in self.weights.items():
@@ -348,9 +321,6 @@ class ShardedEngine:
         parameters = parameters_of(self.optimizer)
         joined = {i: sharded_like(s, sharded(parameters[i])) for i, s in state.items()}
         self.optimizer.load_state_dict(with_groups(self.optimizer, joined, groups))
-
-    def set_loss_scale(self, value: float) -> None:
-        self.scale.value = value
 
     def _layout(self) -> dict[str, int]:
         return {
