@@ -11,7 +11,7 @@ from flatcal_dist.calibration.after_training.conformal import (
 )
 from flatcal_dist.calibration.calibrators.crossfit import fold_of
 from flatcal_dist.calibration.softmax import log_softmax
-from tests.support.synthetic import make_logits
+from tests.support.synthetic import DEGENERATE, degenerate, make_logits
 
 
 def literal_score(rule: Rule, p: np.ndarray, k: int, u: float) -> float:
@@ -85,16 +85,10 @@ def test_the_order_of_images_does_not_matter() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:no finite temperature:RuntimeWarning")
-@pytest.mark.parametrize("case", ["right", "constant", "two", "few", "absent"])
+@pytest.mark.parametrize("case", DEGENERATE)
 def test_degenerate_images(case: str) -> None:
-    images, classes = (3, 4) if case == "few" else (200, 2 if case == "two" else 4)
-    ids, labels, logits = make_logits(images, classes)
-    if case == "right":
-        labels = logits.argmax(axis=1)
-    if case == "constant":
-        logits = np.zeros_like(logits)
-    if case == "absent":
-        labels = np.where(labels == 3, 0, labels)
+    ids, labels, logits = degenerate(case, images=200, few=3)
+    classes = logits.shape[1]
     for sets in conformal_sets(ids, labels, logits).values():
         assert isinstance(sets, Sets)
         assert ((sets.size >= 0) & (sets.size <= classes)).all()

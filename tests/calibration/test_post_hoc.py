@@ -24,7 +24,7 @@ from flatcal_dist.calibration.calibrators.refinement import refined_nll
 from flatcal_dist.calibration.records.records import Records
 from flatcal_dist.calibration.report.model import read_metrics
 from flatcal_dist.calibration.report.writing import read_report, write_report
-from tests.support.synthetic import make_logits
+from tests.support.synthetic import DEGENERATE, degenerate, make_logits
 
 IDS, LABELS, LOGITS = make_logits(240, 4)
 
@@ -129,16 +129,9 @@ def test_labels_of_a_fold_do_not_change_its_probabilities(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:no finite temperature:RuntimeWarning")
-@pytest.mark.parametrize("case", ["right", "constant", "two", "few", "absent"])
+@pytest.mark.parametrize("case", DEGENERATE)
 def test_degenerate_images(case: str) -> None:
-    images, classes = (7, 4) if case == "few" else (150, 2 if case == "two" else 4)
-    ids, labels, logits = make_logits(images, classes)
-    if case == "right":
-        labels = logits.argmax(axis=1)
-    if case == "constant":
-        logits = np.zeros_like(logits)
-    if case == "absent":
-        labels = np.where(labels == 3, 0, labels)
+    ids, labels, logits = degenerate(case, images=150, few=7)
     found = post_hoc(ids, labels, logits)
     for row in found.calibrators:
         assert all(np.isfinite(value) for value in row.figures.values())

@@ -35,3 +35,22 @@ def make_logits(
 def make_records(images: int, **options: float) -> Records:
     ids, labels, logits = make_logits(images, **options)
     return Records.from_logits(ids, labels, logits)
+
+
+DEGENERATE = ("right", "constant", "two", "few", "absent")
+
+
+def degenerate(case: str, images: int, few: int) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Ids, labels and logits at an end of what there can be.
+
+    right: every image is. constant: all logits are 0. two: two classes. few: so few images. absent:
+    a class has none.
+    """
+    ids, labels, logits = make_logits(few if case == "few" else images, 2 if case == "two" else 4)
+    if case == "right":
+        labels = logits.argmax(axis=1)
+    if case == "constant":
+        logits = np.zeros_like(logits)
+    if case == "absent":
+        labels = np.where(labels == 3, 0, labels)
+    return ids, labels, logits
