@@ -226,6 +226,9 @@ def test_a_rule_may_begin_in_the_last_epoch_and_end_in_the_first():
          "model.num_classes=2", "does not fit model.num_classes"),
         ("objective.name=flsd objective.low=0.7 objective.high=0.2", "low = 0.7 is above high"),
         ("objective.name=flsc objective.second_from=9 objective.third_from=3", "is after third"),
+        ("sharpness.name=sam", r"sharpness.name: no such key .* did you mean sharpness.rule\?"),
+        ("objective.rule=focal", r"did you mean objective.name\?"),
+        ("sharpness.rule=sma", r"did you mean sam\?"),
         ("objective.name=crl sharpness.rule=looksam sharpness.share=0.5", "set sharpness.share=1"),
     ],
 )  # fmt: skip

@@ -134,6 +134,21 @@ def test_an_objective_that_forward_would_replace_is_refused():
         step([make_batch(0)], forward=lambda model, batch: model(batch[0]).sum(1))
 
 
+@pytest.mark.parametrize(
+    ("rule", "loss", "told"),
+    [
+        (SAM, None, r"rule is <class .*SAM'>: expected a rule such as SAM\(rho=0.05\)"),
+        ("sam", None, "rule is 'sam'"),
+        (SAM(0.1), "focal", r"loss is 'focal': expected an objective such as Focal\(\)"),
+        (SAM(0.1), Focal, "loss is <class"),
+    ],
+)
+def test_what_is_no_rule_and_no_objective_is_refused(rule, loss, told):
+    network = make_network()
+    with pytest.raises(StepError, match=told):
+        SharpnessAwareStep(ReplicatedEngine(network, make_optimizer(network)), rule, loss=loss)
+
+
 def test_a_share_of_a_micro_batch_keeps_pairs_whole():
     objective = CRL()
     objective.begin(24, "cpu")

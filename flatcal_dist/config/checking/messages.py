@@ -76,7 +76,7 @@ def _name_choices(problem: ErrorDetails, chooser: Chooser) -> None:
     problem["input"] = given
     problem["msg"] = f"expected one of {', '.join(choices)}"
     word = "none" if given is None else str(given).lower()
-    if near := difflib.get_close_matches(word, choices, n=1, cutoff=0.7):
+    if near := difflib.get_close_matches(word, choices, n=1, cutoff=0.6):
         problem["msg"] += f"; did you mean {near[0]}?"
 
 
@@ -97,12 +97,14 @@ def _advice(key: str, last: str, known: Sequence[str], choosers: Mapping[str, Ch
         )
     if difflib.get_close_matches(key.lower(), ["inherits"], cutoff=0.8):
         return "; did you mean inherits?"
+    section, _, leaf = key.partition(".")
+    if section in choosers and leaf in ("name", "rule", "type", "kind"):
+        return f"; did you mean {choosers[section].key}?"
     for chooser in choosers.values():
         if key in chooser.sections:
             return f"; {key} is a choice of {chooser.section}: write {chooser.key}={key}"
     if near := nearest(key, known):
         return f"; did you mean {near}?"
-    section = key.partition(".")[0]
     there = any(other.startswith(f"{section}.") for other in known)
     return f"; `flatcal config{f' {section}' if there else ''}` lists the keys"
 

@@ -16,8 +16,15 @@ def objective_of(loss: Loss | None, rule: Rule | None) -> Objective:
 
     Raises StepError if the rule cannot use it.
     """
+    if rule is not None and not isinstance(rule, Rule):
+        raise StepError(f"rule is {rule!r}: expected a rule such as SAM(rho=0.05), or None")
     if loss is None:
         return CrossEntropy()
+    if not callable(loss) or isinstance(loss, type):
+        raise StepError(
+            f"loss is {loss!r}: expected an objective such as Focal(), or a function of (logits, "
+            "labels) that returns one loss for each sample"
+        )
     name = type(rule).__name__
     if rule and rule.own_loss:
         raise StepError(f"{name} defines the losses of both passes: leave `loss` out")
