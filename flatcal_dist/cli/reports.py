@@ -44,6 +44,9 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="severities of ImageNet-C or CIFAR-C: 1,3,5; by default all five",
     )
     add("--real", type=Path, metavar="FILE", help="ReaL labels; by default those that timm ships")
+    add("--people", type=Path, metavar="FILE",
+        help="people's answers to CIFAR-10's test images: cifar10h-probs.npy or -counts.npy of "
+        "CIFAR-10H")  # fmt: skip
     add("--confidence", metavar="LIST",
         help="scores to compute besides those from logits, such as trust_score,mc_dropout (a wrong "
         "name lists all), or none; by default what evaluate.confidence says")  # fmt: skip
@@ -134,8 +137,9 @@ def _origin(parser: argparse.ArgumentParser) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate runs or a network. Raises ValueError for options that do not go together."""
     from flatcal_dist.calibration.records.class_list import read_class_names
-    from flatcal_dist.evaluation.job import Wanted, evaluate_model, evaluate_runs
+    from flatcal_dist.evaluation.job import evaluate_model, evaluate_runs
     from flatcal_dist.evaluation.provenance import Provenance
+    from flatcal_dist.evaluation.wanted import Wanted
 
     classes = arguments.classes
     wanted = Wanted(
@@ -143,6 +147,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         corruptions=arguments.corruptions.split(",") if arguments.corruptions else None,
         severities=_severities(arguments.severities),
         real_file=arguments.real,
+        people_file=arguments.people,
         save_logits=arguments.save_logits,
         class_names=None if classes is None else read_class_names(classes),
         confidence=_confidence(arguments.confidence),

@@ -7,10 +7,9 @@ about that data set.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -22,6 +21,7 @@ from flatcal_dist.checkpoints import format as checkpoint
 from flatcal_dist.checkpoints import resharding
 from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.data import Index
+from flatcal_dist.data.sets.people import read_people
 from flatcal_dist.data.sets.variants import (
     DataSet,
     Variant,
@@ -32,8 +32,10 @@ from flatcal_dist.data.sets.variants import (
     path_of,
 )
 from flatcal_dist.evaluation import reporting as evaluation
+from flatcal_dist.evaluation.ensembles import ensemble_of
 from flatcal_dist.evaluation.passes import Ensemble
-from flatcal_dist.evaluation.provenance import EVALUATED_DATA, UNKNOWN, Provenance
+from flatcal_dist.evaluation.provenance import UNKNOWN, Provenance
+from flatcal_dist.evaluation.wanted import Network, Wanted
 from flatcal_dist.files import refuse_no_directory
 from flatcal_dist.networks import pretrained
 from flatcal_dist.networks.registry import build
@@ -41,49 +43,8 @@ from flatcal_dist.networks.weights import load_weights
 from flatcal_dist.ranks import distributed
 from flatcal_dist.ranks.distributed import ending_together, on_all_ranks
 from flatcal_dist.runs.directory import RunDirectory, RunError
-from flatcal_dist.sharpness.measures import Options
 from flatcal_dist.tracking.tracker import read_metrics
 from flatcal_dist.urls import public
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What to evaluate on, and what to write.
-
-    Attributes:
-        data: The data sets, each as PATH or NAME=PATH (see `data.sets.variants`).
-        corruptions: The corruptions of ImageNet-C to be used; by default all that are there.
-        severities: The severities of ImageNet-C to be used; by default all that are there.
-        real_file: A file of ReaL labels, instead of those that timm ships.
-        save_logits: Whether the logits of the clean images are written.
-        class_names: The names of the classes of the network, in their order.
-        confidence: The scores to compute beside those of logits. None computes the scores that the
-            configuration names.
-        sharpness: How to measure the sharpness on the clean images. None does not measure it.
-    """
-
-    data: Sequence[str] = ()
-    corruptions: Sequence[str] | None = None
-    severities: Sequence[int] | None = None
-    real_file: Path | None = None
-    save_logits: bool = False
-    class_names: Sequence[str] | None = None
-    confidence: Sequence[str] | None = None
-    sharpness: Options | None = None
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network to evaluate."""
-
-    title: str
-    config: Config
-    weights: Path | None  # a file or a checkpoint of any engine; None for published weights
-    output: Path  # the directory of the report
-    trained: Provenance = UNKNOWN
-    log: Path | None = None  # the metrics of its training, for the curves in the report
-    key: str | None = None  # which of several weights in the file
-    members: tuple["Network", ...] = ()  # the networks of an ensemble, which has no other weights
 
 
 def evaluate_runs(
@@ -188,57 +149,6 @@ def evaluate_model(
     if len(networks) > 1:
         networks = [_into(output, network, True) for network in networks]
     _evaluate(networks, wanted)
-
-
-def ensemble_of(members: Sequence[Network], output: Path | None, own_data: bool) -> Network:
-    """Return the networks of several runs as one, which is evaluated as the first of them.
-
-    Args:
-        members: The networks.
-        output: The directory of the report.
-        own_data: Whether the validation data of the runs are used, which then have to be the same.
-
-    Raises:
-        ConfigError: There are less than two networks, one comes twice, they see images in different
-            ways, have different numbers of classes or validation data, or there is no `output`.
-    """
-    if len(members) < 2:
-        raise ConfigError("--ensemble needs two runs or more")
-    if output is None:
-        raise ConfigError("--ensemble also needs --output: its report belongs to no single run")
-    titles = [member.title for member in members]
-    if twice := [m.title for m in members if [n.weights for n in members].count(m.weights) > 1]:
-        raise ConfigError(f"--ensemble has {twice[0]} twice")
-    first = _how_evaluated(members[0].config, own_data)
-    for member in members[1:]:
-        for key, value in _how_evaluated(member.config, own_data).items():
-            if value != first[key]:
-                raise ConfigError(
-                    f"these runs cannot be one ensemble: {key} is {first[key]} in {titles[0]} and "
-                    f"{value} in {member.title}"
-                )
-    methods = [member.trained.method for member in members]
-    listed = methods[0] if len(set(methods)) == 1 else ", ".join(map(str, methods))
-    trained = Provenance(method=f"ensemble of {len(members)} ({listed})")
-    title = f"Ensemble of {', '.join(titles)}"
-    config = members[0].config
-    if config.evaluate.confidence:  # scores of one network; an ensemble gets its scores anyway
-        cut = config.evaluate.model_copy(update={"confidence": []})
-        config = config.model_copy(update={"evaluate": cut})
-    return Network(title, config, None, output, trained, members=tuple(members))
-
-
-def _how_evaluated(config: Config, own_data: bool) -> dict[str, Any]:
-    """Return the settings that decide what a network sees and what its logits mean, by key."""
-    data = {"validation"} if own_data else set()
-    # A temperature may not be fitted on images that any of the networks was trained on.
-    data |= {"train", "holdout_seed"} if config.data.holdout is not None else set()
-    seen = sorted(EVALUATED_DATA - {"decoder"} | data | {"holdout"})
-    return {
-        "model.num_classes": config.model.num_classes,
-        "train.precision": config.train.precision,
-        **{f"data.{key}": getattr(config.data, key) for key in seen},
-    }
 
 
 def _into(output: Path, network: Network, several: bool) -> Network:
@@ -348,9 +258,14 @@ def _evaluate_one(
 
     def opened() -> DataSet:
         if clean is not None:
-            return open_variant(clean, classes, wanted.real_file, _shards(config))
-        index = inputs.open_index(config.data, "validation", classes)
-        return of_index(index, str(public(config.data.validation)), classes, wanted.real_file)
+            data = open_variant(clean, classes, wanted.real_file, _shards(config))
+        else:
+            index = inputs.open_index(config.data, "validation", classes)
+            name = str(public(config.data.validation))
+            data = of_index(index, name, classes, wanted.real_file)
+        if wanted.people_file is None:
+            return data
+        return replace(data, people=read_people(wanted.people_file, data.index.keys(), classes))
 
     data = on_all_ranks(opened)
     weights_file = network.weights if network.weights and network.weights.is_file() else None

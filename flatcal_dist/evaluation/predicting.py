@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from flatcal_dist import inputs
-from flatcal_dist.calibration.confidence.score import Evidence, Reference, Score
+from flatcal_dist.calibration.confidence.score import OF_FEATURES, Evidence, Reference, Score
 from flatcal_dist.calibration.confidence.sources import SCORES
 from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.data.image_index import ImageIndex
@@ -131,7 +131,7 @@ class _Asked:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Watch the network for features inside, if a score needs them."""
-        if "features" not in self.needs:
+        if self.needs.isdisjoint(OF_FEATURES):
             yield
             return
         model = self.config.model
@@ -196,7 +196,7 @@ def check_sources(config: Config, module: nn.Module, scores: Sequence[Score]) ->
         ConfigError: Something is missing.
     """
     for score in scores:
-        if score.needs in ("features", "passes") and isinstance(module, Ensemble):
+        if score.needs in (*OF_FEATURES, "passes") and isinstance(module, Ensemble):
             raise ConfigError(
                 f"{score.key} is a score of one network, and this is an ensemble: leave it out"
             )
@@ -204,7 +204,7 @@ def check_sources(config: Config, module: nn.Module, scores: Sequence[Score]) ->
             raise ConfigError(f"{score.key} needs several networks, and this is one")
         if score.needs == "passes":
             refuse_without_dropout(module, config.model.name)
-        if score.needs == "features":
+        if score.needs in OF_FEATURES:
             _check_training_images(config, score)
 
 
@@ -221,40 +221,77 @@ def _check_training_images(config: Config, score: Score) -> None:
         )
 
 
-def training_reference(
-    config: Config, module: nn.Module, accelerator: Accelerator, scores: Sequence[Score]
-) -> Reference | None:
-    """Return features and labels of the training images, if a score needs them.
+@dataclass(frozen=True)
+class Known:
+    """Images that are not judged.
 
-    All ranks call this function. If there are more than `REFERENCE_IMAGES`, a random part of them
-    is used, which is the same each time. The images are prepared as for evaluation, without
-    augmentation.
+    Attributes:
+        compared: Training images with which other images are compared, if a score does so.
+        fitted_on: The images that a head is fitted on, if a score does so: those that
+            `data.holdout` keeps apart, or else training images.
+    """
+
+    compared: Reference | None = None
+    fitted_on: Reference | None = None
+
+
+def known_images(
+    config: Config,
+    module: nn.Module,
+    accelerator: Accelerator,
+    scores: Sequence[Score],
+    apart: ImageIndex | None = None,
+) -> Known:
+    """Return features, labels and logits of images that are not judged, as scores need them.
+
+    All ranks call this function. If there are more than `REFERENCE_IMAGES` training images, a
+    random part of them is used, which is the same each time. The images are prepared as for
+    evaluation, without augmentation.
 
     Args:
         config: The configuration of the network.
         module: The network.
         accelerator: All its ranks take part.
         scores: The scores.
+        apart: Training images that were never trained on.
     """
-    of_features = [score for score in scores if score.needs == "features"]
-    if not of_features:
-        return None
-    if config.data.train is not None and inputs.remote(config.data.train):
-        inputs.download(config.data, accelerator, "train")
-    index = on_all_ranks(lambda: inputs.open_index(config.data, "train", config.model.num_classes))
+    compared = [score for score in scores if score.needs == "features"]
+    fitted = [score for score in scores if score.needs == "head"]
+    held = None
+    if fitted and apart is not None:
+        held, fitted = _reference(config, module, accelerator, fitted, apart), []
+    of_training = None
+    if compared or fitted:
+        if config.data.train is not None and inputs.remote(config.data.train):
+            inputs.download(config.data, accelerator, "train")
+        classes = config.model.num_classes
+        index = on_all_ranks(lambda: inputs.open_index(config.data, "train", classes))
+        of_training = _reference(config, module, accelerator, [*compared, *fitted], index)
+    return Known(of_training if compared else None, of_training if fitted else held)
+
+
+def _reference(
+    config: Config,
+    module: nn.Module,
+    accelerator: Accelerator,
+    scores: Sequence[Score],
+    index: ImageIndex,
+) -> Reference:
     chosen = None
     if len(index) > REFERENCE_IMAGES:
         generator = np.random.default_rng(config.run.seed)
         chosen = np.sort(generator.choice(len(index), REFERENCE_IMAGES, replace=False))
-    own = predict(config, module, index, accelerator, of_features, samples=chosen)
-    found = gathered(replace(own, logits=own.logits[:, :0]))
+    own = predict(config, module, index, accelerator, scores, samples=chosen)
+    with_logits = any(score.needs == "head" for score in scores)
+    found = gathered(own if with_logits else replace(own, logits=own.logits[:, :0]))
     assert found.features is not None  # a score needs them
-    return Reference(found.features, index.label[found.samples])
+    labels = index.label[found.samples].astype(np.int64)
+    return Reference(found.features, labels, found.logits if with_logits else None)
 
 
 def of_features(
     found: Prediction,
-    reference: Reference | None,
+    known: Known,
     scores: Sequence[Score],
     classes: Sequence[int] | None,
 ) -> dict[str, np.ndarray]:
@@ -262,27 +299,29 @@ def of_features(
 
     Args:
         found: The predictions for all images.
-        reference: The training images.
+        known: Images that are not judged.
         scores: The scores; those that need no features are left out.
-        classes: The classes that compete, if they are a part of all classes. Then only training
-            images of these classes are used.
+        classes: The classes that compete, if they are a part of all classes. Then only known images
+            of these classes are used.
 
     Raises:
         ConfigError: A score cannot be computed. The message names it.
     """
-    logits = found.logits
-    if reference is not None and classes is not None:
-        competing = np.isin(reference.labels, classes)
-        reference = Reference(reference.features[competing], reference.labels[competing])
+    logits, compared, fitted_on = found.logits, known.compared, known.fitted_on
+    if classes is not None:
         logits = logits[:, list(classes)]
+        compared = compared and compared.among(classes)
+        fitted_on = fitted_on and fitted_on.among(classes)
+    evidence = Evidence(
+        features=found.features,
+        prediction=logits.argmax(axis=1),
+        reference=compared,
+        fitted_on=fitted_on,
+    )
     computed = {}
     for score in scores:
-        if score.needs != "features":
+        if score.needs not in OF_FEATURES:
             continue
-        prediction = logits.argmax(axis=1)
-        if classes is not None:
-            prediction = np.asarray(classes)[prediction]
-        evidence = Evidence(features=found.features, prediction=prediction, reference=reference)
         try:
             computed[score.key] = score.compute(evidence)
         except ValueError as error:

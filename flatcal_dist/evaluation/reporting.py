@@ -1,6 +1,5 @@
 """Evaluation on all ranks. Each image is counted once, and one rank writes the report."""
 
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -8,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from flatcal_dist.calibration.after_training.people import against_people
 from flatcal_dist.calibration.after_training.post_hoc import post_hoc
-from flatcal_dist.calibration.calibrators.refinement import refined_nll
+from flatcal_dist.calibration.checks import logits_and_labels
 from flatcal_dist.calibration.confidence.score import Score
-from flatcal_dist.calibration.metrics.binned import BinnedEvaluation
 from flatcal_dist.calibration.pages.display import counted
 from flatcal_dist.calibration.records.records import Records, Source
 from flatcal_dist.calibration.records.temperatures import Apart
@@ -31,19 +28,18 @@ from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.sets.variants import DataSet, Variant, local_shards, open_variant
 from flatcal_dist.evaluation.passes import Ensemble
 from flatcal_dist.evaluation.predicting import (
-    Prediction,
     as_cropped,
     check_sources,
     gathered,
+    known_images,
     of_features,
     predict,
-    training_reference,
     wanted_scores,
 )
 from flatcal_dist.evaluation.provenance import UNKNOWN, Provenance, describe
 from flatcal_dist.evaluation.sharpness import refuse_ensemble, wanted_sharpness
 from flatcal_dist.files import write_atomically
-from flatcal_dist.ranks.distributed import on_all_ranks, said_by_rank_0
+from flatcal_dist.ranks.distributed import on_all_ranks
 from flatcal_dist.sharpness.measures import Options
 
 ALL_CLASSES = "_all_classes"  # added to the name of a data set in which few classes compete
@@ -86,7 +82,7 @@ def evaluate(
     check_sources(config, module, scores)
     _refuse_different_images(data)
     config = as_cropped(config, data)
-    reference = training_reference(config, module, accelerator, scores)
+    known = known_images(config, module, accelerator, scores, apart)
     own = predict(config, module, data.index, accelerator, scores, classes=data.classes)
     found = gathered(own)
     fitted_on = None if apart is None else gathered(predict(config, module, apart, accelerator))
@@ -94,11 +90,12 @@ def evaluate(
     def merged() -> tuple[Records, Records | None] | None:
         if not accelerator.is_main_process:
             return None
-        _check_whole(data.index, found.samples, str(data.variant))
-        computed = found.scores | of_features(found, reference, scores, data.classes)
+        check_whole(data.index, found.samples, str(data.variant))
+        _check_finite(data, found.logits)
+        computed = found.scores | of_features(found, known, scores, data.classes)
         fit_on: Records | Apart | None = clean
         if apart is not None and fitted_on is not None:
-            _check_whole(apart, fitted_on.samples, "data.holdout")
+            check_whole(apart, fitted_on.samples, "data.holdout")
             fit_on = Apart(apart.label.astype(np.int64), fitted_on.logits)
         probabilities = isinstance(module, Ensemble)
         return _records(config, data, found.logits, fit_on, logits_file, computed, probabilities)
@@ -115,12 +112,21 @@ def _refuse_different_images(data: DataSet) -> None:
         )
 
 
-def _check_whole(index: ImageIndex, samples: np.ndarray, name: str) -> None:
+def check_whole(index: ImageIndex, samples: np.ndarray, name: str) -> None:
+    """Raise DataError if the images `name` were not evaluated once each."""
     if not np.array_equal(samples, np.arange(len(index))):
         raise DataError(
             f"{len(np.unique(samples))} different images were evaluated, {len(samples)} in all, "
             f"but {name} holds {len(index)}: the ranks do not see the same images"
         )
+
+
+def _check_finite(data: DataSet, logits: np.ndarray) -> None:
+    """Raise DataError with the name of an image if a logit is not finite, before scores fail."""
+    try:
+        logits_and_labels(logits, data.label, data.index.keys())
+    except ValueError as error:
+        raise DataError(f"{data.variant}: {error}") from None
 
 
 def _records(
@@ -133,6 +139,7 @@ def _records(
     probabilities: bool,
 ) -> tuple[Records, Records | None]:
     ids, variant = data.index.keys(), data.variant
+    apart = fit_on if isinstance(fit_on, Apart) else None
     competing = logits if data.classes is None else logits[:, list(data.classes)]
     if logits_file is not None:
         with write_atomically(logits_file) as temporary:
@@ -147,7 +154,7 @@ def _records(
             logits=logits,
             folds=config.evaluate.folds,
             clean=fit_on if isinstance(fit_on, Records) else None,
-            apart=_among(fit_on, source) if isinstance(fit_on, Apart) else None,
+            apart=apart and _among(apart, source),
             source=source,
             real_labels=data.real,
             scores=scores,
@@ -165,8 +172,12 @@ def _records(
     try:
         chosen = records(data.label, competing, source, scores)
         if not isinstance(fit_on, Records):
-            found = post_hoc(ids, data.label, competing, folds=config.evaluate.folds)
-            chosen = replace(chosen, post_hoc=found)
+            found = post_hoc(
+                ids, data.label, competing,
+                folds=config.evaluate.folds, apart=apart and _among(apart, source),
+            )  # fmt: skip
+            people = None if data.people is None else against_people(competing, data.people)
+            chosen = replace(chosen, post_hoc=found, people=people)
         if data.classes is None:
             return chosen, None
         label = np.array(data.classes)[data.label]
@@ -337,54 +348,3 @@ def _line(variant: Variant, figures: dict[str, Any]) -> str:
         f"{before['accuracy']:.4f}, ECE {before['ece']:.4f}, with the clean temperature "
         f"{after['ece']:.4f}"
     )
-
-
-def running_metrics(
-    config: Config, module: nn.Module, index: Index, accelerator: Accelerator
-) -> dict[str, float]:
-    """Return calibration, failure prediction and entropy over all ranks, from sums alone.
-
-    All ranks call this function. The figures are those of the report up to rounding; AUROC and the
-    areas have an error of binning. A figure is NaN where it is undefined. All figures are NaN if a
-    logit is not finite. With `train.keep_best=refined_nll` the logits of all ranks are gathered.
-
-    Args:
-        config: The configuration of the network.
-        module: The network.
-        index: The images.
-        accelerator: All its ranks take part.
-    """
-    found = predict(config, module, index, accelerator)
-    binned = BinnedEvaluation()
-    if len(found.samples):
-        binned.add(found.logits, index.label[found.samples])
-    if accelerator.num_processes > 1:
-        total = torch.from_numpy(binned.state).to(accelerator.device)
-        dist.all_reduce(total)
-        binned.state[:] = total.cpu().numpy()
-    figures = vars(binned.figures())
-    refined = {}
-    if config.train.keep_best == "refined_nll":
-        refined = {"val/refined_nll": _refined_nll(config, found, index)}
-    return refined | {
-        f"val/{name}": math.nan if value is None else value
-        for name, value in figures.items()
-        if name not in ("images", "not_finite") and not name.endswith("_error")
-    }
-
-
-def _refined_nll(config: Config, own: Prediction, index: Index) -> float:
-    """The NLL after cross-fitted temperature of all ranks' images, on every rank.
-
-    Rank 0 computes it from all logits, in the order of the images. So it does not depend on the
-    number of ranks.
-    """
-    found = gathered(own)
-
-    def computed() -> float:
-        if dist.is_initialized() and dist.get_rank():
-            return math.nan
-        _check_whole(index, found.samples, "data.validation")
-        return refined_nll(index.keys(), found.logits, index.label, config.evaluate.folds)
-
-    return said_by_rank_0(on_all_ranks(computed))

@@ -19,7 +19,7 @@ from flatcal_dist.checkpoints.format import Progress
 from flatcal_dist.config import Config
 from flatcal_dist.data import Position, optimizer_steps
 from flatcal_dist.data.order import sample_seed
-from flatcal_dist.evaluation import reporting as evaluation
+from flatcal_dist.evaluation.running import running_metrics
 from flatcal_dist.ranks.distributed import FailedTogether, on_all_ranks
 from flatcal_dist.runs.directory import Phase, RunDirectory
 from flatcal_dist.sharpness import StepResult
@@ -274,7 +274,7 @@ class Trainer:
     def _validate(self, epoch: int) -> None:
         self.engine.synchronize_buffers()
         with self._averaged():
-            values = evaluation.running_metrics(
+            values = running_metrics(
                 self.config, self.engine.inference, self.setup.validation, self.accelerator
             )
         figures = {k: values[f"val/{k}"] for k in checkpoint.BEST if f"val/{k}" in values}

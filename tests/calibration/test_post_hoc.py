@@ -22,6 +22,7 @@ from flatcal_dist.calibration.calibrators import (
 from flatcal_dist.calibration.calibrators.crossfit import fold_of
 from flatcal_dist.calibration.calibrators.refinement import refined_nll
 from flatcal_dist.calibration.records.records import Records
+from flatcal_dist.calibration.records.temperatures import Apart
 from flatcal_dist.calibration.report.model import read_metrics
 from flatcal_dist.calibration.report.writing import read_report, write_report
 from tests.support.synthetic import DEGENERATE, degenerate, make_logits
@@ -194,3 +195,18 @@ def test_refined_nll_is_the_nll_after_cross_fitted_temperature() -> None:
     assert refined_nll(IDS, LOGITS, LABELS) == pytest.approx(total / len(IDS), rel=1e-9)
     assert refined_nll(IDS, 7 * LOGITS, LABELS) == pytest.approx(total / len(IDS), rel=1e-6)
     assert math.isnan(refined_nll(IDS, np.where(LOGITS > 8, np.inf, LOGITS), LABELS))
+
+
+def test_images_apart_are_what_calibrators_are_fitted_on() -> None:
+    ids, labels, logits = make_logits(200, 4, seed=5)
+    found = post_hoc(ids, labels, logits, apart=Apart(LABELS, LOGITS))
+    assert found.fitted_apart == 240
+    rows = {row.name: row for row in found.calibrators}
+    for name, kind in (("vector", VectorScaling), ("temperature", TemperatureScaling)):
+        mended = kind().fit(LOGITS, LABELS).transform(logits)
+        log_p = log_softmax(mended, axis=1)
+        nll = -log_p[np.arange(200), labels].mean()
+        assert rows[name].figures["nll"] == pytest.approx(nll, rel=1e-6), name
+    few = post_hoc(ids, labels, logits, apart=Apart(LABELS[:3], LOGITS[:3]))
+    assert "fewer images (3) than classes (4)" in few.calibrators[2].left_out
+    assert post_hoc(ids, labels, logits).fitted_apart == 0

@@ -28,7 +28,8 @@ from flatcal_dist.data import image_folder, prepare_shards
 from flatcal_dist.data.sets.variants import find, open_variant
 from flatcal_dist.evaluation import job as evaluation_job
 from flatcal_dist.evaluation import reporting as evaluation
-from flatcal_dist.evaluation.job import Network, Wanted, _into, _on_device, _sets, evaluate_model
+from flatcal_dist.evaluation.job import _into, _on_device, _sets, evaluate_model
+from flatcal_dist.evaluation.wanted import Network, Wanted
 from flatcal_dist.files import WriteError
 from flatcal_dist.ranks import distributed
 from flatcal_dist.ranks.distributed import FailedTogether
@@ -285,6 +286,6 @@ def test_nothing_is_made_up_of_how_weights_from_elsewhere_were_trained(job):
 def test_a_report_that_could_not_be_written_is_not_begun(tmp_path):
     """Else it would be noticed after all images were evaluated."""
     (tmp_path / "letter").write_text("dear all")
-    network = evaluation_job.Network("n", Config(), None, tmp_path / "letter/report")
+    network = Network("n", Config(), None, tmp_path / "letter/report")
     with pytest.raises(WriteError, match="letter is there, and no directory"):
-        evaluation_job._evaluate([network], evaluation_job.Wanted())
+        evaluation_job._evaluate([network], Wanted())

@@ -1,6 +1,7 @@
 """Features, passes with dropout and ensembles, against the networks asked by hand."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from scipy.stats import entropy
 from torch import nn
 
 from flatcal_dist import cli, config
+from flatcal_dist.calibration.confidence import of_head
 from flatcal_dist.calibration.confidence.of_features import trust_score
+from flatcal_dist.calibration.confidence.of_head import confidnet
 from flatcal_dist.calibration.confidence.score import Reference
 from flatcal_dist.calibration.confidence.sources import requested
 from flatcal_dist.calibration.records.records import Records
@@ -36,7 +39,14 @@ from tests.evaluation.small_networks import join
 from tests.support.ranks import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:no finite temperature")
-SCORES = ["trust_score", "mahalanobis", "mc_dropout"]
+SCORES = ["trust_score", "mahalanobis", "confidnet", "mc_dropout"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_training_of_heads() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(of_head, "EPOCHS", 5)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +85,7 @@ def pixels(setting: Config, split: str) -> tuple[torch.Tensor, np.ndarray]:
 
 
 def evaluated(rank: int, world_size: int, digits: Path) -> Records | None:
+    of_head.EPOCHS = 5
     accelerator = join(rank, world_size)
     setting = settings(digits)
     index = load_index(sorted(digits.glob("digits-validation-*.tar")), 10)
@@ -112,7 +123,11 @@ def test_scores_are_those_of_the_network_asked_by_hand(alone, digits) -> None:
     assert alone.ranking["mc_dropout"] == pytest.approx(-entropy(p, axis=1)[order], rel=1e-5)
     trust = trust_score(seen[order], alone.prediction, Reference(before, labels))
     assert alone.ranking["trust_score"] == pytest.approx(trust, rel=1e-5)
-    assert list(alone.ranking)[-3:] == SCORES
+    with torch.inference_mode():
+        fitted_on = Reference(before, labels, module(known).numpy())
+    head = confidnet(seen[order], fitted_on)
+    assert alone.ranking["confidnet"] == pytest.approx(head, abs=1e-5)
+    assert list(alone.ranking)[-4:] == SCORES
 
 
 def test_two_ranks_compute_the_same_scores(alone, digits) -> None:
@@ -239,7 +254,7 @@ def test_only_a_part_of_many_training_images_is_looked_at(digits, monkeypatch) -
     accelerator = distributed.start("ddp", "fp32")
     module = network(setting)
     first, again = (
-        predicting.training_reference(setting, module, accelerator, requested(["trust_score"]))
+        predicting.known_images(setting, module, accelerator, requested(["trust_score"])).compared
         for _ in range(2)
     )
     whole, labels = pixels(setting, "train")
@@ -258,18 +273,43 @@ def test_where_a_part_of_the_classes_competes(digits) -> None:
     module, accelerator = network(setting), distributed.start("ddp", "fp32")
     index = load_index(sorted(digits.glob("digits-validation-*.tar")), 10)
     scores = requested(SCORES)
-    reference = predicting.training_reference(setting, module, accelerator, scores)
+    known = predicting.known_images(setting, module, accelerator, scores)
+    reference = known.compared
     found = predicting.predict(setting, module, index, accelerator, scores, classes=classes)
     whole = predicting.predict(setting, module, index, accelerator, scores)
     assert found.scores["mc_dropout"].min() >= -np.log(3) - 1e-9
     assert whole.scores["mc_dropout"].min() < -np.log(3)
-    trust = predicting.of_features(found, reference, scores, classes)["trust_score"]
+    trust = predicting.of_features(found, known, scores, classes)["trust_score"]
     three = np.isin(reference.labels, classes)
     some = Reference(reference.features[three], reference.labels[three])
     prediction = np.array(classes)[found.logits[:, classes].argmax(1)]
     assert trust == pytest.approx(trust_score(found.features, prediction, some), rel=1e-12)
     with pytest.raises(ConfigError, match=r"trust_score: .* at least two classes"):
-        predicting.of_features(found, reference, scores, [3])
+        predicting.of_features(found, known, scores, [3])
+
+
+def test_a_head_is_fitted_on_images_apart_where_there_are_some(digits) -> None:
+    setting = settings(digits, "data.holdout=0.2")
+    module, accelerator = network(setting), distributed.start("ddp", "fp32")
+    scores = requested(["confidnet", "trust_score"])
+    apart = predicting.inputs.images_apart(setting, accelerator)
+    known = predicting.known_images(setting, module, accelerator, scores, apart)
+    assert 0 < len(apart) < 0.3 * len(known.compared.labels)
+    assert (known.fitted_on.labels == apart.label).all()
+    assert known.fitted_on.logits.shape == (len(apart), 10)
+    whole = settings(digits)
+    without = predicting.known_images(whole, module, accelerator, scores)
+    images, labels = pixels(whole, "train")
+    with torch.inference_mode():
+        logits = module(images).numpy()
+    assert without.fitted_on is without.compared
+    assert without.fitted_on.logits == pytest.approx(logits, abs=1e-4)
+    assert (without.fitted_on.labels == labels).all()
+    classes = [1, 4, 7]
+    three = without.fitted_on.among(classes)
+    chosen = np.isin(labels, classes)
+    assert (np.array(classes)[three.labels] == labels[chosen]).all()
+    assert three.logits == pytest.approx(logits[chosen][:, classes], abs=1e-4)
 
 
 def test_a_nan_is_refused_with_the_name_of_the_image(digits) -> None:

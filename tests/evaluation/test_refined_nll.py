@@ -9,7 +9,7 @@ from flatcal_dist.calibration.calibrators.refinement import refined_nll
 from flatcal_dist.config import load
 from flatcal_dist.data import prepare_digits
 from flatcal_dist.evaluation.predicting import predict
-from flatcal_dist.evaluation.reporting import running_metrics
+from flatcal_dist.evaluation.running import running_metrics
 from flatcal_dist.inputs import open_index
 from flatcal_dist.networks.registry import build
 from tests.evaluation.small_networks import join

@@ -57,8 +57,13 @@ class ConformalSets(Part):
 
 
 class PostHoc(Part):
-    """What calibrators and conformal sets make of the evaluated images."""
+    """What calibrators and conformal sets make of the evaluated images.
+
+    Calibrators are fitted on `fitted_apart` images that were kept apart (`data.holdout`). If there
+    are none, they are cross-fitted with `folds` folds.
+    """
 
     folds: Count
+    fitted_apart: Count = 0
     calibrators: list[CalibratorRow]
     conformal: ConformalSets | None = None

@@ -21,11 +21,13 @@ from flatcal_dist.calibration.after_training.parts import (
 from flatcal_dist.calibration.calibrators.crossfit import (
     KEEPS_ANSWERS,
     CrossFit,
+    fit_apart,
     fit_out_of_sample,
 )
 from flatcal_dist.calibration.checks import IntArray, image_ids, logits_and_labels
 from flatcal_dist.calibration.metrics.entries import METRICS
 from flatcal_dist.calibration.metrics.entry import Evaluated
+from flatcal_dist.calibration.records.temperatures import Apart
 from flatcal_dist.calibration.statistics.intervals import proportion_interval
 
 ROWS = (
@@ -42,7 +44,13 @@ LEAST_OF_A_CLASS = 20  # images, below which the coverage of a class says too li
 
 
 def post_hoc(
-    ids: Sequence[str], labels: ArrayLike, logits: ArrayLike, *, folds: int = 5, seed: int = 0
+    ids: Sequence[str],
+    labels: ArrayLike,
+    logits: ArrayLike,
+    *,
+    folds: int = 5,
+    seed: int = 0,
+    apart: Apart | None = None,
 ) -> PostHoc:
     """Return the figures of calibrators, each image being scored by a fit that has not seen it.
 
@@ -54,6 +62,8 @@ def post_hoc(
         logits: The logits [N, K].
         folds: The number of folds of the calibrators.
         seed: The seed of the folds.
+        apart: Images that were kept apart to fit calibrators on. Without them calibrators are
+            cross-fitted. Conformal sets are always cross-fitted.
 
     Raises:
         ValueError: An id occurs twice, or `checks.logits_and_labels` refuses the input.
@@ -62,9 +72,13 @@ def post_hoc(
     z, y = logits_and_labels(logits, labels, names)
     order = np.argsort(names, kind="stable")  # so that no fit depends on the order of images
     names, z, y = names[order], z[order], y[order]
-    split = CrossFit(folds, seed)
-    rows = [_calibrator(name, names.tolist(), z, y, split) for name in ROWS]
-    return PostHoc(folds=folds, calibrators=rows, conformal=_sets(names.tolist(), z, y, seed))
+    how = apart or CrossFit(folds, seed)
+    return PostHoc(
+        folds=folds,
+        fitted_apart=len(apart) if apart else 0,
+        calibrators=[_calibrator(name, names.tolist(), z, y, how) for name in ROWS],
+        conformal=_sets(names.tolist(), z, y, seed),
+    )
 
 
 def parameters(name: str, classes: int) -> int | None:
@@ -102,13 +116,19 @@ def left_out(name: str, images: int, classes: int) -> str | None:
 
 
 def _calibrator(
-    name: str, ids: list[str], z: np.ndarray, y: IntArray, split: CrossFit
+    name: str, ids: list[str], z: np.ndarray, y: IntArray, how: CrossFit | Apart
 ) -> CalibratorRow:
-    reason, figures = left_out(name, *z.shape), None
+    fitted_on = len(how) if isinstance(how, Apart) else len(z)
+    reason, figures = left_out(name, fitted_on, z.shape[1]), None
     if reason is None:
         with warnings.catch_warnings():  # the temperature of the records has warned already
             warnings.simplefilter("ignore", RuntimeWarning)
-            scores = fit_out_of_sample(name, ids, z, y, split).score(ids, z, y)
+            fit = (
+                fit_apart(name, how.logits, how.labels)
+                if isinstance(how, Apart)
+                else fit_out_of_sample(name, ids, z, y, how)
+            )
+            scores = fit.score(ids, z, y)
         evaluated = Evaluated(scores)
         figures = {key: METRICS[key].value(evaluated) for key in FIGURES}
     return CalibratorRow(

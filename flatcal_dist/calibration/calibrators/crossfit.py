@@ -233,6 +233,23 @@ def _mended(fit: TopLabelIsotonic | TopLabelHistogram, images: ImageScores) -> S
     return Scores(images.correct, np.log(mended), None, None, None)
 
 
+def fit_apart(name: str, logits: ArrayLike, labels: ArrayLike) -> OutOfSample:
+    """Fit a calibrator on images that are kept apart, to score any others.
+
+    Ids are not compared, because images of the training data may have the ids of evaluated ones.
+
+    Args:
+        name: The name of the calibrator, one of `CALIBRATORS`.
+        logits: The logits [M, K] of the images kept apart.
+        labels: Their labels int [M].
+
+    Raises:
+        ValueError: `checks.logits_and_labels` refuses the input.
+    """
+    overall = _fit(name, *logits_and_labels(logits, labels))
+    return OutOfSample(name, HoldOut(), overall, (), frozenset())
+
+
 def fit_out_of_sample(
     name: str,
     ids: Sequence[str],

@@ -10,7 +10,13 @@ from scipy.linalg import eigh
 from sklearn.neighbors import NearestNeighbors
 
 from flatcal_dist.calibration.checks import FloatArray
-from flatcal_dist.calibration.confidence.score import Evidence, Reference, Score, given
+from flatcal_dist.calibration.confidence.score import (
+    Evidence,
+    Reference,
+    Score,
+    checked_features,
+    given,
+)
 
 SMALLEST = 1e-12  # added to a distance, as in the code of Jiang et al.
 
@@ -34,7 +40,7 @@ def trust_score(features: ArrayLike, prediction: ArrayLike, reference: Reference
         ValueError: Features are not finite or differ in length, or training images are of fewer
             than two classes.
     """
-    x, y = _features(features, reference), np.asarray(prediction)
+    x, y = checked_features(features, reference), np.asarray(prediction)
     classes = np.unique(reference.labels)
     if len(classes) < 2:
         raise ValueError("a trust score needs training images of at least two classes")
@@ -60,7 +66,7 @@ def mahalanobis(features: ArrayLike, reference: Reference) -> FloatArray:
     ValueError if features are not finite or differ in length, or if the training images of each
     class do not differ at all.
     """
-    x = _features(features, reference)
+    x = checked_features(features, reference)
     classes, place = np.unique(reference.labels, return_inverse=True)
     known = reference.features.astype(np.float64)
     means = np.stack([known[place == k].mean(axis=0) for k in range(len(classes))])
@@ -74,19 +80,6 @@ def mahalanobis(features: ArrayLike, reference: Reference) -> FloatArray:
     scaled = directions[:, varies] / np.sqrt(variances[varies])
     nearest = NearestNeighbors(n_neighbors=1).fit(means @ scaled)
     return -(nearest.kneighbors(x @ scaled)[0][:, 0] ** 2)
-
-
-def _features(features: ArrayLike, reference: Reference) -> FloatArray:
-    x = np.asarray(features, dtype=np.float64)
-    if x.ndim != 2 or x.shape[1:] != reference.features.shape[1:]:
-        raise ValueError(
-            f"features have shape {list(x.shape)}, those of the training images "
-            f"{list(reference.features.shape)}: expected [N, D] and [M, D]"
-        )
-    for array, whose in ((x, "the images"), (reference.features, "the training images")):
-        if not np.isfinite(array).all():
-            raise ValueError(f"features of {whose} hold NaN or infinite values")
-    return x
 
 
 def _trust(evidence: Evidence) -> FloatArray:

@@ -2,13 +2,18 @@
 
 from collections.abc import Iterable
 
-from flatcal_dist.calibration.confidence import of_features, of_passes
+from flatcal_dist.calibration.confidence import of_features, of_head, of_passes
 from flatcal_dist.calibration.confidence import of_logits as scores
-from flatcal_dist.calibration.confidence.score import Score
+from flatcal_dist.calibration.confidence.score import OF_FEATURES, Score
 
-SCORES: tuple[Score, ...] = (*scores.SCORES, *of_features.SCORES, *of_passes.SCORES)
+SCORES: tuple[Score, ...] = (
+    *scores.SCORES,
+    *of_features.SCORES,
+    *of_head.SCORES,
+    *of_passes.SCORES,
+)
 BY_KEY = {score.key: score for score in SCORES}
-ON_REQUEST = tuple(s.key for s in SCORES if s.needs in ("features", "passes"))
+ON_REQUEST = tuple(s.key for s in SCORES if s.needs in (*OF_FEATURES, "passes"))
 
 
 def requested(keys: Iterable[str]) -> tuple[Score, ...]:

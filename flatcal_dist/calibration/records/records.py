@@ -50,6 +50,7 @@ from flatcal_dist.files import write_atomically
 
 if TYPE_CHECKING:
     from flatcal_dist.calibration.after_training.parts import PostHoc
+    from flatcal_dist.calibration.after_training.people import AgainstPeople
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class Records:
         source: Which images were evaluated.
         real: 1 if the prediction is a ReaL label of the image, 0 if not, -1 if the image has no
             such label [N]. None if there are no ReaL labels.
-        post_hoc: What calibrators and conformal sets make of the images, for the report. The file
-            of records does not hold it.
+        post_hoc, people: What calibrators and conformal sets make of the images, and the network
+            against people's answers, for the report. The file of records does not hold them.
     """
 
     id: StringArray
@@ -111,6 +112,7 @@ class Records:
     real: IntArray | None = None
     optimum: Scores | None = None
     post_hoc: "PostHoc | None" = None
+    people: "AgainstPeople | None" = None
 
     def __len__(self) -> int:
         return len(self.id)

@@ -8,6 +8,7 @@ from flatcal_dist.calibration.calibrators.crossfit import (
     CrossFit,
     HoldOut,
     OutOfSample,
+    fit_apart,
     fit_out_of_sample,
 )
 from flatcal_dist.calibration.calibrators.of_logits import TemperatureScaling
@@ -47,7 +48,7 @@ def fitted(
     """
     tuned_on = how if isinstance(how, HoldOut) else HoldOut(seed=getattr(how, "seed", 0))
     if isinstance(how, Apart):
-        fit = of_images_apart(TemperatureScaling().fit(how.logits, how.labels))
+        fit = fit_apart("temperature", how.logits, how.labels)
     else:
         fit = fit_out_of_sample("temperature", ids, z, y, how)
     return fit, tune(ids, z, y, tuned_on)

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, WithJsonSchema, create_model, field
 from pydantic.json_schema import GenerateJsonSchema, JsonDict
 
 from flatcal_dist.calibration.after_training.parts import PostHoc
+from flatcal_dist.calibration.after_training.people import AgainstPeople
 from flatcal_dist.calibration.metrics.entries import METRICS
 from flatcal_dist.calibration.metrics.entry import Metric
 from flatcal_dist.calibration.records.records import Source
@@ -154,6 +155,9 @@ class Report(Side, _Head):
     after_temperature: AfterTemperature
     post_hoc: PostHoc | None = Field(
         None, description="calibrators and conformal sets; null without logits"
+    )
+    people: AgainstPeople | None = Field(
+        None, description="against people's answers (`flatcal evaluate --people`); null without"
     )
     scores: ScoreTable | None
     per_class: PerClass

@@ -82,6 +82,7 @@ def summarize(
         "temperatures": _temperatures(records, bins),
         "after_temperature": after,
         "post_hoc": records.post_hoc and records.post_hoc.model_dump(),
+        "people": records.people and records.people.model_dump(),
         "scores": _scores(records, resamples, seed),
         "per_class": per_class(records, about.class_names),
         "confusions": confusions(records),

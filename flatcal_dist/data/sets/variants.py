@@ -86,6 +86,7 @@ class DataSet:
     label: np.ndarray  # [n] int64: positions in `classes`
     classes: tuple[int, ...] | None = None  # the classes of the network that compete; None for all
     real: list[list[int]] | None = None  # the ReaL labels of each image, where there are any
+    people: np.ndarray | None = None  # [n, K] float64: the shares of people who give each answer
 
     @property
     def cropped(self) -> bool:
