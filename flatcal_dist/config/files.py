@@ -270,21 +270,21 @@ class Layers:
         return next(inner, None) or self.origin.get(key.rsplit(".", 1)[0])
 
 
-def read_layers(path: Path | None, overrides: Sequence[str], recorded: bool = False) -> Layers:
-    """Read what a file inherits, the file and the command line, in this order.
+def read_layers(paths: Sequence[Path], overrides: Sequence[str], recorded: bool = False) -> Layers:
+    """Read what each file inherits and the file, in their order, and then the command line.
 
     Args:
-        path: The file; None for no file.
+        paths: The files.
         overrides: The words of the command line, each `key.sub=value`.
         recorded: Whether a run wrote the file. A named pipe, which may never end, is refused then.
 
     Raises:
         ConfigError: A file cannot be read or inherits itself, or an override is not key.sub=value.
     """
-    if recorded and path is not None and path.is_fifo():
-        raise ConfigError(f"{path} is a named pipe: expected the file that the run wrote")
+    if recorded and (pipes := [path for path in paths if path.is_fifo()]):
+        raise ConfigError(f"{pipes[0]} is a named pipe: expected the file that the run wrote")
     layers = Layers()
-    files = _files(path, ()) if path is not None else []
+    files = [layer for path in paths for layer in _files(path, ())]
     for number, (name, values) in enumerate(files):
         layers.add(values, Origin(number, name))
     for override in overrides:

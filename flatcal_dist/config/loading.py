@@ -17,11 +17,15 @@ from flatcal_dist.config.root import Config
 from flatcal_dist.errors import ConfigError
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = (), recorded: bool = False) -> Config:
-    """Read a configuration file, and apply overrides of the form `key.sub=value`.
+def load(
+    path: str | Path | Sequence[Path] | None,
+    overrides: Sequence[str] = (),
+    recorded: bool = False,
+) -> Config:
+    """Read configuration files, and apply overrides of the form `key.sub=value`.
 
     Args:
-        path: The file; None for the defaults.
+        path: The file, or several of which later ones win; None for the defaults.
         overrides: Values that win over those of the file.
         recorded: Whether a run that has begun wrote the file. Keys of earlier versions are then
             translated, and values that it does not read are passed over.
@@ -30,7 +34,8 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), recorded: bool 
         ConfigError: The file cannot be read, a key is unknown or belongs to another choice, or a
             value does not fit. Or the run is too short for its schedule or its average.
     """
-    layers = read_layers(Path(path) if path is not None else None, overrides, recorded)
+    paths = [Path(path)] if isinstance(path, str | Path) else list(path or ())
+    layers = read_layers(paths, overrides, recorded)
     if recorded:
         translate_older(layers.values)
     else:
@@ -44,9 +49,9 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), recorded: bool 
     config = with_defaults_for_unread(config, layers, recorded)
     if not recorded:
         refuse_short_epochs(config)
-    if config.run.dir is None and path:
-        folder, stem = (_word(name) for name in (Path(path).resolve().parent.name, Path(path).stem))
-        name = f"{folder}_{stem}-{fingerprint(config)}"
+    if config.run.dir is None and paths:
+        stems = "+".join(_word(one.stem) for one in paths)
+        name = f"{_word(paths[0].resolve().parent.name)}_{stems}-{fingerprint(config)}"
         config = config.model_copy(
             update={"run": config.run.model_copy(update={"dir": f"runs/{name}"})}
         )

@@ -119,7 +119,7 @@ def _total_steps(directory: RunDirectory, last: dict[str, float]) -> int | None:
     The number of steps in an epoch follows from the last record, which names both. Only the section
     `train` is validated: the others need torch, whose import takes seconds.
     """
-    layers = read_layers(directory.config_file, (), recorded=True)
+    layers = read_layers([directory.config_file], (), recorded=True)
     translate_older(layers.values)
     try:
         train = TrainConfig.model_validate(layers.values.get("train", {}))

@@ -6,14 +6,18 @@ import pytest
 
 from flatcal_dist import config as configuration
 from flatcal_dist.config import ConfigError, load
+from flatcal_dist.config.method import method_of
+from flatcal_dist.config.parser import command_line
 
 SAM = ("sharpness.rule=sam", "sharpness.allow_other_samples=true")
 ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("cifar10", "cifar100", "tiny_imagenet")
 SHIPPED = sorted(
     path
-    for folder in ("digits", "imagenet")
+    for folder in ("digits", *SMALL, "imagenet")
     for path in (ROOT / f"configs/{folder}").glob("*.yaml")
 )
+METHODS = sorted((ROOT / "configs/methods").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -41,6 +45,34 @@ def test_later_wins_file_by_file_then_the_command_line(file):
     assert config.model.options == {"width": 64}
 
 
+def test_several_files_are_as_if_the_last_inherited_the_others(file):
+    file(a="sharpness: {rule: csam, rho: 0.1, gamma: 0.5}\ntrain: {epochs: 7}", b="mixing: {}")
+    path = file(c="sharpness: {rule: sam, rho: 0.3}", d="inherits: [a.yaml, c.yaml]")
+    folder = path.parent
+    several = load([folder / "a.yaml", folder / "c.yaml"], ["run.seed=4"])
+    one = load(path, ["run.seed=4"])
+    assert several.model_dump(exclude={"run"}) == one.model_dump(exclude={"run"})
+    assert (several.sharpness.rule, several.sharpness.rho, several.run.seed) == ("sam", 0.3, 4)
+    named, last = several.run.dir, one.run.dir
+    assert named == last.replace("_d-", "_a+c-"), "equal configurations, with equal fingerprints"
+    with pytest.raises(ConfigError, match=r"sharpness.gamma .*c\.yaml|gamma"):
+        load([folder / "a.yaml", file(e="sharpness: {rule: sam, gamma: 2}")])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
+def test_a_method_goes_over_any_network_and_data(method):
+    longest = {"imagenet/resnet50_sgd", "imagenet/vit_s16_adamw", "tiny_imagenet/resnet18_sgd"}
+    for base in ("cifar10/resnet18_sgd", "cifar100/resnet18_sgd", *sorted(longest)):
+        files = [ROOT / f"configs/{base}.yaml", method]
+        if method.stem == "late_sam" and base in longest:  # it says so: fewer epochs than 160
+            with pytest.raises(ConfigError, match="start_epoch=160 comes after the last step"):
+                load(files)
+            continue
+        config, plain = load(files), load(files[0])
+        assert config.model == plain.model
+        assert method_of(config) != method_of(plain)
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_shipped_configurations_load_and_round_trip(path, tmp_path):
     config = load(path)
@@ -52,7 +84,12 @@ def test_the_names_that_others_rely_on_exist():
     names = {f"{path.parent.name}/{path.stem}" for path in SHIPPED}
     assert names == {
         *(f"digits/{method}" for method in ("sgd", "sam", "csam", "swa", "fmfp")),
-        *(f"imagenet/resnet50_{method}" for method in ("sgd", "sam", "csam")),
+        *(
+            f"{data}/resnet18_{method}"
+            for data in SMALL
+            for method in ("sgd", "sam", "csam", "fmfp")
+        ),
+        *(f"imagenet/resnet50_{method}" for method in ("sgd", "sam", "csam", "sam_foret")),
         *(f"imagenet/vit_s16_{method}" for method in ("adamw", "sam", "csam")),
     }
 
@@ -235,3 +272,15 @@ def test_a_rule_may_begin_in_the_last_epoch_and_end_in_the_first():
 def test_settings_of_an_objective_that_cannot_be_true_are_refused_at_load(words, told):
     with pytest.raises(ConfigError, match=told):
         load(None, words.split())
+
+
+def test_config_may_stand_several_times_on_the_command_line():
+    parser = command_line("", Path("default.yaml"))
+    files = [Path("a.yaml"), Path("b.yaml")]
+    for words, expected in (
+        ([], Path("default.yaml")),
+        (["--config", "a.yaml"], files[:1]),
+        (["--config", "a.yaml", "x.y=1", "--config=b.yaml"], files),
+    ):
+        assert parser.parse_intermixed_args(words).config == expected
+    assert parser.parse_intermixed_args(["--config", "a.yaml", "k=1"]).overrides == ["k=1"]

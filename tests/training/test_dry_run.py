@@ -5,7 +5,7 @@ import pytest
 from tests.support.engines import ENGINES
 from tests.support.launching import ROOT, launch
 
-FOLDERS = ("imagenet", "cifar10", "cifar100")
+FOLDERS = ("imagenet", "tiny_imagenet", "cifar10", "cifar100")
 CONFIGS = [
     f"{folder}/{path.stem}"
     for folder in FOLDERS
@@ -18,14 +18,16 @@ SOME = [
     ("imagenet/resnet50_sam", "fsdp2"),
     ("cifar10/resnet18_fmfp", "ddp"),
 ]
+METHODS = sorted(path.stem for path in (ROOT / "configs/methods").glob("*.yaml"))
 
 
-def check(config: str, engine: str, folder) -> None:
+def check(config: str, engine: str, folder, *words) -> None:
     done = launch(
         "imagenet_csam",
         "--dry-run",
         "--config",
         ROOT / f"configs/{config}.yaml",
+        *words,
         f"train.engine={engine}",
         # Many processors are slow in bf16.
         *(["data.image_size=64"] if config.startswith("imagenet") else []),
@@ -48,3 +50,10 @@ def test_a_configuration_starts_on_its_engine(config, engine, tmp_path):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_configuration_starts_on_every_engine(config, engine, tmp_path):
     check(config, engine, tmp_path)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_starts_on_cifar(method, tmp_path):
+    file = ROOT / f"configs/methods/{method}.yaml"
+    check("cifar10/resnet18_sgd", "zero2", tmp_path, "--config", file)
