@@ -30,8 +30,8 @@ def shard_arguments(parser: argparse.ArgumentParser) -> None:
         "cifar10, cifar100, digits")  # fmt: skip
     add("destination", type=Path, metavar="DESTINATION")
     add("--split", choices=("train", "validation"), default="train")
-    add("--prefix", help="shards are named PREFIX-SPLIT-0000.tar; by default imagenet1k or cifar..."
-        )  # fmt: skip
+    add("--prefix", help="shards are named PREFIX-SPLIT-0000.tar; by default imagenet1k, cifar10 "
+        "and so on, or images for classes of one's own")  # fmt: skip
     add("--shards", type=int,
         help="the number of shards; by default 1024 and 64 for ImageNet-1K, 20 and 4 for CIFAR, "
         "else such that each has about 150 MB")  # fmt: skip

@@ -282,6 +282,15 @@ def test_a_folder_of_150_images_becomes_two_shards(tmp_path):
 # Data of one's own where the digits are asked for
 
 
+def test_shards_of_other_classes_are_not_called_imagenet1k(tree, tmp_path):
+    main(["shard", str(tree), str(tmp_path / "out"), "--workers", "1"])
+    assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["images-train-0000.tar"]
+    assert len(load_index(expand(tmp_path / "out", "train"), classes=2)) == 6
+    for before, after in (("ant", "n01440764"), ("bee", "n01443537")):
+        (tree / before).rename(tree / after)
+    assert image_folder(tree).prefix == "imagenet1k"
+
+
 def test_data_of_ones_own_are_left_alone(tree, tmp_path):
     mine = prepare(image_folder(tree), tmp_path / "mine", "train", shards=2).shards[0].parent
     partly = prepare_digits(tmp_path / "digits")

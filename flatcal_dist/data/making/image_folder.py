@@ -1,6 +1,7 @@
 """ImageFolder trees (one folder for each class) as sources of shards."""
 
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from flatcal_dist.data.shards.samples import IMAGES, is_system_file, is_text
 
 IMAGENET_SHARDS = {"train": 1024, "validation": 64}  # about 140 and 100 MB each
 IMAGENET_IMAGES = 1_281_167, 50_000  # train, validation (Russakovsky et al. 2015, table 2)
+WORDNET_ID = re.compile(r"n\d{8}")
 
 
 def image_folder(root: Path) -> Files:
@@ -52,7 +54,7 @@ def image_folder(root: Path) -> Files:
     refuse_empty([f"{root}/{name}" for name, size in zip(names, sizes, strict=True) if size == 0])
     return Files(
         kind="image folder",
-        prefix="imagenet1k",
+        prefix="imagenet1k" if all(WORDNET_ID.fullmatch(name) for name in classes) else "images",
         shards=IMAGENET_SHARDS if _is_imagenet(classes, len(names)) else None,
         classes=tuple(classes),
         label=np.array(labels, np.int32),
