@@ -97,6 +97,14 @@ class Objective(ABC):
         raise NotImplementedError(f"{type(self).__name__} sets whole_batch and has no facts")
 
     @property
+    def begins(self) -> int:
+        """The epoch, counted from 0, in which the objective becomes what its name says.
+
+        A run that ends before it is refused.
+        """
+        return 0
+
+    @property
     def accumulates(self) -> bool:
         """Whether a step may have several micro-batches, if `whole_batch`.
 

@@ -59,6 +59,10 @@ class FLSc(Objective):
                 "gamma_second would never count"
             )
 
+    @property
+    def begins(self) -> int:
+        return self.second_from
+
     def __call__(self, output: Any, targets: Tensor | Targets) -> Tensor:
         refuse_labels_alone("FLSc", targets)
         return super().__call__(output, targets)

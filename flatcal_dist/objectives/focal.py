@@ -43,6 +43,10 @@ class Focal(Objective):
         ),
     ] = 0
 
+    @property
+    def begins(self) -> int:
+        return self.plain_epochs
+
     def __call__(self, output: Any, targets: Tensor | Targets) -> Tensor:
         if self.plain_epochs:
             refuse_labels_alone("Focal with plain_epochs", targets)

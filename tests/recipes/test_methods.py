@@ -191,7 +191,7 @@ COMBINATIONS = list(product(["none", *RULES], OBJECTIVES, ["none", *AVERAGES], [
 def words_of(rule: str, objective: str, average: str, mixing: str) -> list[str]:
     return [
         f"sharpness.rule={rule}", f"objective.name={objective}", f"average.name={average}",
-        f"mixing.name={mixing}",
+        f"mixing.name={mixing}", "train.epochs=200",
     ]  # fmt: skip
 
 

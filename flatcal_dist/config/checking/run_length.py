@@ -24,7 +24,7 @@ def length_of(config: Config, total_steps: int, epoch_steps: int) -> Length:
 
 
 def refuse_short(config: Config, length: Length, exact: bool = True) -> None:
-    """Raise ConfigError if schedule or rule would never begin in a run of this length.
+    """Raise ConfigError if schedule, rule or objective would never begin in a run of this length.
 
     The schedule may have several phases. `exact` says whether the steps of an epoch are known.
     """
@@ -34,6 +34,14 @@ def refuse_short(config: Config, length: Length, exact: bool = True) -> None:
             f"sharpness.start_epoch={begins:g} comes after the last step of the run, which has "
             f"{length.total / length.epoch:g} epochs: sharpness.rule={config.sharpness.rule} would "
             "never perturb. Choose an earlier epoch, or sharpness.rule=none"
+        )
+    objective = config.objective.build()
+    if objective.begins * length.epoch > length.total - 1:
+        raise ConfigError(
+            f"objective.name={config.objective.name} would train as in its first epochs to the end: "
+            f"it changes in epoch {objective.begins}, counted from 0, and the run has "
+            f"{length.total / length.epoch:g} epochs. Set objective.plain_epochs (focal) or "
+            "objective.second_from (flsc) to an earlier epoch"
         )
     if exact:
         _refuse_idle(config, length)
