@@ -11,7 +11,6 @@ from flatcal_dist.averaging import EMA, SWA, Moment
 from flatcal_dist.averaging.average import Average
 from flatcal_dist.averaging.norm_statistics import norm_layers, reestimate
 from flatcal_dist.config import load
-from flatcal_dist.data import prepare_digits
 from flatcal_dist.inputs import (
     open_training,
     statistics_batches,
@@ -241,10 +240,9 @@ def test_a_network_without_such_layers_has_no_cost():
 
 
 @pytest.mark.parametrize("mixing", ["none", "mixup"])
-def test_training_images_are_dealt_the_same_to_any_number_of_ranks(tmp_path, mixing):
+def test_training_images_are_dealt_the_same_to_any_number_of_ranks(digits_shards, mixing):
     """The first of the epoch's order, in batches that no rank changes; nobody gets more."""
-    prepare_digits(tmp_path)
-    words = [f"data.train={tmp_path}/digits-train-*.tar", f"mixing.name={mixing}"]
+    words = [f"data.train={digits_shards}/digits-train-*.tar", f"mixing.name={mixing}"]
     words += ["data.global_batch_size=96", "evaluate.batch_size=61"]
     if mixing == "mixup":
         words += ["sharpness.rule=sam"]

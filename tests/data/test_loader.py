@@ -98,7 +98,9 @@ def test_batches_do_not_depend_on_ranks_and_workers(index, reference, world_size
     assert steps_of(index, world_size, workers=workers) == reference
 
 
-@pytest.mark.parametrize("context", ["spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "context", ["spawn", pytest.param("forkserver", marks=pytest.mark.exhaustive)]
+)
 def test_start_methods(index, reference, context):
     steps = steps_of(index, workers=1, max_steps=1, context=context)
     assert steps == {(0, 0): reference[0, 0]}

@@ -9,7 +9,6 @@ import torch
 from flatcal_dist.checkpoints import format as checkpoint
 from flatcal_dist.config import ConfigError, load, method_of
 from flatcal_dist.config.choice_sections import AVERAGES, MIXING, OBJECTIVES, RULES
-from flatcal_dist.data import prepare_digits
 from flatcal_dist.sharpness import ReplicatedEngine, SharpnessAwareStep, StepError
 from tests.support.engines import ENGINES
 from tests.support.jobs import Run, same, stop_after_six
@@ -54,8 +53,8 @@ FEW = ("rule wsam", "rule friendly_sam", "objective mmce", "regmixup", "late")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+def data(digits_shards):
+    return digits_shards
 
 
 @pytest.fixture(scope="module")
