@@ -22,8 +22,9 @@ OPTIONS = ("mixing.name=mixup_cutmix", "mixing.mixup_alpha=0.4", "train.max_step
 
 
 @pytest.fixture(scope="module")
-def shards(digits_shards: Path) -> Path:
-    return digits_shards
+def shards(digits_shards: Path, tmp_path_factory) -> Path:
+    """A copy, which `bad` changes."""
+    return Path(shutil.copytree(digits_shards, tmp_path_factory.mktemp("data") / "digits"))
 
 
 @pytest.fixture(scope="module")
