@@ -16,7 +16,7 @@ from flatcal_dist.inputs import (
     statistics_batches,
 )
 from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
-from tests.support.engines import ENGINES, everywhere, make_engine
+from tests.support.engines import MOST_ENGINES, everywhere, make_engine
 from tests.support.ranks import on_ranks
 from tests.support.readme import example_class
 
@@ -148,7 +148,7 @@ def averaged(rank, world_size, kind):
     return first, far(inside, expected(network, five)), same, kept
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("kind", MOST_ENGINES)
 def test_every_average_has_its_own_statistics_the_same_on_any_number_of_ranks(kind):
     one = everywhere("one", averaged)[0][0]
     for first, off, same, kept in everywhere(kind, averaged):
