@@ -1,10 +1,13 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
 
 from flatcal_dist.calibration.records.records import Records
+from flatcal_dist.data import prepare_digits
 from tests.support.markers import needs
 from tests.support.synthetic import make_records
 
@@ -16,6 +19,12 @@ settings.load_profile("patient")
 @pytest.fixture(scope="session")
 def records() -> Records:
     return make_records(400)
+
+
+@pytest.fixture(scope="session")
+def digits_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards of the digits, written once. Leave them as they are: change a copy."""
+    return prepare_digits(tmp_path_factory.mktemp("data") / "new" / "digits")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from flatcal_dist.data import prepare_digits
 from flatcal_dist.ranks.distributed import describe
 from tests.support.launching import ROOT, command, digits
 
@@ -32,8 +31,8 @@ assert descriptor > 2
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+def data(digits_shards: Path) -> Path:
+    return digits_shards
 
 
 def shell(line: str, folder: Path) -> subprocess.CompletedProcess:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flatcal_dist.config.choice_sections import NoRule, Perturbation
     from flatcal_dist.config.data_section import DataConfig
-    from flatcal_dist.config.files import as_override, parse_yaml
     from flatcal_dist.config.identity import differences, fingerprint, flatten, to_yaml, write
     from flatcal_dist.config.kinds import Section
     from flatcal_dist.config.loading import load
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
         TrainConfig,
         WandbConfig,
     )
+    from flatcal_dist.config.yaml_core import as_override, parse_yaml
     from flatcal_dist.errors import ConfigError
 
 _HOME = {
@@ -50,14 +50,14 @@ _HOME = {
     "Section": "config.kinds",
     "TrainConfig": "config.sections",
     "WandbConfig": "config.sections",
-    "as_override": "config.files",
+    "as_override": "config.yaml_core",
     "command_line": "config.parser",
     "differences": "config.identity",
     "fingerprint": "config.identity",
     "flatten": "config.identity",
     "load": "config.loading",
     "method_of": "config.method",
-    "parse_yaml": "config.files",
+    "parse_yaml": "config.yaml_core",
     "setting_of": "config.method",
     "to_yaml": "config.identity",
     "write": "config.identity",

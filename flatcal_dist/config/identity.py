@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from flatcal_dist.config.checking.choosing import CHOOSERS
-from flatcal_dist.config.files import dump_yaml, private_file
+from flatcal_dist.config.files import private_file
 from flatcal_dist.config.root import Config
+from flatcal_dist.config.yaml_core import dump_yaml
 from flatcal_dist.files import write_text
 from flatcal_dist.urls import identified, public
 

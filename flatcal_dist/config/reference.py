@@ -19,8 +19,8 @@ from flatcal_dist.config.checking.choosing import CHOOSERS, Chooser, keys, secti
 from flatcal_dist.config.checking.conditions import CONDITIONS
 from flatcal_dist.config.checking.messages import as_written, nearest
 from flatcal_dist.config.checking.older import NOW
-from flatcal_dist.config.files import as_override
 from flatcal_dist.config.root import Config
+from flatcal_dist.config.yaml_core import as_override
 from flatcal_dist.errors import ConfigError
 from flatcal_dist.files import read_bytes, write_text
 

@@ -37,8 +37,9 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from flatcal_dist import config as configuration
-from flatcal_dist.config.files import COMMAND_LINE, as_override
+from flatcal_dist.config.files import COMMAND_LINE
 from flatcal_dist.config.kinds import PathText, Section
+from flatcal_dist.config.yaml_core import as_override
 from flatcal_dist.errors import ConfigError
 from flatcal_dist.files import expanded, read_bytes
 from flatcal_dist.urls import identified, public

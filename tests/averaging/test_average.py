@@ -11,13 +11,12 @@ from flatcal_dist.averaging import EMA, SWA, Moment
 from flatcal_dist.averaging.average import Average
 from flatcal_dist.averaging.norm_statistics import norm_layers, reestimate
 from flatcal_dist.config import load
-from flatcal_dist.data import prepare_digits
 from flatcal_dist.inputs import (
     open_training,
     statistics_batches,
 )
 from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
-from tests.support.engines import ENGINES, everywhere, make_engine
+from tests.support.engines import MOST_ENGINES, everywhere, make_engine
 from tests.support.ranks import on_ranks
 from tests.support.readme import example_class
 
@@ -149,7 +148,7 @@ def averaged(rank, world_size, kind):
     return first, far(inside, expected(network, five)), same, kept
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("kind", MOST_ENGINES)
 def test_every_average_has_its_own_statistics_the_same_on_any_number_of_ranks(kind):
     one = everywhere("one", averaged)[0][0]
     for first, off, same, kept in everywhere(kind, averaged):
@@ -241,10 +240,9 @@ def test_a_network_without_such_layers_has_no_cost():
 
 
 @pytest.mark.parametrize("mixing", ["none", "mixup"])
-def test_training_images_are_dealt_the_same_to_any_number_of_ranks(tmp_path, mixing):
+def test_training_images_are_dealt_the_same_to_any_number_of_ranks(digits_shards, mixing):
     """The first of the epoch's order, in batches that no rank changes; nobody gets more."""
-    prepare_digits(tmp_path)
-    words = [f"data.train={tmp_path}/digits-train-*.tar", f"mixing.name={mixing}"]
+    words = [f"data.train={digits_shards}/digits-train-*.tar", f"mixing.name={mixing}"]
     words += ["data.global_batch_size=96", "evaluate.batch_size=61"]
     if mixing == "mixup":
         words += ["sharpness.rule=sam"]

@@ -11,7 +11,6 @@ from torch.optim.swa_utils import update_bn
 from flatcal_dist.checkpoints.format import CheckpointError, load_progress
 from flatcal_dist.checkpoints.resharding import assemble, fill_network
 from flatcal_dist.config import load, method_of
-from flatcal_dist.data import prepare_digits
 from flatcal_dist.inputs import evaluation_batches, open_index
 from tests.support.jobs import Run, kill, same, stop_after_six
 
@@ -27,8 +26,8 @@ CONVOLUTIONAL = (
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+def data(digits_shards):
+    return digits_shards
 
 
 def pictures_of(config, split: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,15 +18,14 @@ import torch
 from safetensors.torch import load_file
 
 from flatcal_dist.calibration.records.records import Records
-from flatcal_dist.data import prepare_digits
 from flatcal_dist.training import loop
 from tests.support.jobs import PATIENCE, SAVING, TINY, Run, kill, same, stop_after_six
 from tests.support.launching import command, digits
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+def data(digits_shards: Path) -> Path:
+    return digits_shards
 
 
 @pytest.fixture(scope="session")

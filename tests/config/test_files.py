@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flatcal_dist.config import ConfigError, load
-from flatcal_dist.config.files import as_override
+from flatcal_dist.config.yaml_core import MAX_DEPTH, as_override, parse_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,6 +101,23 @@ def test_aliases_count_as_often_as_they_are_used(tmp_path):
     (tmp_path / "a.yaml").write_text("\n".join(lines))
     with pytest.raises(ConfigError, match="aliases counted as often as they are used"):
         load(tmp_path / "a.yaml")
+
+
+def test_a_text_that_is_read_again_is_not_what_was_changed_meanwhile():
+    text = "a: {b: [1, 2]}"
+    first = parse_yaml(text, "x")
+    first["a"]["b"].append(3)
+    assert parse_yaml(text, "x") == {"a": {"b": [1, 2]}}
+
+
+@pytest.mark.parametrize("opening", ["[", "{a: "])
+def test_more_brackets_than_are_allowed_are_refused_before_all_are_read(opening):
+    """The refusal comes first, though the text ends in what no YAML can have."""
+    allowed = opening * MAX_DEPTH
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        parse_yaml(allowed + " %", "x")
+    with pytest.raises(ConfigError, match="at most 32 levels"):
+        parse_yaml(opening * (MAX_DEPTH + 1) + " %", "x")
 
 
 def test_files_that_inherit_each_other_twice_over_are_bounded(tmp_path):

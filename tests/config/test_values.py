@@ -43,15 +43,16 @@ ODD = [
 ]  # fmt: skip
 
 
-def test_every_key_with_odd_values(tmp_path):
+@pytest.mark.parametrize("draws", [2, pytest.param(12, marks=pytest.mark.exhaustive)])
+def test_every_key_with_odd_values(draws, tmp_path):
     file = tmp_path / "base.yaml"
     file.write_text(BASE)
     draw = random.Random(20)
-    cases = [(key, draw.choice(ODD)) for key in KEYS for _ in range(6)]
+    cases = [(key, draw.choice(ODD)) for key in KEYS for _ in range(draws)]
     cases += [(draw.choice(KEYS) + draw.choice(["", ".x", ".0", "."]), t) for t in ODD]
     wrong = []
     accepted = 0
-    assert len(cases) > 400
+    assert len(cases) > 300
     for key, text in cases:
         try:
             config = load(file, [*_choice(key), f"{key}={text}"])
@@ -69,7 +70,7 @@ def test_every_key_with_odd_values(tmp_path):
         except Exception as error:
             wrong.append((key, text[:40], "accepted", repr(error)[:300]))
     assert not wrong, "\n".join(map(str, wrong))
-    assert accepted > 30
+    assert accepted > 10
 
 
 def _choice(key):

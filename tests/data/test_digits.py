@@ -1,6 +1,7 @@
 import io
 import json
 import multiprocessing
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -13,8 +14,14 @@ from flatcal_dist.data import DataError, Index, expand, load_index, prepare_digi
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_digits(tmp_path_factory.mktemp("data") / "new" / "digits")
+def digits(digits_shards: Path) -> Path:
+    return digits_shards
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without noise, in a directory that was there and empty."""
+    return prepare_digits(tmp_path_factory.mktemp("clean"), label_noise=0)
 
 
 def indexes(directory: Path) -> tuple[Index, Index]:
@@ -73,12 +80,12 @@ def test_the_choice_never_changes_silently(digits):
     assert train.label[:12].tolist() == [6, 8, 1, 2, 0, 2, 3, 5, 8, 9, 6, 5]
 
 
-def test_noise_and_seed_are_parameters(digits, tmp_path):
+def test_noise_and_seed_are_parameters(digits, clean, tmp_path):
     truth = load_digits().target
-    clean, _ = indexes(prepare_digits(tmp_path / "clean", label_noise=0))
+    plain, _ = indexes(clean)
     noisy, _ = indexes(digits)
-    assert np.array_equal(clean.label, truth[numbers(clean)])
-    assert np.array_equal(numbers(clean), numbers(noisy))
+    assert np.array_equal(plain.label, truth[numbers(plain)])
+    assert np.array_equal(numbers(plain), numbers(noisy))
     other, _ = indexes(prepare_digits(tmp_path / "other", seed=2, label_noise=0.5))
     assert (other.label != truth[numbers(other)]).sum() == 400
     assert not np.array_equal(numbers(other), numbers(noisy))
@@ -93,13 +100,12 @@ def test_returns_at_once_when_it_is_there(digits):
     assert [path.name for path in digits.parent.iterdir()] == ["digits"]
 
 
-def test_an_empty_directory_is_filled(tmp_path):
-    prepare_digits(tmp_path)
-    assert len(expand(tmp_path)) == 6
+def test_an_empty_directory_is_filled(clean):
+    assert len(expand(clean)) == 6
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
-    directory = prepare_digits(tmp_path / "digits")
+def test_what_does_not_fit_is_refused(digits, tmp_path):
+    directory = shutil.copytree(digits, tmp_path / "digits")
     with pytest.raises(DataError, match=r"other parameters: .*Delete the directory"):
         prepare_digits(directory, label_noise=0.4)
     shard = directory / "digits-train-0002.tar"
@@ -138,7 +144,7 @@ def test_two_processes_at_once(tmp_path, digits):
         assert path.read_bytes() == (tmp_path / "digits" / path.name).read_bytes()
 
 
-def test_losing_the_race_between_check_and_rename(tmp_path, monkeypatch):
+def test_losing_the_race_between_check_and_rename(digits, tmp_path, monkeypatch):
     """The other process finishes while this one writes: its directory is taken as it is."""
     from flatcal_dist.data.making import digits as module
 
@@ -146,7 +152,7 @@ def test_losing_the_race_between_check_and_rename(tmp_path, monkeypatch):
 
     def write_while_another_finishes(*arguments, **options):
         monkeypatch.setattr(module, "write_shards", write)
-        prepare_digits(tmp_path / "digits")
+        shutil.copytree(digits, tmp_path / "digits")
         return write(*arguments, **options)
 
     monkeypatch.setattr(module, "write_shards", write_while_another_finishes)

@@ -98,7 +98,9 @@ def test_batches_do_not_depend_on_ranks_and_workers(index, reference, world_size
     assert steps_of(index, world_size, workers=workers) == reference
 
 
-@pytest.mark.parametrize("context", ["spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "context", ["spawn", pytest.param("forkserver", marks=pytest.mark.exhaustive)]
+)
 def test_start_methods(index, reference, context):
     steps = steps_of(index, workers=1, max_steps=1, context=context)
     assert steps == {(0, 0): reference[0, 0]}
@@ -215,6 +217,27 @@ def test_evaluation_covers_each_sample_once(index, world_size, workers):
     assert sorted(counted) == list(range(50))
     assert all(label == sample % 7 for sample, (label, _) in counted.items())
     assert len({image for _, image in counted.values()}) == 50
+
+
+@pytest.mark.parametrize("kept", ["error", "loader"])
+def test_workers_end_with_the_epoch_that_fails_or_is_left(tmp_path, index, kept):
+    """Not when Python forgets the error, or the loader, whose workers would go on reading."""
+    before = set(torch.multiprocessing.active_children())
+    if kept == "error":
+        shards = write_shards(make_samples(8), tmp_path, "x", split="x", samples_per_shard=4)
+        index = load_index(shards)
+        shards[1].write_bytes(shards[1].read_bytes().replace(b"s005.png", b"else.png"))
+    loader = training(index, global_batch_size=8, workers=2)
+    batches = iter(loader)
+    if kept == "error":
+        with pytest.raises(DataError, match="found another member") as error:
+            list(batches)
+        assert error.traceback
+    else:
+        next(batches)
+        assert set(torch.multiprocessing.active_children()) - before
+        batches.close()
+    assert not set(torch.multiprocessing.active_children()) - before
 
 
 class KillsItself:

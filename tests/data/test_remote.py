@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -55,7 +56,7 @@ def test_a_bad_connection_is_mended(even, script, ranges):
 def test_a_connection_that_stays_bad_ends_in_an_error(web, mode):
     name = "e-train-0001.tar"
     web.always[name] = mode
-    access = ALERT if mode == "stall" else QUICK
+    access = replace(ALERT, stall_timeout=0.5) if mode == "stall" else QUICK
     with pytest.raises(DataError, match=rf"{name}: gave up at byte .* after 4 attempts") as error:
         read(web, name, access)
     assert web.count(name) == 1 + QUICK.retries

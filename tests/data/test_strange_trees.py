@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -291,9 +292,9 @@ def test_shards_of_other_classes_are_not_called_imagenet1k(tree, tmp_path):
     assert image_folder(tree).prefix == "imagenet1k"
 
 
-def test_data_of_ones_own_are_left_alone(tree, tmp_path):
+def test_data_of_ones_own_are_left_alone(tree, digits_shards, tmp_path):
     mine = prepare(image_folder(tree), tmp_path / "mine", "train", shards=2).shards[0].parent
-    partly = prepare_digits(tmp_path / "digits")
+    partly = shutil.copytree(digits_shards, tmp_path / "digits")
     (partly / "notes.txt").write_text("mine")
     (partly / "digits.json").write_text("not JSON")
     for directory in (tree, mine, partly):

@@ -283,24 +283,30 @@ def test_labels_and_counts(four, tmp_path):
     assert found(four) == {"count not as in _info.json": 1}
 
 
-def test_imagenet_is_known_by_its_keys(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "key", "of"),
+    [
+        ("train", "n01440764_{}", "ImageNet-1K has 1,281,167, 732 to 1300 a class"),
+        pytest.param(
+            "validation", "ILSVRC2012_val_{:08d}", "ImageNet-1K has 50,000, 50 to 50 a class",
+            marks=pytest.mark.exhaustive,
+        ),
+        ("other", "other_{}", None),
+    ],
+)  # fmt: skip
+def test_imagenet_is_known_by_its_keys(name, key, of, tmp_path):
     """A set with 1,000 classes and such keys is held against the published counts."""
     tiny = encoded(photograph(0)[0].resize((8, 8)))
-    for name, key, of in (
-        ("train", "n01440764_{}", "ImageNet-1K has 1,281,167, 732 to 1300 a class"),
-        ("validation", "ILSVRC2012_val_{:08d}", "ImageNet-1K has 50,000, 50 to 50 a class"),
-        ("other", "other_{}", None),
-    ):
-        samples = [Sample(key.format(i), tiny + b"%d" % i, "jpg", i % 1000) for i in range(1001)]
-        shards = write_shards(samples, tmp_path / name, "x", split=name, samples_per_shard=600)
-        result = validate_shards(shards, decode_images=0)
-        if of is None:
-            assert result.findings == {}
-            assert result.notes == []
-        else:
-            assert result.notes == [f"1,001 images, 1 to 2 a class; {of}"]
-            assert list(result.findings) == ["not ImageNet's counts"]
-            assert result.errors == 0
+    samples = [Sample(key.format(i), tiny + b"%d" % i, "jpg", i % 1000) for i in range(1001)]
+    shards = write_shards(samples, tmp_path, "x", split=name, samples_per_shard=600)
+    result = validate_shards(shards, decode_images=0)
+    if of is None:
+        assert result.findings == {}
+        assert result.notes == []
+    else:
+        assert result.notes == [f"1,001 images, 1 to 2 a class; {of}"]
+        assert list(result.findings) == ["not ImageNet's counts"]
+        assert result.errors == 0
 
 
 def test_command(four, tmp_path, capsys):

@@ -10,7 +10,7 @@ from flatcal_dist import inputs
 from flatcal_dist.checkpoints import format as checkpoint
 from flatcal_dist.checkpoints.format import CheckpointError
 from flatcal_dist.config import ConfigError, load
-from flatcal_dist.data import DataError, prepare_digits
+from flatcal_dist.data import DataError
 from flatcal_dist.objectives import CRL, CSKD, CrossEntropy, Focal
 from flatcal_dist.sharpness import ReplicatedEngine, SharpnessAwareStep
 from flatcal_dist.training.objectives import refuse_unfit
@@ -23,8 +23,8 @@ SAM = ("sharpness.rule=sam", "optimizer.learning_rate=0.3")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+def data(digits_shards):
+    return digits_shards
 
 
 def pairs_are_of_one_class(rank):

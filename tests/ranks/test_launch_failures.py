@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from flatcal_dist.data import prepare_digits
 from tests.support.launching import ROOT, _as_launched, _as_script, command, digits, run
 from tests.support.ranks import FORKING
 
@@ -16,8 +15,8 @@ SCRIPT = str(ROOT / "recipes/imagenet_sam.py")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+def data(digits_shards: Path) -> Path:
+    return digits_shards
 
 
 def summary(folder: Path, per_rank: list[list[str]]) -> tuple[list[str], str]:

@@ -17,15 +17,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flatcal_dist.calibration.records.records import Records
-from flatcal_dist.data import index_shard, prepare_digits
+from flatcal_dist.data import index_shard
 from flatcal_dist.runs.directory import RunDirectory
 from flatcal_dist.tracking.tracker import read_metrics
 from tests.support.launching import ROOT, command, digits, interrupt, launch, run
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+def data(digits_shards: Path) -> Path:
+    return digits_shards
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import yaml
 
 from flatcal_dist import config as configuration
 from flatcal_dist.config import ConfigError
-from flatcal_dist.data import DataError, prepare_digits
+from flatcal_dist.data import DataError
 from flatcal_dist.data.sets.variants import find
 from flatcal_dist.data.shards.access import Access
 from flatcal_dist.data.shards.cache import ShardCache
@@ -30,8 +30,8 @@ def told(text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    return prepare_digits(tmp_path_factory.mktemp("origin") / "digits")
+def shards(digits_shards: Path) -> Path:
+    return digits_shards
 
 
 def test_a_run_leaves_no_credentials_behind_and_goes_on_with_renewed_ones(shards, tmp_path):

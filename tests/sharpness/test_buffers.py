@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.engines import ENGINES, everywhere, make_engine, used
+from tests.support.engines import MOST_ENGINES, everywhere, make_engine, used
 from tests.support.ranks import on_ranks
 from tests.support.reference import make_network
 
@@ -77,7 +77,7 @@ def synchronized(rank, world_size, kind):
     return {n: b.to_dense().clone() for n, b in odd.named_buffers()}
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("kind", MOST_ENGINES)
 def test_all_ranks_get_the_buffers_of_the_first(kind):
     first, second = on_ranks(2, synchronized, kind)
     assert first.keys() == second.keys()

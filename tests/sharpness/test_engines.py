@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatcal_dist.data import prepare_digits
 from tests.support.launching import ROOT, digits, launch
 from tests.support.ranks import on_ranks
 from tests.support.reference import CLOSE, far, make_batch, make_network, make_optimizer
@@ -19,8 +18,8 @@ ENGINES = ("zero1", "zero2", "zero3", "fsdp2")
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+def data(digits_shards: Path) -> Path:
+    return digits_shards
 
 
 def start(engine: str, run: Path, data: Path, *overrides: str, launcher=None, **how):

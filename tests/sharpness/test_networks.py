@@ -13,7 +13,15 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
 from flatcal_dist.sharpness import SAM, SharpnessAwareStep
-from tests.support.engines import ENGINES, EVERYWHERE, OWN, everywhere, make_engine, used
+from tests.support.engines import (
+    EVERYWHERE,
+    MOST,
+    MOST_ENGINES,
+    OWN,
+    everywhere,
+    make_engine,
+    used,
+)
 from tests.support.leaves_out import LeavesOutABlock
 from tests.support.ranks import on_ranks
 from tests.support.reference import (
@@ -102,7 +110,7 @@ def normed_over_ranks() -> nn.Module:
     return network
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("kind", MOST_ENGINES)
 def test_with_batch_norm_over_ranks_many_are_one(kind):
     """N x B = 1 x NB with batch norm; torch's SyncBatchNorm wants GPUs, so one of our own."""
     expected = reference(RULES["csam"], network=partial(make_network, norm=True))[0]
@@ -134,7 +142,7 @@ def test_frozen_and_unused_parameters(kind):
         assert len({bits(outcome[number][0]) for outcome in outcomes}) == 1, rule
 
 
-@pytest.mark.parametrize("kind", EVERYWHERE)
+@pytest.mark.parametrize("kind", MOST)
 def test_weights_without_a_second_gradient_come_back(kind):
     work = partial(trained, numbers=[0])
     _, saved, _ = everywhere(kind, work, LeavesOutABlock, SAM(0.5), plain_sgd)[0]
@@ -226,7 +234,7 @@ def channels_last() -> nn.Module:
     return network
 
 
-@pytest.mark.parametrize("kind", EVERYWHERE)
+@pytest.mark.parametrize("kind", MOST)
 def test_channels_last_changes_where_numbers_lie_and_not_what_they_are(kind):
     expected = reference(RULES["csam"], network=Pictures)[0]
     for own, full, _ in everywhere(kind, trained, channels_last, RULES["csam"]):
@@ -252,7 +260,7 @@ def test_optimizers_that_look_at_whole_tensors_see_them_whole(kind):
 # Clipping
 
 
-@pytest.mark.parametrize("kind", EVERYWHERE)
+@pytest.mark.parametrize("kind", MOST)
 def test_only_the_final_gradient_is_clipped(kind):
     """LookSAM changes gradients by hand: what clips must have seen it."""
     rules = [RULES[name] for name in ("csam", "looksam", "wsam", "friendly_sam", "ssam")]

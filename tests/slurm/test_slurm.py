@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatcal_dist.data import prepare_digits
 from tests.support.cluster import cluster, install, missing, query, until
 from tests.support.launching import ROOT, digits
 
@@ -32,8 +31,8 @@ def slurm() -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+def data(digits_shards: Path) -> Path:
+    return digits_shards
 
 
 def submit(slurm: dict[str, str], *words: str) -> list[str]:

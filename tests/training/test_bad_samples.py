@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from flatcal_dist.batch_sizes import batch_arithmetic
 from flatcal_dist.config import load
-from flatcal_dist.data import DataError, expand, load_index, prepare_digits
+from flatcal_dist.data import DataError, expand, load_index
 from flatcal_dist.data.order import epoch_order, substitutes
 from flatcal_dist.data.shards.index import Index
 from flatcal_dist.tracking.tracker import read_metrics
@@ -22,8 +22,9 @@ OPTIONS = ("mixing.name=mixup_cutmix", "mixing.mixup_alpha=0.4", "train.max_step
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+def shards(digits_shards: Path, tmp_path_factory) -> Path:
+    """A copy, which `bad` changes."""
+    return Path(shutil.copytree(digits_shards, tmp_path_factory.mktemp("data") / "digits"))
 
 
 @pytest.fixture(scope="module")

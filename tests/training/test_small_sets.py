@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from flatcal_dist import cli
 from flatcal_dist.calibration.calibrators import TemperatureScaling
-from flatcal_dist.data import prepare_digits
 from flatcal_dist.runs.directory import RunDirectory
 from tests.support.launching import digits, launch
 
@@ -18,8 +17,8 @@ SMALL = ("data.augmentation=pad_crop", "data.crop_padding=1", "train.max_steps=3
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+def shards(digits_shards: Path) -> Path:
+    return digits_shards
 
 
 @pytest.fixture(scope="module")

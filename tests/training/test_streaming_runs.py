@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from flatcal_dist import inputs
 from flatcal_dist.config import load
-from flatcal_dist.data import prepare_digits
 from flatcal_dist.ranks.distributed import FailedTogether
 from flatcal_dist.tracking.tracker import read_metrics
 from tests.support.launching import command, digits, interrupt, launch, run
@@ -20,8 +19,8 @@ from tests.support.web import Web, serving
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    return prepare_digits(tmp_path_factory.mktemp("origin") / "digits")
+def shards(digits_shards: Path) -> Path:
+    return digits_shards
 
 
 @pytest.fixture

@@ -66,6 +66,8 @@ class Batches:
             if not self._workers.count:
                 raise
             raise DataError(self._in_words(error, iterator)) from error
+        finally:
+            del iterator  # so the workers end here, not when the last traceback is forgotten
 
     def _in_words(self, error: Exception, iterator: Any) -> str:
         causes = []
