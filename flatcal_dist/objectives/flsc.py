@@ -55,8 +55,8 @@ class FLSc(Objective):
         super().__post_init__()
         if self.second_from > self.third_from:
             raise ValueError(
-                f"FLSc: second_from = {self.second_from} is after third_from = {self.third_from}: "
-                "gamma_second would never count"
+                f"FLSc: objective.second_from = {self.second_from} is after objective.third_from = "
+                f"{self.third_from}: gamma_second would never count"
             )
 
     @property

@@ -57,8 +57,8 @@ class FLSD(Objective):
         super().__post_init__()
         if self.low > self.high:
             raise ValueError(
-                f"FLSD: low = {self.low:g} is above high = {self.high:g}: no sample lies between, "
-                "so gamma_middle would never count"
+                f"FLSD: objective.low = {self.low:g} is above objective.high = {self.high:g}: no "
+                "sample lies between, so gamma_middle would never count"
             )
 
     def losses(self, logits: Tensor, targets: Targets) -> Tensor:

@@ -20,6 +20,7 @@ from flatcal_dist.runs.directory import RunDirectory
 from flatcal_dist.training.optimizers import build_optimizer, build_schedule
 
 BASE = "sharpness: {rule: sam}\nmodel: {name: mlp}\ndata: {image_size: 8, channels: 3}\n"
+BASE += "train: {epochs: 400}\n"  # so that FLSc changes within the run
 KEYS = list(keys())
 
 # Numbers as the core schema of YAML 1.2 reads them, and what it calls text.

@@ -38,7 +38,7 @@ def refuse_short(config: Config, length: Length, exact: bool = True) -> None:
     objective = config.objective.build()
     if objective.begins * length.epoch > length.total - 1:
         raise ConfigError(
-            f"objective.name={config.objective.name} would train as in its first epochs to the end: "
+            f"objective.name={config.objective.name} would stay as in its first epochs to the end: "
             f"it changes in epoch {objective.begins}, counted from 0, and the run has "
             f"{length.total / length.epoch:g} epochs. Set objective.plain_epochs (focal) or "
             "objective.second_from (flsc) to an earlier epoch"
