@@ -261,10 +261,10 @@ def test_a_rule_may_begin_in_the_last_epoch_and_end_in_the_first():
     [
         ("objective.name=label_smoothing objective.spread=others objective.smoothing=0.6 "
          "model.num_classes=2", "does not fit model.num_classes"),
-        ("objective.name=flsd objective.low=0.7 objective.high=0.2", "is above objective.high = 0.2"),
+        ("objective.name=flsd objective.low=0.7 objective.high=0.2", "above objective.high"),
         ("objective.name=focal objective.plain_epochs=150", "changes in epoch 150, counted from 0"),
         ("objective.name=flsc train.epochs=100", "changes in epoch 100, .* the run has 100 epochs"),
-        ("objective.name=flsc objective.second_from=9 objective.third_from=3", "after objective.third"),
+        ("objective.name=flsc objective.second_from=9 objective.third_from=3", "objective.third"),
         ("sharpness.name=sam", r"sharpness.name: no such key .* did you mean sharpness.rule\?"),
         ("objective.rule=focal", r"did you mean objective.name\?"),
         ("sharpness.rule=sma", r"did you mean sam\?"),
