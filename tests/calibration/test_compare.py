@@ -57,6 +57,7 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "_write_page", lambda *_: None)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_files_and_page(runs: list[Path], tmp_path: Path) -> None:
     c = write_comparison(runs, tmp_path, resamples=100)
     names = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}

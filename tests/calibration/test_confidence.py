@@ -149,7 +149,8 @@ def test_the_list_of_scores() -> None:
     assert len(set(keys)) == len(keys)
     assert keys[0] == "msp", "what others are compared to"
     assert all(s.name and s.meaning and s.source for s in SCORES)
-    assert ON_REQUEST == ("trust_score", "mahalanobis", "mc_dropout", "mc_dropout_agreement")
+    of_passes = ("mc_dropout", "mc_dropout_agreement")
+    assert ("trust_score", "mahalanobis", "confidnet", *of_passes) == ON_REQUEST
     asked = [score.key for score in requested(["mc_dropout", "trust_score"])]
     assert asked == ["trust_score", "mc_dropout"], "in the order of the list"
 

@@ -65,7 +65,7 @@ def any_shown(found: dict) -> bool:
     return any(found["differences"][0][side][key]["shown"] for side in SIDES for key in COMPARED)
 
 
-@pytest.mark.parametrize("seeds", [1, SEEDS])
+@pytest.mark.parametrize("seeds", [1, pytest.param(SEEDS, marks=pytest.mark.exhaustive)])
 def test_equal_methods_seldom_show_any_difference(seeds: int) -> None:
     """200 comparisons of two methods that do not differ: 5 % may show something, by chance.
 

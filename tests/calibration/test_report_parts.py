@@ -30,6 +30,7 @@ from flatcal_dist.calibration.report.training_curves import training_curves
 from flatcal_dist.calibration.report.writing import render_report, write_report
 from flatcal_dist.calibration.report_page.verdict import verdict
 from tests.calibration.test_report import ABOUT, assert_sound_page, files, strict_json
+from tests.support.quick_reports import quick_reports
 from tests.support.report_inputs import CORRUPTIONS, TRAINING, encoded_digit, write_some_shift
 from tests.support.synthetic import make_logits, make_records
 
@@ -50,9 +51,10 @@ def whole(looked_at_again: Records, tmp_path_factory: pytest.TempPathFactory) ->
     """A report with everything that can be in it."""
     folder = tmp_path_factory.mktemp("whole")
     write_some_shift(looked_at_again, folder)
-    write_report(
-        looked_at_again, folder, ABOUT, image_of=encoded_digit, training=TRAINING, resamples=20
-    )
+    with quick_reports(draw=True):
+        write_report(
+            looked_at_again, folder, ABOUT, image_of=encoded_digit, training=TRAINING, resamples=20
+        )
     return folder
 
 
@@ -77,6 +79,7 @@ def test_page_of_a_report_with_everything(whole: Path) -> None:
     assert {"training", "shift_0_severity", "shift_0_accuracy_before"} <= drawn
 
 
+@pytest.mark.usefixtures("drawn")
 def test_page_is_rendered_again_with_pictures_and_shift(whole: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)

@@ -207,7 +207,10 @@ def test_refused(records: Records) -> None:
         bootstrap([records.before], 0)
 
 
-@pytest.mark.parametrize("truth", [0.0, 0.03, pytest.param(0.1, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "truth",
+    [0.0, *(pytest.param(truth, marks=pytest.mark.exhaustive) for truth in (0.03, 0.1))],
+)
 def test_intervals_of_calibration_errors_hold_the_truth(truth: float) -> None:
     """Over-confident by `truth` everywhere, so that every one of these errors is `truth`.
 

@@ -1,5 +1,6 @@
 """Trees of small images for evaluation."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,15 @@ from tests.evaluation.small_networks import (
     corrupted,
 )
 from tests.support.photographs import write_photographs
+from tests.support.quick_reports import quick_reports
 from tests.support.variant_trees import WNIDS, write_tree
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reports_of_this_module() -> Iterator[None]:
+    """Reports are written in passing: nothing is drawn, and only quick calibrators are fitted."""
+    with quick_reports(calibrators=False):
+        yield
 
 
 @pytest.fixture(scope="module")

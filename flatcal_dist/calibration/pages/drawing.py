@@ -118,14 +118,14 @@ def save_figure(figure: Figure, folder: Path, name: str) -> str:
         name: The name of the files without a suffix.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # savefig lays the figure out, and draws twice for it. The other formats use the same layout.
+    # The first drawing lays the figure out, and the others use this layout. `savefig` draws twice.
     formats = {
-        ".png": lambda file: figure.savefig(file, metadata={"Software": None}),
+        ".png": lambda file: FigureCanvasAgg(figure).print_png(file, metadata={"Software": None}),
         ".svg": lambda file: FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None}),
         ".pdf": lambda file: FigureCanvasPdf(figure).print_pdf(file, metadata=UNDATED),
     }
     with style():
-        FigureCanvasAgg(figure)
+        figure.set_dpi(mpl.rcParams["savefig.dpi"])
         for suffix, save in formats.items():
             with write_atomically(folder / f"{name}{suffix}") as temporary:
                 save(temporary)
