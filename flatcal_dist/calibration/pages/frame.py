@@ -1,6 +1,7 @@
 """The frame that all pages share: templates, theme colours, how values are printed."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ from flatcal_dist.calibration.pages.palette import PALETTE
 
 def render(template: str, **values: Any) -> str:
     """Render templates/<template> into a page that needs no other file."""
+    html = _environment().get_template(template).render(**values)
+    return re.sub(r"(?<=\d) %", "\u00a0%", html)  # no line ends between a number and its unit
+
+
+@cache
+def _environment() -> Environment:
+    """The templates, with what all of them use. It keeps them compiled."""
     environment = Environment(
         loader=PackageLoader("flatcal_dist.calibration", "templates"),
         autoescape=select_autoescape(default=True, default_for_string=True),
@@ -39,8 +47,7 @@ def render(template: str, **values: Any) -> str:
         "POINTS": display.POINTS,
         "GAP": display.GAP,
     }
-    html = environment.get_template(template).render(**values)
-    return re.sub(r"(?<=\d) %", "\u00a0%", html)  # no line ends between a number and its unit
+    return environment
 
 
 def figure(drawn: Figure, folder: Path, name: str, title: str, description: str) -> Markup:
