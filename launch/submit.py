@@ -368,7 +368,7 @@ def _parser() -> argparse.ArgumentParser:
         fromfile_prefix_chars="@",
     )  # fmt: skip
     add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help="the configuration of one run")
+    add("--config", type=Path, action="append", metavar="FILE", help="one run; later files win")
     add("--sweep", type=Path, metavar="FILE", help="a sweep: a job array with all of its runs")
     add("--recipe", default="imagenet_csam", help="any recipe runs any configuration")
     add("--launcher", choices=("srun", "accelerate", "torchrun", "deepspeed"), default="srun",

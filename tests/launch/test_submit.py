@@ -179,6 +179,14 @@ def test_what_is_submitted_holds_code_and_configuration(submit, commands, tmp_pa
         submit("--config", DIGITS, f"run.dir={run}", "--cpu")
 
 
+def test_a_method_goes_over_the_configuration_that_is_submitted(submit, commands, tmp_path):
+    run, method = tmp_path / "run", ROOT / "configs/methods/crl.yaml"
+    submit("--config", ROOT / "configs/digits/sgd.yaml", "--config", method, f"run.dir={run}")
+    config = configuration.load(run / "slurm/config.yaml")
+    assert (config.objective.name, config.sharpness.rule) == ("crl", "none")
+    assert config.data.image_size == 8
+
+
 def test_a_sweep_is_an_array_of_what_is_missing(submit, commands, tmp_path):
     file = tmp_path / "seeds.yaml"
     file.write_text(f"base: {DIGITS}\ndirectory: {tmp_path}/seeds\ngrid: {{run.seed: [5, 6, 7]}}\n")
