@@ -17,6 +17,7 @@ from flatcal_dist.data.images.decode import decode
 from flatcal_dist.inputs import augmentation, evaluation_transform
 from flatcal_dist.networks.registry import build
 from flatcal_dist.ranks import distributed
+from tests.support.quick_reports import be_quick
 
 REAL = "imagenet_real_labels.json"
 SIZE = 8  # pixels that the small network looks at
@@ -44,6 +45,7 @@ def corrupted(pixels: np.ndarray, *rest) -> bytes:
 
 def join(rank: int, world_size: int) -> Accelerator:
     if world_size > 1:
+        be_quick()  # as the process of the test is, see conftest.py
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     return distributed.start("ddp", "fp32")
 

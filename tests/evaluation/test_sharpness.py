@@ -20,6 +20,7 @@ from flatcal_dist.evaluation.passes import Ensemble
 from flatcal_dist.evaluation.sharpness import chosen_groups
 from flatcal_dist.sharpness.measures import Options
 from tests.evaluation.small_networks import join, logits_by_hand, network, settings
+from tests.support.quick_reports import quick_reports
 from tests.support.ranks import on_ranks
 
 # Networks that were never trained have no skill for a temperature to be fitted to.
@@ -51,7 +52,8 @@ def reports(trees, tmp_path_factory) -> tuple[Path, Path, Path]:
     """Reports of one process, of two ranks, and without sharpness."""
     base = tmp_path_factory.mktemp("sharpness")
     run = make_run(base / "run")
-    alone = evaluate(run, trees, base / "alone", *ASKED)
+    with quick_reports(draw=True, calibrators=False):
+        alone = evaluate(run, trees, base / "alone", *ASKED)
     on_ranks(2, on_the_command, run, trees, base / "two")
     return alone, base / "two", evaluate(run, trees, base / "without")
 

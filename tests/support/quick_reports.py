@@ -21,6 +21,7 @@ from flatcal_dist.calibration.report.writing import write_report
 RESAMPLES = 60
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" version="1.1" width="9" height="9"></svg>'
 SAVE_FIGURE = drawing.save_figure
+_KEPT: list[object] = []
 QUICK = ("identity", "temperature", "vector")
 
 
@@ -41,6 +42,13 @@ def quick_reports(draw: bool = False, calibrators: bool = True) -> Iterator[None
         if not calibrators:
             patched.setattr(post_hoc, "ROWS", QUICK)
         yield
+
+
+def be_quick() -> None:
+    """Write quick reports in this process to its end, as ranks do that a quick test starts."""
+    kept = quick_reports(calibrators=False)
+    kept.__enter__()
+    _KEPT.append(kept)  # or it would end
 
 
 def _not_drawn(figure: Figure, folder: Path, name: str) -> str:
