@@ -123,6 +123,8 @@ class Trainer:
             self.tracker.close(exit_code=1)
             raise
         self.tracker.close()
+        if phase == "preempted":  # a rank that exits with 75 has the launcher end all others
+            self.accelerator.wait_for_everyone()
         return phase
 
     def _train(self) -> Phase:

@@ -51,6 +51,7 @@ def main(description: str | None = None) -> None:
         if accelerator.is_main_process:
             _show(rows, config, accelerator.num_processes, time.monotonic() - started)
             _save(rows, config, accelerator.num_processes, arguments.output, arguments.fault)
+        accelerator.wait_for_everyone()  # a rank that exits with 1 has the launcher end all others
     if not holds:
         tell_launcher("an invariant of the step does not hold: see the table above")
         sys.exit(1)

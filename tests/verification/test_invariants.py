@@ -136,8 +136,8 @@ def test_networks_whose_forward_pass_reads_buffers():
 
 
 def test_the_command_prints_saves_and_exits(tmp_path):
-    output = tmp_path / "verification.json"
     for fault, code in (((), 0), (("--fault", "sync"), 1)):
+        output = tmp_path / f"verification-{code}.json"
         done = launch("verify_step", "--output", output, *fault)
         assert done.returncode == code, done.stdout
         table = json.loads(output.read_text())
