@@ -36,6 +36,7 @@ from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.loading.delivery import Batches
 from flatcal_dist.data.loading.memory import MemoryBatches
 from flatcal_dist.data.loading.streaming import streaming_loader
+from flatcal_dist.data.making.digits import NOISE
 from flatcal_dist.data.shards.access import is_remote
 from flatcal_dist.data.shards.listing import Stream, class_names, list_shards, open_stream
 from flatcal_dist.ranks.distributed import on_all_ranks
@@ -61,15 +62,16 @@ Without any data, configs/digits/csam.yaml runs as it is, and --dry-run needs no
 
 def prepare(data: DataConfig) -> None:
     """Write the embedded data set where `data.train` expects it, unless it is there."""
-    if data.prepare == "digits":
+    if data.prepare is not None:
         if not isinstance(data.train, str) or is_remote(data.train):
             raise DataError(
-                "data.prepare=digits needs data.train to be one pattern or directory, not "
+                f"data.prepare={data.prepare} needs data.train to be one pattern or directory, not "
                 f"{public(data.train)}"
             )
         train = Path(data.train).expanduser()
         is_pattern = train.suffix == ".tar" or any(sign in train.name for sign in "*?[{")
-        prepare_digits(train.parent if is_pattern else train)
+        noise = NOISE if data.prepare == "digits" else 0.0
+        prepare_digits(train.parent if is_pattern else train, label_noise=noise)
 
 
 def open_index(data: DataConfig, split: str, classes: int) -> Index:

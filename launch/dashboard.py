@@ -1,8 +1,8 @@
-"""W&B workspaces and reports for one run, for SGD, SAM and CSAM side by side, or for a sweep.
+"""W&B workspaces and reports for one run, for SGD, SAM and CSAM side by side, or for a study.
 
     python launch/dashboard.py rules --dry-run             # print the specifications, no network
     python launch/dashboard.py run NAME --push --entity TEAM
-    python launch/dashboard.py sweep FILE --push --entity TEAM
+    python launch/dashboard.py study FILE --push --entity TEAM
 
 A panel shows what a run writes to metrics.jsonl, which a test checks. Runs that differ in their
 seed alone are grouped. Lines are means with a band of one standard deviation.
@@ -27,7 +27,7 @@ from flatcal_dist.calibration.metrics.entries import COMPARED, METRICS  # noqa: 
 from flatcal_dist.config import Config, ConfigError  # noqa: E402
 from flatcal_dist.files import write_text  # noqa: E402
 from flatcal_dist.printing import never_fail  # noqa: E402
-from flatcal_dist.runs.sweep import Sweep, load_sweep  # noqa: E402
+from flatcal_dist.studies.file import Study, load_study  # noqa: E402
 from flatcal_dist.urls import hide  # noqa: E402
 
 # The metrics that comparisons test, by name. W&B shows their values without a factor.
@@ -63,7 +63,7 @@ MEDIA = [
 KINDS = {
     "run": "One run",
     "rules": "SGD, SAM and CSAM",
-    "sweep": "Sweep",
+    "study": "Study",
 }
 
 
@@ -74,7 +74,7 @@ def metrics_shown() -> set[str]:
 
 
 def sections(kind: str, grid: list[str]) -> dict[str, list[Any]]:
-    """Return panels by section. `grid` holds the keys that differ in a sweep."""
+    """Return panels by section. `grid` holds the keys that differ in a study."""
     grouping = {} if kind == "run" else _by_setting()
     found: dict[str, list[Any]] = {
         name: [wr.LinePlot(title=title, x="step", y=list(metrics), **grouping)
@@ -87,7 +87,7 @@ def sections(kind: str, grid: list[str]) -> dict[str, list[Any]]:
     } | found
     if kind == "run":
         found["Reliability"] = [wr.MediaBrowser(media_keys=MEDIA)]
-    if kind == "sweep":
+    if kind == "study":
         columns = [wr.ParallelCoordinatesPlotColumn(wr.Config(key)) for key in grid]
         for name in ("accuracy", "nll", "ece"):
             metric = wr.SummaryMetric(f"calibration/{name}")
@@ -114,14 +114,14 @@ def workspace(
     Args:
         kind: A key of KINDS.
         title: The title of the workspace.
-        name: The run or the sweep to show; None shows the whole project.
-        grid: The keys that differ in a sweep.
+        name: The run or the study to show; None shows the whole project.
+        grid: The keys that differ in a study.
         entity: The user or team; "" if nothing is sent.
         project: The project in W&B.
     """
     runs = ws.RunsetSettings(
         query=name if kind == "run" and name else "",
-        filters=_of_group(name) if kind == "sweep" else "",
+        filters=_of_group(name) if kind == "study" else "",
         groupby=[] if kind == "run" else [expr.Config("setting")],
     )
     return ws.Workspace(
@@ -149,7 +149,7 @@ def report(
         **where,
         name=name or "all runs",
         query=name if kind == "run" and name else "",
-        filters=_of_group(name) if kind == "sweep" else "",
+        filters=_of_group(name) if kind == "study" else "",
         groupby=[] if kind == "run" else ["config.setting"],
     )
     blocks: list[Any] = []
@@ -225,12 +225,12 @@ def _subject(kind: str, subject: str | None) -> tuple[str | None, list[str], str
         return None, [], project
     if subject is None:
         raise ConfigError(f"{kind} needs the name of a run" if kind == "run"
-                          else "sweep needs the sweep's file")  # fmt: skip
+                          else "study needs the study's file")  # fmt: skip
     if kind == "run":
         return Path(subject).name, [], project
-    sweep: Sweep = load_sweep(subject)
-    axes = [f"run.axes.{axis}" for axis in sweep.axes]
-    return sweep.name, [*axes, *sweep.grid], sweep.set.get("wandb.project", project)
+    study: Study = load_study(subject)
+    axes = [f"run.axes.{axis}" for axis in study.axes]
+    return study.name, [*axes, *study.grid], study.set.get("wandb.project", project)
 
 
 def _by_setting() -> dict[str, Any]:
@@ -252,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("kind", choices=tuple(KINDS))
-    add("subject", nargs="?", metavar="NAME|FILE", help="run: its name or directory; sweep: file")
+    add("subject", nargs="?", metavar="NAME|FILE", help="run: its name or directory; study: file")
     add("--project", help="by default the configuration's wandb.project")
     add("--entity", help="W&B user or team")
     add("--output", type=Path, metavar="FILE", help="write the specifications there")

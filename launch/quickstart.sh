@@ -11,4 +11,4 @@ if [ "${1:-}" = --latest ]; then versions=latest; shift; fi
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then directory=(--directory "$(realpath -m "$1")"); shift; fi
 make_environment "$versions"
 cd "$root"
-exec python launch/sweep.py configs/studies/digits.yaml --processes 2 --show "${directory[@]}" "$@"
+exec python recipes/study.py configs/studies/digits.yaml --processes 2 --show "${directory[@]}" "$@"

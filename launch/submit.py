@@ -1,8 +1,8 @@
-r"""Submit a run or a sweep to SLURM, and the evaluation and comparison that follow it.
+r"""Submit a run or a study to SLURM, and the evaluation and comparison that follow it.
 
     python launch/submit.py --nodes 4 --time 24:00:00 --config configs/imagenet/resnet50_csam.yaml \
         data.train=/data/train data.validation=/data/validation run.dir=/runs/csam
-    python launch/submit.py --sweep SWEEP.yaml --compare
+    python launch/submit.py --study STUDY.yaml --compare
 
 A job asks the run to stop before its time is over. It requeues itself if the run was preempted, at
 most --max-restarts times. It runs a copy of this code, RUN/code, so that edits do not reach it.
@@ -34,7 +34,8 @@ from flatcal_dist.files import read_bytes, write_json, write_text  # noqa: E402
 from flatcal_dist.printing import never_fail  # noqa: E402
 from flatcal_dist.runs.directory import RunDirectory, RunError  # noqa: E402
 from flatcal_dist.runs.environment import code_version  # noqa: E402
-from flatcal_dist.runs.sweep import Element, elements, load_sweep  # noqa: E402
+from flatcal_dist.studies.elements import Element, elements  # noqa: E402
+from flatcal_dist.studies.file import load_study  # noqa: E402
 from flatcal_dist.urls import hide  # noqa: E402
 
 if TYPE_CHECKING:
@@ -49,14 +50,14 @@ class SubmitError(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """What is submitted: one run, or the unfinished runs of a sweep.
+    """What is submitted: one run, or the unfinished runs of a study.
 
     Attributes:
         name: The name of the job.
-        directory: The directory of the run, or of the sweep. It holds code/ and slurm/.
-        config: The configuration of the run, or the one that all runs of the sweep start from.
+        directory: The directory of the run, or of the study. It holds code/ and slurm/.
+        config: The configuration of the run, or the one that all runs of the study start from.
         runs: All run directories, of finished runs too.
-        elements: The unfinished runs of a sweep.
+        elements: The unfinished runs of a study.
     """
 
     name: str
@@ -80,7 +81,7 @@ def main() -> None:
     try:
         _refuse_short(arguments)
         _refuse_absent(arguments)
-        job = _sweep(arguments) if arguments.sweep else _run(arguments)
+        job = _study(arguments) if arguments.study else _run(arguments)
         scripts = render(job, arguments)
         if arguments.dry_run:
             for name, text in scripts.items():
@@ -102,7 +103,7 @@ def _run(arguments: argparse.Namespace) -> Job:
             f"{arguments.ranks_per_node} ranks are {ranks}"
         )
     if config.run.dir is None:
-        raise SubmitError("what is to run? Name --config FILE, --sweep FILE or run.dir=DIRECTORY")
+        raise SubmitError("what is to run? Name --config FILE, --study FILE or run.dir=DIRECTORY")
     directory = _directory(config.run.dir)
     run = config.run.model_copy(update={"dir": str(directory), "world_size": ranks})
     if _finished(directory):
@@ -110,20 +111,20 @@ def _run(arguments: argparse.Namespace) -> Job:
     return Job(directory.name, directory, config.model_copy(update={"run": run}), [directory])
 
 
-def _sweep(arguments: argparse.Namespace) -> Job:
+def _study(arguments: argparse.Namespace) -> Job:
     if arguments.config:
-        raise SubmitError("--config is for one run: the file of a sweep names its `base`")
-    sweep = load_sweep(arguments.sweep)
-    directory = _directory(sweep.directory)
+        raise SubmitError("--config is for one run: the file of a study names its `base`")
+    study = load_study(arguments.study)
+    directory = _directory(study.directory)
     found = [
         _in_directory(element, directory / element.name)
-        for element in elements(sweep, arguments.overrides)
+        for element in elements(study, arguments.overrides)
     ]
     missing = [element for element in found if not _finished(element.run)]
     if not missing:
         raise SubmitError(f"all {len(found)} runs of {directory} are finished")
-    base, runs = configuration.load(sweep.base), [element.run for element in found]
-    return Job(sweep.name, directory, base, runs, missing)
+    base, runs = configuration.load(study.base), [element.run for element in found]
+    return Job(study.name, directory, base, runs, missing)
 
 
 def _in_directory(element: Element, run: Path) -> Element:
@@ -369,20 +370,19 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("--config", type=Path, action="append", metavar="FILE", help="one run; later files win")
-    add("--sweep", type=Path, metavar="FILE", help="a sweep: a job array with all of its runs")
+    add("--study", type=Path, metavar="FILE", help="a study: a job array with all of its runs")
     add("--recipe", default="imagenet_csam", help="any recipe runs any configuration")
     add("--launcher", choices=("srun", "accelerate", "torchrun", "deepspeed"), default="srun",
         help="what starts the ranks; srun starts each of them as one task")  # fmt: skip
     add("--nodes", type=whole_number(), default=1)
-    add("--ranks-per-node", type=whole_number(), default=8, metavar="N",
-        help="ranks, and GPUs unless --cpu, of each node")  # fmt: skip
+    add("--ranks-per-node", type=whole_number(), default=8, metavar="N", help="and GPUs of a node")
     add("--cpu", action="store_true", help="ask for no GPUs")
     add("--cpus-per-rank", type=whole_number(), default=8, metavar="N")
     add("--time", default="24:00:00", help="the time limit of one job, after which it is requeued")
     add("--signal-seconds", type=whole_number(), default=300, metavar="S",
         help="when to stop before the limit; SLURM may be a minute early")  # fmt: skip
     add("--max-restarts", type=whole_number(0), default=20, metavar="N")
-    add("--parallel", type=whole_number(), metavar="N", help="how many runs of a sweep run at once")
+    add("--parallel", type=whole_number(), metavar="N", help="how many runs of a study run at once")
     add("--evaluate", nargs="?", const="", metavar="OPTIONS",
         help="then run flatcal evaluate with these options, in quotes")  # fmt: skip
     add("--compare", nargs="*", metavar="RUN", help="then run flatcal compare, with these runs too")

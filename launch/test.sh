@@ -13,4 +13,4 @@ ruff check .
 ruff format --check .
 mypy
 codespell
-exec env OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile "$@"
+exec env OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -36,9 +36,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         for marker in needs(item):
             item.add_marker(marker)
+    _files_that_wait_first(items)
     if "exhaustive" in (config.option.markexpr or ""):
         return
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
+
+def _files_that_wait_first(items: list[pytest.Item]) -> None:
+    """Files with a cluster come first, then those with ranks: what is short fills the end."""
+    places = {"slurm": 0, "ranks": 1, "browser": 1}
+    of_file: dict[Path, int] = {}
+    for item in items:
+        place = min((p for name, p in places.items() if item.get_closest_marker(name)), default=2)
+        of_file[item.path] = min(place, of_file.get(item.path, 2))
+    items.sort(key=lambda item: of_file[item.path])

@@ -19,9 +19,10 @@ from flatcal_dist.config.kinds import (
 class DataConfig(Section):
     """Images: where they lie, and how they are read, decoded and augmented."""
 
-    prepare: Literal["digits"] | None = Field(
+    prepare: Literal["digits", "digits_clean"] | None = Field(
         None,
-        description="The embedded data set whose shards are written where `train` expects them.",
+        description="The embedded data set whose shards are written where `train` expects them: "
+        "handwritten digits of which a fifth of the training labels are wrong, or none.",
     )
     train: Shards | list[Shards] | None = Field(
         None, description="The training shards: a pattern, a directory, a URL, or a list of these."

@@ -203,7 +203,7 @@ class WandbConfig(Section):
     )
     name: Label | None = Field(None, description="The name of the run in W&B.")
     group: Label | None = Field(
-        None, description="Runs of one group are shown together. By default a sweep sets its name."
+        None, description="Runs of one group are shown together. By default a study sets its name."
     )
     tags: list[Annotated[Text, Field(max_length=64)]] = Field(
         [], max_length=1000, description="Words by which W&B finds the run."

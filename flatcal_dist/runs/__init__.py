@@ -1,1 +1,1 @@
-"""Run directories, their state, and sweeps of runs."""
+"""Run directories, their state, and studies of runs."""

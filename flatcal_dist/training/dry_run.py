@@ -2,9 +2,11 @@
 
 import math
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +17,7 @@ from flatcal_dist.config import Config
 from flatcal_dist.config.checking.run_length import length_of, no_average, refuse_short
 from flatcal_dist.data import DataError, steps_per_epoch
 from flatcal_dist.data.order import micro_batch_count, micro_batches, rank_share
+from flatcal_dist.files import write_json
 from flatcal_dist.networks.registry import in_evaluation_mode
 from flatcal_dist.objectives import Targets
 from flatcal_dist.sharpness import SharpnessAwareStep
@@ -24,10 +27,14 @@ from flatcal_dist.training.build import build_step
 STEPS = 2
 CPU_IMAGES = 2  # in a micro-batch on a CPU; batch norm needs two
 CPU_MICRO_BATCHES = 2
+TIMED_STEPS, TIMED_IMAGES = 6, 32  # for an estimate; the first step is left out
 
 
-def dry_run(config: Config, accelerator: Accelerator) -> None:
-    """Print batch arithmetic, parameters, FLOPs, memory and time of two steps. Writes nothing."""
+def dry_run(config: Config, accelerator: Accelerator, timing: Path | None = None) -> None:
+    """Print batch arithmetic, parameters, FLOPs, memory and time of two steps.
+
+    It writes nothing, except how long the run would take, into the file `timing` if one is named.
+    """
     # The import takes seconds, and prints to standard output.
     from deepspeed.profiling.flops_profiler import get_model_profile
 
@@ -64,7 +71,36 @@ def dry_run(config: Config, accelerator: Accelerator) -> None:
         + ", ".join(f"{value:.2f} s" for value in seconds)
     )
     say(memory_in_words(step, config.train.engine))
-    say("dry run: nothing was written")
+    if timing is not None:
+        estimate = time_of_run(step, config, accelerator, images)
+        if accelerator.is_main_process:
+            write_json(timing, estimate)
+    say("dry run: nothing was written" if timing is None else f"dry run: wrote {timing} alone")
+
+
+def time_of_run(
+    step: SharpnessAwareStep, config: Config, accelerator: Accelerator, images: int | None
+) -> dict[str, float | int | None]:
+    """Measure some steps, and return `step_seconds`, `steps` and `seconds` of the whole run.
+
+    A step on a CPU is measured on a part of its images and multiplied. The estimate leaves out
+    start-up, loading, validation and evaluation. `seconds` is None where the number of images is
+    not known.
+
+    Args:
+        step: The step, ready to be taken.
+        config: The configuration of the run.
+        accelerator: The ranks.
+        images: The number of training images.
+    """
+    sizes = _micro_batch_sizes(config, accelerator, TIMED_IMAGES, 1)
+    share = -(-config.data.global_batch_size // accelerator.num_processes)
+    times = [_timed_step(step, config, sizes, accelerator.device) for _ in range(TIMED_STEPS)]
+    seconds = statistics.median(times[1:]) * share / sum(sizes)
+    epoch = steps_per_epoch(images, config.data.global_batch_size) if images else None
+    steps = config.train.max_steps or (config.train.epochs * epoch if epoch else None)
+    whole = None if steps is None else seconds * steps
+    return {"step_seconds": seconds, "steps": steps, "seconds": whole}
 
 
 def phases_in_words(config: Config, epoch_steps: int) -> str:
@@ -127,8 +163,13 @@ def _images_beside(config: Config) -> int:
     return 2 if mixing is not None and mixing.beside is not None else 1
 
 
-def _micro_batch_sizes(config: Config, accelerator: Accelerator) -> list[int]:
-    """Return the sizes of this rank's micro-batches, which are few and small on a CPU."""
+def _micro_batch_sizes(
+    config: Config,
+    accelerator: Accelerator,
+    largest: int = CPU_IMAGES,
+    most: int = CPU_MICRO_BATCHES,
+) -> list[int]:
+    """Return the sizes of this rank's micro-batches: on a CPU `most`, and none over `largest`."""
     data, world_size = config.data, accelerator.num_processes
     micro = batch_sizes.micro_batch_size(data, world_size)
     count = micro_batch_count(data.global_batch_size, micro, world_size)
@@ -137,7 +178,7 @@ def _micro_batch_sizes(config: Config, accelerator: Accelerator) -> list[int]:
     )
     sizes = [len(part) for part in micro_batches(share, count)]
     if accelerator.device.type == "cpu":
-        sizes = [min(size, CPU_IMAGES) for size in sizes[:CPU_MICRO_BATCHES]]
+        sizes = [min(size, largest) for size in sizes[:most]]
     return sizes
 
 

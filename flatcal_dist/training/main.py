@@ -47,7 +47,15 @@ def main(default_config: Path, description: str | None = None) -> None:
             action="store_true",
             help="build everything, take two steps on made-up images, and stop",
         )
+        parser.add_argument(
+            "--timing",
+            type=Path,
+            metavar="FILE",
+            help="with --dry-run: write a JSON file that says how long the run would take",
+        )
         arguments = parser.parse_intermixed_args()
+        if arguments.timing and not arguments.dry_run:
+            raise ConfigError("--timing FILE belongs to --dry-run")
         config = configuration.load(arguments.config, arguments.overrides)
         if arguments.print_config:
             if rank_to_speak() == 0:
@@ -70,7 +78,7 @@ def main(default_config: Path, description: str | None = None) -> None:
     watchdog = Watchdog(end, config.train.hang_minutes)
     with ending_together(accelerator, directory):
         if arguments.dry_run:
-            dry_run(config, accelerator)
+            dry_run(config, accelerator, arguments.timing)
         else:
             phase = run(config, directory, accelerator, watchdog, started)
     watchdog.rest()

@@ -6,7 +6,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from random import Random
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 from flatcal_dist.calibration.records.records import Records
 from flatcal_dist.training import loop
 from tests.support.jobs import PATIENCE, SAVING, TINY, Run, kill, same, stop_after_six
-from tests.support.launching import command, digits
+from tests.support.launching import command, digits, flatcal
 
 
 @pytest.fixture(scope="session")
@@ -189,17 +188,14 @@ def test_a_run_goes_on_on_other_engines_and_numbers_of_ranks(data, tmp_path):
     last = max(run.path.glob("checkpoints/step_*"))
     assert len(list(last.glob("state_*.pt"))) == 2
 
-    flatcal = [sys.executable, "-m", "flatcal_dist.cli", "export", str(run.path)]
-    done = subprocess.run([*flatcal, str(tmp_path / "out.safetensors")], capture_output=True)
-    assert done.returncode == 0, done.stderr
+    done = flatcal("export", run.path, tmp_path / "out.safetensors")
+    assert done.returncode == 0, done.stdout
     exported = load_file(tmp_path / "out.safetensors")
     assert all(torch.equal(exported[name], ours[name]) for name in ours), "the average, as the run"
 
-    flatcal = [sys.executable, "-m", "flatcal_dist.cli", "evaluate"]
     for network, output in ((last, "of_checkpoint"), (run.path, "of_run")):
-        words = [*flatcal, str(network), "--data", str(data), "--output", str(tmp_path / output)]
-        done = subprocess.run(words, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        done = flatcal("evaluate", network, "--data", data, "--output", tmp_path / output)
+        assert done.returncode == 0, done.stdout
     one, other = (
         Records.load(tmp_path / f / "records.parquet") for f in ("of_checkpoint", "of_run")
     )

@@ -12,11 +12,19 @@ from flatcal_dist.config import ConfigError, OptimizerConfig, load
 from flatcal_dist.config.checking import choosing
 from flatcal_dist.objectives import Focal
 from flatcal_dist.runs.directory import RunDirectory
-from flatcal_dist.runs.sweep import elements, load_sweep
 from flatcal_dist.sharpness import CSAM, SAM, MomentumSAM, StepError
+from flatcal_dist.studies.elements import elements
+from flatcal_dist.studies.file import load_study
+from flatcal_dist.studies.published import read_published
 from flatcal_dist.training.optimizers import build_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
+RUNS = {  # of the shipped studies
+    "digits": 3, "digits_rho_gamma": 30, "digits_methods": 3 * 24 * 5, "foret2021_imagenet": 18,
+    "guo2017_cifar10": 12, "guo2017_cifar100": 12, "tan2026_cifar10": 24,
+    "tan2026_imagenet_resnet50": 3, "tan2026_imagenet_vit_s16": 3,
+    "zhu2022_cifar10": 156, "zhu2022_cifar100": 156, "zhu2022_tiny_imagenet": 18,
+}  # fmt: skip
 SGD = ROOT / "configs/digits/sgd.yaml"
 
 
@@ -165,12 +173,16 @@ def test_bounds_of_a_field_hold_for_the_class_as_well():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/studies").glob("*.yaml")), ids=str)
-def test_shipped_sweeps_load(path):
-    found = elements(load_sweep(path))
-    runs = {"digits": 3, "digits_sweep": 30}
-    assert len(found) == runs.get(path.stem, 10 * 4 * 3)  # methods x networks x seeds
-    for element in found[::5]:
-        assert load(load_sweep(path).base, element.arguments) == element.config
+def test_shipped_studies_load_and_their_published_figures_are_of_their_runs(path):
+    study = load_study(path)
+    found = elements(study)
+    assert len(found) == RUNS[path.stem]
+    for element in found[:: 5 if len(found) < 50 else 50]:
+        assert load(study.base, element.arguments) == element.config
+    if study.published:
+        places = {axis: list(names) for axis, names in study.axes.items()} | study.grid
+        for figure in read_published(study.published, places):
+            assert any(figure.matches(element.point) for element in found), figure
 
 
 def test_a_grid_over_rules_and_their_keys(tmp_path):
@@ -181,10 +193,10 @@ def test_a_grid_over_rules_and_their_keys(tmp_path):
     )
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"compute the same(?s:.*)leave one of them out by `exc"):
-        elements(load_sweep(tmp_path / "s.yaml"))
+        elements(load_study(tmp_path / "s.yaml"))
     text += "exclude: [{sharpness.rule: none, sharpness.gamma: 0.5}]\n"
     (tmp_path / "s.yaml").write_text(text)
-    found = elements(load_sweep(tmp_path / "s.yaml"))
+    found = elements(load_study(tmp_path / "s.yaml"))
     assert [element.name for element in found] == [
         "none-gamma1.0", "csam-gamma0.5", "csam-gamma1.0",
     ]  # fmt: skip
@@ -192,7 +204,7 @@ def test_a_grid_over_rules_and_their_keys(tmp_path):
     assert "sharpness.scope=global" in found[1].overrides
     (tmp_path / "s.yaml").write_text(f"base: {SGD}\ngrid: {{sharpness.gamma: [0.5, 1.0]}}\n")
     with pytest.raises(ConfigError, match=r"belongs to sharpness\.rule=csam"):
-        elements(load_sweep(tmp_path / "s.yaml"))
+        elements(load_study(tmp_path / "s.yaml"))
 
 
 def test_momentum_belongs_to_optimizers_that_have_it():

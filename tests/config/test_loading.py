@@ -103,7 +103,7 @@ def test_the_names_that_others_rely_on_exist():
         ("optimizer.foo=1", "no such key (on the command line); `flatcal config optimizer` lists"),
         ("Train={}", "did you mean train?"),
         ("mixup.alpha=1", "mixup is a choice of mixing: write mixing.name=mixup"),
-        ("grid={}", "this is a key of a sweep, which `launch/sweep.py` reads"),
+        ("grid={}", "this is a key of a study, which `recipes/study.py` reads"),
         ("train=null", "set one of its keys, or write {} to clear what was inherited"),
         (
             "sharpness.rule=null",

@@ -19,7 +19,7 @@ from tests.documents.blocks import ROOT, blocks, documents
 from tests.support.launching import digits, launch, run, script
 
 RUNS = ("runs/mine", "runs/other", "runs/third")
-SMALL_SWEEP = """
+SMALL_STUDY = """
 base: {base}
 directory: runs/{name}
 set: {{train.max_steps: 2, data.train: {data}, data.validation: {data}, wandb.mode: disabled}}
@@ -99,8 +99,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     logits, labels = generator.normal(size=(60, 4)), np.arange(60) % 4
     np.savez(place / "scores.npz", logits=logits, labels=labels)
     base = ROOT / "configs/digits/sgd.yaml"
-    for name in ("SWEEP", "SUBMITTED"):  # what has run to its end is not submitted
-        (place / f"{name}.yaml").write_text(SMALL_SWEEP.format(base=base, data=data, name=name))
+    for name in ("STUDY", "SUBMITTED"):  # what has run to its end is not submitted
+        (place / f"{name}.yaml").write_text(SMALL_STUDY.format(base=base, data=data, name=name))
     (place / "flatcal.py").write_text("from flatcal_dist.cli import main\nmain()\n")
     return place
 
@@ -116,8 +116,8 @@ def filled(command: str) -> list[str]:
     new = f"out/{next(NUMBERS)}"
     command = re.sub(r"(?<=--output )\S+|\bDIR\b|(?<=run\.dir=)\S+", new, command)
     command = re.sub(r"(?<=step_)\d+", "00000004", command)
-    sweep = "SUBMITTED.yaml" if "submit.py" in command else "SWEEP.yaml"
-    command = re.sub(r"\b(configs/studies/\w+|SWEEP|FILE|sweep)\.yaml", sweep, command)
+    study = "SUBMITTED.yaml" if "submit.py" in command else "STUDY.yaml"
+    command = re.sub(r"\b(configs/studies/\w+|STUDY|FILE|study)\.yaml", study, command)
     command = re.sub(r"(?<=--checkpoint )STEP", "4", command)
     command = re.sub(r"\b(logits|scores|FILE|SCORES)\.(npz|csv|parquet|pt)", "scores.npz", command)
     runs = chain(RUNS, RUNS)

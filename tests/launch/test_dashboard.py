@@ -14,7 +14,7 @@ spec = importlib.util.spec_from_file_location("dashboard", ROOT / "launch/dashbo
 dashboard = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(dashboard)
 
-SWEEP = ROOT / "configs/studies/digits_sweep.yaml"
+STUDY = ROOT / "configs/studies/digits_rho_gamma.yaml"
 
 
 def names(value: object) -> set[str]:
@@ -29,7 +29,7 @@ def names(value: object) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "subject"), [("run", "csam-seed0"), ("rules", None), ("sweep", str(SWEEP))]
+    ("kind", "subject"), [("run", "csam-seed0"), ("rules", None), ("study", str(STUDY))]
 )
 def test_specifications_are_built_offline_and_show_what_they_say(kind, subject, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody there
@@ -42,7 +42,7 @@ def test_specifications_are_built_offline_and_show_what_they_say(kind, subject, 
         assert ("setting.value" in text) == (kind != "run"), "only seeds are pooled"
         if kind != "rules":
             assert name in text
-    assert grid == ([] if kind != "sweep" else list(dashboard.load_sweep(SWEEP).grid))
+    assert grid == ([] if kind != "study" else list(dashboard.load_study(STUDY).grid))
 
 
 def test_every_metric_on_a_panel_is_one_that_a_run_writes(tmp_path):
@@ -53,6 +53,7 @@ def test_every_metric_on_a_panel_is_one_that_a_run_writes(tmp_path):
         "evaluate.at_end=true",
         "train.validate_every_epochs=1",
         processes=1,
+        whole_report=True,
     )
     assert done.returncode == 0, done.stdout
     written = {key for record in read_metrics(run / "metrics.jsonl") for key in record}
@@ -64,7 +65,7 @@ def test_every_metric_on_a_panel_is_one_that_a_run_writes(tmp_path):
 @pytest.mark.parametrize(
     "name", ["a<b", "it's", 'a"b', "a\\b", "x' or State = 'y", "m\u00fcsli+1", "="]
 )
-@pytest.mark.parametrize("kind", ["run", "sweep"])
+@pytest.mark.parametrize("kind", ["run", "study"])
 def test_any_name_is_looked_for_as_it_is(name, kind):
     title = dashboard.plain(f"One run: {name}")
     for make in (dashboard.workspace, dashboard.report):

@@ -1,22 +1,17 @@
-"""launch/quickstart.sh ends in launch/sweep.py: what that refuses, in words."""
+"""launch/quickstart.sh ends in recipes/study.py: what that refuses, in words."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.launching import ROOT
+from tests.support.launching import ROOT, script
 
 
 def refused(*words: str | Path) -> str:
-    command = [sys.executable, str(ROOT / "launch/sweep.py"), "configs/studies/digits.yaml"]
-    done = subprocess.run(
-        [*command, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = script(ROOT / "recipes/study.py", "configs/studies/digits.yaml", *words, cwd=ROOT)
     assert done.returncode in (1, 2)
-    assert "Traceback" not in done.stderr
-    return done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stdout
+    return done.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize("option", ["--seeds", "--processes", "--parallel"])

@@ -91,14 +91,14 @@ def test_the_scripts_are_these(submit, monkeypatch):
 @pytest.mark.parametrize("name", ["srun", "accelerate", "torchrun", "deepspeed"])
 def test_shellcheck_finds_nothing(submit, name, tmp_path, monkeypatch):
     monkeypatch.setattr(launcher, "_finished", lambda run: False)
-    sweep = tmp_path / "sweep.yaml"
-    sweep.write_text(f"base: {DIGITS}\ndirectory: {tmp_path}/s\ngrid: {{run.seed: [0, 1]}}\n")
+    study = tmp_path / "study.yaml"
+    study.write_text(f"base: {DIGITS}\ndirectory: {tmp_path}/s\ngrid: {{run.seed: [0, 1]}}\n")
     setup = tmp_path / "setup.sh"
     setup.write_text("export NCCL_DEBUG=WARN\n")
-    for what in (["--config", DIGITS, "run.dir=/runs/a"], ["--sweep", str(sweep)]):
+    for what in (["--config", DIGITS, "run.dir=/runs/a"], ["--study", str(study)]):
         arguments = ["--launcher", name, "--setup", str(setup), "--evaluate", "--compare", *what]
         values = launcher._parser().parse_intermixed_args(arguments)
-        job = launcher._sweep(values) if values.sweep else launcher._run(values)
+        job = launcher._study(values) if values.study else launcher._run(values)
         for text in launcher.render(job, values).values():
             done = subprocess.run(["shellcheck", "-"], input=text, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout
@@ -187,13 +187,13 @@ def test_a_method_goes_over_the_configuration_that_is_submitted(submit, commands
     assert config.data.image_size == 8
 
 
-def test_a_sweep_is_an_array_of_what_is_missing(submit, commands, tmp_path):
+def test_a_study_is_an_array_of_what_is_missing(submit, commands, tmp_path):
     file = tmp_path / "seeds.yaml"
     file.write_text(f"base: {DIGITS}\ndirectory: {tmp_path}/seeds\ngrid: {{run.seed: [5, 6, 7]}}\n")
     done = tmp_path / "seeds/seed6"
     done.mkdir(parents=True)
     (done / "state.json").write_text('{"phase": "finished"}')
-    submit("--sweep", file, "--cpu", "--parallel", "2", "--evaluate", "--compare")
+    submit("--study", file, "--cpu", "--parallel", "2", "--evaluate", "--compare")
     script = (tmp_path / "seeds/slurm/train.sh").read_text()
     assert "#SBATCH --array=0,2%2" in script
     run = tmp_path / "seeds/seed7"
@@ -281,14 +281,14 @@ def test_an_answer_of_sbatch_without_a_number_is_no_job(submit, commands, tmp_pa
     assert (tmp_path / "run/slurm/job").read_text() == "42\n"
 
 
-def test_credentials_of_a_sweep_stand_in_private_files(submit, commands, tmp_path):
+def test_credentials_of_a_study_stand_in_private_files(submit, commands, tmp_path):
     file = tmp_path / "seeds.yaml"
     url = "http://me:hunter2pw@h/x.tar?sig=SeKret9"
     file.write_text(
         f"base: {DIGITS}\ndirectory: {tmp_path}/seeds\ngrid: {{run.seed: [5, 6]}}\n"
         f"set: {{data.prepare: null, data.train: '{url}'}}\n"
     )
-    printed = submit("--sweep", file, "--cpu")
+    printed = submit("--study", file, "--cpu")
     for written in (tmp_path / "seeds").rglob("*"):
         if written.is_file() and not written.name.endswith(".private.yaml"):
             assert b"hunter2pw" not in written.read_bytes(), written

@@ -31,7 +31,9 @@ def summary(folder: Path, per_rank: list[list[str]]) -> tuple[list[str], str]:
     ranks = []
     for words, own, file in zip(per_rank, environments, files, strict=True):
         own = os.environ | own | {"TORCHELASTIC_ERROR_FILE": str(file)}
-        process = FORKING.Process(target=_as_script, args=(SCRIPT, words, own, output, folder))
+        process = FORKING.Process(
+            target=_as_script, args=(SCRIPT, words, own, output, folder, True)
+        )
         process.start()
         ranks.append(process)
     failed = {}

@@ -20,7 +20,7 @@ from flatcal_dist.calibration.records.records import Records
 from flatcal_dist.data import index_shard
 from flatcal_dist.runs.directory import RunDirectory
 from flatcal_dist.tracking.tracker import read_metrics
-from tests.support.launching import ROOT, command, digits, interrupt, launch, run
+from tests.support.launching import ROOT, command, digits, flatcal, interrupt, launch, run
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +44,7 @@ def finished(data, tmp_path_factory) -> Path:
         "evaluate.at_end=true",
         "train.validate_every_epochs=1",
         "wandb.mode=offline",
+        whole_report=True,
     )
     assert done.returncode == 0, done.stdout
     return path
@@ -246,8 +247,7 @@ def test_a_batch_that_leaves_a_rank_with_nothing(data, tmp_path):
 
 
 def test_evaluate_takes_a_run_or_a_model(finished):
-    flatcal = [sys.executable, "-m", "flatcal_dist.cli", "evaluate", str(finished)]
-    refused(run([*flatcal, "--model", "mlp"]), "evaluate takes a RUN, or --model")
+    refused(flatcal("evaluate", finished, "--model", "mlp"), "evaluate takes a RUN, or --model")
 
 
 def test_a_stale_index(own_data, tmp_path):
@@ -316,10 +316,9 @@ def test_image_folder_to_network_with_the_command(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         pixels = generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.JPEG")
-    flatcal = [sys.executable, "-m", "flatcal_dist.cli"]
     shards = tmp_path / "shards"
     for split in ("train", "validation"):
-        done = run([*flatcal, "shard", str(tmp_path / "tree"), str(shards), "--split", split])
+        done = flatcal("shard", tmp_path / "tree", shards, "--split", split)
         assert done.returncode == 0, done.stdout
     options = ["data.image_size=32", "model.num_classes=3", "model.name=resnet18"]
     done = launch(
@@ -341,9 +340,8 @@ def test_image_folder_to_network_with_the_command(tmp_path):
         *options,
     )
     assert done.returncode == 0, done.stdout
-    words = [*flatcal, "evaluate", "--model", "resnet18", "--weights"]
-    words += [str(tmp_path / "run/model.safetensors"), "--data", str(shards)]
-    done = run([*words, "--output", str(tmp_path / "out"), "--set", *options])
+    words = ["evaluate", "--model", "resnet18", "--weights", tmp_path / "run/model.safetensors"]
+    done = flatcal(*words, "--data", shards, "--output", tmp_path / "out", "--set", *options)
     assert done.returncode == 0, done.stdout
     again = json.loads((tmp_path / "out/metrics.json").read_text())
     assert again["images"] == 48
@@ -352,7 +350,7 @@ def test_image_folder_to_network_with_the_command(tmp_path):
 def test_index_command_indexes_shards_from_elsewhere(own_data):
     for sidecar in own_data.glob("*.index"):
         sidecar.unlink()
-    done = run([sys.executable, "-m", "flatcal_dist.cli", "index", str(own_data)])
+    done = flatcal("index", own_data)
     assert done.returncode == 0, done.stdout
     assert "6 shards indexed, 1,797 images" in done.stdout
     assert index_shard(own_data / "digits-train-0000.tar") == 200

@@ -13,15 +13,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
 from flatcal_dist.sharpness import SAM, SharpnessAwareStep
-from tests.support.engines import (
-    EVERYWHERE,
-    MOST,
-    MOST_ENGINES,
-    OWN,
-    everywhere,
-    make_engine,
-    used,
-)
+from tests.support.engines import MOST, MOST_ENGINES, OWN, UNLIKE, everywhere, make_engine, used
 from tests.support.leaves_out import LeavesOutABlock
 from tests.support.ranks import on_ranks
 from tests.support.reference import (
@@ -70,7 +62,7 @@ def cumulative() -> nn.Module:
     return network
 
 
-@pytest.mark.parametrize("kind", EVERYWHERE)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_noise_is_replayed_and_batch_norm_counts_one_clean_pass(kind):
     """Dropout, drop-path and statistics of every rank as the reference replays them."""
     cases = [((make, RULES["csam"]), {"micro_batches": 2}) for make in (noisy, cumulative)]
@@ -126,7 +118,7 @@ def plain_sgd(network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([w for w in network.parameters() if w.requires_grad], lr=0.1)
 
 
-@pytest.mark.parametrize("kind", EVERYWHERE)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_frozen_and_unused_parameters(kind):
     """The block is in one gradient of two, in which rules see zeros, and then in a plain one."""
     rules = [RULES[name] for name in ("sam", "csam", "asam", "looksam", "gsam", *NEW[:-2])]
@@ -142,7 +134,7 @@ def test_frozen_and_unused_parameters(kind):
         assert len({bits(outcome[number][0]) for outcome in outcomes}) == 1, rule
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_weights_without_a_second_gradient_come_back(kind):
     work = partial(trained, numbers=[0])
     _, saved, _ = everywhere(kind, work, LeavesOutABlock, SAM(0.5), plain_sgd)[0]
@@ -183,7 +175,7 @@ def groups_of_awkward(network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.02)
 
 
-@pytest.mark.parametrize("kind", EVERYWHERE)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_awkward_networks_and_groups(kind):
     new = ("wsam", "friendly_sam", "ssam", "stale_sam")
     rules = [RULES[name] for name in ("csam", "asam", "looksam", *new)]
@@ -200,7 +192,7 @@ def seven(number):
     return tuple(t[:7] for t in make_batch(number))
 
 
-@pytest.mark.parametrize("kind", EVERYWHERE)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_uneven_shares_weigh_every_sample_the_same(kind):
     """The mean is over samples: not over ranks, not over micro-batches (of 2, 1, 1 and 1, 1, 1)."""
     work = partial(trained, batch=seven, micro_batches=3)
@@ -234,7 +226,7 @@ def channels_last() -> nn.Module:
     return network
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_channels_last_changes_where_numbers_lie_and_not_what_they_are(kind):
     expected = reference(RULES["csam"], network=Pictures)[0]
     for own, full, _ in everywhere(kind, trained, channels_last, RULES["csam"]):

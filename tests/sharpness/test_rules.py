@@ -16,7 +16,7 @@ from flatcal_dist.sharpness import (
     ReplicatedEngine,
     SharpnessAwareStep,
 )
-from tests.support.engines import EVERYWHERE, MOST, everywhere, make_engine, used
+from tests.support.engines import UNLIKE, everywhere, make_engine, used
 from tests.support.reference import (
     NEW,
     RULES,
@@ -83,7 +83,7 @@ def in_turn(rank, world_size, kind):
     return counts, ours == bits(used(engine))
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_periodic_rules_have_a_second_pass_in_every_third_step_only(kind):
     for counts, same in everywhere(kind, in_turn):
         assert counts == {"SAM": [2, 1, 1, 2, 1, 1, 2], "LookSAM": [2, 1, 1, 2, 1, 1, 2]}
@@ -122,7 +122,7 @@ def measured(rank, world_size, kind):
     return step(my_part(rank, world_size, 0, 2), measure=True)
 
 
-@pytest.mark.parametrize("kind", EVERYWHERE)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_what_is_measured_is_of_the_two_gradients_of_all_ranks(kind):
     network, moved = make_network(), make_network()
     g = gradient(network)
@@ -161,7 +161,7 @@ def without_gradient(rank, world_size, kind):
     return outcome
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_zero_gradients_do_not_divide_by_zero(kind):
     for outcome in everywhere(kind, without_gradient):
         assert outcome == [(True, True)] * (4 + len(NEW))

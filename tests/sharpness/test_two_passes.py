@@ -21,7 +21,7 @@ from flatcal_dist.sharpness import (
     StepError,
 )
 from flatcal_dist.sharpness.engines.move import measure
-from tests.support.engines import EVERYWHERE, MOST, everywhere, make_engine, saved, used
+from tests.support.engines import UNLIKE, everywhere, make_engine, saved, used
 from tests.support.reference import (
     RULES,
     bits,
@@ -120,7 +120,7 @@ def refusals(rank, world_size, kind):
     return said
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_one_rule_for_what_the_optimizer_holds(kind):
     for said in everywhere(kind, refusals):
         held = "the optimizer holds 2 of 4 trainable weights, and 0.weight is missing"
@@ -163,7 +163,7 @@ def counted(rank, world_size, kind):
     return norms, said, same, ends == [bits(used(engine))]
 
 
-@pytest.mark.parametrize("kind", EVERYWHERE)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_samples_are_counted_by_their_losses(kind):
     for norms, said, same, as_if_nothing in everywhere(kind, counted):
         assert norms[1:] == norms[:1] * 3
@@ -237,7 +237,7 @@ def overflown(rank, world_size, kind):
     return outcome
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_no_network_runs_on_weights_that_are_not_finite(kind):
     for outcome in everywhere(kind, overflown):
         assert len(outcome) == 15
@@ -255,7 +255,7 @@ def overflown_later(rank, world_size, kind):
     return outcome
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_no_network_does_with_rules_of_2023_and_later(kind):
     for outcome in everywhere(kind, overflown_later):
         assert outcome == [True] * 6

@@ -30,6 +30,12 @@ EVERYWHERE = ("one", *ENGINES)
 SPARED = {"zero2": pytest.mark.exhaustive}
 MOST = [pytest.param(kind, marks=SPARED.get(kind, ())) for kind in EVERYWHERE]
 MOST_ENGINES, MOST_ZERO = MOST[1:], MOST[2:5]
+# Where each engine does the same by code of its own, those that are least alike are enough from day
+# to day: the reducer of DDP, gathered weights, sharded tensors.
+APART = ("ddp", "zero3", "fsdp2")
+UNLIKE = [
+    pytest.param(kind, marks=() if kind in APART else pytest.mark.exhaustive) for kind in EVERYWHERE
+]
 OWN = ("one", "ddp", "zero1", "zero2")  # ranks have weights of their own to perturb
 
 

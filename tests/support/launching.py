@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 
+from tests.support.quick_reports import be_quick
 from tests.support.ranks import FORKING, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,12 +43,14 @@ def launch(
     launcher: str = "cpu_ddp",
     cwd: Path | None = None,
     through_accelerate: bool = False,
+    whole_report: bool = False,
 ) -> subprocess.CompletedProcess:
     """Run to the end; the completed process, standard error joined to standard output.
 
     The ranks are forked from the server of tests.support.ranks, with the environment that
     Accelerate makes of its configuration: they are what `accelerate launch` starts, without its
-    seconds of imports. through_accelerate: by that command itself.
+    seconds of imports. Their reports are quick ones, without figures (`quick_reports`), unless
+    whole_report. through_accelerate: by that command itself, and as it is.
     """
     words = command(recipe, *arguments, processes=processes, launcher=launcher)
     if through_accelerate:
@@ -55,16 +58,22 @@ def launch(
     environments: list[dict[str, str]] = [{}]
     if processes > 1:
         environments = _as_launched(ROOT / f"configs/accelerate/{launcher}.yaml", processes)
-    code, text = _forked(ROOT / f"recipes/{recipe}.py", arguments, environments, cwd)
+    path = ROOT / f"recipes/{recipe}.py"
+    code, text = _forked(path, arguments, environments, cwd, quick=not whole_report)
     return subprocess.CompletedProcess(words, code if processes == 1 else min(abs(code), 1), text)
 
 
 def script(
-    path: Path, *arguments: str, cwd: Path | None = None, seconds: float = TIMEOUT
+    path: Path, *arguments: object, cwd: Path | None = None, seconds: float = TIMEOUT
 ) -> subprocess.CompletedProcess:
     """Run `python PATH ARGUMENTS` as `launch` runs one process of a recipe."""
-    code, text = _forked(path, arguments, [{}], cwd, seconds)
-    return subprocess.CompletedProcess([str(path), *arguments], code, text)
+    code, text = _forked(path, list(map(str, arguments)), [{}], cwd, seconds)
+    return subprocess.CompletedProcess([str(path), *map(str, arguments)], code, text)
+
+
+def flatcal(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run `flatcal ARGUMENTS` in the same way."""
+    return script(ROOT / "flatcal_dist/cli/__main__.py", *arguments, cwd=cwd)
 
 
 def _forked(
@@ -73,13 +82,16 @@ def _forked(
     environments: list[dict[str, str]],
     cwd: Path | None,
     seconds: float = TIMEOUT,
+    quick: bool = True,
 ) -> tuple[int, str]:
     """The exit code and the output of a script in processes with these environments."""
     call = str(path), list(map(str, arguments))
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "output")
         ranks = [
-            FORKING.Process(target=_as_script, args=(*call, _environment() | own, output, cwd))
+            FORKING.Process(
+                target=_as_script, args=(*call, _environment() | own, output, cwd, quick)
+            )
             for own in environments
         ]
         for rank in ranks:
@@ -109,7 +121,12 @@ def _as_launched(config: Path, processes: int) -> list[dict[str, str]]:
 
 
 def _as_script(
-    script: str, arguments: list[str], environment: dict[str, str], output: Path, cwd: Path | None
+    script: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    output: Path,
+    cwd: Path | None,
+    quick: bool,
 ) -> None:
     """In a forked process: what Python does with `python SCRIPT ARGUMENTS`."""
     os.environ.clear()
@@ -122,6 +139,8 @@ def _as_script(
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
     torch.set_num_threads(1)
+    if quick:
+        be_quick()
     try:
         runpy.run_path(script, run_name="__main__")
     finally:

@@ -93,6 +93,14 @@ def gather(runs: Sequence[Run]) -> list[Method]:
     return [Method(name, tuple(m)) for name, m in zip(names, groups, strict=True)]
 
 
+def gather_by(runs: Sequence[Run], names: Sequence[str]) -> list[Method]:
+    """Return the methods of runs whose method is told by name, in the order of their first runs."""
+    members: dict[str, list[Run]] = {}
+    for run, name in zip(runs, names, strict=True):
+        members.setdefault(name, []).append(run)
+    return [Method(name, tuple(found)) for name, found in members.items()]
+
+
 def _other_seed(run: Run, other: Run) -> bool:
     known = run.about.method is not None and None not in (run.seed, other.seed)
     return known and run.seed != other.seed

@@ -17,6 +17,7 @@ from flatcal_dist.calibration.comparison.groups import (
     Run,
     differences,
     gather,
+    gather_by,
     summary,
 )
 from flatcal_dist.calibration.comparison.verdict import verdict
@@ -37,7 +38,12 @@ SCHEMA_VERSION = 3
 
 
 def write_comparison(
-    runs: Sequence[Path], output: Path, *, resamples: int = RESAMPLES, seed: int = 0
+    runs: Sequence[Path],
+    output: Path,
+    *,
+    methods_of: Sequence[str] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Compare the reports of several runs.
 
@@ -48,6 +54,8 @@ def write_comparison(
     Args:
         runs: The run directories or report directories.
         output: The folder of the comparison.
+        methods_of: The name of each run's method. By default the configurations tell which runs
+            are seeds of one method.
         resamples: The number of resamples.
         seed: The seed of the resamples.
 
@@ -64,7 +72,7 @@ def write_comparison(
     for other in loaded[1:]:
         _refuse_other_images(loaded[0], other)
     paired = _pairing(loaded)
-    methods = gather(loaded)
+    methods = gather(loaded) if methods_of is None else gather_by(loaded, methods_of)
     samples = {
         side: bootstrap([getattr(run.records, side) for run in loaded], resamples, seed)
         for side in SIDES

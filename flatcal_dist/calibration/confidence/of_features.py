@@ -7,7 +7,6 @@ features as they are.
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.linalg import eigh
-from sklearn.neighbors import NearestNeighbors
 
 from flatcal_dist.calibration.checks import FloatArray
 from flatcal_dist.calibration.confidence.score import (
@@ -44,6 +43,8 @@ def trust_score(features: ArrayLike, prediction: ArrayLike, reference: Reference
     classes = np.unique(reference.labels)
     if len(classes) < 2:
         raise ValueError("a trust score needs training images of at least two classes")
+    from sklearn.neighbors import NearestNeighbors  # the import takes a second of each start
+
     own, other = np.full(len(x), np.inf), np.full(len(x), np.inf)
     for k in classes:
         nearest = NearestNeighbors(n_neighbors=1)
@@ -76,6 +77,8 @@ def mahalanobis(features: ArrayLike, reference: Reference) -> FloatArray:
     varies = variances > len(variances) * np.finfo(np.float64).eps * variances[-1]
     if not varies.any():
         raise ValueError("the features of all training images of a class are the same")
+    from sklearn.neighbors import NearestNeighbors
+
     # Scaled to variance 1 in each direction, the distance is the Euclidean one.
     scaled = directions[:, varies] / np.sqrt(variances[varies])
     nearest = NearestNeighbors(n_neighbors=1).fit(means @ scaled)

@@ -12,7 +12,7 @@ from flatcal_dist.config.checking.choosing import Chooser
 from flatcal_dist.config.files import Layers, shown
 
 ONE_OF_TWO = ("bool_type", "bool_parsing")
-SWEEPS = ("base", "axes", "grid", "set", "exclude")
+STUDYS = ("base", "axes", "grid", "set", "exclude")
 NUMBERS = ("int_type", "int_parsing", "int_from_float", "float_type", "float_parsing")
 
 
@@ -90,9 +90,9 @@ def _advice(key: str, last: str, known: Sequence[str], choosers: Mapping[str, Ch
     if "." in last:  # `a.b: 1` in a file, where sections are nested
         section, _, rest = last.rpartition(".")
         return f"; in a file a dot is no separator: write {rest} into the section {section}"
-    if key in SWEEPS:
+    if key in STUDYS:
         return (
-            "; this is a key of a sweep, which `launch/sweep.py` reads. A file names others by "
+            "; this is a key of a study, which `recipes/study.py` reads. A file names others by "
             "`inherits`"
         )
     if difflib.get_close_matches(key.lower(), ["inherits"], cutoff=0.8):

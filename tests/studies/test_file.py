@@ -1,18 +1,20 @@
-"""Sweep files: which runs they mean, their names, and errors that say how to mend them."""
+"""Study files: which runs they mean, their names, and errors that say how to mend them."""
 
 from pathlib import Path
 
 import pytest
 
 from flatcal_dist.config import ConfigError, load, method_of
-from flatcal_dist.runs.sweep import elements, load_sweep
+from flatcal_dist.evaluation.provenance import settings_of
+from flatcal_dist.studies.elements import elements
+from flatcal_dist.studies.file import load_study
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = ROOT / "configs/studies"
 
 
 @pytest.fixture
-def sweep_file(tmp_path):
+def study_file(tmp_path):
     def write(text: str) -> Path:
         path = tmp_path / "study.yaml"
         path.write_text(f"base: {ROOT}/configs/digits/csam.yaml\n{text}")
@@ -33,8 +35,8 @@ exclude:
 """
 
 
-def test_the_grid_in_its_order_without_what_is_excluded(sweep_file):
-    found = elements(load_sweep(sweep_file(GRID)))
+def test_the_grid_in_its_order_without_what_is_excluded(study_file):
+    found = elements(load_study(study_file(GRID)))
     assert [element.name for element in found] == [
         "none-rho0.05-seed0", "none-rho0.05-seed1",
         "sam-rho0.05-seed0", "sam-rho0.05-seed1", "sam-rho0.0001-seed0", "sam-rho0.0001-seed1",
@@ -61,9 +63,9 @@ exclude: [{method: focal-swa, network: large}]
 """
 
 
-def test_axes_are_bundles_of_overrides(sweep_file):
-    sweep = load_sweep(sweep_file(AXES))
-    found = elements(sweep)
+def test_axes_are_bundles_of_overrides(study_file):
+    study = load_study(study_file(AXES))
+    found = elements(study)
     assert [element.name for element in found] == [
         "sgd-small-seed0", "sgd-small-seed1", "sgd-large-seed0", "sgd-large-seed1",
         "csam-small-seed0", "csam-small-seed1", "csam-large-seed0", "csam-large-seed1",
@@ -75,30 +77,30 @@ def test_axes_are_bundles_of_overrides(sweep_file):
     assert [method_of(e.config) for e in found[::4]] == ["sgd", "csam", "sgd+focal+swa"]
     assert found[4].config.sharpness.rho == 0.1
     for element in found:
-        assert load(sweep.base, element.arguments) == element.config
+        assert load(study.base, element.arguments) == element.config
     with pytest.raises(ConfigError, match=r"sharpness\.rho is set by axes or grid"):
-        elements(sweep, ["sharpness.rho=0.3"])
+        elements(study, ["sharpness.rho=0.3"])
     twins = AXES.replace("large: {}", "large: {}, again: {}")
     with pytest.raises(ConfigError, match=r"compute the same"):
-        elements(load_sweep(sweep_file(twins)))
+        elements(load_study(study_file(twins)))
 
 
-def test_the_overrides_alone_make_the_configuration(sweep_file):
-    sweep = load_sweep(sweep_file(GRID))
-    for element in elements(sweep, ["train.epochs=7", "wandb.group=mine"]):
-        config = load(sweep.base, element.arguments)
+def test_the_overrides_alone_make_the_configuration(study_file):
+    study = load_study(study_file(GRID))
+    for element in elements(study, ["train.epochs=7", "wandb.group=mine"]):
+        config = load(study.base, element.arguments)
         assert config == element.config
         assert (config.train.epochs, config.wandb.group) == (7, "mine")
         assert config.run.dir == str(element.run)
 
 
-def test_values_are_read_back_as_they_were_written(sweep_file):
+def test_values_are_read_back_as_they_were_written(study_file):
     text = "grid:\n  wandb.project: ['1', 'true', '- b', plain]\n  data.mean: [[0.0], [0.5]]\n"
-    sweep = load_sweep(sweep_file(text + "  wandb.tags: [[a, b]]\n  train.max_steps: [null]"))
+    study = load_study(study_file(text + "  wandb.tags: [[a, b]]\n  train.max_steps: [null]"))
     with pytest.raises(ConfigError, match="compute the same"):  # W&B's keys change no result
-        elements(sweep)
-    sweep = sweep.model_copy(update={"grid": {**sweep.grid, "wandb.project": ["true"]}})
-    found = [element.config for element in elements(sweep)]
+        elements(study)
+    study = study.model_copy(update={"grid": {**study.grid, "wandb.project": ["true"]}})
+    found = [element.config for element in elements(study)]
     assert [config.data.mean for config in found] == [[0.0], [0.5]]
     for config in found:
         assert (config.wandb.project, config.wandb.tags) == ("true", ["a", "b"])
@@ -117,10 +119,10 @@ def test_values_are_read_back_as_they_were_written(sweep_file):
         ("axes: {a.b: {x: {}}}", "axes.a.b: the name of an axis begins with a letter"),
         (
             "axes: {m: {x: {sharpness.rule: sam, sharpness.gamma: 1}, y: {sharpness.rule: csam}}}",
-            "run 0 of the sweep, x: sharpness.gamma = 1 (in the sweep's file) belongs to",
+            "run 0 of the study, x: sharpness.gamma = 1 (in the study's file) belongs to",
         ),
-        ("axes: {m: {x: {run.dir: a}}}", "run.dir follows from the sweep"),
-        ("axes: {m: {x: {run.axes: {}}}}", "run.axes follows from the sweep"),
+        ("axes: {m: {x: {run.dir: a}}}", "run.dir follows from the study"),
+        ("axes: {m: {x: {run.axes: {}}}}", "run.axes follows from the study"),
         (
             "axes: {m: {x: {run.seed: 1}}}\ngrid: {run.seed: [1]}",
             "run.seed stands in grid.run.seed and in axes.m",
@@ -133,7 +135,7 @@ def test_values_are_read_back_as_they_were_written(sweep_file):
         ),
         ("grid: {run.seed: []}", "grid.run.seed lists no value"),
         ("gird: {run.seed: [1]}", "gird: no such key; did you mean grid?"),
-        ("grid: {run.dir: [a]}", "run.dir follows from the sweep"),
+        ("grid: {run.dir: [a]}", "run.dir follows from the study"),
         (
             "grid: {run.seed: [1]}\nset: {run.seed: 2}",
             "run.seed stands in grid.run.seed and in set",
@@ -147,10 +149,10 @@ def test_values_are_read_back_as_they_were_written(sweep_file):
             "exclude[0].run.seed = 2 is not one of its values",
         ),
         ("grid: {run.seed: [1]}\nexclude: [{run.seed: 1}]", "leaves out every run"),
-        ("grid: {run.seed: [1, 1]}", "runs 0 and 1 of the sweep are called the same"),
-        ("grid: {sharpness.rho: [1, 1.0]}", "runs 0 and 1 of the sweep compute the same"),
+        ("grid: {run.seed: [1, 1]}", "runs 0 and 1 of the study are called the same"),
+        ("grid: {sharpness.rho: [1, 1.0]}", "runs 0 and 1 of the study compute the same"),
         ("grid: {sharpness.roh: [1]}", "did you mean sharpness.rho?"),
-        ("grid: {sharpness.rho: [0.1, -1]}", "run 1 of the sweep, rho-1: sharpness.rho = -1"),
+        ("grid: {sharpness.rho: [0.1, -1]}", "run 1 of the study, rho-1: sharpness.rho = -1"),
         ("name: a/b\ngrid: {run.seed: [1]}", "name: string should match pattern"),
         ("- 1", "study.yaml"),
         ("directory: ''\ngrid: {run.seed: [1]}", "directory: is empty; is a variable of the shell"),
@@ -158,57 +160,57 @@ def test_values_are_read_back_as_they_were_written(sweep_file):
         (f"grid: {{a: {list(range(200))}, b: {list(range(200))}}}", "there are 40,000 combin"),
     ],
 )
-def test_what_cannot_be_swept_is_refused_with_its_key(sweep_file, text, message):
+def test_what_cannot_be_swept_is_refused_with_its_key(study_file, text, message):
     with pytest.raises(ConfigError) as error:
-        elements(load_sweep(sweep_file(text)))
+        elements(load_study(study_file(text)))
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("run.dir=/elsewhere", "run.dir follows from the sweep"),  # of all runs at once
-        ("wandb.name=one", "wandb.name follows from the sweep"),
+        ("run.dir=/elsewhere", "run.dir follows from the study"),  # of all runs at once
+        ("wandb.name=one", "wandb.name follows from the study"),
         ("run.seed=5", "run.seed is set by axes or grid"),
     ],
 )
-def test_an_override_of_what_is_each_runs_own_is_refused(sweep_file, override, message):
+def test_an_override_of_what_is_each_runs_own_is_refused(study_file, override, message):
     with pytest.raises(ConfigError, match=message):
-        elements(load_sweep(sweep_file("grid: {run.seed: [1, 2]}")), [override])
+        elements(load_study(study_file("grid: {run.seed: [1, 2]}")), [override])
 
 
 @pytest.mark.parametrize("directory", ["a b #c", "{a,b}", "*x", "7", "a: b", "it's", "[x]", "😀"])
-def test_a_sweep_s_directory_may_have_any_name(sweep_file, directory):
-    sweep = load_sweep(sweep_file("grid: {run.seed: [1]}"))
-    sweep = sweep.model_copy(update={"directory": directory})
-    (element,) = elements(sweep)
+def test_a_study_s_directory_may_have_any_name(study_file, directory):
+    study = load_study(study_file("grid: {run.seed: [1]}"))
+    study = study.model_copy(update={"directory": directory})
+    (element,) = elements(study)
     assert element.config.run.dir == f"{directory}/seed1"
-    assert load(sweep.base, element.arguments) == element.config
+    assert load(study.base, element.arguments) == element.config
 
 
-def test_a_sweep_in_the_home_directory(sweep_file, monkeypatch, tmp_path):
-    """What the runs write and what the sweep writes about them lie in one place."""
+def test_a_study_in_the_home_directory(study_file, monkeypatch, tmp_path):
+    """What the runs write and what the study writes about them lie in one place."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    text = sweep_file("grid: {run.seed: [1]}").read_text().splitlines()[1]
+    text = study_file("grid: {run.seed: [1]}").read_text().splitlines()[1]
     (tmp_path / "csam.yaml").write_text("{}")
     (tmp_path / "study.yaml").write_text(f"base: ~/csam.yaml\ndirectory: ~/study\n{text}")
-    sweep = load_sweep(tmp_path / "study.yaml")
-    (element,) = elements(sweep)
-    assert Path(sweep.directory) == element.run.parent == tmp_path / "study"
+    study = load_study(tmp_path / "study.yaml")
+    (element,) = elements(study)
+    assert Path(study.directory) == element.run.parent == tmp_path / "study"
     assert element.config.run.dir == str(tmp_path / "study/seed1")
-    assert sweep.base == str(tmp_path / "csam.yaml")
+    assert study.base == str(tmp_path / "csam.yaml")
 
 
 NAMES = ["..", ".", ".hidden", "/etc", "a/../..", "=cmd|' /C calc'!A0", "a'b<c>", "-x", "", "///"]
 
 
-def test_a_run_s_directory_lies_in_the_sweep_s_whatever_the_values_are(sweep_file):
-    """And is none that the sweep itself writes to."""
+def test_a_run_s_directory_lies_in_the_study_s_whatever_the_values_are(study_file):
+    """And is none that the study itself writes to."""
     taken = ["code", "comparison", "logs", "slurm", "x" * 300, "é" * 200, "http://me:secret@h/x?s"]
     for value in NAMES + taken:
-        sweep = load_sweep(sweep_file("grid: {run.seed: [1]}"))
-        sweep = sweep.model_copy(update={"grid": {"model.options.x": [value]}})
-        (element,) = elements(sweep)
+        study = load_study(study_file("grid: {run.seed: [1]}"))
+        study = study.model_copy(update={"grid": {"model.options.x": [value]}})
+        (element,) = elements(study)
         assert element.run.parent == Path("runs/study"), value
         assert element.name not in ("", ".", "..", *taken), value
         assert not element.name.startswith(".")
@@ -218,10 +220,10 @@ def test_a_run_s_directory_lies_in_the_sweep_s_whatever_the_values_are(sweep_fil
 
 
 @pytest.mark.parametrize("stem", ["7", "1e3", "true", "2024-01-01", "null", "a+b", "0x10"])
-def test_a_sweep_may_be_called_like_a_number(sweep_file, stem):
-    path = sweep_file("grid: {run.seed: [1]}")
+def test_a_study_may_be_called_like_a_number(study_file, stem):
+    path = study_file("grid: {run.seed: [1]}")
     path = path.rename(path.with_name(f"{stem}.yaml"))
-    (element,) = elements(load_sweep(path))
+    (element,) = elements(load_study(path))
     assert element.config.wandb.group == stem
 
 
@@ -230,31 +232,33 @@ def test_a_sweep_may_be_called_like_a_number(sweep_file, stem):
     "place",
     ["grid: {model.options.x: [VALUE]}", "grid: {run.seed: [1]}\nset: {model.options.x: VALUE}"],
 )
-def test_a_value_that_no_command_line_takes_is_refused(sweep_file, value, place):
+def test_a_value_that_no_command_line_takes_is_refused(study_file, value, place):
     where = r"study\.yaml is not valid YAML" if "!!" in value else r"model\.options"
     with pytest.raises(ConfigError, match=where):
-        elements(load_sweep(sweep_file(place.replace("VALUE", value))))
+        elements(load_study(study_file(place.replace("VALUE", value))))
 
 
-def test_a_date_is_text(sweep_file):
-    (element,) = elements(load_sweep(sweep_file("grid: {model.options.x: [2024-01-01]}")))
+def test_a_date_is_text(study_file):
+    (element,) = elements(load_study(study_file("grid: {model.options.x: [2024-01-01]}")))
     assert element.config.model.options["x"] == "2024-01-01"
 
 
 @pytest.mark.parametrize("name", ["..", ".", ".x", "a/b", "", "x" * 101])
-def test_a_name_that_leaves_the_directory_of_runs_is_refused(sweep_file, name):
+def test_a_name_that_leaves_the_directory_of_runs_is_refused(study_file, name):
     with pytest.raises(ConfigError, match="name: string should"):
-        load_sweep(sweep_file(f"name: '{name}'\ngrid: {{run.seed: [1]}}"))
+        load_study(study_file(f"name: '{name}'\ngrid: {{run.seed: [1]}}"))
 
 
 @pytest.mark.parametrize("file", sorted(STUDIES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_study_of_the_package_loads_and_tells_its_methods_apart(file):
-    found = elements(load_sweep(file))
+    found = elements(load_study(file))
     places = {tuple(sorted(one.config.run.axes.items())) for one in found}
-    by_method: dict[str, set[str]] = {}
+    by_method: dict[str, set[tuple]] = {}
     for one in found:
         if "method" in one.config.run.axes:
-            by_method.setdefault(one.config.run.axes["method"], set()).add(method_of(one.config))
+            settings = tuple(sorted(settings_of(one.config).items()))  # rho and gamma
+            name = (method_of(one.config), settings)
+            by_method.setdefault(one.config.run.axes["method"], set()).add(name)
     names = [name for found_names in by_method.values() for name in found_names]
     assert len(names) == len(set(names)), "two methods of a study have one name"
     assert places

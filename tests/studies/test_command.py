@@ -1,4 +1,4 @@
-"""launch/sweep.py on this machine: interrupted, gone on, passed over, compared."""
+"""recipes/study.py on this machine: interrupted, gone on, passed over, compared."""
 
 import csv
 import json
@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 from flatcal_dist.data import prepare_digits
-from flatcal_dist.runs.sweep import elements, load_sweep
-from tests.support.launching import ROOT, interrupt, run
+from flatcal_dist.studies.elements import elements
+from flatcal_dist.studies.file import load_study
+from tests.support.launching import ROOT, interrupt, script
 
 
-def test_a_sweep_is_interrupted_goes_on_and_is_compared(tmp_path):
+def test_a_study_is_interrupted_goes_on_and_is_compared(tmp_path):
     data = prepare_digits(tmp_path / "digits")
     file = tmp_path / "study.yaml"
     file.write_text(
@@ -19,28 +20,28 @@ def test_a_sweep_is_interrupted_goes_on_and_is_compared(tmp_path):
         " train.validate_every_epochs: null, train.log_every_steps: 1, train.max_steps: 60}\n"
         "axes: {method: {sgd: {sharpness.rule: none}, csam: {sharpness.rule: csam}}}\n"
     )
-    words = [sys.executable, str(ROOT / "launch/sweep.py"), str(file), "--parallel", "2"]
-    words += ["--seeds", "1", "--directory", str(tmp_path / "runs")]
+    words = [str(file), "--parallel", "2", "--seeds", "1", "--directory", str(tmp_path / "runs")]
     runs = [tmp_path / "runs" / name for name in ("sgd-seed0", "csam-seed0")]
 
-    code, output = interrupt(words, lambda: all(steps(run_) > 2 for run_ in runs))
+    study = [sys.executable, str(ROOT / "recipes/study.py")]
+    code, output = interrupt([*study, *words], lambda: all(steps(run_) > 2 for run_ in runs))
     assert code == 130, output
     phases = [phase(run_) for run_ in runs]
     assert "preempted" in phases, output
     assert set(phases) <= {"preempted", "finished"}, output
 
-    done = run(words)
+    done = script(ROOT / "recipes/study.py", *words)
     assert done.returncode == 0, done.stdout
     assert [phase(run_) for run_ in runs] == ["finished", "finished"]
     assert [json.loads((run_ / "state.json").read_text())["step"] for run_ in runs] == [60, 60]
     assert (tmp_path / "runs/comparison/index.html").exists()
-    with (tmp_path / "runs/summary.csv").open() as stream:
+    with (tmp_path / "runs/results.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     for row, run_ in zip(rows, runs, strict=True):
         metrics = json.loads((run_ / "report/metrics.json").read_text())
-        assert float(row["nll"]) == round(metrics["nll"], 4)
+        assert float(row["nll"]) == metrics["nll"]
         assert row["phase"] == "finished"
-    assert [(row["method"], row["run.seed"]) for row in rows] == [("sgd", "0"), ("csam", "0")]
+    assert [(row["method"], row["seed"]) for row in rows] == [("sgd", "0"), ("csam", "0")]
 
 
 def steps(run_: Path) -> int:
@@ -52,11 +53,11 @@ def phase(run_: Path) -> str:
     return json.loads((run_ / "state.json").read_text())["phase"]
 
 
-def test_the_sweep_of_the_readme_is_one(tmp_path):
+def test_the_study_of_the_readme_is_one(tmp_path):
     text = (ROOT / "launch/README.md").read_text()
     (block,) = [part for part in text.split("```yaml\n")[1:] if part.startswith("base:")]
     (tmp_path / "digits").symlink_to(ROOT / "configs/digits")
     (tmp_path / "studies").mkdir()
     file = tmp_path / "studies/methods.yaml"
     file.write_text(block.partition("```")[0].replace("base: ..", f"base: {ROOT}/configs"))
-    assert len(elements(load_sweep(file))) == 3 * 2 * 3 - 3
+    assert len(elements(load_study(file))) == 3 * 2 * 3 - 3

@@ -1,0 +1,149 @@
+"""What the runs of a study left behind: one result for each run, and results.csv of all."""
+
+import shlex
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from flatcal_dist.calibration.metrics.entries import METRICS
+from flatcal_dist.calibration.report.model import Report, read_metrics
+from flatcal_dist.calibration.report.training_curves import training_curves
+from flatcal_dist.calibration.shift.report import read_shift
+from flatcal_dist.files import csv_text, read_json
+from flatcal_dist.runs.directory import RunDirectory, RunError
+from flatcal_dist.studies.elements import Element
+from flatcal_dist.studies.file import SEED
+from flatcal_dist.studies.jobs import phase_of
+from flatcal_dist.tracking.tracker import read_metrics as read_records
+from flatcal_dist.urls import hide
+
+AFTER = ("nll", "brier", "ece", "signed_gap", "aurc", "auroc")  # also after temperature scaling
+SHIFTED = ("accuracy", "nll", "ece", "signed_gap", "aurc", "auroc")  # also under shift
+PACKAGES = ("torch", "timm", "flatcal_dist")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of a study.
+
+    Attributes:
+        element: The run.
+        phase: The phase of state.json, or "new".
+        report: The metrics of its report. None if it has none.
+        shift: What shift.json of its report holds. None if there is none.
+        records: The records of metrics.jsonl.
+        environment: What environment.json holds.
+        steps: The number of steps that were taken.
+    """
+
+    element: Element
+    phase: str
+    report: Report | None
+    shift: dict[str, Any] | None
+    records: list[dict[str, Any]]
+    environment: dict[str, Any]
+    steps: int
+
+    @property
+    def seed(self) -> int:
+        """The training seed."""
+        return self.element.config.run.seed
+
+    @cached_property
+    def step_seconds(self) -> float | None:
+        """The median time of a step in seconds, over what was logged. None if nothing was."""
+        times = [record["perf/step_seconds"] for record in self.records[1:]
+                 if record.get("perf/step_seconds") is not None]  # fmt: skip
+        return statistics.median(times) if times else None
+
+    @cached_property
+    def curves(self) -> dict[str, list[Any]] | None:
+        """The figures of each validated epoch, by name."""
+        return training_curves(self.records)
+
+    @cached_property
+    def figures(self) -> dict[str, float | None]:
+        """Every metric by its key, then those after temperature scaling and under shift."""
+        if self.report is None:
+            return {}
+        found = {key: self.report.value(key) for key in METRICS}
+        found["temperature"] = self.report.temperature
+        after = self.report.side("after")
+        found |= {f"{key}_after_temperature": after.value(key) for key in AFTER}
+        return found | {f"{key}_under_shift": self._under_shift(key) for key in SHIFTED}
+
+    def _under_shift(self, key: str) -> float | None:
+        """The mean over the corrupted sets, as trained. None without any."""
+        groups = [] if self.shift is None else self.shift["groups"]
+        values = [group["before"]["all"][key] for group in groups]
+        return None if not values or None in values else statistics.mean(values)
+
+
+def read_results(found: Sequence[Element]) -> list[Result]:
+    """Read what every run has. Raises RunError if a file of a finished run is damaged."""
+    return [_read(element) for element in found]
+
+
+def _read(element: Element) -> Result:
+    directory, phase = RunDirectory(element.run), phase_of(element)
+    report, shift, records, environment, steps = None, None, [], {}, 0
+    try:
+        if (directory.report / "metrics.json").is_file():
+            report = read_metrics(directory.report / "metrics.json")
+            shift = read_shift(directory.report)
+        if directory.metrics_file.is_file():
+            records = read_records(directory.metrics_file)
+        if (element.run / "environment.json").is_file():
+            environment = read_json(element.run / "environment.json")
+        if (state := directory.state()) is not None:
+            steps = state.step
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise RunError(
+            f"run {element.name} cannot be read: {error}. `flatcal evaluate {element.run}` writes "
+            "its report again"
+        ) from None
+    return Result(element, phase, report, shift, records, environment, steps)
+
+
+def results_csv(results: Sequence[Result], study_file: str) -> str:
+    """Return a row for each run: its place, its figures, and what it takes to make them again."""
+    rows = [_row(result, study_file) for result in results]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return csv_text([columns, *([row.get(name) for name in columns] for row in rows)])
+
+
+def _row(result: Result, study_file: str) -> dict[str, Any]:
+    element = result.element
+    point = {key: value for key, value in element.point.items() if key != SEED}
+    return {
+        "run": element.name,
+        **{key: hide(str(value)) for key, value in point.items()},
+        "seed": result.seed,
+        "phase": result.phase,
+        **result.figures,
+        "step_seconds": result.step_seconds,
+        "steps": result.steps,
+        **provenance(result),
+        "study": study_file,
+        "overrides": hide(shlex.join(element.overrides)),
+    }
+
+
+def provenance(result: Result) -> dict[str, Any]:
+    """Return commit, uncommitted changes, versions and machine of the last start of a run."""
+    environment = result.environment
+    code, packages = environment.get("code", {}), environment.get("packages", {})
+    devices = environment.get("devices") or [f"{environment.get('cpu_count')} CPU cores"]
+    known = bool(environment)
+    return {
+        "commit": code.get("commit"),
+        "uncommitted_changes": code.get("diff_sha256") or ("none" if code.get("commit") else None),
+        "engine": environment.get("engine"),
+        "precision": environment.get("precision"),
+        "world_size": environment.get("world_size"),
+        "python": environment.get("python"),
+        **{name: packages.get(name) for name in PACKAGES},
+        "machine": ", ".join(dict.fromkeys(devices)) if known else None,
+    }
