@@ -22,7 +22,7 @@ from flatcal_dist.runs.directory import RunError
 from flatcal_dist.studies.elements import Element, elements
 from flatcal_dist.studies.estimate import estimate
 from flatcal_dist.studies.file import SEED, Study, load_study
-from flatcal_dist.studies.jobs import How, Jobs, phase_of
+from flatcal_dist.studies.jobs import How, Jobs, phase_of, to_do
 from flatcal_dist.urls import hide
 
 
@@ -40,7 +40,7 @@ def main(description: str | None = None) -> None:
         if not (arguments.list or arguments.dry_run):
             refuse_no_directory(Path(study.directory))
         found = elements(study, arguments.overrides)
-        missing = [element for element in found if phase_of(element) != "finished"]
+        missing = [element for element in found if to_do(study, element) is not None]
         if arguments.list:
             _list(found)
         elif arguments.dry_run:
@@ -63,8 +63,8 @@ def _end(study: Study, file: Path, found: Sequence[Element], jobs: Jobs) -> None
     """Report what there is, and end with the exit code that tells why the runs ended."""
     if jobs.stopping and not jobs.out_of_time:
         sys.exit(130)
-    finished = [element for element in found if phase_of(element) == "finished"]
-    if finished:
+    finished = [element for element in found if to_do(study, element) is None]
+    if any(phase_of(element) == "finished" for element in found):
         _report(study, file, found, jobs.how)
     if jobs.failed:
         sys.exit(f"error: {len(jobs.failed)} of {len(found)} runs did not finish")

@@ -14,6 +14,7 @@
       run.seed: [0, 1, 2]
     exclude:                               # what matches all of an entry is left out
       - {method: focal, model.options.width: [64]}
+    evaluate: [--data, DATA, --data, imagenet_c=DATA]   # after each run: `flatcal evaluate RUN ...`
     question: Does CSAM calibrate better than SAM?   # the head of the page
     panels: [model.options.width]          # not compared: a table each; by default network and data
     published: zhu2022.csv                 # published figures to show beside ours (`published`)
@@ -65,6 +66,11 @@ class Study(Section):
     )
     grid: dict[str, list[Any]] = Field({}, description="The values of each dotted key.")
     exclude: list[dict[str, Any]] = Field([], description="Combinations to leave out.")
+    evaluate: list[str] = Field(
+        [],
+        description="Words for `flatcal evaluate RUN`, which follows each run, such as --data "
+        "imagenet_c_generated=DATA.",
+    )
     question: str = Field("", description="What the study asks, for the head of its page.")
     panels: list[str] = Field(
         ["network", "data"],

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from flatcal_dist import config as configuration
 from flatcal_dist.runs.directory import RunDirectory, RunError
@@ -46,6 +47,7 @@ class Jobs:
     def __init__(self, study: Study, how: How) -> None:
         self.study, self.how = study, how
         self.running: dict[subprocess.Popen, Element] = {}
+        self.evaluated: set[str] = set()  # by name: an evaluation is tried once
         self.failed: list[Element] = []
         self.stopping = self.out_of_time = False
         self.deadline = time.monotonic() + how.seconds if how.seconds is not None else None
@@ -53,7 +55,7 @@ class Jobs:
             signal.signal(number, self._interrupted)
 
     def run(self, waiting: Sequence[Element]) -> None:
-        """Run all of them, as many at once as `how` says. Returns when none is left."""
+        """Train and evaluate all of them, as many at once as `how` says."""
         left = list(waiting)
         while self.running or (left and not self.stopping):
             while left and not self.stopping and len(self.running) < self.how.parallel:
@@ -64,7 +66,7 @@ class Jobs:
                     self.failed.append(element)
                     print(f"[{element.index}] {element.name}: not started: {error}", flush=True)
             time.sleep(0.2)
-            self._collect()
+            left[:0] = self._collect()
             if self.deadline and time.monotonic() > self.deadline and not self.stopping:
                 self.out_of_time = True
                 self._stop("the time is over")
@@ -72,8 +74,14 @@ class Jobs:
                 self._signal(signal.SIGKILL)
 
     def _start(self, element: Element) -> None:
-        words = command(self.study, element, self.how)
-        print(f"[{element.index}] {element.name}", flush=True)
+        what = to_do(self.study, element)
+        make = evaluation if what == "evaluate" else command
+        words = make(self.study, element, self.how)
+        note = ""
+        if what == "evaluate":
+            self.evaluated.add(element.name)
+            note = " is evaluated"
+        print(f"[{element.index}] {element.name}{note}", flush=True)
         log = logs(element)
         log.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -91,7 +99,9 @@ class Jobs:
         if self.stopping:  # the signal came while it was being started
             self._signal(signal.SIGINT)
 
-    def _collect(self) -> None:
+    def _collect(self) -> list[Element]:
+        """Take out the runs that have ended, and return those that are to be evaluated now."""
+        trained = []
         for process in [process for process in self.running if process.poll() is not None]:
             element = self.running.pop(process)
             try:
@@ -99,11 +109,17 @@ class Jobs:
             except RunError as error:  # the others go on
                 phase = f"unreadable: {error}"
             text = f"[{element.index}] {element.name}: {phase}"
-            if phase != "finished" and not self.stopping:
+            unevaluated = phase == "finished" and to_do(self.study, element) == "evaluate"
+            again = unevaluated and element.name in self.evaluated
+            if (phase != "finished" or process.returncode or again) and not self.stopping:
                 self.failed.append(element)
                 text += f" (exit code {process.returncode})"
+                text += ", but its evaluation wrote no shift.json" if again else ""
                 text += ", see above" if self.how.show else f", see {logs(element)}"
+            elif unevaluated:
+                trained.append(element)
             print(text, flush=True)
+        return trained
 
     def _interrupted(self, *_: object) -> None:
         if not self.stopping:
@@ -122,6 +138,14 @@ class Jobs:
                 os.killpg(process.pid, number)
 
 
+def to_do(study: Study, element: Element) -> Literal["train", "evaluate"] | None:
+    """Return what is missing of a run. Raises RunError if its state.json is damaged."""
+    if phase_of(element) != "finished":
+        return "train"
+    evaluated = (RunDirectory(element.run).report / "shift.json").is_file()
+    return "evaluate" if study.evaluate and not evaluated else None
+
+
 def command(study: Study, element: Element, how: How) -> list[str]:
     """Return the command that a user would type for a run."""
     options = ["--config", study.base, *element.arguments]
@@ -129,7 +153,17 @@ def command(study: Study, element: Element, how: How) -> list[str]:
         # Everybody on the machine can read the words of a command.
         configuration.write(element.config, logs(element).with_suffix(".yaml"))
         options = ["--config", str(logs(element).with_suffix(".yaml"))]
-    recipe = [str(ROOT / "recipes/imagenet_csam.py"), *options]
+    return launched("imagenet_csam", options, element, how)
+
+
+def evaluation(study: Study, element: Element, how: How) -> list[str]:
+    """Return the command that evaluates a run as the study says."""
+    return launched("evaluate", [str(element.run), *study.evaluate], element, how)
+
+
+def launched(name: str, options: list[str], element: Element, how: How) -> list[str]:
+    """Return the command that starts a recipe on the ranks of a run."""
+    recipe = [str(ROOT / f"recipes/{name}.py"), *options]
     if how.processes == 1 and how.launcher is None:
         return [sys.executable, *recipe]
     engine = element.config.train.engine

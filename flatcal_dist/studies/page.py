@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,8 @@ def _has_shift(results: Sequence[Result]) -> bool:
 
 
 def _run(study: Study, result: Result, how: How, folder: Path) -> dict[str, Any]:
-    element = result.element
+    element, ranks_then = result.element, result.environment.get("world_size")
+    how = replace(how, processes=ranks_then or how.processes)
     return {
         "name": element.name,
         "point": element.point,

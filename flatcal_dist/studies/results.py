@@ -75,9 +75,11 @@ class Result:
         return found | {f"{key}_under_shift": self._under_shift(key) for key in SHIFTED}
 
     def _under_shift(self, key: str) -> float | None:
-        """The mean over the corrupted sets, as trained. None without any."""
-        groups = [] if self.shift is None else self.shift["groups"]
-        values = [group["before"]["all"][key] for group in groups]
+        """The mean over the corrupted and the other sets, as trained. None without any."""
+        found = {"corruptions": [], "sets": []} if self.shift is None else self.shift
+        sides = [group["before"]["all"] for group in found["corruptions"]]
+        sides += [one["before"] for one in found["sets"] if not one["corruption"]]
+        values = [side[key] for side in sides]
         return None if not values or None in values else statistics.mean(values)
 
 

@@ -15,9 +15,9 @@ from flatcal_dist.files import write_json
 from flatcal_dist.runs.directory import RunError, State
 from flatcal_dist.studies.elements import Element, elements
 from flatcal_dist.studies.file import Study, load_study
-from flatcal_dist.studies.jobs import How
+from flatcal_dist.studies.jobs import How, evaluation, to_do
 from flatcal_dist.studies.page import write_study
-from flatcal_dist.studies.results import read_results
+from flatcal_dist.studies.results import SHIFTED, read_results
 from tests.calibration.test_compare import write_run
 from tests.calibration.test_report import assert_sound_page, strict_json
 from tests.support.launching import ROOT
@@ -67,7 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[Element]
 def finished(element: Element) -> None:
     """What a run leaves, with a network of known confidence."""
     method, seed = element.point["method"], element.point["run.seed"]
-    scale = SCALES[method] * (1.5 if element.point["network"] == "large" else 1.0)
+    scale = SCALES[method] * (1.5 if element.point.get("network") == "large" else 1.0)
     write_run(element.run, method, seed, scale)
     write_json(element.run / "state.json", asdict(State(phase="finished", step=30, seconds=3.0)))
     records = [
@@ -215,6 +215,43 @@ def test_the_page_leads_from_each_number_to_its_run(made):
     assert "1 run of this study has no report yet" in page.text
     assert "Which one?" in page.text
     assert "another network" in page.text
+
+
+def test_what_the_study_evaluates_under_shift_is_averaged_over_its_sets(tmp_path):
+    file = tmp_path / "shift.yaml"
+    file.write_text(
+        f"base: {ROOT}/configs/digits/sgd.yaml\ndirectory: {tmp_path}/r\n"
+        "axes: {method: {sgd: {}, sam: {sharpness.rule: sam}}}\ngrid: {run.seed: [0, 1]}\n"
+        "evaluate: [--data, clean.tar, --data, blurred=blurred.tar]\n"
+    )
+    study = load_study(file)
+    found = elements(study)
+    for element in found:
+        finished(element)
+        assert to_do(study, element) == "evaluate"
+        assert evaluation(study, element, How(processes=2))[-6:] == [
+            str(ROOT / "recipes/evaluate.py"), str(element.run), *study.evaluate
+        ]  # fmt: skip
+        seed = element.point["run.seed"]
+        each = [dict.fromkeys(SHIFTED, value + 0.01 * seed) for value in (0.1, 0.2, 0.6)]
+        write_json(element.run / "report/shift.json", {
+            "schema_version": 2,
+            "clean": {},
+            "sets": [
+                {"name": "blurred", "corruption": None, "before": each[0]},
+                {"name": "other", "corruption": None, "before": each[1]},
+                {"name": "noise", "corruption": "noise", "before": dict.fromkeys(SHIFTED, 9.0)},
+            ],
+            "corruptions": [{"name": "noise", "before": {"all": each[2]}}],
+        })  # fmt: skip
+        assert to_do(study, element) is None
+    with quick_reports():
+        write_study(study, file, read_results(found), How())
+    (panel,) = strict_json(tmp_path / "r/study.json")["panels"]
+    for arm in panel["arms"]:
+        assert arm["figures"]["ece_under_shift"]["mean"] == pytest.approx(0.3 + 0.005)
+        assert arm["figures"]["ece_under_shift"]["sd"] == pytest.approx(0.01 / 2**0.5)
+    assert "ECE under shift" in (tmp_path / "r/index.html").read_text()
 
 
 def test_one_run_alone_and_damaged_runs(tmp_path):
