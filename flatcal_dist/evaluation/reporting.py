@@ -19,7 +19,6 @@ from flatcal_dist.calibration.pages.display import counted
 from flatcal_dist.calibration.records.records import Records, Source
 from flatcal_dist.calibration.records.temperatures import Apart
 from flatcal_dist.calibration.report.model import Report
-from flatcal_dist.calibration.report.writing import render_report, write_report
 from flatcal_dist.calibration.shift.report import Shifted, save_shifted, write_shift
 from flatcal_dist.calibration.shift.rows import Measured, measure
 from flatcal_dist.config import Config
@@ -245,6 +244,8 @@ def report(
     def written() -> tuple[Records, Report] | None:
         if found is None:
             return None
+        from flatcal_dist.calibration.report.writing import write_report  # draws: rank 0 alone
+
         _forget_shift(output)
         named = title or output.parent.name
         about = describe(config, module, data, accelerator, named, weights_file, trained)
@@ -336,7 +337,13 @@ def report_shift(
                 print(_line(data.variant, rows[-1].row))
 
         on_all_ranks(written)
-    on_all_ranks(lambda: render_report(output) if clean is not None else None)
+    on_all_ranks(lambda: _render(output) if clean is not None else None)
+
+
+def _render(output: Path) -> None:
+    from flatcal_dist.calibration.report.writing import render_report  # matplotlib, on rank 0 alone
+
+    render_report(output)
 
 
 def _line(variant: Variant, figures: dict[str, Any]) -> str:

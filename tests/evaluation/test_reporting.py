@@ -8,6 +8,7 @@ import pytest
 import timm.data
 
 from flatcal_dist.calibration.records.records import Records
+from flatcal_dist.calibration.report import writing
 from flatcal_dist.calibration.report.summary import summarize
 from flatcal_dist.data import DataError
 from flatcal_dist.data.sets.imagenet import class_names, subset
@@ -76,7 +77,7 @@ def test_r_is_also_judged_among_all_classes(alone, trees, tmp_path, monkeypatch)
     setting, module, clean = settings(1000), network(1000), alone["imagenet"]
     # Beside the clean images they are a row of their own.
     clean.save(tmp_path / "records.parquet")
-    monkeypatch.setattr(evaluation, "render_report", lambda output: None)
+    monkeypatch.setattr(writing, "render_report", lambda output: None)
     evaluation.report_shift(
         setting, module, [data.variant], accelerator, tmp_path, clean, "identity of the clean"
     )
@@ -95,7 +96,7 @@ def test_r_is_also_judged_among_all_classes(alone, trees, tmp_path, monkeypatch)
     assert_same(Records.load(tmp_path / rows[1]["records"]), every)
     # In a report on these images alone they are a part of it.
     monkeypatch.setattr(
-        evaluation, "write_report",
+        writing, "write_report",
         lambda records, output, about, all_classes, **_: summarize(
             records, about, all_classes=all_classes, resamples=2
         ),

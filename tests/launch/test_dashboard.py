@@ -53,13 +53,12 @@ def test_every_metric_on_a_panel_is_one_that_a_run_writes(tmp_path):
         "evaluate.at_end=true",
         "train.validate_every_epochs=1",
         processes=1,
-        whole_report=True,
     )
     assert done.returncode == 0, done.stdout
     written = {key for record in read_metrics(run / "metrics.jsonl") for key in record}
     assert dashboard.metrics_shown() <= written
     for figure in dashboard.MEDIA:  # what the W&B process sends of the report
-        assert Path(run, "report/figures", figure.removeprefix("report/") + ".png").exists()
+        assert Path(run, "report/figures", figure.removeprefix("report/") + ".svg").exists()
 
 
 @pytest.mark.parametrize(

@@ -115,11 +115,16 @@ def test_the_summary_of_the_launcher_ends_with_the_reason(failure, told, data, t
 
 
 def test_accelerate_ends_with_the_reason(tmp_path):
-    """With several processes through torchrun's summary; with one after its own traceback."""
+    """Through torchrun's summary; with one process, after Accelerate's own traceback."""
     words = command("imagenet_sam", "--config", str(ROOT / "configs/digits/sam.yaml"), "a.b=1")
     done = run(words, tmp_path)
     assert done.returncode
     assert "a: no such key" in "\n".join(done.stdout.splitlines()[-10:]), done.stdout
+
+
+@pytest.mark.exhaustive
+def test_accelerate_with_one_process_ends_with_the_reason(tmp_path):
+    words = command("imagenet_sam", "--config", str(ROOT / "configs/digits/sam.yaml"), "a.b=1")
     script = words.index("2") + 1
     alone = [*words[:3], "--cpu", "--num_processes", "1", *words[script:]]
     done = run(alone, tmp_path)

@@ -143,7 +143,7 @@ def test_ctrl_c_keeps_what_was_done_and_the_same_command_goes_on(data, tmp_path)
     state = json.loads((broken / "state.json").read_text())
     assert state["phase"] == "preempted", output
     assert 30 < state["step"] < 180
-    done = run(words)
+    done = launch("imagenet_csam", *digits("csam", broken, data, *arguments))
     assert done.returncode == 0, done.stdout
     assert f"going on after step {state['step']}" in done.stdout
     assert launch("imagenet_csam", *digits("csam", whole, data, *arguments)).returncode == 0
@@ -258,6 +258,7 @@ def test_a_stale_index(own_data, tmp_path):
     refused(done, "digits-train-0000.tar", "flatcal index")
 
 
+@pytest.mark.exhaustive
 def test_a_launcher_that_starts_another_number_of_processes(data, tmp_path):
     """`accelerate launch --cpu --num_processes 2` starts one process, without a word."""
     arguments = digits("sam", tmp_path / "run", data)
@@ -277,7 +278,12 @@ def test_without_data_the_flagship_says_what_to_prepare(tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "options"),
-    [("imagenet/resnet50_csam", ()), ("imagenet/vit_s16_sam", ("model.options={img_size: 64}",))],
+    [
+        ("imagenet/resnet50_csam", ()),
+        pytest.param(
+            "imagenet/vit_s16_sam", ("model.options={img_size: 64}",), marks=pytest.mark.exhaustive
+        ),
+    ],
 )
 def test_a_dry_run_needs_no_data(config, options, tmp_path):
     """Of small images: many processors are slow in bf16."""

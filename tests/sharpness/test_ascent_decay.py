@@ -15,7 +15,7 @@ from flatcal_dist.sharpness import (
     ReplicatedEngine,
     SharpnessAwareStep,
 )
-from tests.support.engines import MOST, OWN, everywhere, make_engine
+from tests.support.engines import OWN, UNLIKE, everywhere, make_engine
 from tests.support.reference import CLOSE, bits, far, make_batch, make_network, my_part, norm, train
 
 DECAY, RATE, NUMBERS = 0.5, 0.1, range(3)
@@ -85,7 +85,7 @@ def stepped(rank, world_size, kind, rule, micro_batches, **options):
 SHARP = SAM(0.3, ascent_decay=True)
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_the_whole_batch_perturbs_by_its_gradient_and_the_decay(kind):
     expected = literal(SHARP, lambda number: [make_batch(number)])
     without = literal(SHARP, lambda number: [make_batch(number)], decay=0.0)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatcal_dist.sharpness import CSAM, SAM, ReplicatedEngine, SharpnessAwareStep, StepError
-from tests.support.engines import MOST, everywhere, make_engine
+from tests.support.engines import UNLIKE, everywhere, make_engine
 from tests.support.reference import (
     CLOSE,
     bits,
@@ -57,7 +57,7 @@ def by_forward(rank, world_size, kind):
     return outcome
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_forms_of_batches_and_losses_train_as_pairs_do(kind):
     expected = reference(SAM(0.1), numbers=range(3))[0]
     for weights, _ in everywhere(kind, by_forward)[0]:
@@ -116,7 +116,7 @@ def several_inputs(rank, world_size, kind):
     return outcome
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_networks_of_several_inputs_and_a_mapping_as_output(kind):
     expected = {f"network.{n}": w for n, w in reference(SAM(0.1), numbers=range(3))[0].items()}
     for rank, outcome in enumerate(everywhere(kind, several_inputs)):

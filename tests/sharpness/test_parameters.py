@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatcal_dist.sharpness import ReplicatedEngine, SharpnessAwareStep
 from tests.sharpness.test_refusals import NOTHING, message
-from tests.support.engines import MOST, everywhere, make_engine, used
+from tests.support.engines import UNLIKE, everywhere, make_engine, used
 from tests.support.ranks import on_ranks
 from tests.support.reference import (
     CLOSE,
@@ -193,7 +193,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_a_parameter_of_an_unusual_kind_is_trained_or_refused_by_name(kind):
     outcomes = everywhere(kind, kinds, list(KINDS))
     refused = dict(REFUSED)

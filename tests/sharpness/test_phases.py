@@ -3,7 +3,7 @@
 import pytest
 
 from flatcal_dist.sharpness import SharpnessAwareStep
-from tests.support.engines import MOST, everywhere, make_engine, used
+from tests.support.engines import UNLIKE, everywhere, make_engine, used
 from tests.support.reference import RULES, bits, my_part, train
 
 KEEPING = ("looksam", "momentum_sam", "friendly_sam", "stale_sam", "wsam", "csam", "functional_sam")
@@ -33,7 +33,7 @@ def phases(rank, world_size, kind):
     return outcome
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_a_phase_without_the_rule_is_plain_training_and_the_next_begins_anew(kind):
     for outcome in everywhere(kind, phases):
         for name, (same, forgotten) in outcome.items():

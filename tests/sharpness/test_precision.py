@@ -9,7 +9,7 @@ from torch import nn
 from flatcal_dist.sharpness import SAM, ReplicatedEngine, SharpnessAwareStep
 from flatcal_dist.sharpness.engines.loss_scale import LossScale
 from flatcal_dist.sharpness.engines.zero.engine import ZeroEngine
-from tests.support.engines import MOST, MOST_ZERO, ZERO, everywhere, make_engine, saved, used
+from tests.support.engines import MOST_ZERO, UNLIKE, ZERO, everywhere, make_engine, saved, used
 from tests.support.ranks import on_ranks
 from tests.support.reference import (
     NEW,
@@ -62,7 +62,7 @@ def through_autocast(rank, world_size, kind):
     return changes
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_the_perturbation_is_seen_through_autocast(kind):
     """Autocast keeps low-precision copies of the weights until its outermost block ends."""
     for changes in everywhere(kind, through_autocast):
@@ -177,7 +177,7 @@ def saved_without_scale(engine) -> bytes:
     return saved(engine)  # tensors only: the scale is a number
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_an_overflow_on_one_rank_skips_on_all_and_halves_the_scale_once(kind):
     expected = reference(SAM(0.02), network=wide_network)[0]
     for rank, outcome in enumerate(everywhere(kind, overflows, kind in ("one", "ddp"))):
@@ -207,7 +207,7 @@ def too_large(rank, world_size, kind):
     return scales, all(untouched), result.skipped
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", UNLIKE)
 def test_the_scale_is_halved_once_a_step_until_it_fits(kind):
     for scales, untouched, still in everywhere(kind, too_large):
         assert scales[:-1] == [2.0 ** (23 - i) for i in range(len(scales) - 1)]

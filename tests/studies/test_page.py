@@ -23,8 +23,8 @@ from tests.calibration.test_report import assert_sound_page, strict_json
 from tests.support.launching import ROOT
 from tests.support.quick_reports import quick_reports
 
-SCALES = {"sgd": 4.0, "sam": 3.0, "csam": 1.8, "focal": 1.2, "mixup": 1.0, "swa": 2.5}
-SECONDS = {"sgd": 0.1, "sam": 0.2, "csam": 0.21, "focal": 0.1, "mixup": 0.11, "swa": 0.1}
+SCALES = {"sgd": 4.0, "sam": 3.0, "csam": 1.8, "focal": 1.2}
+SECONDS = {"sgd": 0.1, "sam": 0.2, "csam": 0.21, "focal": 0.1}
 STUDY = """
 base: {root}/configs/digits/sgd.yaml
 directory: {directory}
@@ -36,8 +36,6 @@ axes:
     sam: {{sharpness.rule: sam}}
     csam: {{sharpness.rule: csam, sharpness.gamma: 1.0}}
     focal: {{objective.name: focal}}
-    mixup: {{mixing.name: mixup}}
-    swa: {{average.name: swa}}
   network: {{small: {{model.options.width: 8}}, large: {{model.options.width: 16}}}}
 grid: {{run.seed: [0, 1, 2]}}
 """

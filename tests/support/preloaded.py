@@ -19,6 +19,7 @@ import timm.layers
 import timm.optim
 import torch.distributed.fsdp
 
+import flatcal_dist.calibration.report.writing
 import flatcal_dist.evaluation.job
 import flatcal_dist.sharpness.engines.fsdp2
 import flatcal_dist.sharpness.engines.zero

@@ -142,6 +142,7 @@ def test_an_interrupted_run_is_in_wandb_what_the_uninterrupted_one_is(run):
     assert "report" in artifacts
 
 
+@pytest.mark.exhaustive
 def test_checkpoints_become_artifacts_when_asked_for(run):
     for asked in (True, False):
         config, path = run(f"asked_{asked}", log_checkpoints=asked)
@@ -190,7 +191,7 @@ def test_wandb_killed_in_the_middle_is_said_once_and_made_up_for(run, capfd):
     assert sync.lines_sent(path) == sync.lines_wanted(path), "and nothing is written twice"
 
 
-@pytest.mark.parametrize("answer", ["500", "nothing"])
+@pytest.mark.parametrize("answer", [pytest.param("500", marks=pytest.mark.exhaustive), "nothing"])
 def test_a_server_that_fails_costs_a_bounded_time_at_the_end(run, answer, monkeypatch, capfd):
     with fake_server(answer) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
@@ -229,6 +230,7 @@ def test_sync_gives_up_on_a_server_that_says_nothing_and_keeps_the_logs(run, mon
     assert sync.lines_sent(path) == sync.lines_wanted(path)
 
 
+@pytest.mark.exhaustive
 def test_what_a_damaged_log_lost_is_said_and_can_be_made_up_for(run, capfd):
     config, path = run("damaged", mode="offline")
     log(config, path, range(1, 3), "preempted")

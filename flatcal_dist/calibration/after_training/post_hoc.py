@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binom
+from scipy.special import bdtr
 
 from flatcal_dist.calibration.after_training.conformal import FOLDS, WANTED, Sets, conformal_sets
 from flatcal_dist.calibration.after_training.parts import (
@@ -162,6 +162,13 @@ def _set_row(name: str, sets: Sets, y: IntArray, classes: int) -> SetRow:
     )
 
 
+def _distance_by_chance(images: int) -> float:
+    """The mean distance of a share of so many images from `WANTED`, if each is WANTED by chance."""
+    count = np.arange(images + 1)
+    share = np.diff(bdtr(count, images, WANTED), prepend=0.0)
+    return float(share @ np.abs(count / images - WANTED))
+
+
 def _by_class(sets: Sets, y: IntArray, classes: int) -> ByClass | None:
     images = np.bincount(y, minlength=classes)
     many = images >= LEAST_OF_A_CLASS
@@ -169,7 +176,7 @@ def _by_class(sets: Sets, y: IntArray, classes: int) -> ByClass | None:
         return None
     covered = np.bincount(y, weights=sets.covered, minlength=classes)[many] / images[many]
     number, often = np.unique(images[many], return_counts=True)
-    chance = [float(binom.expect(lambda k, n=n: abs(k / n - WANTED), (n, WANTED))) for n in number]
+    chance = [_distance_by_chance(int(n)) for n in number]
     return ByClass(
         classes=int(many.sum()),
         least_images=LEAST_OF_A_CLASS,

@@ -5,11 +5,10 @@ Elkan, Transforming classifier scores into accurate multiclass probability estim
 """
 
 from abc import abstractmethod
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.isotonic import IsotonicRegression
 
 from flatcal_dist.calibration.calibrators.of_logits import LogitCalibrator
 from flatcal_dist.calibration.checks import (
@@ -19,6 +18,9 @@ from flatcal_dist.calibration.checks import (
     positive_integer,
 )
 from flatcal_dist.calibration.softmax import log_softmax
+
+if TYPE_CHECKING:
+    from sklearn.isotonic import IsotonicRegression
 
 FLOOR = np.finfo(np.float64).eps  # what a probability of 0 counts as; scikit-learn's log_loss, too
 
@@ -77,6 +79,8 @@ class OneVsRestIsotonic(_OneVsRest):
         self.curves = []
 
     def _fit_class(self, p: FloatArray, of_class: BoolArray) -> None:
+        from sklearn.isotonic import IsotonicRegression  # its import takes a second of each start
+
         curve = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip")
         self.curves.append(curve.fit(p, of_class.astype(np.float64)))
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from scipy.stats import rankdata
 
 from flatcal_dist.calibration.records.records import Records
 
@@ -31,6 +30,8 @@ def agreement(first: Records, second: Records) -> float | None:
     Two networks mostly find the same images hard. A correlation of about 0 is a sign of rows in
     different orders, which labels alone cannot show. It is None if there are too few images.
     """
+    from scipy.stats import rankdata  # the import takes most of a second of each start
+
     columns = []
     for records in (first, second):
         rank = rankdata(records.before.nll)

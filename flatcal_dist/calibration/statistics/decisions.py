@@ -9,7 +9,7 @@ page shows any difference where there is none is at most 5 %.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import norm, t
+from scipy.special import ndtr, stdtr
 
 from flatcal_dist.calibration.checks import FloatArray
 from flatcal_dist.calibration.metrics.entries import STATISTICS
@@ -72,7 +72,7 @@ def difference_p_value(
     if rarer < 2 or spread == 0:
         return 1.0
     size = abs(float(point)) / spread * np.sqrt((rarer - 1) / rarer)
-    return max(p, float(2 * t.sf(size, rarer - 1)))
+    return max(p, float(2 * stdtr(rarer - 1, -size)))
 
 
 def _two_sided(point: float, replicates: FloatArray) -> float:
@@ -83,4 +83,4 @@ def _two_sided(point: float, replicates: FloatArray) -> float:
     spread = float(replicates.std())
     if beyond >= COUNTED or spread == 0:
         return counted
-    return min(counted, float(2 * norm.sf(abs(point) / spread)))
+    return min(counted, float(2 * ndtr(-abs(point) / spread)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit  # scipy.stats takes most of a second to import
 
 from flatcal_dist.calibration.statistics.intervals import beyond_zero
 
@@ -80,7 +80,7 @@ def over_seeds(values: Sequence[float | None]) -> OverSeeds:
     if n == 1:
         return OverSeeds(mean, None, None, None, 1)
     sd = float(x.std(ddof=1))
-    half = float(student.ppf((1 + LEVEL) / 2, n - 1)) * sd / np.sqrt(n)
+    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * sd / np.sqrt(n)
     return OverSeeds(mean, sd, float(mean - half), float(mean + half), n)
 
 
@@ -118,7 +118,7 @@ def _student(mean: float, sd: float, seeds: int) -> float:
     if sd == 0:
         return 0.0
     size = abs(mean) / (sd / np.sqrt(seeds))
-    return float(2 * student.sf(size, seeds - 1))
+    return float(2 * stdtr(seeds - 1, -size))
 
 
 def _sign_flips(d: np.ndarray) -> float:
