@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the environment, then lint, types, spelling and tests, two files at a time. Arguments go to
-# pytest: a file, -n 0 for one at a time, -m exhaustive, or for what takes under two minutes
+# pytest: a file, -n 0 for one at a time, -m exhaustive, or for what takes a few minutes
 # -m "not ranks and not slurm and not browser" (CONTRIBUTING.md says what the markers mean).
 #   ./launch/test.sh [--latest] [ARGUMENT...]     --latest: not the tested versions, but the newest
 set -euo pipefail

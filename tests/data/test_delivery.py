@@ -55,7 +55,8 @@ def run_loader(
     return [(int(limit), float(seconds), said) for limit, seconds, said in lines]
 
 
-@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_too_few_open_files(tmp_path, shards, context):
     """`ulimit -n`: the batch is lost where it is packed, where it is sent, or where it comes."""
     limits = (10, 14, 18, 20, 22, 26)

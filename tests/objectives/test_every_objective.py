@@ -16,7 +16,7 @@ import torch
 
 from flatcal_dist.config.choice_sections import OBJECTIVES
 from flatcal_dist.objectives import Targets
-from tests.support.engines import ENGINES, UNLIKE, everywhere
+from tests.support.engines import ENGINES, EVERYWHERE, everywhere
 from tests.support.literal_objectives import (
     ALL,
     Case,
@@ -92,7 +92,13 @@ def compare(jobs: list[Job], start: Callable[[list], list]) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("kind", UNLIKE)
+OFTEN = ("ddp", "fsdp2")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in OFTEN else pytest.param(k, marks=pytest.mark.exhaustive) for k in EVERYWHERE],
+)
 def test_training_is_that_of_one_process_by_the_formula(kind):
     compare(list(jobs()), lambda wanted: everywhere(kind, our_trainings, wanted))
 

@@ -166,6 +166,7 @@ def fabric(folder: Path, devices: int, precision: str) -> dict[str, Tensor]:
     return checked(done.returncode, done.stdout, file)
 
 
+@pytest.mark.exhaustive
 def test_fabric_is_csam_on_any_number_of_processes(tmp_path):
     pytest.importorskip("lightning_fabric")
     expected = literal(by_permutation(), sgd, plain_loss, csam_loss)

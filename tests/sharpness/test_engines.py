@@ -35,9 +35,10 @@ def replicated(data, tmp_path_factory) -> dict[str, torch.Tensor]:
     return load_file(run / "model.safetensors")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "engine",
-    [e if e == "fsdp2" else pytest.param(e, marks=pytest.mark.exhaustive) for e in ENGINES],
+    ENGINES,
 )
 def test_the_recipe_gives_the_same_network_on_every_engine(engine, data, replicated, tmp_path):
     """24 steps of CSAM on 2 ranks, stopped and resumed in the middle: DDP's weights.

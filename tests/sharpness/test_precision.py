@@ -240,7 +240,9 @@ def scaled(rank, world_size, kind):
     return outcome
 
 
-@pytest.mark.parametrize("kind", ["one", "ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "kind", ["one", "ddp", pytest.param("fsdp2", marks=pytest.mark.exhaustive)]
+)
 def test_the_loss_scale_changes_no_bit(kind):
     """ZeRO's passes with a scale are in fp16, where its size does change the rounding."""
     for outcome in everywhere(kind, scaled):

@@ -136,6 +136,7 @@ export MASTER_ADDR=127.0.0.1 MASTER_PORT=29501
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("before", "key", "told"),
     [

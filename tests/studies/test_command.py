@@ -4,12 +4,15 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from flatcal_dist.data import prepare_digits
 from flatcal_dist.studies.elements import elements
 from flatcal_dist.studies.file import load_study
 from tests.support.launching import ROOT, interrupt, script
 
 
+@pytest.mark.exhaustive
 def test_a_study_is_interrupted_and_goes_on(tmp_path):
     data = prepare_digits(tmp_path / "digits")
     file = tmp_path / "study.yaml"

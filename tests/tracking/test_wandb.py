@@ -191,7 +191,8 @@ def test_wandb_killed_in_the_middle_is_said_once_and_made_up_for(run, capfd):
     assert sync.lines_sent(path) == sync.lines_wanted(path), "and nothing is written twice"
 
 
-@pytest.mark.parametrize("answer", [pytest.param("500", marks=pytest.mark.exhaustive), "nothing"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("answer", ["500", "nothing"])
 def test_a_server_that_fails_costs_a_bounded_time_at_the_end(run, answer, monkeypatch, capfd):
     with fake_server(answer) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)

@@ -2,6 +2,8 @@
 
 import pytest
 
+from flatcal_dist.studies.elements import elements
+from flatcal_dist.studies.file import SEED, load_study
 from tests.support.engines import ENGINES
 from tests.support.launching import ROOT, launch
 
@@ -11,7 +13,12 @@ CONFIGS = [
     for folder in FOLDERS
     for path in sorted((ROOT / f"configs/{folder}").glob("*.yaml"))
 ]
-SOME = [("imagenet/vit_s16_csam", "zero3")]  # low precision, clipping; ResNet-50 in tests/recipes
+SOME = [("cifar10/resnet18_csam", "zero3")]  # ResNet-50 with DDP: tests/recipes/test_recipes.py
+PAPERS = sorted(
+    path.stem
+    for path in (ROOT / "configs/studies").glob("*.yaml")
+    if path.stem.partition("_")[0] in ("zhu2022", "tan2026", "guo2017", "foret2021")
+)
 METHODS = sorted(path.stem for path in (ROOT / "configs/methods").glob("*.yaml"))
 
 
@@ -51,3 +58,19 @@ def test_every_configuration_starts_on_every_engine(config, engine, tmp_path):
 def test_every_method_starts_on_cifar(method, tmp_path):
     file = ROOT / f"configs/methods/{method}.yaml"
     check("cifar10/resnet18_sgd", "zero2", tmp_path, "--config", file)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("paper", PAPERS)
+def test_every_cell_of_a_paper_s_grid_starts(paper, tmp_path):
+    """Each method with each network, at a small size where the images are ImageNet's."""
+    study = load_study(ROOT / f"configs/studies/{paper}.yaml")
+    cells = [element for element in elements(study) if element.point[SEED] == 0]
+    assert cells
+    for cell in cells:
+        small = ["data.image_size=64"] if "imagenet" in paper and "tiny" not in paper else []
+        small += ["model.options={img_size: 64}"] if "vit" in paper else []
+        words = ("--dry-run", "--config", study.base, *cell.arguments, *small)
+        done = launch("imagenet_csam", *words, processes=1, cwd=tmp_path)
+        assert done.returncode == 0, (cell.name, done.stdout)
+        assert not list(tmp_path.iterdir())

@@ -96,6 +96,7 @@ def csam_over_http(web: Web, tmp_path: Path, bad: str) -> None:
     assert (tmp_path / "run/report/index.html").stat().st_size > 0
 
 
+@pytest.mark.exhaustive
 def test_a_shard_that_is_not_there_ends_all_ranks(web, tmp_path):
     """One rank meets it; none hangs, and the run directory keeps the cause."""
     web.always["digits-train-0003.tar"] = "404"

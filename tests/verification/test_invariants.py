@@ -204,7 +204,7 @@ def test_rules_of_2023_and_later():
     assert outcome == [(count, []) for count in rows]
 
 
-OFTEN = ("friendly_sam", "functional_sam")  # one that remembers, one with a loss of its own
+OFTEN = ("friendly_sam",)  # one that remembers
 
 
 @pytest.mark.parametrize(
