@@ -17,7 +17,7 @@ from flatcal_dist.calibration.statistics.seeds import OverSeeds
 from flatcal_dist.errors import ConfigError
 from flatcal_dist.files import refuse_no_directory
 from flatcal_dist.printing import never_fail
-from flatcal_dist.ranks.launcher import PREEMPTED
+from flatcal_dist.ranks.launcher import preempted_code
 from flatcal_dist.runs.directory import RunError
 from flatcal_dist.studies.elements import Element, elements
 from flatcal_dist.studies.estimate import estimate
@@ -29,8 +29,8 @@ from flatcal_dist.urls import hide
 def main(description: str | None = None) -> None:
     """Run what is missing of a study, and write its page.
 
-    The exit code is 0, 1 after an error or if a run failed, 75 if the time was over, and 130 after
-    Ctrl-C.
+    The exit code is 0, 1 after an error or if a run failed, and 130 after Ctrl-C. It is 75, or
+    FLATCAL_EXIT_PREEMPTED, if the time was over.
     """
     never_fail()
     arguments = _parser(description).parse_intermixed_args()
@@ -70,27 +70,27 @@ def _end(study: Study, file: Path, found: Sequence[Element], jobs: Jobs) -> None
         sys.exit(f"error: {len(jobs.failed)} of {len(found)} runs did not finish")
     if len(finished) < len(found):
         print(f"{len(finished)} of {len(found)} runs are finished; the same command goes on")
-        sys.exit(PREEMPTED)
+        sys.exit(preempted_code())
 
 
 def _report(study: Study, file: Path, found: Sequence[Element], how: How) -> None:
     """Write the page of the runs that have a report, and print their figures."""
     from flatcal_dist.studies.page import write_study  # its imports take seconds
-    from flatcal_dist.studies.panels import panels_of
     from flatcal_dist.studies.results import read_results
 
     results = read_results(found)
     if not any(result.report is not None for result in results):
         print("no run has a report: the runs were made with evaluate.at_end=false")
         return
-    page = write_study(study, file, results, how)
-    for panel in (panel for panel in panels_of(study, results) if panel.measured):
+    panels = write_study(study, file, results, how)
+    for panel in (panel for panel in panels if panel.measured):
         table = Table("arm", "seeds", *(METRICS[key].name for key in COMPARED), title=panel.name)
         for arm in panel.measured:
             cells = [_cell(arm.over_seeds(key), key) for key in COMPARED]
             table.add_row(Text(arm.name), str(len(arm.measured)), *cells)
         Console(width=None if sys.stdout.isatty() else 160).print(table)
-    print(f"results: {page.parent / 'results.csv'}\npage: {page}")
+    folder = Path(study.directory)
+    print(f"results: {folder / 'results.csv'}\npage: {folder / 'index.html'}")
 
 
 def _cell(over: OverSeeds | None, key: str) -> str:

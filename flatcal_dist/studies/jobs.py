@@ -62,12 +62,12 @@ class Jobs:
                 element = left.pop(0)
                 try:
                     self._start(element)
-                except OSError as error:  # there may be no room for its log
+                except (OSError, RunError) as error:  # no room for its log, a damaged state.json
                     self.failed.append(element)
                     print(f"[{element.index}] {element.name}: not started: {error}", flush=True)
             time.sleep(0.2)
             left[:0] = self._collect()
-            if self.deadline and time.monotonic() > self.deadline and not self.stopping:
+            if self.deadline is not None and time.monotonic() > self.deadline and not self.stopping:
                 self.out_of_time = True
                 self._stop("the time is over")
             if self.stopping and time.monotonic() > self.killed_at:
@@ -104,12 +104,13 @@ class Jobs:
         trained = []
         for process in [process for process in self.running if process.poll() is not None]:
             element = self.running.pop(process)
+            unevaluated = False
             try:
                 phase = phase_of(element)
+                unevaluated = to_do(self.study, element) == "evaluate"
             except RunError as error:  # the others go on
                 phase = f"unreadable: {error}"
             text = f"[{element.index}] {element.name}: {phase}"
-            unevaluated = phase == "finished" and to_do(self.study, element) == "evaluate"
             again = unevaluated and element.name in self.evaluated
             if (phase != "finished" or process.returncode or again) and not self.stopping:
                 self.failed.append(element)

@@ -26,7 +26,7 @@ SCHEMA_VERSION = 1
 SEVERAL = 2  # arms or panels from which on ranks and trades say something
 
 
-def write_study(study: Study, file: Path, results: Sequence[Result], how: How) -> Path:
+def write_study(study: Study, file: Path, results: Sequence[Result], how: How) -> list[Panel]:
     """Write index.html, results.csv, study.json and the comparisons into the study's directory.
 
     Args:
@@ -36,7 +36,7 @@ def write_study(study: Study, file: Path, results: Sequence[Result], how: How) -
         how: How the runs were started, for the commands that the page shows.
 
     Returns:
-        The page.
+        The panels of the page.
 
     Raises:
         ConfigError: The file of published figures cannot be used.
@@ -48,7 +48,8 @@ def write_study(study: Study, file: Path, results: Sequence[Result], how: How) -
     published = read_published(study.published, places) if study.published else []
     panels = panels_of(study, results)
     compare(panels, folder)
-    found = trades(panels)
+    found, placed = trades(panels), ranks(panels)
+    said = in_words(found)
     write_text(folder / "results.csv", results_csv(results, file.as_posix()))
     rows = [row for panel in panels for row in beside(panel, published)]
     runs = [_run(study, result, how, folder) for result in results]
@@ -58,8 +59,8 @@ def write_study(study: Study, file: Path, results: Sequence[Result], how: How) -
             "schema_version": SCHEMA_VERSION,
             "study": study.model_dump(exclude={"directory"}),
             "panels": [as_json(panel) for panel in panels],
-            "ranks": ranks(panels),
-            "calibration_and_failure_prediction": in_words(found),
+            "ranks": placed,
+            "calibration_and_failure_prediction": said,
             "published": [
                 asdict(row["figure"]) | {
                     "panel": row["panel"], "arm": row["arm"], "measured": row["measured"],
@@ -70,7 +71,6 @@ def write_study(study: Study, file: Path, results: Sequence[Result], how: How) -
             "runs": runs,
         },
     )  # fmt: skip
-    page = folder / "index.html"
     html = frame.render(
         "study.html.j2",
         title=study.question or f"Study {study.name}",
@@ -80,17 +80,15 @@ def write_study(study: Study, file: Path, results: Sequence[Result], how: How) -
         results=results,
         metrics=[METRICS[key] for key in COMPARED],
         shifted=[METRICS[key] for key in SHIFTED] if _has_shift(results) else [],
-        ranks=ranks(panels) if any(len(p.measured) > SEVERAL for p in panels) else {},
-        trade=in_words(found),
+        ranks=placed if any(len(panel.measured) > SEVERAL for panel in panels) else {},
+        trade=said,
         published=rows,
         runs=runs,
         figures=_figures(panels, found, folder),
         counted=counted,
-        overrides=shlex.join,
-        anchor=anchor,
     )
-    write_text(page, html)
-    return page
+    write_text(folder / "index.html", html)
+    return panels
 
 
 def beside(panel: Panel, published: Sequence[Published]) -> list[dict[str, Any]]:
@@ -117,11 +115,6 @@ def _metric(key: str) -> Metric:
 def metric_name(key: str) -> str:
     """Return how a page names a metric, also one after temperature scaling."""
     return _metric(key).name + (" after temperature" if key.endswith(AFTER) else "")
-
-
-def anchor(*names: str) -> str:
-    """Return an id for a place on the page."""
-    return "-".join("".join(c if c.isalnum() else "_" for c in name) for name in names)
 
 
 def _has_shift(results: Sequence[Result]) -> bool:

@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import rankdata
+
 from flatcal_dist.calibration.comparison.writing import write_comparison
 from flatcal_dist.calibration.metrics.entries import COMPARED, METRICS
 from flatcal_dist.calibration.statistics.seeds import OverSeeds, over_seeds
 from flatcal_dist.studies.elements import part_of_name
 from flatcal_dist.studies.file import SEED, Study
-from flatcal_dist.studies.results import AFTER, SHIFTED, Result
+from flatcal_dist.studies.published import AFTER, AFTER_TEMPERATURE
+from flatcal_dist.studies.results import SHIFTED, Result
 
 
 @dataclass(frozen=True)
@@ -108,20 +111,16 @@ def _name(point: dict[str, Any]) -> str:
 
 def compare(panels: Sequence[Panel], folder: Path) -> None:
     """Write a comparison of each panel that has two runs with a report or more."""
-    for panel in panels:
+    for number, panel in enumerate(panels):
         runs = [(arm.name, result) for arm in panel.measured for result in arm.measured]
         if len(runs) < 2:
             continue
-        panel.folder = "comparison" if len(panels) == 1 else f"comparison/{_as_folder(panel.name)}"
+        panel.folder = "comparison" if len(panels) == 1 else f"comparison/{number}"
         panel.comparison = write_comparison(
             [result.element.run for _, result in runs],
             folder / panel.folder,
             methods_of=[name for name, _ in runs],
         )
-
-
-def _as_folder(name: str) -> str:
-    return part_of_name("panel", name)
 
 
 def ranks(panels: Sequence[Panel]) -> dict[str, dict[str, float]]:
@@ -134,11 +133,8 @@ def ranks(panels: Sequence[Panel]) -> dict[str, dict[str, float]]:
         for key in COMPARED:
             values = {arm.name: arm.mean(key) for arm in panel.measured}
             known = {name: _badness(key, v) for name, v in values.items() if v is not None}
-            for name, bad in known.items():
-                better = sum(other < bad for other in known.values())
-                equal = sum(other == bad for other in known.values())
-                rank = better + (equal + 1) / 2
-                found.setdefault(name, {}).setdefault(key, []).append(rank)
+            for name, rank in zip(known, rankdata(list(known.values())), strict=True):
+                found.setdefault(name, {}).setdefault(key, []).append(float(rank))
     return {
         name: {key: sum(each) / len(each) for key, each in of.items()} for name, of in found.items()
     }
@@ -151,7 +147,7 @@ def _badness(key: str, value: float) -> float:
 
 def as_json(panel: Panel) -> dict[str, Any]:
     """Return what study.json holds of a panel."""
-    keys = (*COMPARED, "temperature", *(f"{key}_after_temperature" for key in AFTER),
+    keys = (*COMPARED, "temperature", *(key + AFTER for key in AFTER_TEMPERATURE),
             *(f"{key}_under_shift" for key in SHIFTED))  # fmt: skip
     arms = []
     for arm in panel.arms:

@@ -23,6 +23,7 @@ from flatcal_dist.files import read_bytes
 
 NEEDED = ("metric", "value", "source")
 OPTIONAL = ("sd", "differs")
+AFTER_TEMPERATURE = ("nll", "brier", "ece", "signed_gap", "aurc", "auroc")
 AFTER = "_after_temperature"  # after the key of a metric: after temperature scaling
 
 
@@ -100,11 +101,10 @@ def _row(where: str, line: dict[str, Any], places: dict[str, Sequence[Any]]) -> 
         if place not in map(str, places[axis]):
             listed = ", ".join(map(str, places[axis]))
             raise ConfigError(f"{where}: {place!r} is not a place on {axis}, which has {listed}")
-    key = cells["metric"].removesuffix(AFTER)
-    if key not in METRICS:
+    if cells["metric"] not in (*METRICS, *(key + AFTER for key in AFTER_TEMPERATURE)):
         raise ConfigError(
-            f"{where}: metric {cells['metric']!r} is not a key of metrics.json, such as ece, aurc "
-            f"or ece{AFTER}"
+            f"{where}: metric {cells['metric']!r} is no key of metrics.json, such as ece, nor one "
+            f"of {', '.join(AFTER_TEMPERATURE)} followed by {AFTER}"
         )
     if not cells["source"]:
         raise ConfigError(f"{where}: source is empty; name the paper and its table")

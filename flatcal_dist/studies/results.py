@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from flatcal_dist.calibration.metrics.entries import METRICS
@@ -15,11 +16,10 @@ from flatcal_dist.files import csv_text, read_json
 from flatcal_dist.runs.directory import RunDirectory, RunError
 from flatcal_dist.studies.elements import Element
 from flatcal_dist.studies.file import SEED
-from flatcal_dist.studies.jobs import phase_of
+from flatcal_dist.studies.published import AFTER, AFTER_TEMPERATURE
 from flatcal_dist.tracking.tracker import read_metrics as read_records
 from flatcal_dist.urls import hide
 
-AFTER = ("nll", "brier", "ece", "signed_gap", "aurc", "auroc")  # also after temperature scaling
 SHIFTED = ("accuracy", "nll", "ece", "signed_gap", "aurc", "auroc")  # also under shift
 PACKAGES = ("torch", "timm", "flatcal_dist")
 
@@ -71,7 +71,7 @@ class Result:
         found = {key: self.report.value(key) for key in METRICS}
         found["temperature"] = self.report.temperature
         after = self.report.side("after")
-        found |= {f"{key}_after_temperature": after.value(key) for key in AFTER}
+        found |= {key + AFTER: after.value(key) for key in AFTER_TEMPERATURE}
         return found | {f"{key}_under_shift": self._under_shift(key) for key in SHIFTED}
 
     def _under_shift(self, key: str) -> float | None:
@@ -89,24 +89,36 @@ def read_results(found: Sequence[Element]) -> list[Result]:
 
 
 def _read(element: Element) -> Result:
-    directory, phase = RunDirectory(element.run), phase_of(element)
-    report, shift, records, environment, steps = None, None, [], {}, 0
+    directory, report, shift = RunDirectory(element.run), None, None
+    state = directory.state()
     try:
         if (directory.report / "metrics.json").is_file():
             report = read_metrics(directory.report / "metrics.json")
             shift = read_shift(directory.report)
-        if directory.metrics_file.is_file():
-            records = read_records(directory.metrics_file)
-        if (element.run / "environment.json").is_file():
-            environment = read_json(element.run / "environment.json")
-        if (state := directory.state()) is not None:
-            steps = state.step
-    except (OSError, ValueError, TypeError, LookupError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(
             f"run {element.name} cannot be read: {error}. `flatcal evaluate {element.run}` writes "
             "its report again"
         ) from None
-    return Result(element, phase, report, shift, records, environment, steps)
+    phase, steps = ("new", 0) if state is None else (state.phase, state.step)
+    records = read_records(directory.metrics_file)
+    return Result(element, phase, report, shift, records, _environment(element.run), steps)
+
+
+def _environment(run: Path) -> dict[str, Any]:
+    """What environment.json holds; nothing before the first start."""
+    file = run / "environment.json"
+    if not file.is_file():
+        return {}
+    try:
+        found = read_json(file)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{file} cannot be read: {error}. The next start of the run writes it"
+        ) from None
+    if not isinstance(found, dict):
+        raise RunError(f"{file} holds no keys and values. The next start of the run writes it")
+    return found
 
 
 def results_csv(results: Sequence[Result], study_file: str) -> str:
