@@ -21,6 +21,7 @@ from flatcal_dist.tracking.tracker import read_metrics as read_records
 from flatcal_dist.urls import hide
 
 SHIFTED = ("accuracy", "nll", "ece", "signed_gap", "aurc", "auroc")  # also under shift
+WRITTEN_AGAIN = "Move it away: the run keeps its results, and the page leaves out what it held"
 PACKAGES = ("torch", "timm", "flatcal_dist")
 
 
@@ -113,11 +114,9 @@ def _environment(run: Path) -> dict[str, Any]:
     try:
         found = read_json(file)
     except (OSError, ValueError) as error:
-        raise RunError(
-            f"{file} cannot be read: {error}. The next start of the run writes it"
-        ) from None
+        raise RunError(f"{file} cannot be read: {error}. {WRITTEN_AGAIN}") from None
     if not isinstance(found, dict):
-        raise RunError(f"{file} holds no keys and values. The next start of the run writes it")
+        raise RunError(f"{file} holds no keys and values. {WRITTEN_AGAIN}")
     return found
 
 

@@ -48,7 +48,8 @@ def dry_run(config: Config, accelerator: Accelerator, timing: Path | None = None
     step = build_step(config, accelerator)
     module = step.engine.module
     sizes = _micro_batch_sizes(config, accelerator)
-    step.loss.begin(max(sizes), accelerator.device)
+    timed = _micro_batch_sizes(config, accelerator, TIMED_IMAGES, 1)
+    step.loss.begin(max(*sizes, *timed), accelerator.device)
     # The module of ZeRO holds low-precision weights, and nothing casts the images here.
     # A norm without running statistics needs at least two images.
     two = _made_up(config, 2, accelerator.device)[0].to(next(module.parameters()).dtype)
@@ -72,14 +73,18 @@ def dry_run(config: Config, accelerator: Accelerator, timing: Path | None = None
     )
     say(memory_in_words(step, config.train.engine))
     if timing is not None:
-        estimate = time_of_run(step, config, accelerator, images)
+        estimate = time_of_run(step, config, accelerator, timed, images)
         if accelerator.is_main_process:
             write_json(timing, estimate)
     say("dry run: nothing was written" if timing is None else f"dry run: wrote {timing} alone")
 
 
 def time_of_run(
-    step: SharpnessAwareStep, config: Config, accelerator: Accelerator, images: int | None
+    step: SharpnessAwareStep,
+    config: Config,
+    accelerator: Accelerator,
+    sizes: list[int],
+    images: int | None,
 ) -> dict[str, float | int | None]:
     """Measure some steps, and return `step_seconds`, `steps` and `seconds` of the whole run.
 
@@ -91,9 +96,9 @@ def time_of_run(
         step: The step, ready to be taken.
         config: The configuration of the run.
         accelerator: The ranks.
+        sizes: The sizes of this rank's micro-batches in a measured step.
         images: The number of training images.
     """
-    sizes = _micro_batch_sizes(config, accelerator, TIMED_IMAGES, 1)
     share = -(-config.data.global_batch_size // accelerator.num_processes)
     times = [_timed_step(step, config, sizes, accelerator.device) for _ in range(TIMED_STEPS)]
     seconds = statistics.median(times[1:]) * share / sum(sizes)

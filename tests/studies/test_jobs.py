@@ -100,6 +100,18 @@ def test_a_trained_run_is_evaluated_next_and_a_failure_stops_no_other(study, mon
     assert "failed (exit code 1)" in capfd.readouterr().out
 
 
+def test_a_damaged_state_stops_no_other_run(study, monkeypatch):
+    monkeypatch.setattr(jobs, "command", lambda _, e, __: ends_at_once(e, "finished", 0))
+    study = study.model_copy(update={"evaluate": []})
+    found = elements(study)
+    found[0].run.mkdir(parents=True)
+    (found[0].run / "state.json").write_text("{")
+    running = Jobs(study, How())
+    running.run(found)
+    assert running.failed == [found[0]]
+    assert [jobs.phase_of(element) for element in found[1:]] == ["finished", "finished"]
+
+
 @pytest.mark.parametrize("code", [0, 1])
 def test_an_evaluation_without_result_is_a_failure_and_is_not_tried_for_ever(
     study, monkeypatch, code

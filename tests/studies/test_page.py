@@ -252,6 +252,27 @@ def test_what_the_study_evaluates_under_shift_is_averaged_over_its_sets(tmp_path
     assert "ECE under shift" in (tmp_path / "r/index.html").read_text()
 
 
+def test_panels_whose_names_look_alike_have_pages_of_their_own(tmp_path):
+    file = tmp_path / "alike.yaml"
+    file.write_text(
+        f"base: {ROOT}/configs/digits/sgd.yaml\ndirectory: {tmp_path}/r\npanels: [data, network]\n"
+        "axes:\n  data: {a_b: {}, a: {train.epochs: 20}}\n"
+        "  network: {c: {model.options.width: 8}, b_c: {model.options.width: 16}}\n"
+        "  method: {sgd: {}, sam: {sharpness.rule: sam}}\ngrid: {run.seed: [0]}\n"
+    )
+    study = load_study(file)
+    found = elements(study)
+    for element in found:
+        finished(element)
+    with quick_reports():
+        write_study(study, file, read_results(found), How())
+    written = strict_json(tmp_path / "r/study.json")
+    pages = {f"{panel['comparison']}/index.html" for panel in written["panels"]}
+    assert len(pages) == len(written["panels"]) == 4
+    reports = {run["report"] for run in written["runs"]}
+    assert_sound_page(tmp_path / "r/index.html", pages | reports | {"results.csv", "study.json"})
+
+
 def test_one_run_alone_and_damaged_runs(tmp_path):
     file = tmp_path / "one.yaml"
     file.write_text(
@@ -268,6 +289,13 @@ def test_one_run_alone_and_damaged_runs(tmp_path):
     (panel,) = written["panels"]
     assert panel["differences"] == []
     assert panel["comparison"] is None
+    environment = element.run / "environment.json"
+    for text, what in (("{", "cannot be read"), ("[1]", "holds no keys and values")):
+        environment.write_text(text)
+        with pytest.raises(RunError, match=f"environment.json {what}.*Move it away"):
+            read_results([element])
+    environment.unlink()
+    assert read_results([element])[0].environment == {}
     (element.run / "report/metrics.json").write_text("{")
     with pytest.raises(RunError, match=r"sgd-small-seed0 cannot be read.*flatcal evaluate"):
         read_results([element])
@@ -280,7 +308,8 @@ def test_one_run_alone_and_damaged_runs(tmp_path):
         ("method,metric,value,source,colour\n", "has a column 'colour'"),
         ("metric,metric,value,source\n", "two columns of one name"),
         ("method,metric,value,source\nsan,ece,1,x\n", "'san' is not a place on method"),
-        ("method,metric,value,source\nsam,eec,1,x\n", "line 2: metric 'eec' is not a key"),
+        ("method,metric,value,source\nsam,eec,1,x\n", "line 2: metric 'eec' is no key"),
+        ("method,metric,value,source\nsam,mce_after_temperature,1,x\n", "nor one of nll, brier"),
         ("method,metric,value,source\nsam,ece,one,x\n", "value=one is not a finite number"),
         ("method,metric,value,source\nsam,ece,,x\n", "value is empty"),
         ("method,metric,value,source\nsam,ece,1,\n", "source is empty"),

@@ -1,5 +1,7 @@
 """Every configuration starts on every engine: real networks of three channels."""
 
+import json
+
 import pytest
 
 from flatcal_dist.studies.elements import elements
@@ -44,6 +46,24 @@ def check(config: str, engine: str, folder, *words) -> None:
 @pytest.mark.parametrize(("config", "engine"), SOME)
 def test_a_configuration_starts_on_its_engine(config, engine, tmp_path):
     check(config, engine, tmp_path)
+
+
+@pytest.mark.parametrize("objective", ["crl", "cs_kd", "mmce"])
+def test_the_time_of_a_run_is_its_steps_times_the_time_of_one(objective, digits_shards, tmp_path):
+    """Objectives that know their samples have room for those of the measured steps."""
+    timing = tmp_path / "timing.json"
+    done = launch(
+        "imagenet_csam", "--dry-run", "--timing", timing, "--config",
+        ROOT / "configs/digits/csam.yaml", "sharpness={rule: sam, rho: 0.05}",
+        f"objective.name={objective}", f"data.train={digits_shards}", "data.prepare=null",
+        f"data.validation={digits_shards}", "train.epochs=3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    found = json.loads(timing.read_text())
+    assert found["steps"] == 3 * (800 // 64)
+    assert found["seconds"] == pytest.approx(found["steps"] * found["step_seconds"])
+    assert 0 < found["step_seconds"] < 60
+    assert f"wrote {timing} alone" in done.stdout
 
 
 @pytest.mark.exhaustive
