@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -17,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from flatcal_dist.calibration.records.records import Records
-from flatcal_dist.training import loop
+from flatcal_dist.tracking.tracker import Tracker
+from flatcal_dist.training import loop, main
 from tests.support.jobs import PATIENCE, SAVING, TINY, Run, kill, same, stop_after_six
 from tests.support.launching import command, digits, flatcal
 
@@ -225,6 +227,30 @@ def test_a_signal_outside_the_steps_is_a_preemption(data, tmp_path):
     assert (run.state()["phase"], run.state()["cause"]) == ("preempted", "SIGUSR1")
     run.finish()
     assert run.saved() == [4]
+
+
+def closes_slowly(marker: Path, rank: int) -> None:
+    """Rank 0 is slow to close what tracks the run; the other one notes whether it waited."""
+    stop_after_six(rank)
+    close = Tracker.close
+
+    def slowly(self: Tracker, exit_code: int = 0) -> None:
+        time.sleep(2)
+        close(self, exit_code)
+        marker.touch()
+
+    if rank == 0:
+        Tracker.close = slowly
+    else:
+        main.tell_launcher = lambda _: marker.with_name(f"waited {marker.exists()}").touch()
+
+
+def test_no_rank_leaves_preempted_before_rank_0_has_closed(data, tmp_path):
+    """The launcher would end rank 0, with what it has still to send."""
+    run = Run(tmp_path / "run", data, "ddp")
+    job = run.start(fault=partial(closes_slowly, tmp_path / "closed"))
+    assert job.wait(PATIENCE) == [75, 75], job.output()
+    assert (tmp_path / "waited True").exists(), job.output()
 
 
 def test_every_validation_is_saved_where_the_best_is_kept(data, tmp_path):

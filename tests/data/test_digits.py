@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from flatcal_dist import inputs
+from flatcal_dist.config import DataConfig
 from flatcal_dist.data import DataError, Index, expand, load_index, prepare_digits
 
 
@@ -30,6 +32,15 @@ def indexes(directory: Path) -> tuple[Index, Index]:
 
 def numbers(index: Index) -> np.ndarray:
     return np.array([int(key.removeprefix("digits_")) for key in index.keys()])  # noqa: SIM118
+
+
+def test_a_configuration_prepares_them_with_wrong_labels_or_without(tmp_path, digits, clean):
+    for name, same in (("digits", digits), ("digits_clean", clean)):
+        where = tmp_path / name
+        inputs.prepare(DataConfig(prepare=name, train=f"{where}/digits-train-{{0000..0003}}.tar"))
+        for mine, theirs in zip(indexes(where), indexes(same), strict=True):
+            assert np.array_equal(mine.label, theirs.label)
+    assert not np.array_equal(indexes(digits)[0].label, indexes(clean)[0].label)
 
 
 def test_counts_and_splits(digits):

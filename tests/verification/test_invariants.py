@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
@@ -133,6 +135,30 @@ def test_networks_whose_forward_pass_reads_buffers():
     """Each rank has buffers of its own, in the reference too."""
     each = ["sharpness.rule=sam", "sharpness.per_micro_batch=true", "sharpness.scope=rank"]
     assert on_ranks(2, failing_with, [(None, []), (None, each)])[0] == [(12, []), (11, [])]
+
+
+def saves_slowly(rank: int, world_size: int, output: Path) -> tuple[int, bool]:
+    """The exit code of this rank, and whether the table was there when it left."""
+    local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+    os.environ |= {name: str(value) for name, value in local.items()}
+    save = command._save
+
+    def slowly(*arguments) -> None:
+        time.sleep(2)
+        save(*arguments)
+
+    words = ["verify_step", "--fault", "sync", "--output", str(output)]
+    with patch.object(command, "_save", slowly), patch.object(sys, "argv", words):
+        try:
+            command.main()
+        except SystemExit as end:
+            return int(end.code or 0), output.exists()
+    return 0, output.exists()
+
+
+def test_no_rank_leaves_with_an_error_before_the_table_is_saved(tmp_path):
+    """The launcher would end rank 0, which writes it."""
+    assert on_ranks(2, saves_slowly, tmp_path / "table.json") == [(1, True)] * 2
 
 
 def test_the_command_prints_saves_and_exits(tmp_path):
