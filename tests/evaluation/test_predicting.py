@@ -395,8 +395,5 @@ def test_ensembles_that_cannot_be(digits, tmp_path) -> None:
         with pytest.raises(SystemExit, match=message):
             cli.main(["evaluate", *words])
     assert not (tmp_path / "out").exists()
-
-
-def test_an_ensemble_has_two_networks() -> None:
     with pytest.raises(ValueError, match="two networks or more, not 1"):
         Ensemble([nn.Linear(2, 2)])
