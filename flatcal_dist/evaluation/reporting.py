@@ -244,14 +244,12 @@ def report(
     def written() -> tuple[Records, Report] | None:
         if found is None:
             return None
-        from flatcal_dist.calibration.report.writing import write_report  # draws: rank 0 alone
-
         _forget_shift(output)
         named = title or output.parent.name
         about = describe(config, module, data, accelerator, named, weights_file, trained)
         about = about if class_names is None else replace(about, class_names=list(class_names))
         records, all_classes = found
-        return records, write_report(
+        return records, _write(
             records, output, about, all_classes=all_classes, image_of=_image_of(data),
             training=training, sharpness=measured,
         )  # fmt: skip
@@ -340,8 +338,15 @@ def report_shift(
     on_all_ranks(lambda: _render(output) if clean is not None else None)
 
 
+def _write(*arguments: Any, **options: Any) -> Report:
+    """As `write_report`, which imports matplotlib: rank 0 alone does so."""
+    from flatcal_dist.calibration.report.writing import write_report
+
+    return write_report(*arguments, **options)
+
+
 def _render(output: Path) -> None:
-    from flatcal_dist.calibration.report.writing import render_report  # matplotlib, on rank 0 alone
+    from flatcal_dist.calibration.report.writing import render_report
 
     render_report(output)
 

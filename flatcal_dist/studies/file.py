@@ -1,8 +1,8 @@
 """A study has one base configuration, axes and a grid of values. Each combination is a run.
 
-    name: digits_rho_gamma                     # by default the file's
+    name: methods                          # by default the file's
     base: ../digits/csam.yaml              # relative to the study's file
-    directory: runs/digits_rho_gamma           # by default runs/NAME; each run is a directory in it
+    directory: runs/methods                # by default runs/NAME; each run is a directory in it
     set: {train.epochs: 20}                # the same for all runs
     axes:                                  # a place on an axis is a bundle of overrides
       method:
@@ -74,7 +74,8 @@ class Study(Section):
     question: str = Field("", description="What the study asks, for the head of its page.")
     panels: list[str] = Field(
         ["network", "data"],
-        description="Axes and keys whose values are not compared: each has a table of its own.",
+        description="Axes and keys whose values are not compared: each has a table of its own. By "
+        "default they are network and data, where something else differs as well.",
     )
     published: PathText | None = Field(
         None, description="A CSV file of published figures, which the page shows beside these."
@@ -87,6 +88,12 @@ class Study(Section):
             point = dict(zip(turned, values, strict=True))
             if not any(_matches(point, entry) for entry in self.exclude):
                 yield point
+
+    def apart(self) -> list[str]:
+        """Return the axes and keys whose values are not compared with each other."""
+        turned = [key for key in (*self.axes, *self.grid) if key != SEED]
+        found = [key for key in turned if key in self.panels]
+        return [] if found == turned and "panels" not in self.model_fields_set else found
 
     def overrides(self, point: dict[str, Any]) -> dict[str, Any]:
         """Return what a combination sets by dotted key, with its places."""

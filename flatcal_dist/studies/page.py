@@ -23,7 +23,8 @@ from flatcal_dist.studies.trade import Trade, in_words, trades
 from flatcal_dist.urls import hide
 
 SCHEMA_VERSION = 1
-SEVERAL = 2  # arms or panels from which on ranks and trades say something
+FEWEST_RANKED = 3  # arms of a panel from which on ranks say more than its table
+FEWEST_DRAWN = 2  # comparisons from which on a figure says more than a sentence
 
 
 def write_study(study: Study, file: Path, results: Sequence[Result], how: How) -> list[Panel]:
@@ -53,24 +54,16 @@ def write_study(study: Study, file: Path, results: Sequence[Result], how: How) -
     write_text(folder / "results.csv", results_csv(results, file.as_posix()))
     rows = [row for panel in panels for row in beside(panel, published)]
     runs = [_run(study, result, how, folder) for result in results]
-    write_json(
-        folder / "study.json",
-        {
-            "schema_version": SCHEMA_VERSION,
-            "study": study.model_dump(exclude={"directory"}),
-            "panels": [as_json(panel) for panel in panels],
-            "ranks": placed,
-            "calibration_and_failure_prediction": said,
-            "published": [
-                asdict(row["figure"]) | {
-                    "panel": row["panel"], "arm": row["arm"], "measured": row["measured"],
-                    "measured_sd": row["measured_sd"], "seeds": row["seeds"],
-                }
-                for row in rows
-            ],
-            "runs": runs,
-        },
-    )  # fmt: skip
+    written = {
+        "schema_version": SCHEMA_VERSION,
+        "study": study.model_dump(exclude={"directory"}),
+        "panels": [as_json(panel) for panel in panels],
+        "ranks": placed,
+        "calibration_and_failure_prediction": said,
+        "published": [_published_json(row) for row in rows],
+        "runs": runs,
+    }
+    write_json(folder / "study.json", written)
     html = frame.render(
         "study.html.j2",
         title=study.question or f"Study {study.name}",
@@ -80,7 +73,7 @@ def write_study(study: Study, file: Path, results: Sequence[Result], how: How) -
         results=results,
         metrics=[METRICS[key] for key in COMPARED],
         shifted=[METRICS[key] for key in SHIFTED] if _has_shift(results) else [],
-        ranks=placed if any(len(panel.measured) > SEVERAL for panel in panels) else {},
+        ranks=placed if any(len(panel.measured) >= FEWEST_RANKED for panel in panels) else {},
         trade=said,
         published=rows,
         runs=runs,
@@ -106,6 +99,11 @@ def beside(panel: Panel, published: Sequence[Published]) -> list[dict[str, Any]]
                     "seeds": over.seeds if over else 0,
                 })  # fmt: skip
     return rows
+
+
+def _published_json(row: dict[str, Any]) -> dict[str, Any]:
+    keys = ("panel", "arm", "measured", "measured_sd", "seeds")
+    return asdict(row["figure"]) | {key: row[key] for key in keys}
 
 
 def _metric(key: str) -> Metric:
@@ -150,7 +148,7 @@ def _link(element: Element, folder: Path) -> str:
 def _figures(panels: Sequence[Panel], found: Sequence[Trade], folder: Path) -> dict[str, Any]:
     drawn: dict[str, Any] = {"trade": None, "epochs": {}}
     target = folder / "figures"
-    if len(found) >= SEVERAL:
+    if len(found) >= FEWEST_DRAWN:
         title = "Calibration against failure prediction"
         words = "Changes from the baseline; the comparison holds the numbers."
         drawn["trade"] = frame.figure(figures.draw_trade(found), target, "trade", title, words)

@@ -85,11 +85,12 @@ class Panel:
 
 def panels_of(study: Study, results: Sequence[Result]) -> list[Panel]:
     """Return the panels in the order of the study."""
+    apart = study.apart()
     found: dict[str, dict[str, list[Result]]] = {}
     points: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {}
     for result in results:
         point = {key: value for key, value in result.element.point.items() if key != SEED}
-        where = {key: value for key, value in point.items() if key in study.panels}
+        where = {key: value for key, value in point.items() if key in apart}
         arm = {key: value for key, value in point.items() if key not in where}
         place, name = _name(where) or study.name, _name(arm) or study.name
         found.setdefault(place, {}).setdefault(name, []).append(result)

@@ -14,7 +14,7 @@ from flatcal_dist.calibration.metrics.entries import METRICS
 from flatcal_dist.calibration.pages.display import enumerate_names, number
 from flatcal_dist.studies.panels import Arm, Panel
 
-FEWEST = 5  # methods from which on a correlation is computed
+FEWEST = 5  # comparisons from which on a correlation is computed
 FAILURE = ("aurc", "auroc")
 
 
@@ -47,7 +47,7 @@ def trades(panels: Sequence[Panel]) -> list[Trade]:
 def correlations(found: Sequence[Trade]) -> dict[str, float | None]:
     """Return Spearman's correlation of the differences in ECE with those in AURC and AUROC.
 
-    It is None for fewer than `FEWEST` methods, or where one column is constant.
+    It is None for fewer than `FEWEST` comparisons, or where one column is constant.
     """
     if len(found) < FEWEST:
         return dict.fromkeys(FAILURE)
@@ -93,8 +93,8 @@ def in_words(found: Sequence[Trade]) -> list[str]:
     ]
     if parts:
         sentences.append(
-            f"Over {len(found)} methods, the rank correlation of the change in ECE is "
-            f"{enumerate_names(parts)}. Methods are few, and they share images and seeds: this "
+            f"Over {len(found)} comparisons, the rank correlation of the change in ECE is "
+            f"{enumerate_names(parts)}. Comparisons are few, and they share images and seeds: this "
             "describes them and tests nothing."
         )
     return sentences

@@ -243,6 +243,20 @@ def test_a_date_is_text(study_file):
     assert element.config.model.options["x"] == "2024-01-01"
 
 
+@pytest.mark.parametrize(
+    ("axes", "more", "apart"),
+    [
+        ("network: {a: {}, b: {model.options.width: 8}}", "", []),
+        ("network: {a: {}, b: {model.options.width: 8}}", "panels: [network]", ["network"]),
+        ("network: {a: {}}, method: {sam: {sharpness.rule: sam}}", "", ["network"]),
+        ("network: {a: {}}, method: {sam: {sharpness.rule: sam}}", "panels: []", []),
+    ],
+)
+def test_networks_are_compared_where_nothing_else_differs(study_file, axes, more, apart):
+    text = f"axes: {{{axes}}}\ngrid: {{run.seed: [0]}}\n{more}\n"
+    assert load_study(study_file(text)).apart() == apart
+
+
 @pytest.mark.parametrize("name", ["..", ".", ".x", "a/b", "", "x" * 101])
 def test_a_name_that_leaves_the_directory_of_runs_is_refused(study_file, name):
     with pytest.raises(ConfigError, match="name: string should"):

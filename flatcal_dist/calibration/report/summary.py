@@ -67,7 +67,7 @@ def summarize(
     after["difference"] = {
         name: asdict(samples.difference(1, 0, name)) for name in STATISTICS if name != "accuracy"
     }
-    written = {
+    return Report.model_validate({
         "schema_version": SCHEMA_VERSION,
         "images": len(records),
         "classes": records.classes,
@@ -93,8 +93,7 @@ def summarize(
         "conventions": _conventions(records, bins, resamples, seed),
         # Paths become text and tuples become lists, so that reading gives back what is returned.
         "about": json.loads(json.dumps(asdict(about), default=str)),
-    }
-    return Report.model_validate(written)
+    })  # fmt: skip
 
 
 def _references(about: About, records: Records) -> list[dict[str, Any]]:
