@@ -9,7 +9,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from flatcal_dist.calibration.metrics.entries import METRICS
-from flatcal_dist.calibration.pages.drawing import DASHES, MARKERS, percent_axes, style
+from flatcal_dist.calibration.pages.drawing import DASHES, MARKERS, percent_axes, plain, style
 from flatcal_dist.calibration.pages.palette import SERIES, light
 from flatcal_dist.studies.panels import Arm, Panel
 from flatcal_dist.studies.trade import Trade
@@ -25,11 +25,6 @@ def look(series: int) -> dict[str, Any]:
         "marker": MARKERS[(series + series // len(SERIES)) % len(MARKERS)],
         "linestyle": DASHES[series // len(SERIES) % len(DASHES)],
     }
-
-
-def plain(name: str) -> str:
-    """Return a name for matplotlib, so that `$` and a leading underscore have no meaning."""
-    return "\u200b" + name.replace("$", r"\$")
 
 
 def draw_trade(found: Sequence[Trade]) -> Figure:

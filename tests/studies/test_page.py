@@ -64,7 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[Element]
 
 def finished(element: Element) -> None:
     """What a run leaves, with a network of known confidence."""
-    method, seed = element.point["method"], element.point["run.seed"]
+    method, seed = element.point.get("method", "sgd"), element.point.get("run.seed", 0)
     scale = SCALES[method] * (1.5 if element.point.get("network") == "large" else 1.0)
     write_run(element.run, method, seed, scale)
     write_json(element.run / "state.json", asdict(State(phase="finished", step=30, seconds=3.0)))
@@ -250,6 +250,43 @@ def test_what_the_study_evaluates_under_shift_is_averaged_over_its_sets(tmp_path
         assert arm["figures"]["ece_under_shift"]["mean"] == pytest.approx(0.3 + 0.005)
         assert arm["figures"]["ece_under_shift"]["sd"] == pytest.approx(0.01 / 2**0.5)
     assert "ECE under shift" in (tmp_path / "r/index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        "grid: {sharpness.rule: [none, sam], run.seed: [0, 1]}",
+        "grid: {model.options: [{width: 8}, {width: 16, depth: 3}], run.seed: [0]}",
+        "grid: {optimizer.clip_norm: [null, 1.0], model.options.drop_rate: [0, 0.1]}",
+        "grid: {model.options.x: [[a, b], ['x<y']], train.epochs: [3, 9]}\npanels: [train.epochs]",
+        "grid: {model.options.x: ['müsli $1_2$', '<b>', _u]}\nquestion: '<i>Is 1 < 2?'",
+        "grid: {run.seed: [3]}",
+    ],
+)
+def test_studies_of_all_kinds_of_values(axes, tmp_path):
+    file = tmp_path / "kinds.yaml"
+    file.write_text(
+        f"base: {ROOT}/configs/digits/sgd.yaml\ndirectory: {tmp_path}/a b\n"
+        f"set: {{data.workers: 0}}\n{axes}\n"
+    )
+    study = load_study(file)
+    found = elements(study)
+    for element in found:
+        finished(element)
+    with quick_reports():
+        panels = write_study(study, file, read_results(found), How(processes=2))
+    assert sum(len(arm.results) for panel in panels for arm in panel.arms) == len(found)
+    written = strict_json(tmp_path / "a b/study.json")
+    pages = {f"{p['comparison']}/index.html" for p in written["panels"] if p["comparison"]}
+    reports = {run["report"] for run in written["runs"]}
+    page = assert_sound_page(
+        tmp_path / "a b/index.html", pages | reports | {"results.csv", "study.json"}
+    )
+    for panel in panels:
+        for arm in panel.arms:
+            assert arm.name in page.text
+    with (tmp_path / "a b/results.csv").open() as stream:
+        assert len(list(csv.DictReader(stream))) == len(found)
 
 
 def test_panels_whose_names_look_alike_have_pages_of_their_own(tmp_path):

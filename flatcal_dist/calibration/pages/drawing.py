@@ -66,6 +66,11 @@ DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
+def plain(name: str) -> str:
+    """Return a name for matplotlib, in which `$` and a leading underscore have no meaning."""
+    return "\u200b" + name.replace("$", r"\$")
+
+
 @dataclass(frozen=True)
 class Curve:
     """One line of an overlay, with its name, colour, dashes and marker.
@@ -89,7 +94,7 @@ class Curve:
     @property
     def label(self) -> str:
         """The name for matplotlib, so that `$` and a leading underscore have no meaning."""
-        return "\u200b" + self.name.replace("$", r"\$") if self.named else "_"
+        return plain(self.name) if self.named else "_"
 
     @property
     def colour(self) -> str:
