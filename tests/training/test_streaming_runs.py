@@ -36,6 +36,7 @@ def streamed(web: Web, path: Path, *overrides: str) -> list[str]:
         path / "run",
         f"{web.url}/",
         "data.prepare=null",
+        "data.reader=auto",
         f"data.cache={path / 'cache'}",
         "data.workers=1",
         "data.shuffle_buffer=100",
