@@ -34,8 +34,8 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="shards or an ImageFolder tree; may be repeated; by default the run's. The first "
         "clean data set gives the temperature to the others. Some NAMEs say what the data has to "
         "be: imagenet, imagenet_v2, imagenet_a, imagenet_r, imagenet_sketch, imagenet_c, "
-        "cifar_c (the arrays of CIFAR-10-C or -100-C), or imagenet_c_generated to corrupt clean "
-        "images")  # fmt: skip
+        "cifar_c (the arrays of CIFAR-10-C or -100-C). imagenet_c_generated and, for small images, "
+        "cifar_c_generated corrupt clean images, by default the run's")  # fmt: skip
     add("--corruptions", metavar="LIST",
         help="corruptions of ImageNet-C or CIFAR-C: fog,snow; or common, extra, all")  # fmt: skip
     add(

@@ -26,6 +26,7 @@ from flatcal_dist.data.sets.variants import (
     DataSet,
     Variant,
     find,
+    is_alone,
     local_shards,
     of_index,
     open_variant,
@@ -170,9 +171,10 @@ def _evaluate(networks: Sequence[Network], wanted: Wanted, needs_output: bool = 
     accelerator = distributed.start("ddp", networks[0].config.train.precision)
     with ending_together(accelerator):
         for network in networks:
-            for path in filter(inputs.remote, map(path_of, wanted.data)):
+            own = on_all_ranks(partial(_of_own_images, network.config, wanted))
+            for path in filter(inputs.remote, map(path_of, own.data)):
                 inputs.download(_on(network.config, path).data, accelerator, "validation")
-            clean, shifted = on_all_ranks(partial(_sets, network.config, wanted))
+            clean, shifted = on_all_ranks(partial(_sets, network.config, own))
             if needs_output and clean is not None:
                 raise RunError(
                     "other clean data also needs --output: RUN/report is for the run's own "
@@ -199,6 +201,21 @@ def _refuse_clashes(networks: Sequence[Network]) -> None:
         raise ConfigError("these runs have different train.precision: evaluate them one at a time")
 
 
+def _of_own_images(config: Config, wanted: Wanted) -> Wanted:
+    """Give generated corruptions that are named without a path the run's own validation images."""
+    if not any(map(is_alone, wanted.data)):
+        return wanted
+    own = config.data.validation
+    if not isinstance(own, str):
+        name = next(filter(is_alone, wanted.data))
+        raise ConfigError(
+            f"--data {name} alone is about the run's validation images, which have to be one "
+            f"pattern or directory, not {own}: write --data {name}=PATH"
+        )
+    data = [f"{text}={own}" if is_alone(text) else text for text in wanted.data]
+    return replace(wanted, data=data)
+
+
 def _sets(config: Config, wanted: Wanted) -> tuple[Variant | None, list[Variant]]:
     """Return the clean data set (None for that of the run) and the others."""
     classes = config.model.num_classes
@@ -215,7 +232,7 @@ def _sets(config: Config, wanted: Wanted) -> tuple[Variant | None, list[Variant]
     if narrowed and not any(variant.corruption for variant in variants):
         raise ConfigError(
             "--corruptions and --severities choose from ImageNet-C or CIFAR-C, and none is given: "
-            "add --data imagenet_c=PATH, cifar_c=PATH, or imagenet_c_generated=PATH"
+            "add --data imagenet_c=PATH, cifar_c=PATH, imagenet_c_generated or cifar_c_generated"
         )
     if first is None and config.data.validation is None and variants:
         if len(variants) > 1 or variants[0].corruption:
@@ -224,8 +241,12 @@ def _sets(config: Config, wanted: Wanted) -> tuple[Variant | None, list[Variant]
                 "temperature is applied to these"
             )
         first = variants[0]
-    if any(v.generated or v.kind == "imagenet_c" for v in variants) and config.data.channels != 3:
-        raise ConfigError("the corruptions of ImageNet-C need data.channels=3")
+    of_colours = [v for v in variants if v.kind in ("imagenet_c", "imagenet_c_generated")]
+    if of_colours and config.data.channels != 3:
+        raise ConfigError(
+            f"{of_colours[0].kind}: the corruptions of ImageNet-C need data.channels=3, not "
+            f"{config.data.channels}. For gray images there is --data cifar_c_generated"
+        )
     return first, [variant for variant in variants if variant is not first]
 
 

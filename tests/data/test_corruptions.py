@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from flatcal_dist.data.images.corruptions import COMMON, EXTRA, choose, corrupted_jpeg
-from flatcal_dist.data.images.decode import decode
 from flatcal_dist.data.sets.variants import find, open_variant
 from tests.support.photographs import photograph, write_photographs
 
@@ -17,6 +16,13 @@ from tests.support.photographs import photograph, write_photographs
 @pytest.fixture(scope="module")
 def image() -> Image.Image:
     return photograph(0)[0]
+
+
+@pytest.fixture(scope="module")
+def png(image) -> bytes:
+    stored = io.BytesIO()
+    image.save(stored, "png")
+    return stored.getvalue()
 
 
 def published_crop(image: Image.Image) -> np.ndarray:
@@ -39,33 +45,33 @@ def test_the_names_are_the_packages():
     "corruption",
     ["gaussian_noise", "impulse_noise", "frost", "elastic_transform", "motion_blur", "spatter"],
 )
-def test_random_numbers_depend_on_image_corruption_and_severity_alone(image, corruption):
-    first = corrupted_jpeg(image, corruption, 3, "a")
+def test_random_numbers_depend_on_image_corruption_and_severity_alone(png, corruption):
+    first = corrupted_jpeg(png, "x", corruption, 3, "a")
     np.random.seed(7)
     np.random.random(5)
     state = np.random.get_state()[1].copy()
-    again = corrupted_jpeg(image, corruption, 3, "a")
+    again = corrupted_jpeg(png, "x", corruption, 3, "a")
     assert first == again
     assert np.array_equal(np.random.get_state()[1], state), "the process's own stream is as it was"
-    assert corrupted_jpeg(image, corruption, 3, "b") != first
-    assert corrupted_jpeg(image, corruption, 4, "a") != first
+    assert corrupted_jpeg(png, "x", corruption, 3, "b") != first
+    assert corrupted_jpeg(png, "x", corruption, 4, "a") != first
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("corruption", COMMON + EXTRA)
-def test_every_corruption_is_repeatable_and_grows(image, corruption):
+def test_every_corruption_is_repeatable_and_grows(image, png, corruption):
     clean = published_crop(image)
     distances = []
     for severity in (1, 5):
-        jpeg = corrupted_jpeg(image, corruption, severity, "a")
-        assert jpeg == corrupted_jpeg(image, corruption, severity, "a")
+        jpeg = corrupted_jpeg(png, "x", corruption, severity, "a")
+        assert jpeg == corrupted_jpeg(png, "x", corruption, severity, "a")
         damaged = np.asarray(Image.open(io.BytesIO(jpeg)))
         distances.append(np.abs(damaged.astype(float) - clean).mean())
     assert 0 < distances[0] < distances[1]
 
 
-def test_the_image_is_the_published_crop_stored_as_jpeg(image):
-    jpeg = corrupted_jpeg(image, "pixelate", 2, "a")  # without randomness
+def test_the_image_is_the_published_crop_stored_as_jpeg(image, png):
+    jpeg = corrupted_jpeg(png, "x", "pixelate", 2, "a")  # without randomness
     crop = published_crop(image)
     expected = io.BytesIO()
     damaged = imagecorruptions.corrupt(crop, 2, "pixelate")
@@ -81,8 +87,8 @@ def test_an_index_of_corrupted_images(tmp_path):
     assert len(index) == len(clean) == 5
     assert index.keys() == clean.keys()
     for sample in (0, 4):
-        pixels = decode(clean.read(sample), 3, "x").permute(1, 2, 0).numpy()
-        expected = corrupted_jpeg(Image.fromarray(pixels), "gaussian_noise", 1, clean.key(sample))
+        data = clean.read(sample)
+        expected = corrupted_jpeg(data, "x", "gaussian_noise", 1, clean.key(sample))
         assert index.read(sample) == expected
     copied = pickle.loads(pickle.dumps(index))  # as a worker gets it
     assert copied.read(4) == index.read(4)

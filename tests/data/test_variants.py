@@ -283,7 +283,7 @@ def test_incomplete_corruptions_are_refused(tmp_path):
         find(str(tmp_path / "c"), 3)
     with pytest.raises(DataError, match="no folder snow, only fog"):
         find(str(tmp_path / "c"), 3, ["snow"])
-    with pytest.raises(DataError, match="'mist' is no corruption"):
+    with pytest.raises(DataError, match="'mist' does not exist"):
         find(str(tmp_path / "c"), 3, ["mist"])
     with pytest.raises(DataError, match="severity 6 does not exist"):
         find(str(tmp_path / "c"), 3, None, [6])

@@ -1,5 +1,6 @@
 """Small networks that see small images, and their logits computed by hand."""
 
+import io
 import os
 from pathlib import Path
 
@@ -40,7 +41,9 @@ def network(classes: int) -> torch.nn.Module:
 
 
 def corrupted(pixels: np.ndarray, *rest) -> bytes:
-    return corrupted_jpeg(Image.fromarray(pixels), *rest)
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "png")
+    return corrupted_jpeg(png.getvalue(), "x", *rest)
 
 
 def join(rank: int, world_size: int) -> Accelerator:

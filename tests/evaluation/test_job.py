@@ -28,7 +28,13 @@ from flatcal_dist.data import image_folder, prepare_shards
 from flatcal_dist.data.sets.variants import find, open_variant
 from flatcal_dist.evaluation import job as evaluation_job
 from flatcal_dist.evaluation import reporting as evaluation
-from flatcal_dist.evaluation.job import _into, _on_device, _sets, evaluate_model
+from flatcal_dist.evaluation.job import (
+    _into,
+    _of_own_images,
+    _on_device,
+    _sets,
+    evaluate_model,
+)
 from flatcal_dist.evaluation.wanted import Network, Wanted
 from flatcal_dist.files import WriteError
 from flatcal_dist.ranks import distributed
@@ -229,6 +235,29 @@ def test_which_data_set_is_the_clean_one(trees):
     thousand = settings(1000)
     first, shifted = _sets(thousand, Wanted([str(trees / "v2")]))
     assert (first.kind, shifted) == ("imagenet_v2", [])
+
+
+def test_generated_corruptions_alone_are_of_the_run_s_own_images(digits_shards):
+    """Gray ones as well; the corruptions of ImageNet-C need colours."""
+    run = settings(10)
+
+    def on(validation: object) -> Config:
+        changed = {"validation": validation, "channels": 1}
+        return run.model_copy(update={"data": run.data.model_copy(update=changed)})
+
+    own = on(str(digits_shards))
+    wanted = _of_own_images(own, Wanted(["cifar_c_generated"], ["contrast"], [2, 5]))
+    assert wanted.data == [f"cifar_c_generated={digits_shards}"]
+    first, shifted = _sets(own, wanted)
+    assert first is None, "the run's own"
+    assert [str(v) for v in shifted] == [f"cifar_c_generated/contrast/{n}" for n in (2, 5)]
+    other = Wanted([str(digits_shards)])
+    assert _of_own_images(own, other) is other
+    with pytest.raises(ConfigError, match="channels=3, not 1[.] For gray images there is --data cif"):
+        _sets(own, Wanted([f"imagenet_c_generated={digits_shards}"], ["fog"], [1]))
+    for missing in (None, ["a.tar", "b.tar"]):
+        with pytest.raises(ConfigError, match="write --data cifar_c_generated=PATH"):
+            _of_own_images(on(missing), Wanted(["cifar_c_generated"]))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ Perturbations (ICLR 2019), section 4 and its published code.
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,17 +36,24 @@ SEVERITIES = (1, 2, 3, 4, 5)
 OWN_SEED = ("impulse_noise", "glass_blur")  # do not draw from numpy's global stream
 
 
-def corrupted_jpeg(image: Image.Image, corruption: str, severity: int, key: str) -> bytes:
-    """Return an image cropped, corrupted and encoded as in ImageNet-C.
+def corrupted_jpeg(
+    data: bytes | memoryview, name: str, corruption: str, severity: int, key: str
+) -> bytes:
+    """Return an encoded image cropped, corrupted and encoded as in ImageNet-C.
 
     Random numbers depend on (key, corruption, severity) alone.
 
     Args:
-        image: The clean image, RGB.
+        data: The clean image, in any format that shards hold.
+        name: What names the image in errors.
         corruption: One of `COMMON` or `EXTRA`.
         severity: One of `SEVERITIES`.
         key: The key of the image.
+
+    Raises:
+        BadImage: The clean image cannot be decoded.
     """
+    image = Image.fromarray(decode(data, 3, name).permute(1, 2, 0).numpy())
     pixels = np.asarray(T.CenterCrop(CROP)(T.Resize(RESIZE)(image)))
     damaged = _corrupt(pixels, corruption, severity, key)
     jpeg = io.BytesIO()
@@ -96,16 +103,15 @@ class Corrupted:
     keys_: tuple[str, ...]  # kept here: an Index would look each key up in the sidecar of its shard
     corruption: str
     severity: int
+    corrupted: Callable[[bytes | memoryview, str, str, int, str], bytes]  # such as `corrupted_jpeg`
 
     def __len__(self) -> int:
         return len(self.clean)
 
     def read(self, sample: int) -> bytes:
-        """Return the corrupted image as JPEG. Raises DataError if the clean one cannot be read."""
-        key = self.keys_[sample]
-        data = self.clean.read(sample)
-        pixels = decode(data, 3, self.clean.name(sample)).permute(1, 2, 0).numpy()
-        return corrupted_jpeg(Image.fromarray(pixels), self.corruption, self.severity, key)
+        """Return the corrupted image, encoded. Raises DataError if the clean one cannot be read."""
+        data, name, key = self.clean.read(sample), self.clean.name(sample), self.keys_[sample]
+        return self.corrupted(data, name, self.corruption, self.severity, key)
 
     def announce(self, samples: Iterable[int]) -> None:
         self.clean.announce(samples)
@@ -131,24 +137,35 @@ class Corrupted:
     @property
     def identity(self) -> str:
         text = f"{self.clean.identity} {self.corruption} {self.severity}"
+        if self.corrupted is not corrupted_jpeg:
+            text += f" {self.corrupted.__name__}"
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def choose(
-    corruptions: Sequence[str] | None, severities: Sequence[int] | None
+    corruptions: Sequence[str] | None,
+    severities: Sequence[int] | None,
+    there: Sequence[str] = COMMON + EXTRA,
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Return the corruptions and severities that are meant.
 
-    None stands for the 15 common corruptions and for all five severities. "common", "extra" and
-    "all" stand for lists. Raises DataError for a corruption or a severity that does not exist.
+    Args:
+        corruptions: Names; "common", "extra" and "all" stand for lists. None stands for "common".
+        severities: None stands for all five.
+        there: The corruptions that can be had.
+
+    Raises:
+        DataError: A corruption or a severity does not exist.
     """
     lists = {"common": COMMON, "extra": EXTRA, "all": COMMON + EXTRA}
-    names = [n for c in corruptions or ("common",) for n in lists.get(c, (c,))]
+    usual = {key: [name for name in names if name in there] for key, names in lists.items()}
+    names = [n for c in corruptions or ("common",) for n in usual.get(c, (c,))]
     for name in names:
-        if name not in lists["all"]:
+        if name not in there:
+            known = "cannot be made of small images" if name in lists["all"] else "does not exist"
             raise DataError(
-                f"{name!r} is no corruption of ImageNet-C; expected common, extra, all, or some of "
-                f"{', '.join(lists['all'])}"
+                f"the corruption {name!r} {known}; expected common, extra, all, or some of "
+                f"{', '.join(there)}"
             )
     levels = tuple(severities or SEVERITIES)
     if bad := [level for level in levels if level not in SEVERITIES]:

@@ -13,12 +13,13 @@ The kind says how folders and labels become classes of the network:
     imagenet_sketch         1,000 WordNet ids, and files named sketch_0 and so on
     imagenet_c              CORRUPTION/SEVERITY/WNID/FILE as published, also below blur/, noise/ ...
     cifar_c                 CORRUPTION.npy and labels.npy, as CIFAR-10-C and -100-C are published
-    imagenet_c_generated    corruptions that this program applies to clean images; never recognised
+    imagenet_c_generated    corruptions that this program applies to clean images, cut as ImageNet-C
+    cifar_c_generated       the same at the size that the images have. Both are never recognised
     plain                   anything else: a folder for each class in the order of names, where
                             plain numbers are the labels; shards with labels of the network
 
 A network with another number of classes than ImageNet has only the kinds plain, imagenet_c, cifar_c
-and imagenet_c_generated.
+and the generated ones.
 """
 
 from collections.abc import Callable
@@ -46,8 +47,9 @@ CLEAN = ("plain", "imagenet", SUBSET)
 SAME_FORM = ("imagenet", "imagenet_v2", "imagenet_sketch")  # the data may not tell them apart
 KINDS = (
     "imagenet", "imagenet_v2", *imagenet.MASKED, "imagenet_sketch", SUBSET, "imagenet_c",
-    "imagenet_c_generated", "cifar_c", "plain",
+    "imagenet_c_generated", "cifar_c", "cifar_c_generated", "plain",
 )  # fmt: skip
+GENERATED = ("imagenet_c_generated", "cifar_c_generated")
 OpenShards = Callable[[str, int], Index]  # (path, classes) -> the index of shards
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from flatcal_dist.data.errors import DataError
 from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.images import corruptions
-from flatcal_dist.data.images.corruptions import Corrupted
+from flatcal_dist.data.images.corruptions import Corrupted, corrupted_jpeg
+from flatcal_dist.data.images.small_corruptions import SMALL, corrupted_png
 from flatcal_dist.data.sets import imagenet
 from flatcal_dist.data.sets.arrays import ArrayIndex, corruption_arrays, open_arrays
 from flatcal_dist.data.sets.class_labels import (
@@ -30,6 +31,7 @@ from flatcal_dist.data.sets.class_labels import (
 )
 from flatcal_dist.data.sets.kinds import (
     CLEAN,
+    GENERATED,
     KINDS,
     SAME_FORM,
     SUBSET,
@@ -175,12 +177,14 @@ def find(
     """
     name, path = _split(text)
     kind = name if name in KINDS and name != "plain" else None
-    if kind == "imagenet_c_generated":
-        corruptions.require_package()
+    if kind in GENERATED:
+        there = SMALL if kind == "cifar_c_generated" else corruptions.COMMON + corruptions.EXTRA
+        if there is not SMALL:
+            corruptions.require_package()
         base = recognise(path, classes, None, open_shards)
-        if base == "imagenet_c":
+        if base in ("imagenet_c", "cifar_c"):
             raise DataError(f"{path} is corrupted already: name clean images for {kind}")
-        names, levels = corruptions.choose(chosen_corruptions, severities)
+        names, levels = corruptions.choose(chosen_corruptions, severities, there)
         return [Variant(kind, kind, path, c, s, base) for c in names for s in levels]
     if kind and kind not in ("imagenet_c", "cifar_c") and classes != imagenet.CLASSES:
         raise DataError(f"{kind} needs a network of ImageNet's 1,000 classes, not of {classes}")
@@ -189,10 +193,10 @@ def find(
         raise DataError(f"{path} was named {kind}, but holds {found} data")
     name = name or (found if found != "plain" else _stem(path))
     if found == "cifar_c":
-        there = list(corruption_arrays(Path(path).expanduser()))
-        names, levels = corruptions.choose(chosen_corruptions or _usual(there), severities)
-        if missing := [one for one in names if one not in there]:
-            raise DataError(f"{path} has no {missing[0]}.npy, only {', '.join(there)}")
+        found_here = list(corruption_arrays(Path(path).expanduser()))
+        names, levels = corruptions.choose(chosen_corruptions or _usual(found_here), severities)
+        if missing := [one for one in names if one not in found_here]:
+            raise DataError(f"{path} has no {missing[0]}.npy, only {', '.join(found_here)}")
         return [Variant(name, found, path, c, s) for c in names for s in levels]
     if found != "imagenet_c":
         return [Variant(name, found, path)]
@@ -220,6 +224,11 @@ def _split(text: str) -> tuple[str | None, str]:
 def path_of(text: str) -> str:
     """Return the PATH of PATH or NAME=PATH."""
     return _split(text)[1]
+
+
+def is_alone(text: str) -> bool:
+    """Tell whether a text names generated corruptions, without the path of clean images."""
+    return text in GENERATED and not Path(text).exists()
 
 
 def _stem(path: str) -> str:
@@ -280,7 +289,9 @@ def open_variant(
     else:
         _refuse_real(real_file, str(variant))
     if variant.generated and variant.corruption is not None and variant.severity is not None:
-        index = Corrupted(index, tuple(index.keys()), variant.corruption, variant.severity)
+        corrupted = corrupted_png if variant.kind == "cifar_c_generated" else corrupted_jpeg
+        keys = tuple(index.keys())
+        index = Corrupted(index, keys, variant.corruption, variant.severity, corrupted)
     return DataSet(variant, index, label.astype(np.int64), space, real)
 
 
