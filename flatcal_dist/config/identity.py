@@ -33,12 +33,20 @@ def fingerprint(config: Config) -> str:
 
     Choices and all that is not at its default count. So the same command finds its run also after
     an update of this package that has new keys. A default that an update changed is found by
-    `differences`.
+    `differences`. Where each micro-batch has its own perturbation, its size counts as well.
     """
     chosen = chosen_values(config)
     kept = {k: identified(v) for k, v in _walk(chosen, "") if not _may_change(k)}
+    if perturbs_micro_batches(config):
+        kept["data.micro_batch_size"] = config.data.micro_batch_size
     text = json.dumps(kept, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def perturbs_micro_batches(config: Config) -> bool:
+    """Tell whether data.micro_batch_size is the number of samples of a perturbation."""
+    per_micro_batch = getattr(config.sharpness, "per_micro_batch", False)
+    return per_micro_batch and config.data.micro_batch_size is not None
 
 
 def differences(old: Config, new: Config) -> list[str]:

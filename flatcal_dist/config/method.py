@@ -3,7 +3,7 @@
 from typing import Any
 
 from flatcal_dist.config.checking.choosing import CHOOSERS
-from flatcal_dist.config.identity import chosen_values, fingerprint
+from flatcal_dist.config.identity import chosen_values, fingerprint, perturbs_micro_batches
 from flatcal_dist.config.root import Config
 
 PLAIN = ("none", "cross_entropy")
@@ -44,6 +44,8 @@ def _named(config: Config, section: str) -> str:
         if key not in (by, *SAYS_NOTHING)
         and (isinstance(value, str | bool) or key in MAKES_ANOTHER.get(section, ()))
     ]
+    if section == "sharpness" and perturbs_micro_batches(config):
+        told.append(f"micro_batch_size={config.data.micro_batch_size}")
     return values[by] + (f"[{','.join(told)}]" if told else "")
 
 

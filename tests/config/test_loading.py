@@ -83,6 +83,7 @@ def test_shipped_configurations_load_and_round_trip(path, tmp_path):
 def test_the_names_that_others_rely_on_exist():
     names = {f"{path.parent.name}/{path.stem}" for path in SHIPPED}
     assert names == {
+        "cifar10/resnet8_sgd",
         *(f"digits/{method}" for method in ("sgd", "sam", "csam", "swa", "fmfp")),
         *(
             f"{data}/resnet18_{method}"

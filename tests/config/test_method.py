@@ -58,3 +58,16 @@ def test_defaults_that_are_written_out_change_neither_name_nor_fingerprint():
 def test_what_is_computed_changes_the_fingerprint(word):
     rule = "sharpness.rule=sam"
     assert fingerprint(load(None, [rule])) != fingerprint(load(None, [rule, word]))
+
+
+def test_the_size_of_a_micro_batch_counts_where_each_has_its_perturbation():
+    """Two runs with other numbers of samples per perturbation are not one run, nor one method."""
+    rule, micro = ["sharpness.rule=sam"], "data.micro_batch_size=16"
+    assert fingerprint(load(None, [*rule, micro])) == fingerprint(load(None, rule))
+    each = [*rule, "sharpness.per_micro_batch=true"]
+    assert (
+        len({fingerprint(load(None, [*each, *more])) for more in ([], [micro], [f"{micro}0"])}) == 3
+    )
+    assert method_of(load(None, [*rule, micro])) == "sam"
+    name = method_of(load(None, [*each, micro]))
+    assert name == "sam[per_micro_batch=yes,micro_batch_size=16]"

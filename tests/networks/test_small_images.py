@@ -149,10 +149,24 @@ def test_sizes_that_papers_give_for_other_forms_follow():
     theirs = count(outlined("vgg16").features)
     assert count(shaped("vgg16_bn_cifar").features) == theirs + 2 * 4_224
     assert round(theirs / 1e6, 1) == 14.7
-    # ResNet-20: 0.27 M without weights in the shortcuts.
+    # ResNet-20, -32, -44, -56 and -110 (table 6), without weights in the shortcuts.
+    for blocks, millions in ((3, 0.27), (5, 0.46), (7, 0.66), (9, 0.85), (18, 1.7)):
+        found = count(shaped("resnet20_cifar", blocks=blocks)) / 1e6
+        assert round(found, len(str(millions)) - 2) == millions
     assert count(shaped("resnet20_cifar")) == 269_722
+    assert count(shaped("resnet20_cifar", blocks=1, width=32, projection=True)) == 308_650
     # ConvMixer: h (d (k^2 + h + 6) + c p^2 + K + 3) + K.
     assert count(shaped("convmixer_256_16")) == 256 * (16 * (64 + 256 + 6) + 3 + 10 + 3) + 10
+
+
+def test_a_resnet_without_norms_has_none_and_trains():
+    network = made("resnet20_cifar", blocks=1, width=4, projection=True, batch_norm=False)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in network.modules())
+    network(torch.randn(2, 3, 32, 32)).square().mean().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in network.parameters())
+    for wrong in ({"blocks": 0}, {"width": 1.5}, {"blocks": True}):
+        with pytest.raises(ConfigError, match="is a whole number from 1 on"):
+            build("resnet20_cifar", 10, 3, 32, wrong)
 
 
 def test_the_readme_has_the_sizes():

@@ -63,10 +63,10 @@ class PadChannels(nn.Module):
         return torch.cat([zeros, x, zeros], dim=1)
 
 
-def _projection(channels: int) -> nn.Sequential:
+def _projection(channels: int, norm: type[nn.Module]) -> nn.Sequential:
     """Return the shortcut with parameters (option B)."""
     conv = nn.Conv2d(channels // 2, channels, 1, stride=2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(channels))
+    return nn.Sequential(conv, norm(channels))
 
 
 @registered
@@ -76,12 +76,16 @@ def resnet20_cifar(
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
     projection: bool = False,
+    blocks: int = 3,
+    width: int = 16,
+    batch_norm: bool = True,
 ) -> nn.Module:
     """Build ResNet-20 (section 4.2 of the paper): 3 x 3 basic blocks of widths 16, 32 and 64.
 
     Table 6 gives 0.27 M parameters; with 10 classes it has 269,722. Shortcuts between widths have
     no parameters. With `projection` they are convolutions of 1 x 1 with a norm (272,474), as in the
-    class `ResNet_Cifar` of FMFP.
+    class `ResNet_Cifar` of FMFP. Other numbers of blocks are the paper's other depths: n blocks at
+    each width make 6 n + 2 layers, so that blocks=1 is ResNet-8 and blocks=9 is ResNet-56.
 
     Args:
         num_classes: The number of logits.
@@ -90,24 +94,35 @@ def resnet20_cifar(
         drop_path_rate: The rate of stochastic depth in the last block. It falls linearly to 0 in
             the first (Huang et al., ECCV 2016, section 3).
         projection: Whether shortcuts between widths have parameters.
+        blocks: The number of blocks at each of the three widths.
+        width: The channels of the first width. The second has twice as many, the third four times.
+        batch_norm: Whether there are norms. Convolutions have no bias in either case.
+
+    Raises:
+        ValueError: `blocks` or `width` is no positive whole number.
     """
-    stem = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
-    layers: list[nn.Module] = [nn.Sequential(stem, nn.BatchNorm2d(16), nn.ReLU(inplace=True))]
-    widths = [16] * 3 + [32] * 3 + [64] * 3
-    for number, (before, width) in enumerate(zip([16, *widths], widths, strict=False)):
-        wider = width != before
-        shortcut = _projection(width) if projection else PadChannels()
+    for name, value in (("blocks", blocks), ("width", width)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is a whole number from 1 on, not {value!r}")
+    norm = nn.BatchNorm2d if batch_norm else nn.Identity
+    stem = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
+    layers: list[nn.Module] = [nn.Sequential(stem, norm(width), nn.ReLU(inplace=True))]
+    widths = [width] * blocks + [2 * width] * blocks + [4 * width] * blocks
+    for number, (before, after) in enumerate(zip([width, *widths], widths, strict=False)):
+        wider = after != before
+        shortcut = _projection(after, norm) if projection else PadChannels()
         drop_path = DropPath(drop_path_rate * number / (len(widths) - 1))
         layers.append(
             BasicBlock(
                 before,
-                width,
+                after,
                 stride=2 if wider else 1,
                 downsample=shortcut if wider else None,
+                norm_layer=norm,
                 drop_path=drop_path if drop_path.drop_prob else None,
             )
         )
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(drop_rate))
-    network = Chain(nn.Sequential(*layers), pool, nn.Linear(64, num_classes))
+    network = Chain(nn.Sequential(*layers), pool, nn.Linear(4 * width, num_classes))
     reset_as_he(network)
     return network
