@@ -58,10 +58,8 @@ def far_from_mean(run: Run, steps: range) -> float:
     )
 
 
-@pytest.mark.parametrize(
-    "average",
-    [pytest.param(EMA, marks=pytest.mark.exhaustive, id="ema"), pytest.param(SWA, id="swa")],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("average", [pytest.param(EMA, id="ema"), pytest.param(SWA, id="swa")])
 def test_a_run_validates_keeps_exports_and_resumes_the_average_with_its_own_statistics(
     data, tmp_path, average
 ):

@@ -56,8 +56,8 @@ def test_a_run_leaves_no_credentials_behind_and_goes_on_with_renewed_ones(shards
             plain = [w for w in digits("csam", run, web.url) if "run.dir" not in w]
             config.write_text(yaml.safe_dump({"inherits": plain[1], **values}))
             rest = [w for w in plain[2:] if not w.startswith("data.")]
-            streamed = ["data.prepare=null", "data.epoch_samples=800", f"data.cache={cache}",
-                        "data.workers=1", "train.max_steps=6",
+            streamed = ["data.prepare=null", "data.reader=auto", "data.epoch_samples=800",
+                        f"data.cache={cache}", "data.workers=1", "train.max_steps=6",
                         "evaluate.at_end=true"]  # fmt: skip
             return ["--config", str(config), *rest, *streamed, *more]
 
