@@ -42,7 +42,12 @@ def uninterrupted(data, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(("engine", "kills"), [("ddp", 2), ("zero2", 1), ("fsdp2", 1)])
+@pytest.mark.parametrize(
+    ("engine", "kills"),
+    [
+        ("ddp", 2), ("fsdp2", 1), pytest.param("zero2", 1, marks=pytest.mark.exhaustive),
+    ],
+)  # fmt: skip
 def test_killed_runs_end_with_the_same_bits(engine, kills, data, tmp_path, uninterrupted):
     _kill_test(engine, kills, data, tmp_path, uninterrupted, damage=engine == "ddp")
 

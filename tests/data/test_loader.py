@@ -274,7 +274,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("context", ["fork", "forkserver"])
+@pytest.mark.parametrize(
+    "context", ["fork", pytest.param("forkserver", marks=pytest.mark.exhaustive)]
+)
 def test_a_run_that_fails_ends_with_its_workers(shards, tmp_path, context):
     """The traceback keeps the loader alive; Python's exit then ends the workers by SIGTERM."""
     script = tmp_path / "fails.py"

@@ -55,7 +55,9 @@ SMALLER = {
     r"benchmarks/interval_coverage\.py.*--logits": "--images 60 --draws 2 --resamples 20",
 }
 # From day to day, other tests run these loops, and one benchmark stands for all.
-RARELY = r"recipes/loops/(fabric|deepspeed|accelerate)|benchmarks/(report|loader|step|interval)"
+RARELY = (
+    r"recipes/loops/(fabric|deepspeed|accelerate)|benchmarks/(report|loader|step|interval)|--budget"
+)
 
 
 def commands() -> list[tuple[str, str]]:

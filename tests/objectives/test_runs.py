@@ -80,7 +80,16 @@ def test_a_history_is_kept_and_resumed_bit_for_bit(data, tmp_path, stayed):
     assert history(run)["correct"].unique().tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("engine", "ranks"), [("ddp", 1), ("zero2", 2), ("fsdp2", 2), ("ddp", 4)])
+@pytest.mark.parametrize(
+    ("engine", "ranks"),
+    [
+        ("fsdp2", 2),
+        *(
+            pytest.param(*other, marks=pytest.mark.exhaustive)
+            for other in (("ddp", 1), ("zero2", 2), ("ddp", 4))
+        ),
+    ],
+)
 def test_a_history_goes_on_with_other_ranks_and_engines(data, tmp_path, stayed, engine, ranks):
     run = stopped_three_times(tmp_path / "run", data)
     run.finish(ranks=ranks, engine=engine)

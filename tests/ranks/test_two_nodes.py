@@ -31,9 +31,8 @@ def torchrun(node: int, port: int) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "launcher", [torchrun, pytest.param(accelerate, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.exhaustive  # from day to day tests/slurm start two nodes
+@pytest.mark.parametrize("launcher", [torchrun, accelerate])
 def test_two_launchers_are_one_run(launcher, tmp_path):
     data, run, port = prepare_digits(tmp_path / "digits"), tmp_path / "run", free_port()
     words = [RECIPE, *digits("csam", run, data, "train.max_steps=2", "run.world_size=2")]

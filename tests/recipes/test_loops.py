@@ -174,6 +174,7 @@ def test_fabric_is_csam_on_any_number_of_processes(tmp_path):
         assert far(fabric(tmp_path, devices, "fp32"), expected) < CLOSE, devices
 
 
+@pytest.mark.exhaustive
 def test_fabric_in_bf16_is_csam_under_autocast(tmp_path):
     pytest.importorskip("lightning_fabric")
     exact = literal(by_permutation(), sgd, plain_loss, csam_loss)

@@ -121,7 +121,9 @@ def restarted(method: str, engine: str, data, path) -> None:
     assert same(run.finish(), stayed)
 
 
-@pytest.mark.parametrize("method", ["rule friendly_sam", "rule stale_sam"])
+@pytest.mark.parametrize(
+    "method", ["rule friendly_sam", pytest.param("rule stale_sam", marks=pytest.mark.exhaustive)]
+)
 def test_some_methods_go_on_bit_for_bit(method, data, tmp_path):
     restarted(method, "ddp", data, tmp_path)
 

@@ -163,6 +163,7 @@ def test_checkpoints_become_artifacts_when_asked_for(run):
         assert artifacts == ([expected] if asked else [])
 
 
+@pytest.mark.exhaustive
 def test_wandb_killed_in_the_middle_is_said_once_and_made_up_for(run, capfd):
     config, path = run("killed")
     tracker = Tracker(config, path, 100, 0, active=True)
