@@ -23,8 +23,8 @@ def positive_number(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value <= 1000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1000")
+    if not 0 < value <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1,000,000")
     return value
 
 

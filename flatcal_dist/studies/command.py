@@ -21,9 +21,12 @@ from flatcal_dist.ranks.launcher import preempted_code
 from flatcal_dist.runs.directory import RunError
 from flatcal_dist.studies.elements import Element, elements
 from flatcal_dist.studies.estimate import estimate
-from flatcal_dist.studies.file import SEED, Study, load_study
-from flatcal_dist.studies.jobs import How, Jobs, phase_of, to_do
+from flatcal_dist.studies.file import SEED, Study, check_study, load_study
+from flatcal_dist.studies.jobs import How, Jobs, phase_of, refuse_other_runs, to_do
+from flatcal_dist.studies.published import published_beside
 from flatcal_dist.urls import hide
+
+DONE = "done"
 
 
 def main(description: str | None = None) -> None:
@@ -36,11 +39,14 @@ def main(description: str | None = None) -> None:
     arguments = _parser(description).parse_intermixed_args()
     try:
         study = _as_told(load_study(arguments.file), arguments)
+        check_study(study, arguments.file)
         how = _how(arguments)
         if not (arguments.list or arguments.dry_run):
             refuse_no_directory(Path(study.directory))
         found = elements(study, arguments.overrides)
-        missing = [element for element in found if to_do(study, element) is not None]
+        refuse_other_runs(found)
+        published_beside(study, found)
+        missing = [element for element in found if _state(study, element) != DONE]
         if arguments.list:
             _list(found)
         elif arguments.dry_run:
@@ -63,14 +69,22 @@ def _end(study: Study, file: Path, found: Sequence[Element], jobs: Jobs) -> None
     """Report what there is, and end with the exit code that tells why the runs ended."""
     if jobs.stopping and not jobs.out_of_time:
         sys.exit(130)
-    finished = [element for element in found if to_do(study, element) is None]
-    if any(phase_of(element) == "finished" for element in found):
+    finished = [element for element in found if _state(study, element) == DONE]
+    if any(_state(study, element) in (DONE, "evaluate") for element in found):
         _report(study, file, found, jobs.how)
     if jobs.failed:
         sys.exit(f"error: {len(jobs.failed)} of {len(found)} runs did not finish")
     if len(finished) < len(found):
         print(f"{len(finished)} of {len(found)} runs are finished; the same command goes on")
         sys.exit(preempted_code())
+
+
+def _state(study: Study, element: Element) -> str:
+    """Return what is missing of a run, `DONE`, or "damaged" if its state.json is."""
+    try:
+        return to_do(study, element) or DONE
+    except RunError:  # it says so when it is started, and stops no other run
+        return "damaged"
 
 
 def _report(study: Study, file: Path, found: Sequence[Element], how: How) -> None:
@@ -80,7 +94,12 @@ def _report(study: Study, file: Path, found: Sequence[Element], how: How) -> Non
 
     results = read_results(found)
     if not any(result.report is not None for result in results):
-        print("no run has a report: the runs were made with evaluate.at_end=false")
+        finished = any(result.phase == "finished" for result in results)
+        print(
+            "no run has a report: the runs were made with evaluate.at_end=false"
+            if finished
+            else "no run is finished yet, so there is nothing to report"
+        )
         return
     panels = write_study(study, file, results, how)
     for panel in (panel for panel in panels if panel.measured):
@@ -104,10 +123,16 @@ def _cell(over: OverSeeds | None, key: str) -> str:
 
 def _list(found: Sequence[Element]) -> None:
     for element in found:
-        print(element.index, phase_of(element), hide(shlex.join(element.arguments)))
+        try:
+            phase = phase_of(element)
+        except RunError:
+            phase = "damaged"
+        print(element.index, phase, hide(shlex.join(element.arguments)))
 
 
 def _how(arguments: argparse.Namespace) -> How:
+    if arguments.launcher is not None and not arguments.launcher.is_file():
+        raise ConfigError(f"--launcher {arguments.launcher}: there is no such file")
     seconds = None if arguments.budget is None else 60 * arguments.budget
     return How(arguments.processes, arguments.parallel, arguments.launcher, arguments.show, seconds)
 

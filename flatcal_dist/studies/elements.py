@@ -12,7 +12,7 @@ from flatcal_dist import config as configuration
 from flatcal_dist.config.files import COMMAND_LINE
 from flatcal_dist.config.yaml_core import as_override
 from flatcal_dist.errors import ConfigError
-from flatcal_dist.studies.file import SET_HERE, Study
+from flatcal_dist.studies.file import SET_HERE, Study, keys_of
 from flatcal_dist.urls import identified, public
 
 if TYPE_CHECKING:  # its import takes seconds, and only loading needs it
@@ -56,14 +56,15 @@ def elements(study: Study, overrides: Sequence[str] = ()) -> list[Element]:
     `overrides` hold for all runs, and win over `set` in the file. Raises ConfigError for a run
     whose configuration cannot be used, for two equal runs, and for an override of what each sets.
     """
+    turned = set(study.turned())
     for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key in SET_HERE:
-            raise ConfigError(f"{override}: {key} follows from the study (`directory`, `grid`)")
-        if key in set(study.turned()):
-            raise ConfigError(
-                f"{override}: {key} is set by axes or grid, for each run; change it in the file"
-            )
+        for key in _keys_set_by(override):
+            if key in SET_HERE:
+                raise ConfigError(f"{override}: {key} follows from the study (`directory`, `grid`)")
+            if key in turned:
+                raise ConfigError(
+                    f"{override}: {key} is set by axes or grid, for each run; change it in the file"
+                )
     common = [as_override(key, value) for key, value in study.set.items()] + list(overrides)
     found: list[Element] = []
     for point in study.points():
@@ -85,6 +86,17 @@ def elements(study: Study, overrides: Sequence[str] = ()) -> list[Element]:
     if not found:
         raise ConfigError(f"study {study.name}: exclude leaves out every run")
     return found
+
+
+def _keys_set_by(override: str) -> list[str]:
+    """Return what KEY=VALUE sets: the key, or if the value is a section, the keys that it holds."""
+    key, _, text = override.partition("=")
+    try:
+        value = configuration.parse_yaml(text, override)
+    except ConfigError:  # the run refuses it, with its reason
+        value = None
+    each = list(keys_of(key.strip(), value))
+    return each[1:] or each
 
 
 def _read_ones(study: Study, point: dict[str, Any], overrides: list[str]) -> list[str]:
@@ -134,7 +146,7 @@ def part_of_name(key: str, value: Any) -> str:
 def _refuse_twins(found: list[Element]) -> None:
     """Raise ConfigError for two runs of one name, or of one configuration."""
     for what, key, hint in (
-        ("are called", lambda e: e.name, ""),
+        ("are called", lambda e: e.name, "; give their places or values other names"),
         (
             "compute",
             lambda e: configuration.fingerprint(e.config),

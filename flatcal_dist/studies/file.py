@@ -38,12 +38,18 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from flatcal_dist import config as configuration
+from flatcal_dist.calibration.metrics.entries import METRICS
 from flatcal_dist.config.kinds import PathText, Section
 from flatcal_dist.errors import ConfigError
 from flatcal_dist.files import expanded, read_bytes
 
 SEED = "run.seed"
 SET_HERE = ("run.dir", "run.axes", "wandb.name")  # the study sets them for each run
+COLUMNS = (  # of results.csv and of published figures that are about a run, not its place
+    *METRICS, "run", "seed", "phase", "temperature", "step_seconds", "steps", "commit",
+    "uncommitted_changes", "engine", "precision", "world_size", "python", "torch", "timm",
+    "flatcal_dist", "machine", "study", "overrides", "metric", "value", "sd", "source", "differs",
+)  # fmt: skip
 MOST_RUNS = 10_000  # before `exclude`; each is read as a configuration
 
 Axis = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w+-]*$", max_length=64)]
@@ -104,11 +110,22 @@ class Study(Section):
         return found | ({"run.axes": places} if places else {})
 
     def turned(self) -> Iterator[str]:
-        """Yield every key that differs between runs."""
-        yield from self.grid
+        """Yield every key that differs between runs, and each key of a section that does."""
+        for key, values in self.grid.items():
+            for value in values:
+                yield from keys_of(key, value)
         for places in self.axes.values():
             for bundle in places.values():
-                yield from bundle
+                for key, value in bundle.items():
+                    yield from keys_of(key, value)
+
+
+def keys_of(key: str, value: Any) -> Iterator[str]:
+    """Yield a key, and the keys below it if its value is a section: run, run.dir."""
+    yield key
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from keys_of(f"{key}.{name}", inner)
 
 
 def load_study(path: str | Path) -> Study:
@@ -133,7 +150,7 @@ def load_study(path: str | Path) -> Study:
     except ValidationError as error:
         lines = "\n".join(_in_words(problem) for problem in error.errors())
         raise ConfigError(f"{path} is not a study:\n{lines}") from None
-    _check(study, path)
+    check_study(study, path)
     return study
 
 
@@ -143,8 +160,8 @@ def _in_words(problem: ErrorDetails) -> str:
     if loc[-1] == "[key]":
         what, dot = ("an axis", "") if len(loc) == 3 else ("a place on an axis", ". ")
         return (
-            f"{'.'.join(loc[:-1])}: the name of {what} begins with a letter or a digit, and has at "
-            f"most 64 letters, digits and the signs {dot}_ + -"
+            f"{'.'.join(loc[:-1])}: the name of {what} begins with a letter from A to Z or a "
+            f"digit, and has at most 64 such letters, digits and the signs {dot}_ + -"
         )
     key = ".".join(loc)
     if kind == "extra_forbidden":
@@ -157,6 +174,8 @@ def _in_words(problem: ErrorDetails) -> str:
         example = {1: "{NAME: {PLACE: {key.sub: value}}}", 2: "{PLACE: {key.sub: value}}"}
         wanted = example.get(len(loc) if loc[0] == "axes" else 0, "{key.sub: value}")
         return f"{key}: expected {wanted}, not {reprlib.repr(problem['input'])}"
+    if kind == "list_type" and key == "exclude":
+        return f"{key}: expected a list of combinations, such as [{{run.seed: 0}}]"
     if kind == "list_type" and isinstance(problem["input"], dict):
         inner = next(iter(problem["input"]), "sub")
         return f"{key}: expected a list of values. Write the whole key: {loc[-1]}.{inner}"
@@ -165,9 +184,14 @@ def _in_words(problem: ErrorDetails) -> str:
     return f"{key}: {problem.get('ctx', {}).get('error') or problem['msg'].lower()}"
 
 
-def _check(study: Study, path: Path) -> None:
+def check_study(study: Study, path: Path) -> None:
+    """Raise ConfigError if the parts of a study contradict each other."""
     turned: dict[str, list[Any]] = {axis: list(places) for axis, places in study.axes.items()}
     turned |= study.grid
+    if taken := [axis for axis in study.axes if axis in COLUMNS]:
+        raise ConfigError(
+            f"{path}: axes.{taken[0]} has the name of a column of results.csv; give it another name"
+        )
     if not turned:
         raise ConfigError(f"{path}: neither axes nor grid says in what the runs differ")
     for key, values in turned.items():
@@ -198,14 +222,15 @@ def _check(study: Study, path: Path) -> None:
             ) from None
     if "panels" in study.model_fields_set:
         for key in study.panels:
-            if key not in turned:
+            if key not in turned or key == SEED:
                 raise ConfigError(
-                    f"{path}: panels names {key}, which is not an axis or a key of the grid; there "
-                    f"are {', '.join(turned)}"
+                    f"{path}: panels names {key}, which is not an axis or a key of the grid "
+                    f"other than {SEED}; there are {', '.join(k for k in turned if k != SEED)}"
                 )
     keys = _refuse_two_writers(study, path)
+    everywhere = keys | {each for key, value in study.set.items() for each in keys_of(key, value)}
     for key in SET_HERE:
-        if key in keys or key in study.set:
+        if key in everywhere:
             raise ConfigError(f"{path}: {key} follows from the study (`directory`, `axes`, `grid`)")
     for number, entry in enumerate(study.exclude):
         for key, values in entry.items():
@@ -215,27 +240,37 @@ def _check(study: Study, path: Path) -> None:
                         f"{path}: exclude[{number}].{key} is not an axis or a key of the grid"
                     )
                 if value not in turned[key]:
+                    lists = any(isinstance(one, list) for one in turned[key])
                     raise ConfigError(
                         f"{path}: exclude[{number}].{key} = {value!r} is not one of its values, "
                         f"which are {turned[key]}"
+                        + ". A value that is a list stands in a list: [[0.0]]"
+                        * lists
                     )
 
 
 def _refuse_two_writers(study: Study, path: Path) -> set[str]:
     """Return the keys that axes and grid set. Raises ConfigError if two of them set the same."""
-    writers = {f"grid.{key}": {key} for key in study.grid}
+    writers = {
+        f"grid.{key}": [(key, value) for value in values] for key, values in study.grid.items()
+    }
     writers |= {
-        f"axes.{axis}": {key for bundle in places.values() for key in bundle}
+        f"axes.{axis}": [pair for bundle in places.values() for pair in bundle.items()]
         for axis, places in study.axes.items()
     }
-    writers["set"] = set(study.set)
-    seen: dict[str, str] = {}
-    for writer, keys in writers.items():
-        for key in sorted(keys):
-            if key in seen:
-                raise ConfigError(f"{path}: {key} stands in {seen[key]} and in {writer}; keep one")
-            seen[key] = writer
-    return seen.keys() - study.set.keys()
+    turned: dict[str, str] = {}
+    for writer, pairs in (*writers.items(), ("set", list(study.set.items()))):
+        # Of a section only what it holds: others may set other keys of it.
+        own = {each for key, value in pairs for each in keys_of(key, value)}
+        whole = {key for key, value in pairs if isinstance(value, dict) and value}
+        for key in sorted(own - whole):
+            if key in turned:
+                raise ConfigError(
+                    f"{path}: {key} stands in {turned[key]} and in {writer}; keep one"
+                )
+        if writer != "set":
+            turned |= dict.fromkeys(sorted(own), writer)
+    return set(turned)
 
 
 def _matches(point: dict[str, Any], entry: dict[str, Any]) -> bool:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from flatcal_dist import config as configuration
+from flatcal_dist.errors import ConfigError
+from flatcal_dist.ranks.signals import SIGNALS
 from flatcal_dist.runs.directory import RunDirectory, RunError
 from flatcal_dist.studies.elements import Element
 from flatcal_dist.studies.file import Study
@@ -51,12 +53,17 @@ class Jobs:
         self.failed: list[Element] = []
         self.stopping = self.out_of_time = False
         self.deadline = time.monotonic() + how.seconds if how.seconds is not None else None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._interrupted)
 
     def run(self, waiting: Sequence[Element]) -> None:
         """Train and evaluate all of them, as many at once as `how` says."""
-        left = list(waiting)
+        kept = {number: signal.signal(number, self._interrupted) for number in SIGNALS}
+        try:
+            self._run(list(waiting))
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+    def _run(self, left: list[Element]) -> None:
         while self.running or (left and not self.stopping):
             while left and not self.stopping and len(self.running) < self.how.parallel:
                 element = left.pop(0)
@@ -137,6 +144,22 @@ class Jobs:
         for process in self.running:
             if process.poll() is None:
                 os.killpg(process.pid, number)
+
+
+def refuse_other_runs(found: Sequence[Element]) -> None:
+    """Raise RunError if a directory holds the run of another configuration than the study's."""
+    for element in found:
+        file = RunDirectory(element.run).config_file
+        try:
+            old = configuration.load(file, recorded=True) if file.is_file() else element.config
+        except ConfigError:  # damaged: the run itself says so when it starts
+            continue
+        if different := configuration.differences(old, element.config):
+            raise RunError(
+                f"{element.run} holds a run of another configuration than the study's:\n  "
+                + "\n  ".join(different)
+                + "\nName another place with --directory, or move this run away to make it again"
+            )
 
 
 def to_do(study: Study, element: Element) -> Literal["train", "evaluate"] | None:

@@ -17,7 +17,7 @@ from flatcal_dist.studies.elements import Element
 from flatcal_dist.studies.file import Study
 from flatcal_dist.studies.jobs import How, command
 from flatcal_dist.studies.panels import Panel, as_json, compare, panels_of, ranks
-from flatcal_dist.studies.published import AFTER, Published, read_published
+from flatcal_dist.studies.published import AFTER, Published, published_beside
 from flatcal_dist.studies.results import SHIFTED, Result, provenance, results_csv
 from flatcal_dist.studies.trade import Trade, in_words, trades
 from flatcal_dist.urls import hide
@@ -45,8 +45,7 @@ def write_study(study: Study, file: Path, results: Sequence[Result], how: How) -
         OSError: A file cannot be written.
     """
     folder = Path(study.directory)
-    places = {axis: list(names) for axis, names in study.axes.items()} | study.grid
-    published = read_published(study.published, places) if study.published else []
+    published = published_beside(study, [result.element for result in results])
     panels = panels_of(study, results)
     compare(panels, folder)
     found, placed = trades(panels), ranks(panels)

@@ -20,6 +20,8 @@ from typing import Any
 from flatcal_dist.calibration.metrics.entries import METRICS
 from flatcal_dist.errors import ConfigError
 from flatcal_dist.files import read_bytes
+from flatcal_dist.studies.elements import Element
+from flatcal_dist.studies.file import SEED, Study
 
 NEEDED = ("metric", "value", "source")
 OPTIONAL = ("sd", "differs")
@@ -69,11 +71,32 @@ def read_published(path: str | Path, places: dict[str, Sequence[Any]]) -> list[P
         raise ConfigError(f"cannot read the published figures {path}: {error}") from None
     table = csv.DictReader(io.StringIO(text), strict=True)
     try:
-        columns, lines = list(table.fieldnames or []), list(table)
+        columns = list(table.fieldnames or [])
+        lines = [(table.line_num, line) for line in table]
     except csv.Error as error:
         raise ConfigError(f"{path}, line {table.line_num}: {error}") from None
     _check_columns(path, columns, places)
-    return [_row(f"{path}, line {n}", line, places) for n, line in enumerate(lines, start=2)]
+    return [_row(f"{path}, line {n}", line, places) for n, line in lines]
+
+
+def published_beside(study: Study, found: Sequence[Element]) -> list[Published]:
+    """Return the published figures that a study names, each of which is of some run of it.
+
+    Raises ConfigError for a file that cannot be used, and for a figure of no run.
+    """
+    if study.published is None:
+        return []
+    places = {axis: list(names) for axis, names in study.axes.items()} | study.grid
+    places.pop(SEED, None)  # figures are of all seeds
+    figures = read_published(study.published, places)
+    for figure in figures:
+        if not any(figure.matches(element.point) for element in found):
+            at = ", ".join(f"{axis}={place}" for axis, place in figure.at.items())
+            raise ConfigError(
+                f"{study.published}: no run of the study is at {at}, of which there is a published "
+                f"{figure.metric}; correct its row, or `exclude` in the study"
+            )
+    return figures
 
 
 def _check_columns(
@@ -103,7 +126,7 @@ def _row(where: str, line: dict[str, Any], places: dict[str, Sequence[Any]]) -> 
             raise ConfigError(f"{where}: {place!r} is not a place on {axis}, which has {listed}")
     if cells["metric"] not in (*METRICS, *(key + AFTER for key in AFTER_TEMPERATURE)):
         raise ConfigError(
-            f"{where}: metric {cells['metric']!r} is no key of metrics.json, such as ece, nor one "
+            f"{where}: metric {cells['metric']!r} is no metric of a report, such as ece, nor one "
             f"of {', '.join(AFTER_TEMPERATURE)} followed by {AFTER}"
         )
     if not cells["source"]:
@@ -111,6 +134,11 @@ def _row(where: str, line: dict[str, Any], places: dict[str, Sequence[Any]]) -> 
     value, sd = (_number(where, name, cells.get(name, "")) for name in ("value", "sd"))
     if value is None:
         raise ConfigError(f"{where}: value is empty; expected a number")
+    unit = METRICS[cells["metric"].removesuffix(AFTER)].unit
+    if unit.factor == 100 and not -1 <= value <= 1:
+        raise ConfigError(f"{where}: value={cells['value']} is no fraction; expected 0.05 for 5 %")
+    if sd is not None and sd < 0:
+        raise ConfigError(f"{where}: sd={cells['sd']} is negative")
     return Published(at, cells["metric"], value, sd, cells["source"], cells.get("differs", ""))
 
 

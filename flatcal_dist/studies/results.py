@@ -91,7 +91,11 @@ def read_results(found: Sequence[Element]) -> list[Result]:
 
 def _read(element: Element) -> Result:
     directory, report, shift = RunDirectory(element.run), None, None
-    state = directory.state()
+    try:
+        state = directory.state()
+        phase, steps = ("new", 0) if state is None else (state.phase, state.step)
+    except RunError:  # the run says so when it is started
+        phase, steps = "damaged", 0
     try:
         if (directory.report / "metrics.json").is_file():
             report = read_metrics(directory.report / "metrics.json")
@@ -101,7 +105,6 @@ def _read(element: Element) -> Result:
             f"run {element.name} cannot be read: {error}. `flatcal evaluate {element.run}` writes "
             "its report again"
         ) from None
-    phase, steps = ("new", 0) if state is None else (state.phase, state.step)
     records = read_records(directory.metrics_file)
     return Result(element, phase, report, shift, records, _environment(element.run), steps)
 

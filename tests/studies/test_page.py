@@ -345,7 +345,7 @@ def test_one_run_alone_and_damaged_runs(tmp_path):
         ("method,metric,value,source,colour\n", "has a column 'colour'"),
         ("metric,metric,value,source\n", "two columns of one name"),
         ("method,metric,value,source\nsan,ece,1,x\n", "'san' is not a place on method"),
-        ("method,metric,value,source\nsam,eec,1,x\n", "line 2: metric 'eec' is no key"),
+        ("method,metric,value,source\nsam,eec,1,x\n", "line 2: metric 'eec' is no metric"),
         ("method,metric,value,source\nsam,mce_after_temperature,1,x\n", "nor one of nll, brier"),
         ("method,metric,value,source\nsam,ece,one,x\n", "value=one is not a finite number"),
         ("method,metric,value,source\nsam,ece,,x\n", "value is empty"),
