@@ -118,7 +118,11 @@ class DataConfig(Section):
         "bilinear", description="How images are resized, in training and in evaluation."
     )
     crop_pct: float = Field(
-        0.875, gt=0, le=1, description="The share of the image that evaluation keeps."
+        0.875,
+        gt=0,
+        le=1,
+        description="The share of the side of an image that evaluation keeps, with "
+        "data.augmentation=resized_crop. Otherwise it keeps whole images.",
     )
     decoder: Literal["auto", "simplejpeg", "torchvision", "pil"] = Field(
         "auto",

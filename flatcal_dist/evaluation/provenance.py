@@ -138,7 +138,7 @@ def describe(
         known_by="images",
         class_names=data.class_names,
         image_size=config.data.image_size,
-        crop_pct=config.data.crop_pct,
+        crop_pct=config.data.crop_pct if config.data.augmentation == "resized_crop" else None,
         interpolation=config.data.interpolation,
         parameters=parameter_count(module),
         checkpoint=_checkpoint(weights_file, module),

@@ -319,6 +319,8 @@ def report_shift(
                     f"{data.variant} holds {len(data.index)} images, {other.variant} "
                     f"{len(other.index)}: they are corruptions of the same ones. Unpack it again"
                 )
+            if variant.kind == "cifar_c" and clean is not None:
+                _refuse_other_labels(data, clean)
             return data
 
         data = on_all_ranks(opened)
@@ -336,6 +338,18 @@ def report_shift(
 
         on_all_ranks(written)
     on_all_ranks(lambda: _render(output) if clean is not None else None)
+
+
+def _refuse_other_labels(data: DataSet, clean: Records) -> None:
+    """Raise DataError if images of the same names have other labels than the clean ones."""
+    known = dict(zip(clean.id, clean.label.tolist(), strict=True))
+    names = zip(data.index.keys(), data.label.tolist(), strict=True)
+    pairs = [(known[name], label) for name, label in names if name in known]
+    if wrong := sum(one != other for one, other in pairs):
+        raise DataError(
+            f"{data.variant}: labels.npy has other labels than the clean test images for {wrong} "
+            f"of {len(pairs)} of them: it is of other images, or in another order. Unpack it again"
+        )
 
 
 def _write(*arguments: Any, **options: Any) -> Report:

@@ -55,7 +55,13 @@ def build(
             near = difflib.get_close_matches(own, timm.list_models(), n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ConfigError(f"model.name={name} is no network of timm or of this package{hint}")
+        _refuse_no_share(options)
         sized = "img_size" in inspect.signature(timm.model_entrypoint(own)).parameters
+        if sized and options.get("img_size", image_size) != image_size:
+            raise ConfigError(
+                f"model.options.img_size={options['img_size']} is another size than that of the "
+                f"images, data.image_size={image_size}: leave it out"
+            )
         arguments = ({"img_size": image_size} if sized else {}) | options
         return timm.create_model(own, num_classes=num_classes, in_chans=channels, **arguments)
     except ConfigError:
@@ -65,6 +71,18 @@ def build(
             f"model.options={options} or the number of classes, channels or pixels does not fit "
             f"model.name={name}: {type(error).__name__}: {error}"
         ) from None
+
+
+def _refuse_no_share(options: dict[str, Any]) -> None:
+    """Raise ConfigError for a rate of dropout or stochastic depth that is no share below 1."""
+    for key, value in options.items():
+        if not key.endswith("drop_rate") and key != "drop_path_rate":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ConfigError(
+                f"model.options.{key}={value!r} is no share of values to leave out: expected a "
+                "number from 0 on and below 1"
+            )
 
 
 def split_library(name: str) -> tuple[str, str]:

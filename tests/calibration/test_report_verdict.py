@@ -254,3 +254,13 @@ def test_no_figure_after_a_temperature_that_could_not_be_fitted() -> None:
     assert "use none of them" in said
     assert "after temperature scaling 60 %" not in said
     assert "0.001" not in said
+
+
+def test_no_figure_after_a_temperature_that_a_fold_has_not() -> None:
+    """One wrong image of 300: the fold that holds it is scored by a T of images that are right."""
+    said = " ".join(texts(run() | {"temperature_folds": [1.5, 1.6, BOUNDS[0], 1.5, 1.4]}))
+    assert "without the images of 1 of the 5 folds none can be fitted" in said
+    assert "use no figure after temperature scaling" in said
+    assert "after temperature scaling 60 %" not in said
+    assert "is shown to mend" not in said
+    assert "divide the logits" not in said

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from published import cifar_files
 
+from flatcal_dist.calibration.records.records import Records
 from flatcal_dist.calibration.shift.groups import ALEXNET_ERROR, mean_corruption_error
 from flatcal_dist.data import DataError
 from flatcal_dist.data.images.corruptions import COMMON
 from flatcal_dist.data.images.decode import decode
 from flatcal_dist.data.making.cifar import cifar
 from flatcal_dist.data.sets.variants import find, open_variant
+from flatcal_dist.evaluation.reporting import _refuse_other_labels
 
 IMAGES = 12
 
@@ -68,7 +70,7 @@ def test_corruptions_and_severities_are_chosen(root):
         ("fog", np.zeros((60, 32, 32, 3), np.float32), "expected uint8 of shape"),
         ("fog", np.zeros((55, 32, 32, 3), np.uint8), "55 images and labels.npy 60 labels"),
         ("labels", np.zeros(60), "holds no list of whole numbers"),
-        ("labels", np.full(60, 10), "labels up to 10, and the network has 10 classes"),
+        ("labels", np.full(60, 10), "labels from 10 to 10, and the network has 10 classes"),
     ],
 )
 def test_arrays_of_another_form_are_refused(root, name, array, message):
@@ -98,3 +100,21 @@ def test_no_error_relative_to_alexnet_on_imagenet():
     assert set(COMMON) == set(ALEXNET_ERROR)
     assert mean_corruption_error([row | {"kind": "imagenet_c"} for row in rows]) is not None
     assert mean_corruption_error([row | {"kind": "cifar_c"} for row in rows]) is None
+
+
+def test_a_folder_that_is_named_so_and_is_not_says_what_is_expected(root):
+    (root / "labels.npy").unlink()
+    with pytest.raises(DataError, match=r"expected labels\.npy and an array for each corruption"):
+        find(f"cifar_c={root}", 10)
+
+
+def test_labels_of_other_images_are_refused(root):
+    """The images have the names of the clean ones, whose labels are known."""
+    logits = np.random.default_rng(0).normal(size=(IMAGES, 10))
+    (variant, *_) = find(f"cifar_c={root}", 10)
+    data = open_variant(variant, 10)
+    _refuse_other_labels(data, Records.from_logits(data.index.keys(), data.label, logits))
+    _refuse_other_labels(data, Records.from_logits(["other"], [0], logits[:1]))
+    turned = Records.from_logits(data.index.keys(), (data.label + 1) % 10, logits)
+    with pytest.raises(DataError, match=rf"for {IMAGES} of {IMAGES} of them: it is of other"):
+        _refuse_other_labels(data, turned)

@@ -57,7 +57,7 @@ def test_shards_hold_the_labels_and_the_clean_ones_beside(archive, legacy, tmp_p
 def test_labels_that_do_not_fit_are_refused(archive, tmp_path):
     train, file = cifar(archive, "train", checked=False), tmp_path / "CIFAR-10_human.pt"
     human(archive, file)
-    with pytest.raises(DataError, match=r"has the labels worse_label, .* and not None: choose"):
+    with pytest.raises(DataError, match=r"has the labels worse_label, .*random_label3: choose"):
         with_human_labels(train, file, None)
     with pytest.raises(DataError, match=r"and there are 12 images: .* --split train"):
         with_human_labels(cifar(archive, "validation", checked=False), file, "worse_label")
@@ -78,7 +78,7 @@ def test_damaged_and_hostile_files_are_refused(archive, tmp_path):
     data = file.read_bytes()
     for share in (0.3, 0.99):
         file.write_bytes(data[: int(share * len(data))])
-        with pytest.raises(DataError, match=r"(cannot be read|is a pickle that asks for)"):
+        with pytest.raises(DataError, match=r"cannot be read|asks for|is cut short"):
             with_human_labels(train, file, "worse_label")
 
     class Evil:

@@ -19,7 +19,10 @@ def test_it_has_the_shape_of_the_protocol():
     "options", [{"width": 0}, {"width": -5}, {"depth": -1}, {"depth": 1.5}, {"drop_rate": 1.0}]
 )
 def test_impossible_options_are_refused(options):
-    with pytest.raises(ValueError, match=f"does not fit model.name=mlp: .*{next(iter(options))}="):
+    with pytest.raises(
+        ValueError,
+        match=rf"(does not fit model.name=mlp: .*|model\.options\.){next(iter(options))}=",
+    ):
         build("mlp", 10, 1, 8, options)
 
 

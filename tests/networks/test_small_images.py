@@ -288,3 +288,22 @@ def test_steps_on_every_engine(kind, on_ddp):
             assert loss == pytest.approx(on_ddp[name][0], rel=1e-4)
             for weight in weights:
                 assert torch.allclose(weights[weight], on_ddp[name][1][weight], atol=1e-4), weight
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, True, "yes", None])
+@pytest.mark.parametrize("key", ["drop_rate", "drop_path_rate"])
+def test_a_rate_that_is_no_share_is_refused(key, rate):
+    """Networks themselves take some of them and train without meaning, or fail in a later step."""
+    with pytest.raises(ConfigError, match=rf"model\.options\.{key}=.* is no share"):
+        build("preact_resnet20", 10, 3, 32, {key: rate})
+    with pytest.raises(ConfigError, match="is no share"):
+        build("timm:resnet18", 10, 3, 32, {key: rate})
+
+
+def test_images_that_do_not_fit_a_network_are_refused():
+    with pytest.raises(
+        ConfigError, match="vgg16_bn_cifar takes images of 32 pixels or more, not 1"
+    ):
+        build("vgg16_bn_cifar", 10, 3, 16, {})
+    with pytest.raises(ConfigError, match=r"img_size=64 is another size .* data\.image_size=32"):
+        build("lenet5", 10, 3, 32, {"img_size": 64})

@@ -95,7 +95,7 @@ class TemperatureScaling(LogitCalibrator):
         elif (z_label == high).all():
             self._temperature = _clamp(BOUNDS[0], "every label already has the largest logit")
         elif (z.mean(axis=1, dtype=np.float64) - z_label).mean() >= 0:
-            self._temperature = _clamp(BOUNDS[1], "the labels score no higher than other classes")
+            self._temperature = _clamp(BOUNDS[1], "the labels score no higher than others")
         else:
             first = 1.0 if start is None else start.temperature
             temperature, self.standard_error = _solve(z, y, first)
@@ -117,7 +117,8 @@ class TemperatureScaling(LogitCalibrator):
 
 def _clamp(bound: float, reason: str) -> float:
     warnings.warn(
-        f"no finite temperature minimises the NLL: {reason}; clamped to {bound:g}",
+        "no finite temperature minimises the NLL of the images, or of those outside of a fold: "
+        f"{reason}; clamped to {bound:g}",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -27,7 +27,7 @@ class About:
         known_by: What the hash was computed from, see `comparison.pairing`.
         class_names: The names of the classes, in the order of their numbers.
         image_size: The side of an image in pixels.
-        crop_pct: The share of an image's side that is kept, as in timm.
+        crop_pct: The share of an image's side that is kept, as in timm. None if images are not cut.
         interpolation: How images are resized, as timm names it.
         parameters: The number of parameters.
         checkpoint: A hash of the weights.

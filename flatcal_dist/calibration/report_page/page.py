@@ -21,7 +21,12 @@ from flatcal_dist.calibration.report_page.sharpness import (
     in_a_sentence,
     sharpness_rows,
 )
-from flatcal_dist.calibration.report_page.verdict import FEW_OF_A_CLASS, class_name, verdict
+from flatcal_dist.calibration.report_page.verdict import (
+    FEW_OF_A_CLASS,
+    class_name,
+    usable_temperature,
+    verdict,
+)
 from flatcal_dist.calibration.shift import figures as shift_figures
 
 SIDES = ("before", "after")
@@ -112,6 +117,7 @@ def report_html(m: Report, shift: dict[str, Any] | None, folder: Path) -> str:
         calibrator_names=CALIBRATORS,
         set_names=SETS,
         usable_temperature=is_fitted(m.temperature),
+        usable_after=usable_temperature(m),
         stale_shift=stale,
         shift_figures=_shift_figures(shift, folder / "figures") if shift else [],
         sharpness_sentence=in_a_sentence(m.sharpness) if m.sharpness else "",

@@ -95,6 +95,8 @@ def _temperature(m: Report) -> list[str]:
     after, t = m.after_temperature, temperature(m.temperature)
     if not is_fitted(m.temperature):
         return [_no_temperature(m)]
+    if not usable_temperature(m):
+        return [_folds_without_temperature(m)]
     nll, ece = (after.difference[name].direction for name in ("nll", "ece"))
     ends = "from {} % to {} %".format(*points(m.ece, after.ece))
     if ece:
@@ -137,6 +139,22 @@ def _no_temperature(m: Report) -> str:
     return (
         f"No temperature can be fitted: NLL falls with a {way} temperature up to the end of the "
         "search. All figures after temperature scaling belong to that end: use none of them."
+    )
+
+
+def usable_temperature(m: Report) -> bool:
+    """Tell whether a temperature was found for all images, and for those outside of each fold."""
+    return all(is_fitted(one) for one in (m.temperature, *m.temperature_folds) if one is not None)
+
+
+def _folds_without_temperature(m: Report) -> str:
+    """What is said if the images outside of a fold have no finite temperature."""
+    count = sum(one is not None and not is_fitted(one) for one in m.temperature_folds)
+    return (
+        f"All images together have the temperature T = {temperature(m.temperature)}, but without "
+        f"the images of {count} of the {len(m.temperature_folds)} folds none can be fitted, as "
+        "where only a few images are wrong. What temperature scaling does to other images cannot "
+        "be said: use no figure after temperature scaling."
     )
 
 
@@ -202,7 +220,7 @@ def _of_others(m: Report) -> str:
 
 def _after_scaling(m: Report) -> str:
     after = m.after_temperature
-    if after.confidence_at_95_accuracy is None or not is_fitted(m.temperature):
+    if after.confidence_at_95_accuracy is None or not usable_temperature(m):
         return ""
     return (
         f" (after temperature scaling {percent(after.coverage_at_95_accuracy, 0)}, from "

@@ -41,10 +41,13 @@ def with_human_labels(source: S, file: Path, name: str | None) -> S:
     choices = [one for one in labels if one != "clean_label"]
     if name is None and len(choices) == 1:
         name = choices[0]
+    if not choices:
+        raise DataError(f"{file} holds no labels but clean_label. Download it again.")
     if name not in labels:
+        asked = "" if name is None else f", and not {name}"
         raise DataError(
-            f"{file} has the labels {', '.join(choices)}, and not {name}: choose with "
-            f"--labels-name, such as --labels-name {choices[0] if choices else 'NAME'}."
+            f"{file} has the labels {', '.join(choices)}{asked}: choose with --labels-name, such "
+            f"as --labels-name {choices[0]}."
         )
     for one in {name, "clean_label"} & {*labels}:
         if len(labels[one]) != len(source):
@@ -78,6 +81,8 @@ def _arrays(file: Path) -> dict[str, np.ndarray]:
                 if inside is None or archive.getinfo(inside).file_size > LARGEST:
                     raise DataError(f"{file} is no file of torch.save. Download it again.")
                 stored = read_pickle(archive.read(inside), str(file))
+        elif data.startswith(b"PK"):
+            raise DataError(f"{file} is cut short. Download it again.")
         else:  # before torch 1.6: a number, a version and sizes of types stand before the value
             stored = read_pickle(data, str(file), place=3)
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:

@@ -113,7 +113,8 @@ def read_pickle(data: bytes, name: str, place: int = 0) -> dict[str, Any]:
             _Unpickler(file, encoding="bytes").load()
         found = _Unpickler(file, encoding="bytes").load()
         if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}, expected names with values")
+            kind = "list" if isinstance(found, list) else "value that is no dictionary"
+            raise ValueError(f"it holds a {kind}, expected names with values")
         return {_text(key): _value(value) for key, value in found.items()}
     except _Refused as error:
         raise DataError(

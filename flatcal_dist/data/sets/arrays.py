@@ -111,8 +111,9 @@ def open_arrays(root: Path, corruption: str, severity: int, classes: int) -> Arr
     label = np.asarray(labels[(severity - 1) * each : severity * each], np.int64)
     if label.min() < 0 or label.max() >= classes:
         raise DataError(
-            f"{root / 'labels.npy'} has labels up to {label.max()}, and the network has {classes} "
-            "classes: expected labels below that. Is this the set of the other CIFAR?"
+            f"{root / 'labels.npy'} has labels from {label.min()} to {label.max()}, and the "
+            f"network has {classes} classes: expected labels from 0 to {classes - 1}. Is this the "
+            "set of the other CIFAR?"
         )
     return ArrayIndex(file, corruption, severity, label, f"cifar{classes}_validation_")
 

@@ -80,6 +80,11 @@ def recognise(path: str, classes: int, named: str | None, open_shards: OpenShard
     root = Path(path).expanduser()
     if has_arrays(root):
         return "cifar_c"
+    if named == "cifar_c":
+        raise DataError(
+            f"{root} is not CIFAR-10-C or CIFAR-100-C as they are unpacked: expected labels.npy "
+            "and an array for each corruption, such as gaussian_noise.npy"
+        )
     folders = class_folders(root)
     if named == SUBSET and folders:
         numbers_of_folders(folders, root)

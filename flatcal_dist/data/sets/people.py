@@ -46,8 +46,10 @@ def _answers(file: Path, classes: int) -> np.ndarray:
         stored = np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{file} is not there (--people).") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{file} cannot be read as an array of NumPy (.npy): {error}") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error}") from None
+    except (ValueError, EOFError):  # numpy's words advise to load what may run programs
+        raise DataError(f"{file} is no whole array of NumPy (.npy). Download it again.") from None
     form = f"expected shares or counts of people [images, {classes}], such as cifar10h-probs.npy"
     if not isinstance(stored, np.ndarray):
         raise DataError(f"{file} holds several arrays (.npz); {form}.")

@@ -8,7 +8,9 @@ STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels, and conv
 
 
 @registered
-def vgg16_bn_cifar(num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.5) -> nn.Module:
+def vgg16_bn_cifar(
+    img_size: int, num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.5
+) -> nn.Module:
     """Build VGG-16 (Simonyan and Zisserman, ICLR 2015, table 1, column D) for small images.
 
     Each of the 13 convolutions has a batch norm. In place of the two linear layers with 4096
@@ -18,10 +20,16 @@ def vgg16_bn_cifar(num_classes: int = 10, in_chans: int = 3, drop_rate: float = 
     features of an image; here it is the input of the last layer.
 
     Args:
+        img_size: The height and the width of an image in pixels, which decide nothing.
         num_classes: The number of logits.
         in_chans: The number of channels of an image.
         drop_rate: The share of values that each dropout sets to zero.
+
+    Raises:
+        ValueError: Images of this size are halved to nothing.
     """
+    if img_size < 32:
+        raise ValueError(f"vgg16_bn_cifar takes images of 32 pixels or more, not {img_size}")
     layers: list[nn.Module] = []
     before = in_chans
     for channels, count in STAGES:
