@@ -28,7 +28,7 @@ def test_a_directory_that_cannot_be_used_is_named(tmp_path):
         assert f"{tmp_path}/{name}" in refused("--directory", tmp_path / name)
 
 
-def test_damaged_files_are_named(tmp_path):
+def test_runs_of_another_configuration_are_named(tmp_path):
     (tmp_path / "sgd-seed0").mkdir(parents=True)
-    (tmp_path / "sgd-seed0/state.json").write_text("{")
-    assert "state.json" in refused("--directory", tmp_path)
+    (tmp_path / "sgd-seed0/config.yaml").write_text("run: {seed: 7}\n")
+    assert "or move this run away to make it again" in refused("--directory", tmp_path)
