@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,16 +15,8 @@ from flatcal_dist.studies.elements import elements
 from flatcal_dist.studies.file import load_study
 from flatcal_dist.studies.jobs import How, Jobs, refuse_other_runs
 from flatcal_dist.studies.published import published_beside
-from tests.support.launching import ROOT
 
-HEAD = f"base: {ROOT}/configs/digits/sgd.yaml\n"
 AXES = "axes: {method: {sgd: {}, sam: {sharpness.rule: sam}}}\ngrid: {run.seed: [0, 1]}\n"
-
-
-def written(tmp_path: Path, text: str, head: str = HEAD) -> Path:
-    file = tmp_path / "study.yaml"
-    file.write_text(f"{head}directory: {tmp_path}/runs\n{text}")
-    return file
 
 
 def told(monkeypatch: pytest.MonkeyPatch, *words: object) -> object:
@@ -37,8 +28,8 @@ def told(monkeypatch: pytest.MonkeyPatch, *words: object) -> object:
 
 
 @pytest.mark.parametrize("words", [["--list"], ["--report"], []])
-def test_a_run_of_another_configuration_is_not_taken_for_the_study_s(tmp_path, monkeypatch, words):
-    file = written(tmp_path, AXES)
+def test_a_run_of_another_configuration_is_not_taken_for_the_study_s(written, monkeypatch, words):
+    file = written(AXES)
     (first, *_) = elements(load_study(file))
     first.run.mkdir(parents=True)
     configuration.write(first.config, first.run / "config.yaml")
@@ -65,15 +56,15 @@ def test_a_run_of_another_configuration_is_not_taken_for_the_study_s(tmp_path, m
         ("axes: {m: {é: {}}}", "a letter from A to Z"),
     ],
 )  # fmt: skip
-def test_a_study_that_contradicts_itself_is_refused(tmp_path, text, message):
+def test_a_study_that_contradicts_itself_is_refused(written, text, message):
     with pytest.raises(ConfigError, match=message):
-        elements(load_study(written(tmp_path, text)))
+        elements(load_study(written(text)))
 
 
-def test_sections_that_set_other_keys_do_not_contradict_each_other(tmp_path):
+def test_sections_that_set_other_keys_do_not_contradict_each_other(written):
     text = "set: {sharpness.scope: rank}\naxes: {m: {a: {sharpness: {rule: sam}}}}\n"
     text += "grid: {sharpness.rho: [0.1, 0.2]}"
-    found = elements(load_study(written(tmp_path, text)))
+    found = elements(load_study(written(text)))
     assert [one.config.sharpness.rho for one in found] == [0.1, 0.2]
     assert all(one.config.sharpness.scope == "rank" for one in found)
 
@@ -86,19 +77,19 @@ def test_sections_that_set_other_keys_do_not_contradict_each_other(tmp_path):
         ("sharpness={rule: none}", "sharpness.rule is set by axes or grid"),
     ],
 )
-def test_a_section_on_the_command_line_is_what_it_holds(tmp_path, override, message):
-    study = load_study(written(tmp_path, AXES))
+def test_a_section_on_the_command_line_is_what_it_holds(written, override, message):
+    study = load_study(written(AXES))
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         elements(study, [override])
     assert len(elements(study, ["sharpness={}", "train={epochs: 3}"])) == 4
 
 
-def test_words_are_checked_as_the_file_is(tmp_path, monkeypatch):
-    file = written(tmp_path, AXES)
+def test_words_are_checked_as_the_file_is(written, monkeypatch):
+    file = written(AXES)
     assert "at most 10,000 are read" in told(monkeypatch, file, "--seeds", "100000", "--list")
-    seeded = written(tmp_path, "axes: {m: {a: {run.seed: 5}, b: {sharpness.rule: sam}}}")
+    seeded = written("axes: {m: {a: {run.seed: 5}, b: {sharpness.rule: sam}}}")
     assert "run.seed stands in" in told(monkeypatch, seeded, "--seeds", "2", "--list")
-    missing = told(monkeypatch, written(tmp_path, AXES), "--launcher", "nope.yaml", "--dry-run")
+    missing = told(monkeypatch, written(AXES), "--launcher", "nope.yaml", "--dry-run")
     assert "--launcher nope.yaml: there is no such file" in missing
 
 
@@ -113,24 +104,24 @@ def test_words_are_checked_as_the_file_is(tmp_path, monkeypatch):
     ],
 )
 def test_published_figures_are_read_before_anything_is_trained(
-    tmp_path, monkeypatch, rows, message
+    written, tmp_path, monkeypatch, rows, message
 ):
     if rows is not None:
         (tmp_path / "published.csv").write_text(rows)
-    file = written(tmp_path, f"published: published.csv\n{AXES}exclude: [{{method: sgd}}]\n")
+    file = written(f"published: published.csv\n{AXES}exclude: [{{method: sgd}}]\n")
     monkeypatch.setattr(Jobs, "run", lambda *_: pytest.fail("it began"))
     assert message in told(monkeypatch, file)
 
 
-def test_published_figures_may_be_large_where_no_rate_is_meant(tmp_path):
+def test_published_figures_may_be_large_where_no_rate_is_meant(written, tmp_path):
     (tmp_path / "published.csv").write_text("method,metric,value,source\nsam,nll,3.5,x\n")
-    study = load_study(written(tmp_path, f"published: published.csv\n{AXES}"))
+    study = load_study(written(f"published: published.csv\n{AXES}"))
     (figure,) = published_beside(study, elements(study))
     assert figure.value == 3.5
 
 
-def test_a_damaged_run_is_named_and_stops_no_other(tmp_path, monkeypatch, capsys):
-    file = written(tmp_path, AXES)
+def test_a_damaged_run_is_named_and_stops_no_other(written, monkeypatch, capsys):
+    file = written(AXES)
     first, *others = elements(load_study(file))
     first.run.mkdir(parents=True)
     (first.run / "state.json").write_text('{"phase"')
@@ -153,16 +144,16 @@ def test_a_damaged_run_is_named_and_stops_no_other(tmp_path, monkeypatch, capsys
         jobs.phase_of(first)
 
 
-def test_before_any_run_there_is_nothing_to_report(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["study.py", str(written(tmp_path, AXES)), "--report"])
+def test_before_any_run_there_is_nothing_to_report(written, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["study.py", str(written(AXES)), "--report"])
     command.main()
     assert "no run is finished yet" in capsys.readouterr().out
 
 
-def test_a_closed_terminal_stops_the_runs_and_handlers_are_given_back(tmp_path, monkeypatch):
+def test_a_closed_terminal_stops_the_runs_and_handlers_are_given_back(written, monkeypatch):
     """While the page is written afterwards, Ctrl-C ends the command as it always does."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    study = load_study(written(tmp_path, AXES))
+    study = load_study(written(AXES))
     running = Jobs(study, How())
     heeds = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.exit(75)); "
 

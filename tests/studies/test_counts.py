@@ -23,28 +23,13 @@ from flatcal_dist.studies.published import Published
 from flatcal_dist.studies.results import read_results
 from flatcal_dist.studies.trade import FEWEST, Trade, correlations
 from tests.calibration.test_compare import write_run
-from tests.support.launching import ROOT
 from tests.support.quick_reports import quick_reports
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Study:
-    file = tmp_path / "study.yaml"
-    file.write_text(
-        f"base: {ROOT}/configs/digits/sgd.yaml\ndirectory: {tmp_path}/runs\n"
-        "axes: {method: {over: {}, under: {sharpness.rule: sam}}}\ngrid: {run.seed: [0, 1, 2]}\n"
-    )
-    return load_study(file)
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """`Jobs` takes the signals of this process; they go back to who had them."""
-    kept = {number: jobs.signal.getsignal(number) for number in (jobs.signal.SIGINT,
-                                                                 jobs.signal.SIGTERM)}  # fmt: skip
-    yield
-    for number, handler in kept.items():
-        jobs.signal.signal(number, handler)
+def study(written) -> Study:
+    axes = "axes: {method: {over: {}, under: {sharpness.rule: sam}}}\n"
+    return load_study(written(f"{axes}grid: {{run.seed: [0, 1, 2]}}\n"))
 
 
 def end(element: Element, **state) -> None:

@@ -1,9 +1,7 @@
 """Jobs on this machine: the time that they may take, failures, and what follows a run."""
 
-import signal
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +11,6 @@ from flatcal_dist.studies import jobs
 from flatcal_dist.studies.elements import Element, elements
 from flatcal_dist.studies.file import Study, load_study
 from flatcal_dist.studies.jobs import How, Jobs
-from tests.support.launching import ROOT
 
 # Stands for a recipe: it says that it runs, then waits for a signal, and is preempted.
 WAITS = """
@@ -33,22 +30,10 @@ time.sleep(60)
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Study:
-    file = tmp_path / "study.yaml"
-    file.write_text(
-        f"base: {ROOT}/configs/digits/sgd.yaml\ndirectory: {tmp_path}/runs\n"
-        "grid: {run.seed: [0, 1, 2]}\nevaluate: [--data, clean.tar, --data, other.tar]\n"
+def study(written) -> Study:
+    return load_study(
+        written("grid: {run.seed: [0, 1, 2]}\nevaluate: [--data, clean.tar, --data, other.tar]\n")
     )
-    return load_study(file)
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """`Jobs` takes the signals of this process; they go back to who had them."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def test_when_the_time_is_over_runs_are_asked_to_stop_and_no_other_begins(

@@ -61,13 +61,18 @@ def corrupted_jpeg(
     return jpeg.getvalue()
 
 
+def seed_of(corruption: str, severity: int, key: str) -> int:
+    """Return a seed of 64 bits that depends on these alone."""
+    digest = hashlib.sha256(f"{key}\0{corruption}\0{severity}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
 def _corrupt(pixels: np.ndarray, corruption: str, severity: int, key: str) -> np.ndarray:
     import cv2  # loaded with imagecorruptions, and both take a second
     from imagecorruptions import corrupt
 
     cv2.setNumThreads(0)  # its threads do not survive a fork, and workers are many already
-    digest = hashlib.sha256(f"{key}\0{corruption}\0{severity}".encode()).digest()
-    seed = int.from_bytes(digest[:4], "big")
+    seed = seed_of(corruption, severity, key) >> 32  # numpy's global stream takes 32 bits
     options = {"seed": seed} if corruption in OWN_SEED else {}
     with _numpy_seeded(seed):
         return corrupt(pixels, severity, corruption, **options)

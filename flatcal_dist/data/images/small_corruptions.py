@@ -10,7 +10,6 @@ Perturbations (ICLR 2019); the constants are those of their make_cifar_c.py
 (https://github.com/hendrycks/robustness).
 """
 
-import hashlib
 import io
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from flatcal_dist.data.images.corruptions import seed_of
 from flatcal_dist.data.images.decode import decode
 
 GRAY = ("1", "L", "LA", "I", "I;16", "F")  # modes of Pillow
@@ -28,23 +28,12 @@ def corrupted_png(
 ) -> bytes:
     """Return an encoded image corrupted at its own size, as PNG, which loses nothing more.
 
-    Random numbers depend on (key, corruption, severity) alone.
-
-    Args:
-        data: The clean image, in any format that shards hold.
-        name: What names the image in errors.
-        corruption: One of `SMALL`.
-        severity: 1 to 5.
-        key: The key of the image.
-
-    Raises:
-        BadImage: The clean image cannot be decoded.
+    It takes and raises what `corrupted_jpeg` does, but a corruption is one of `SMALL`.
     """
     pixels = decode(data, 3, name).permute(1, 2, 0).numpy()
     if Image.open(io.BytesIO(data)).mode in GRAY:
         pixels = pixels[:, :, :1]
-    digest = hashlib.sha256(f"{key}\0{corruption}\0{severity}".encode()).digest()
-    random = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:8], "big")))
+    random = np.random.Generator(np.random.Philox(key=seed_of(corruption, severity, key)))
     damaged = corrupt(pixels, corruption, severity, random)
     png = io.BytesIO()
     _image(damaged).save(png, "png")
@@ -66,10 +55,17 @@ def corrupt(
         Pixels of the same shape and type. Fractions are cut off, as in the published arrays.
     """
     change, constants = _CHANGES[corruption]
-    if corruption in ("pixelate", "jpeg_compression"):
-        return change(pixels, constants[severity - 1])
-    changed = change(pixels / 255.0, constants[severity - 1], random)
-    return (np.clip(changed, 0.0, 1.0) * 255.0).astype(np.uint8)
+    return change(pixels, constants[severity - 1], random)
+
+
+def _of_unit(change: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """Make a change of values in [0, 1] one of bytes, whose fractions are cut off."""
+
+    def of_bytes(pixels: np.ndarray, constant: Any, random: np.random.Generator) -> np.ndarray:
+        changed = change(pixels / 255.0, constant, random)
+        return (np.clip(changed, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+    return of_bytes
 
 
 def _gaussian_noise(x: np.ndarray, sd: float, random: np.random.Generator) -> np.ndarray:
@@ -141,14 +137,14 @@ def _brightness(x: np.ndarray, more: float, _: np.random.Generator) -> np.ndarra
     return np.where(value > 0, x * raised / np.where(value > 0, value, 1.0), raised)
 
 
-def _pixelate(pixels: np.ndarray, scale: float) -> np.ndarray:
+def _pixelate(pixels: np.ndarray, scale: float, _: np.random.Generator) -> np.ndarray:
     height, width = pixels.shape[:2]
     fewer = (max(int(width * scale), 1), max(int(height * scale), 1))
     coarse = _image(pixels).resize(fewer, Image.Resampling.BOX)
     return np.asarray(coarse.resize((width, height), Image.Resampling.BOX)).reshape(pixels.shape)
 
 
-def _jpeg_compression(pixels: np.ndarray, quality: int) -> np.ndarray:
+def _jpeg_compression(pixels: np.ndarray, quality: int, _: np.random.Generator) -> np.ndarray:
     jpeg = io.BytesIO()
     _image(pixels).save(jpeg, "jpeg", quality=quality)
     return np.asarray(Image.open(jpeg)).reshape(pixels.shape)
@@ -160,16 +156,19 @@ def _image(pixels: np.ndarray) -> Image.Image:
 
 # What each does, and its constant at severities 1 to 5.
 _CHANGES: dict[str, tuple[Callable[..., np.ndarray], tuple[Any, ...]]] = {
-    "gaussian_noise": (_gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10)),
-    "shot_noise": (_shot_noise, (500, 250, 100, 75, 50)),
-    "impulse_noise": (_impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07)),
-    "defocus_blur": (_defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),
-    "zoom_blur": (_zoom_blur, (1.05, 1.10, 1.15, 1.20, 1.25)),
-    "brightness": (_brightness, (0.05, 0.1, 0.15, 0.2, 0.3)),
-    "contrast": (_contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
+    "gaussian_noise": (_of_unit(_gaussian_noise), (0.04, 0.06, 0.08, 0.09, 0.10)),
+    "shot_noise": (_of_unit(_shot_noise), (500, 250, 100, 75, 50)),
+    "impulse_noise": (_of_unit(_impulse_noise), (0.01, 0.02, 0.03, 0.05, 0.07)),
+    "defocus_blur": (
+        _of_unit(_defocus_blur),
+        ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+    ),
+    "zoom_blur": (_of_unit(_zoom_blur), (1.05, 1.10, 1.15, 1.20, 1.25)),
+    "brightness": (_of_unit(_brightness), (0.05, 0.1, 0.15, 0.2, 0.3)),
+    "contrast": (_of_unit(_contrast), (0.75, 0.5, 0.4, 0.3, 0.15)),
     "pixelate": (_pixelate, (0.95, 0.9, 0.85, 0.75, 0.65)),
     "jpeg_compression": (_jpeg_compression, (80, 65, 58, 50, 40)),
-    "speckle_noise": (_speckle_noise, (0.06, 0.1, 0.12, 0.16, 0.2)),
-    "gaussian_blur": (_gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0)),
+    "speckle_noise": (_of_unit(_speckle_noise), (0.06, 0.1, 0.12, 0.16, 0.2)),
+    "gaussian_blur": (_of_unit(_gaussian_blur), (0.4, 0.6, 0.7, 0.8, 1.0)),
 }
 SMALL = tuple(_CHANGES)  # the last two are meant to choose settings on, as `corruptions.EXTRA`
