@@ -89,6 +89,8 @@ def test_blurs_against_other_code(pixels):
     point[8, 8] = 255
     spread = corrupt(point, "defocus_blur", 5, random())[:, :, 0]  # a disk of radius 1.5
     assert spread[7:10, 7:10].tolist() == [[28] * 3] * 3, "nine equal parts, nearly without edges"
+    cross = corrupt(point, "defocus_blur", 4, random())[7:10, 7:10, 0]  # a disk of radius 1
+    assert cross.tolist() == [[0, 50, 0], [50, 50, 50], [0, 50, 0]]
     flat = np.full((12, 12, 3), 77, np.uint8)
     for name in ("zoom_blur", "defocus_blur", "gaussian_blur"):
         assert np.abs(corrupt(flat, name, 5, random()).astype(int) - 77).max() <= 1, name

@@ -11,6 +11,7 @@ from flatcal_dist.config import ConfigError
 from flatcal_dist.ranks.signals import SIGNALS
 from flatcal_dist.runs.directory import RunError
 from flatcal_dist.studies import command, jobs
+from flatcal_dist.studies import file as study_file
 from flatcal_dist.studies.elements import elements
 from flatcal_dist.studies.file import load_study
 from flatcal_dist.studies.jobs import How, Jobs, refuse_other_runs
@@ -86,7 +87,8 @@ def test_a_section_on_the_command_line_is_what_it_holds(written, override, messa
 
 def test_words_are_checked_as_the_file_is(written, monkeypatch):
     file = written(AXES)
-    assert "at most 10,000 are read" in told(monkeypatch, file, "--seeds", "100000", "--list")
+    monkeypatch.setattr(study_file, "MOST_RUNS", 3)
+    assert "at most 3 are read" in told(monkeypatch, file, "--seeds", "2", "--list")
     seeded = written("axes: {m: {a: {run.seed: 5}, b: {sharpness.rule: sam}}}")
     assert "run.seed stands in" in told(monkeypatch, seeded, "--seeds", "2", "--list")
     missing = told(monkeypatch, written(AXES), "--launcher", "nope.yaml", "--dry-run")
