@@ -87,8 +87,8 @@ def test_a_section_on_the_command_line_is_what_it_holds(written, override, messa
 
 def test_words_are_checked_as_the_file_is(written, monkeypatch):
     file = written(AXES)
-    monkeypatch.setattr(study_file, "MOST_RUNS", 3)
-    assert "at most 3 are read" in told(monkeypatch, file, "--seeds", "2", "--list")
+    monkeypatch.setattr(study_file, "MOST_RUNS", 5)
+    assert "at most 5 are read" in told(monkeypatch, file, "--seeds", "3", "--list")
     seeded = written("axes: {m: {a: {run.seed: 5}, b: {sharpness.rule: sam}}}")
     assert "run.seed stands in" in told(monkeypatch, seeded, "--seeds", "2", "--list")
     missing = told(monkeypatch, written(AXES), "--launcher", "nope.yaml", "--dry-run")
