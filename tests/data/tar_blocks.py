@@ -3,11 +3,10 @@
 import tarfile
 from pathlib import Path
 
-from conftest import png
-
 from flatcal_dist.data import index_shard, load_index
 from flatcal_dist.data.making.validation import validate_shards
 from flatcal_dist.data.shards.tar_stream import read_samples
+from tests.support.samples import png
 
 IMAGES = [png(i) for i in range(8)]
 Streamed = list[tuple[str, bytes, int]]

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import train_on
 from PIL import Image
 
 from flatcal_dist.data import (
@@ -28,6 +27,7 @@ from flatcal_dist.data import (
 from flatcal_dist.data.loading.substitutes import TRIES, Images
 from flatcal_dist.data.order import epoch_order, substitutes
 from tests.support.photographs import awkward_image, encoded, photograph
+from tests.support.samples import train_on
 
 GOOD_KINDS = ("cmyk", "png", "exif", "gray")
 BAD_KINDS = ("truncated", "damaged", "megapixels", "bomb")

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import xxhash
-from conftest import make_samples
 
 from flatcal_dist.data import DataError, expand, load_index, write_shards
 from flatcal_dist.data.making.validation import validate_shards
@@ -23,6 +22,7 @@ from flatcal_dist.data.shards.listing import open_stream
 from flatcal_dist.data.shards.remote import RemoteFile, read_small
 from flatcal_dist.data.shards.sidecars import HEADER, sidecar
 from flatcal_dist.data.shards.tar_stream import read_samples
+from tests.support.samples import make_samples
 from tests.support.web import serving
 
 HASTY = Access(stall_timeout=0.5, retries=1, backoff=0.01)

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_samples
 
 from flatcal_dist.data import DataError, index_shard, write_shards
 from flatcal_dist.data.loading.pieces import Piece, read_piece
 from flatcal_dist.data.shards.access import Access
 from flatcal_dist.data.shards.cache import ShardCache
 from flatcal_dist.data.shards.listing import open_stream
+from tests.support.samples import make_samples
 from tests.support.web import Web, serving
 
 QUICK = Access(stall_timeout=60, retries=2, backoff=0.01)

@@ -6,13 +6,13 @@ import pickle
 import numpy as np
 import pytest
 from PIL import Image
-from published import FOLDERS, cifar_archive, cifar_files, pickled_by_python2
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from flatcal_dist.cli import main
 from flatcal_dist.data import DataError, expand, load_index
 from flatcal_dist.data.making.cifar import cifar
 from flatcal_dist.data.making.pickles import read_pickle
+from tests.data.published import FOLDERS, cifar_archive, cifar_files, pickled_by_python2
 
 THEIRS = {10: CIFAR10, 100: CIFAR100}
 

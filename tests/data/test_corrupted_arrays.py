@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from published import cifar_files
 
 from flatcal_dist.calibration.records.records import Records
 from flatcal_dist.calibration.shift.groups import ALEXNET_ERROR, mean_corruption_error
@@ -12,6 +11,7 @@ from flatcal_dist.data.images.decode import decode
 from flatcal_dist.data.making.cifar import cifar
 from flatcal_dist.data.sets.variants import find, open_variant
 from flatcal_dist.evaluation.reporting import _refuse_other_labels
+from tests.data.published import cifar_files
 
 IMAGES = 12
 

@@ -8,12 +8,12 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from conftest import png
 from PIL import Image
 
 from flatcal_dist.data import BadImage, DataError, describe_decoder
 from flatcal_dist.data.images.decode import MAX_PIXELS, choose_decoder, decode
 from tests.support.photographs import awkward_image, photograph
+from tests.support.samples import png
 
 module = importlib.import_module("flatcal_dist.data.images.decode")
 DECODERS = ("simplejpeg", "torchvision", "pil")

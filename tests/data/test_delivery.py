@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import train_on
 
 from flatcal_dist import batch_sizes
 from flatcal_dist.config import load
 from flatcal_dist.data import Augmentation, DataError, training_transform
 from flatcal_dist.ranks.distributed import FailedTogether
+from tests.support.samples import train_on
 
 SCRIPT = """
 import resource, sys, time

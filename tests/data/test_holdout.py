@@ -3,7 +3,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import make_samples, train_on
 
 from flatcal_dist import inputs
 from flatcal_dist.config import ConfigError, load
@@ -15,6 +14,7 @@ from flatcal_dist.data import (
     write_shards,
 )
 from flatcal_dist.data.holdout import held_out
+from tests.support.samples import make_samples, train_on
 
 KEYS = [f"image{i}" for i in range(1000)]
 LABELS = np.random.default_rng(0).integers(0, 7, 1000)

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from published import cifar_archive, cifar_files
 
 from flatcal_dist.cli import main
 from flatcal_dist.data import DataError, expand, load_index
 from flatcal_dist.data.making.cifar import cifar
 from flatcal_dist.data.making.human_labels import with_human_labels
+from tests.data.published import cifar_archive, cifar_files
 
 NAMES = ("worse_label", "aggre_label", "random_label1", "random_label2", "random_label3")
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from conftest import make_samples, png
 
 from flatcal_dist.data import DataError, Sample, index_shard, load_index, write_shards
 from flatcal_dist.data.errors import BadImage
@@ -20,6 +19,7 @@ from flatcal_dist.data.shards.index import ALL_COLUMNS, Index, _open
 from flatcal_dist.data.shards.sidecars import sidecar
 from flatcal_dist.data.shards.tar_stream import read_samples
 from flatcal_dist.data.shards.walk import ShardIndex
+from tests.support.samples import make_samples, png
 
 SAMPLE = (("a.png", b"image a"), ("a.cls", b"1"))
 OTHER = (("b.png", b"image b"), ("b.cls", b"2"))

@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_samples, png, train_on
 
 from flatcal_dist.data import (
     Augmentation,
@@ -25,6 +24,7 @@ from flatcal_dist.data import (
     write_shards,
 )
 from flatcal_dist.data.order import epoch_order
+from tests.support.samples import make_samples, png, train_on
 
 TRAIN = training_transform(Augmentation(scale=(0.3, 1.0)), 8)
 EVALUATE = evaluation_transform(Augmentation(), 8)

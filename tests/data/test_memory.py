@@ -5,7 +5,6 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from conftest import make_samples, png, train_on
 
 from flatcal_dist import inputs
 from flatcal_dist.config import load
@@ -24,6 +23,7 @@ from flatcal_dist.data import (
 )
 from flatcal_dist.data.loading import memory
 from flatcal_dist.data.loading.memory import MemoryBatches
+from tests.support.samples import make_samples, png, train_on
 
 PLAN = {"seed": 3, "global_batch_size": 14, "micro_batch_size": 3, "epochs": 3, "window": 20}
 

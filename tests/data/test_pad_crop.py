@@ -3,7 +3,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, train_on
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as F
 
@@ -18,6 +17,7 @@ from flatcal_dist.data.images.pad_crop import PadCrop
 from flatcal_dist.data.loading.streaming import streaming_loader
 from flatcal_dist.data.order import sample_seed, sample_seeds
 from flatcal_dist.data.shards.listing import open_stream
+from tests.support.samples import QUICK, train_on
 
 SEEDS = sample_seeds(3, 1, np.arange(4000))
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from conftest import ALERT, QUICK
 from fsspec.implementations.memory import MemoryFileSystem
 
 from flatcal_dist.data import (
@@ -17,6 +16,7 @@ from flatcal_dist.data.shards.access import Access
 from flatcal_dist.data.shards.connections import NotThere
 from flatcal_dist.data.shards.listing import list_shards
 from flatcal_dist.data.shards.remote import RemoteFile, read_small
+from tests.support.samples import ALERT, QUICK
 from tests.support.web import Web, serving
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from conftest import make_samples
 from PIL import Image
 from timm.data import create_dataset
 
@@ -30,6 +29,7 @@ from flatcal_dist.data import (
 from flatcal_dist.data.making import plans, sharding
 from flatcal_dist.data.making.sharding import Encoding
 from tests.support.photographs import CLASSES, write_photographs
+from tests.support.samples import make_samples
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from conftest import make_samples, png
 from timm.data.readers.reader_wds import ReaderWds
 
 from flatcal_dist.data import DataError, Sample, expand, load_index, write_shards
+from tests.support.samples import make_samples, png
 
 
 def write(directory: Path, samples: list[Sample], prefix: str = "x", split: str = "train"):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import png
 from PIL import Image
 
 from flatcal_dist.cli import main
@@ -24,6 +23,7 @@ from flatcal_dist.data.making.validation import validate_shards
 from flatcal_dist.data.sets.imagenet import wnids
 from flatcal_dist.data.sets.tree import open_tree
 from tests.support.photographs import encoded, photograph
+from tests.support.samples import png
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALERT, EVEN, PATTERN, QUICK, make_samples, png
 
 from flatcal_dist.data import (
     Augmentation,
@@ -28,6 +27,7 @@ from flatcal_dist.data.images.decode import decode
 from flatcal_dist.data.loading.streaming import streaming_loader
 from flatcal_dist.data.shards.access import Access
 from flatcal_dist.data.shards.listing import Stream, open_stream
+from tests.support.samples import ALERT, EVEN, PATTERN, QUICK, make_samples, png
 from tests.support.web import serving
 
 

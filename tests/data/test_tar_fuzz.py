@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import make_samples
-from tar_blocks import (
+
+from flatcal_dist.data import DataError, write_shards
+from flatcal_dist.data.making.validation import validate_shards
+from tests.data.tar_blocks import (
     END,
     IMAGES,
     Streamed,
@@ -19,9 +21,7 @@ from tar_blocks import (
     member,
     pair,
 )
-
-from flatcal_dist.data import DataError, write_shards
-from flatcal_dist.data.making.validation import validate_shards
+from tests.support.samples import make_samples
 
 
 def _mutated(whole: bytes, generator: random.Random) -> bytes:

@@ -10,7 +10,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tar_blocks import (
+
+from flatcal_dist.cli import main
+from flatcal_dist.data import DataError, index_shard, load_index
+from flatcal_dist.data.loading.pieces import Piece, read_piece
+from flatcal_dist.data.making.archives import ilsvrc_archive
+from flatcal_dist.data.making.validation import validate_shards
+from flatcal_dist.data.shards.access import Access
+from flatcal_dist.data.shards.listing import open_stream
+from flatcal_dist.data.shards.sidecars import sidecar
+from flatcal_dist.data.shards.tar_stream import read_samples
+from tests.data.tar_blocks import (
     END,
     IMAGES,
     by_index,
@@ -23,16 +33,6 @@ from tar_blocks import (
     pair,
     pax,
 )
-
-from flatcal_dist.cli import main
-from flatcal_dist.data import DataError, index_shard, load_index
-from flatcal_dist.data.loading.pieces import Piece, read_piece
-from flatcal_dist.data.making.archives import ilsvrc_archive
-from flatcal_dist.data.making.validation import validate_shards
-from flatcal_dist.data.shards.access import Access
-from flatcal_dist.data.shards.listing import open_stream
-from flatcal_dist.data.shards.sidecars import sidecar
-from flatcal_dist.data.shards.tar_stream import read_samples
 from tests.support.web import serving
 
 

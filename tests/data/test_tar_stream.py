@@ -6,13 +6,13 @@ import pickle
 import tarfile
 
 import pytest
-from conftest import png
 
 from flatcal_dist.data import (
     DataError,
     load_index,
 )
 from flatcal_dist.data.shards.tar_stream import read_samples
+from tests.support.samples import png
 
 
 def samples_of(content: bytes, classes: int = 7) -> list[tuple[str, bytes, int]]:

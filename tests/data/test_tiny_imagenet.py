@@ -3,11 +3,11 @@ import zipfile
 
 import numpy as np
 import pytest
-from published import WNIDS, jpeg, tiny_imagenet_archive, tiny_imagenet_files
 
 from flatcal_dist.cli import main
 from flatcal_dist.data import DataError, expand, load_index
 from flatcal_dist.data.making.tiny_imagenet import MD5, tiny_imagenet
+from tests.data.published import WNIDS, jpeg, tiny_imagenet_archive, tiny_imagenet_files
 
 
 @pytest.fixture
