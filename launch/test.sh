@@ -17,6 +17,7 @@ said=$(mktemp)
 trap 'rm -f "$said"' EXIT
 mypy >"$said" 2>&1 &
 types=$! code=0
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes start: none has to compile again
 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || code=$?
 if ! wait "$types"; then
     cat "$said"

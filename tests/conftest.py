@@ -1,15 +1,19 @@
+"""What all tests share. The process that deals tests to workers reads this, too, and waits for it.
+
+So what takes long to import is imported where it is used.
+"""
+
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from flatcal_dist.calibration.records.records import Records
-from flatcal_dist.data import prepare_digits
-from tests.support.markers import needs
-from tests.support.synthetic import make_records
+if TYPE_CHECKING:
+    from flatcal_dist.calibration.records.records import Records
 
 # A test must not fail because the machine is busy.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -17,13 +21,17 @@ settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")
-def records() -> Records:
+def records() -> "Records":
+    from tests.support.synthetic import make_records
+
     return make_records(400)
 
 
 @pytest.fixture(scope="session")
 def digits_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shards of the digits, written once. Leave them as they are: change a copy."""
+    from flatcal_dist.data import prepare_digits
+
     return prepare_digits(tmp_path_factory.mktemp("data") / "new" / "digits")
 
 
@@ -33,6 +41,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     They stay where the expression of `-m` names them, or where a test is named by its id.
     """
+    from hypothesis import HealthCheck, settings
+
+    from tests.support.markers import needs
+
+    # A test must not fail because the machine is busy.
+    settings.register_profile(
+        "patient", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("patient")
     for item in items:
         for marker in needs(item):
             item.add_marker(marker)

@@ -8,12 +8,14 @@ from tests.support.quick_reports import SAVE_FIGURE, quick_reports
 from tests.support.synthetic import make_records
 
 DRAWN = ("test_report", "test_report_figures", "test_browser")  # modules about what is drawn
+FITTED = ("test_post_hoc",)  # and about what is fitted after training
 
 
 @pytest.fixture(scope="module", autouse=True)
 def reports_of_this_module(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Most modules write reports in passing: nothing is drawn, and resamples are few."""
-    with quick_reports(draw=request.module.__name__.rpartition(".")[2] in DRAWN):
+    """Most modules write reports in passing: few resamples, nothing drawn, quick calibrators."""
+    module = request.module.__name__.rpartition(".")[2]
+    with quick_reports(draw=module in DRAWN, calibrators=module in FITTED):
         yield
 
 

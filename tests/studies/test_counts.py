@@ -75,7 +75,7 @@ def test_the_command_of_a_run_has_the_ranks_that_it_ran_on(study, evaluated, tmp
     """`--report` may be given without `--processes`."""
     write_json(evaluated[0].run / "environment.json", {"world_size": 3})
     results = read_results(evaluated[:1])
-    with quick_reports():
+    with quick_reports(calibrators=False):
         write_study(study, tmp_path / "study.yaml", results, How(processes=2))
     (run,) = json.loads((tmp_path / "runs/study.json").read_text())["runs"]
     assert "--num_processes 3" in run["command"]

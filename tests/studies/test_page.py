@@ -57,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[Element]
     for element in found:
         if element.name != LEFT_OUT:
             finished(element)
-    with quick_reports():
+    with quick_reports(calibrators=False):
         write_study(study, file, read_results(found), How(processes=2))
     return study, found, folder
 
@@ -243,7 +243,7 @@ def test_what_the_study_evaluates_under_shift_is_averaged_over_its_sets(tmp_path
             "corruptions": [{"name": "noise", "before": {"all": each[2]}}],
         })  # fmt: skip
         assert to_do(study, element) is None
-    with quick_reports():
+    with quick_reports(calibrators=False):
         write_study(study, file, read_results(found), How())
     (panel,) = strict_json(tmp_path / "r/study.json")["panels"]
     for arm in panel["arms"]:
@@ -273,7 +273,7 @@ def test_studies_of_all_kinds_of_values(axes, tmp_path):
     found = elements(study)
     for element in found:
         finished(element)
-    with quick_reports():
+    with quick_reports(calibrators=False):
         panels = write_study(study, file, read_results(found), How(processes=2))
     assert sum(len(arm.results) for panel in panels for arm in panel.arms) == len(found)
     written = strict_json(tmp_path / "a b/study.json")
@@ -301,7 +301,7 @@ def test_panels_whose_names_look_alike_have_pages_of_their_own(tmp_path):
     found = elements(study)
     for element in found:
         finished(element)
-    with quick_reports():
+    with quick_reports(calibrators=False):
         write_study(study, file, read_results(found), How())
     written = strict_json(tmp_path / "r/study.json")
     pages = {f"{panel['comparison']}/index.html" for panel in written["panels"]}
@@ -320,7 +320,7 @@ def test_one_run_alone_and_damaged_runs(tmp_path):
     study = load_study(file)
     (element,) = elements(study)
     finished(element)
-    with quick_reports():
+    with quick_reports(calibrators=False):
         write_study(study, file, read_results([element]), How())
     written = strict_json(tmp_path / "r/study.json")
     (panel,) = written["panels"]

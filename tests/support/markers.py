@@ -1,8 +1,9 @@
 """Which markers a test gets without being marked by hand: `ranks`, `browser` and `slurm`.
 
-A test is `ranks` if it starts other processes: ranks, workers, or Python again. That is so if it
-names a starter below: the test itself, one of its fixtures or parameters, or a function or class of
-the tests that one of these names.
+A test is `ranks` if it does whole jobs: if it starts ranks, workers or Python again, or evaluates
+networks. It is `browser` if it writes whole pages, or opens them. That is so if it names a function
+or class of those below: the test itself, one of its fixtures or parameters, or a function or class
+of the tests that one of these names.
 """
 
 import inspect
@@ -17,26 +18,41 @@ from typing import Any
 
 import pytest
 
+from flatcal_dist.calibration.comparison.writing import write_comparison
+from flatcal_dist.calibration.report.writing import render_report, write_report
+from flatcal_dist.evaluation import job, reporting
+from flatcal_dist.studies.page import write_study
 from tests.support import cluster, jobs, ranks
+from tests.support.quick_reports import be_quick, quick_reports
 
 STARTERS = (ranks.FORKING, jobs.Job, subprocess, multiprocessing, pty)
-# Files whose tests have the package start processes: W&B's, and loader workers by spawning.
-FILES = ("tests/tracking/test_wandb.py", "tests/data/test_delivery.py")
+EVALUATIONS = (job.evaluate_model, reporting.evaluate)
+PAGES = (write_report, render_report, write_comparison, write_study)
+ABOUT_PAGES = (quick_reports, be_quick)  # name the functions that write pages, and write none
+# Files whose tests have the package do so: W&B's processes, workers of loaders, `flatcal evaluate`.
+FILES = (
+    "tests/tracking/test_wandb.py",
+    *(f"tests/data/test_{name}.py" for name in ("delivery", "loader", "streaming")),
+    *(f"tests/evaluation/test_{name}.py" for name in ("job", "predicting", "sharpness")),
+)
 TESTS = str(Path(__file__).parents[1])
 
 
 def needs(item: pytest.Item) -> Iterator[str]:
     """Yield the names of the markers that this test gets."""
-    seen: dict[int, Any] = {}
+    seen: dict[int, Any] = {id(one): one for one in ABOUT_PAGES}
     for one in _beginnings(item):
         _visit(one, seen)
-    starts = any(id(starter) in seen for starter in STARTERS)
-    if starts or item.nodeid.startswith(FILES):
+    if item.nodeid.startswith(FILES) or _any_of((*STARTERS, *EVALUATIONS), seen):
         yield "ranks"
     if id(cluster.cluster) in seen:
         yield "slurm"
-    if "browser" in getattr(item, "fixturenames", ()):
+    if "browser" in getattr(item, "fixturenames", ()) or _any_of(PAGES, seen):
         yield "browser"
+
+
+def _any_of(known: tuple[Any, ...], seen: dict[int, Any]) -> bool:
+    return any(id(one) in seen for one in known)
 
 
 def _beginnings(item: pytest.Item) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from flatcal_dist.calibration.comparison.writing import write_comparison
 from flatcal_dist.calibration.pages import drawing
 from flatcal_dist.calibration.report.summary import summarize
 from flatcal_dist.calibration.report.writing import write_report
+from flatcal_dist.calibration.shift import rows
 
 RESAMPLES = 60
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" version="1.1" width="9" height="9"></svg>'
@@ -38,6 +39,7 @@ def quick_reports(draw: bool = False, calibrators: bool = True) -> Iterator[None
             defaults = function.__kwdefaults__ or {}
             assert "resamples" in defaults, function
             patched.setitem(defaults, "resamples", RESAMPLES)
+        patched.setattr(rows, "RESAMPLES", RESAMPLES)
         patched.setattr(drawing, "save_figure", SAVE_FIGURE if draw else _not_drawn)
         if not calibrators:
             patched.setattr(post_hoc, "ROWS", QUICK)
