@@ -1,6 +1,6 @@
 """Predictions of a network: logits, features if they are needed, and scores of confidence."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +15,7 @@ from flatcal_dist.calibration.confidence.score import OF_FEATURES, Evidence, Ref
 from flatcal_dist.calibration.confidence.sources import SCORES
 from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.data.image_index import ImageIndex
+from flatcal_dist.data.loading.indexed import EvaluationBatch
 from flatcal_dist.data.order import sample_seed
 from flatcal_dist.data.sets.variants import DataSet
 from flatcal_dist.evaluation.passes import Ensemble, passes_with_dropout, refuse_without_dropout
@@ -70,6 +71,7 @@ def predict(
     *,
     classes: Sequence[int] | None = None,
     samples: np.ndarray | None = None,
+    batches: Iterable[EvaluationBatch] | None = None,
 ) -> Prediction:
     """Return the predictions of one rank for its share of the images, without padding.
 
@@ -83,19 +85,21 @@ def predict(
         classes: The classes that compete. Scores of passes and networks are about them. None stands
             for all.
         samples: The numbers [m] of the images to be used; None uses all.
+        batches: This rank's batches of these images; None loads them.
 
     Raises:
         ConfigError: The network has other classes than the configuration says, or lacks what a
             score needs.
     """
-    batches = inputs.evaluation_batches(
-        config,
-        index,
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.device.type == "cuda",
-        samples,
-    )
+    if batches is None:
+        batches = inputs.evaluation_batches(
+            config,
+            index,
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.device.type == "cuda",
+            samples,
+        )
     asked = _Asked(config, module, scores, slice(None) if classes is None else list(classes))
     normalize = inputs.normalization(config.data).to(accelerator.device)
     parts = []

@@ -21,6 +21,7 @@ from flatcal_dist.calibration.records.temperatures import Apart
 from flatcal_dist.calibration.report.model import Report
 from flatcal_dist.calibration.shift.report import Shifted, save_shifted, write_shift
 from flatcal_dist.calibration.shift.rows import Measured, measure
+from flatcal_dist.calibration.softmax import score_images
 from flatcal_dist.config import Config
 from flatcal_dist.data import DataError, Index
 from flatcal_dist.data.image_index import ImageIndex
@@ -171,12 +172,13 @@ def _records(
     try:
         chosen = records(data.label, competing, source, scores)
         if not isinstance(fit_on, Records):
-            found = post_hoc(
-                ids, data.label, competing,
-                folds=config.evaluate.folds, apart=apart and _among(apart, source),
-            )  # fmt: skip
+            others = apart and _among(apart, source)
+            found = post_hoc(ids, data.label, competing, folds=config.evaluate.folds, apart=others)
             people = None if data.people is None else against_people(competing, data.people)
-            chosen = replace(chosen, post_hoc=found, people=people)
+            chosen = replace(
+                chosen, post_hoc=found, people=people,
+                apart=others and score_images(others.logits, others.labels).scores(),
+            )  # fmt: skip
         if data.classes is None:
             return chosen, None
         label = np.array(data.classes)[data.label]

@@ -1,23 +1,43 @@
 """The figures of a validation during training, without a report."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
+from flatcal_dist import inputs
 from flatcal_dist.calibration.calibrators.refinement import refined_nll
 from flatcal_dist.calibration.metrics.binned import BinnedEvaluation
 from flatcal_dist.config import Config
-from flatcal_dist.data import Index
+from flatcal_dist.data import EvaluationBatch, Index
+from flatcal_dist.data.loading.memory import HeldBatches
 from flatcal_dist.evaluation.predicting import Prediction, gathered, predict
 from flatcal_dist.evaluation.reporting import check_whole
 from flatcal_dist.ranks.distributed import on_all_ranks, said_by_rank_0
 
 
+def held_validation(
+    config: Config, index: Index, accelerator: Accelerator
+) -> Iterable[EvaluationBatch] | None:
+    """Return the batches of all validations if `data.reader=memory` holds them, else None.
+
+    Nothing is read before the first validation.
+    """
+    if config.data.reader != "memory":
+        return None
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    return HeldBatches(inputs.evaluation_batches(config, index, rank, world_size, False))
+
+
 def running_metrics(
-    config: Config, module: nn.Module, index: Index, accelerator: Accelerator
+    config: Config,
+    module: nn.Module,
+    index: Index,
+    accelerator: Accelerator,
+    batches: Iterable[EvaluationBatch] | None = None,
 ) -> dict[str, float]:
     """Return calibration, failure prediction and entropy over all ranks, from sums alone.
 
@@ -30,8 +50,9 @@ def running_metrics(
         module: The network.
         index: The images.
         accelerator: All its ranks take part.
+        batches: This rank's batches of the images; None loads them.
     """
-    found = predict(config, module, index, accelerator)
+    found = predict(config, module, index, accelerator, batches=batches)
     binned = BinnedEvaluation()
     if len(found.samples):
         binned.add(found.logits, index.label[found.samples])

@@ -19,6 +19,7 @@ from flatcal_dist.files import refuse_no_directory
 from flatcal_dist.printing import never_fail
 from flatcal_dist.ranks.launcher import preempted_code
 from flatcal_dist.runs.directory import RunError
+from flatcal_dist.studies.choice import check_settings
 from flatcal_dist.studies.elements import Element, elements
 from flatcal_dist.studies.estimate import estimate
 from flatcal_dist.studies.file import SEED, Study, check_study, load_study
@@ -44,6 +45,7 @@ def main(description: str | None = None) -> None:
         if not (arguments.list or arguments.dry_run):
             refuse_no_directory(Path(study.directory))
         found = elements(study, arguments.overrides)
+        check_settings(study.choose, found)
         refuse_other_runs(found)
         published_beside(study, found)
         missing = [element for element in found if _state(study, element) != DONE]

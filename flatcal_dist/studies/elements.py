@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # its import takes seconds, and only loading needs it
     from flatcal_dist.config import Config
 
 TAKEN = (  # beside the runs
-    "code", "comparison", "figures", "index.html", "logs", "results.csv", "slurm", "study.json",
+    "chosen", "code", "comparison", "figures", "index.html", "logs", "results.csv", "slurm",
+    "study.json",
 )  # fmt: skip
 LONGEST = 200  # bytes of a run's name; file systems take 255, and something is added
 

@@ -15,6 +15,7 @@
     exclude:                               # what matches all of an entry is left out
       - {method: focal, model.options.width: [64]}
     evaluate: [--data, DATA, --data, imagenet_c=DATA]   # after each run: `flatcal evaluate RUN ...`
+    choose: {...}                          # settings chosen without the test images (`choice`)
     question: Does CSAM calibrate better than SAM?   # the head of the page
     panels: [model.options.width]          # not compared: a table each; by default network and data
     published: zhu2022.csv                 # published figures to show beside ours (`published`)
@@ -42,6 +43,7 @@ from flatcal_dist.calibration.metrics.entries import METRICS
 from flatcal_dist.config.kinds import PathText, Section
 from flatcal_dist.errors import ConfigError
 from flatcal_dist.files import expanded, read_bytes
+from flatcal_dist.studies.choice import Choice, check_figures, matches
 
 SEED = "run.seed"
 SET_HERE = ("run.dir", "run.axes", "wandb.name")  # the study sets them for each run
@@ -77,6 +79,9 @@ class Study(Section):
         description="Words for `flatcal evaluate RUN`, which follows each run, such as --data "
         "imagenet_c_generated=DATA.",
     )
+    choose: dict[Place, Choice] = Field(
+        {}, description="Settings to choose by images kept apart (data.holdout), by a name."
+    )
     question: str = Field("", description="What the study asks, for the head of its page.")
     panels: list[str] = Field(
         ["network", "data"],
@@ -92,7 +97,7 @@ class Study(Section):
         turned = {name: list(places) for name, places in self.axes.items()} | self.grid
         for values in itertools.product(*turned.values()):
             point = dict(zip(turned, values, strict=True))
-            if not any(_matches(point, entry) for entry in self.exclude):
+            if not any(matches(point, entry) for entry in self.exclude):
                 yield point
 
     def apart(self) -> list[str]:
@@ -157,19 +162,23 @@ def load_study(path: str | Path) -> Study:
 def _in_words(problem: ErrorDetails) -> str:
     """Return the key of a problem, and what was expected there."""
     kind, loc = problem["type"], [str(part) for part in problem["loc"]]
+    fields = (Choice if loc[0] == "choose" and len(loc) > 2 else Study).model_fields
     if loc[-1] == "[key]":
         what, dot = ("an axis", "") if len(loc) == 3 else ("a place on an axis", ". ")
+        what, dot = ("a choice", ". ") if loc[0] == "choose" else (what, dot)
         return (
             f"{'.'.join(loc[:-1])}: the name of {what} begins with a letter from A to Z or a "
             f"digit, and has at most 64 such letters, digits and the signs {dot}_ + -"
         )
     key = ".".join(loc)
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key, Study.model_fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(Study.model_fields)}"
+        near = difflib.get_close_matches(loc[-1], fields, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}"
         return f"{key}: no such key; {hint}"
     if kind == "missing":
-        return f"{key}: this key is missing. {Study.model_fields[key].description}"
+        return f"{key}: this key is missing. {fields[loc[-1]].description}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{key}: expected a section with {', '.join(Choice.model_fields)}"
     if kind == "dict_type":
         example = {1: "{NAME: {PLACE: {key.sub: value}}}", 2: "{PLACE: {key.sub: value}}"}
         wanted = example.get(len(loc) if loc[0] == "axes" else 0, "{key.sub: value}")
@@ -233,20 +242,25 @@ def check_study(study: Study, path: Path) -> None:
         if key in everywhere:
             raise ConfigError(f"{path}: {key} follows from the study (`directory`, `axes`, `grid`)")
     for number, entry in enumerate(study.exclude):
-        for key, values in entry.items():
-            for value in values if isinstance(values, list) else [values]:
-                if key not in turned:
-                    raise ConfigError(
-                        f"{path}: exclude[{number}].{key} is not an axis or a key of the grid"
-                    )
-                if value not in turned[key]:
-                    lists = any(isinstance(one, list) for one in turned[key])
-                    raise ConfigError(
-                        f"{path}: exclude[{number}].{key} = {value!r} is not one of its values, "
-                        f"which are {turned[key]}"
-                        + ". A value that is a list stands in a list: [[0.0]]"
-                        * lists
-                    )
+        _check_values(f"{path}: exclude[{number}]", entry, turned)
+    for name, choice in study.choose.items():
+        _check_values(f"{path}: choose.{name}.among", choice.among, turned)
+        _check_values(f"{path}: choose.{name}.against", choice.against, turned)
+    check_figures(study.choose, path)
+
+
+def _check_values(where: str, entry: dict[str, Any], turned: dict[str, list[Any]]) -> None:
+    """Raise ConfigError if an entry names what is no axis, or a value that it does not have."""
+    for key, values in entry.items():
+        for value in values if isinstance(values, list) else [values]:
+            if key not in turned:
+                raise ConfigError(f"{where}.{key} is not an axis or a key of the grid")
+            if value not in turned[key]:
+                lists = any(isinstance(one, list) for one in turned[key])
+                raise ConfigError(
+                    f"{where}.{key} = {value!r} is not one of its values, which are {turned[key]}"
+                    + ". A value that is a list stands in a list: [[0.0]]" * lists
+                )
 
 
 def _refuse_two_writers(study: Study, path: Path) -> set[str]:
@@ -271,10 +285,3 @@ def _refuse_two_writers(study: Study, path: Path) -> set[str]:
         if writer != "set":
             turned |= dict.fromkeys(sorted(own), writer)
     return set(turned)
-
-
-def _matches(point: dict[str, Any], entry: dict[str, Any]) -> bool:
-    return all(
-        point[key] in (wanted if isinstance(wanted, list) else [wanted])
-        for key, wanted in entry.items()
-    )

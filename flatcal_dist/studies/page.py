@@ -16,7 +16,7 @@ from flatcal_dist.studies import figures
 from flatcal_dist.studies.elements import Element
 from flatcal_dist.studies.file import Study
 from flatcal_dist.studies.jobs import How, command
-from flatcal_dist.studies.panels import Panel, as_json, compare, panels_of, ranks
+from flatcal_dist.studies.panels import Panel, as_json, chosen_panels, compare, panels_of, ranks
 from flatcal_dist.studies.published import AFTER, Published, published_beside
 from flatcal_dist.studies.results import SHIFTED, Result, provenance, results_csv
 from flatcal_dist.studies.trade import Trade, in_words, trades
@@ -37,7 +37,7 @@ def write_study(study: Study, file: Path, results: Sequence[Result], how: How) -
         how: How the runs were started, for the commands that the page shows.
 
     Returns:
-        The panels of the page.
+        The panels of the page, then those of chosen settings.
 
     Raises:
         ConfigError: The file of published figures cannot be used.
@@ -48,6 +48,8 @@ def write_study(study: Study, file: Path, results: Sequence[Result], how: How) -
     published = published_beside(study, [result.element for result in results])
     panels = panels_of(study, results)
     compare(panels, folder)
+    chosen = chosen_panels(study, panels)
+    compare(chosen, folder, "chosen")
     found, placed = trades(panels), ranks(panels)
     said = in_words(found)
     write_text(folder / "results.csv", results_csv(results, file.as_posix()))
@@ -57,6 +59,7 @@ def write_study(study: Study, file: Path, results: Sequence[Result], how: How) -
         "schema_version": SCHEMA_VERSION,
         "study": study.model_dump(exclude={"directory"}),
         "panels": [as_json(panel) for panel in panels],
+        "chosen": [as_json(panel) for panel in chosen],
         "ranks": placed,
         "calibration_and_failure_prediction": said,
         "published": [_published_json(row) for row in rows],
@@ -68,6 +71,7 @@ def write_study(study: Study, file: Path, results: Sequence[Result], how: How) -
         title=study.question or f"Study {study.name}",
         study=study,
         panels=panels,
+        chosen=chosen,
         finished=sum(result.report is not None for result in results),
         results=results,
         metrics=[METRICS[key] for key in COMPARED],
@@ -80,7 +84,7 @@ def write_study(study: Study, file: Path, results: Sequence[Result], how: How) -
         counted=counted,
     )
     write_text(folder / "index.html", html)
-    return panels
+    return [*panels, *chosen]
 
 
 def beside(panel: Panel, published: Sequence[Published]) -> list[dict[str, Any]]:

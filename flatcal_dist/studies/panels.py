@@ -18,7 +18,7 @@ from flatcal_dist.calibration.statistics.seeds import OverSeeds, over_seeds
 from flatcal_dist.studies.elements import part_of_name
 from flatcal_dist.studies.file import SEED, Study
 from flatcal_dist.studies.published import AFTER, AFTER_TEMPERATURE
-from flatcal_dist.studies.results import SHIFTED, Result
+from flatcal_dist.studies.results import APART, SHIFTED, Result
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,22 @@ class Arm:
 
 @dataclass
 class Panel:
-    """The arms that are compared with each other. `comparison` is what comparison.json holds."""
+    """The arms that are compared with each other.
+
+    Attributes:
+        name: The name of the panel.
+        point: What its runs share: places by axis, and values by key.
+        arms: The arms, the baseline first.
+        chosen: For arms of chosen runs, the name of the arm that each seed chose.
+        comparison: What comparison.json holds, once it is written.
+        folder: Where that lies, in the study's directory.
+        measured: The arms that have a report.
+    """
 
     name: str
     point: dict[str, Any]
     arms: list[Arm]
+    chosen: dict[str, dict[int, str]] = field(default_factory=dict)
     comparison: dict[str, Any] | None = None
     folder: str = ""
     measured: list[Arm] = field(init=False)
@@ -105,18 +116,64 @@ def panels_of(study: Study, results: Sequence[Result]) -> list[Panel]:
     ]
 
 
+def chosen_panels(study: Study, panels: Sequence[Panel]) -> list[Panel]:
+    """Return a panel for each choice of the study and each panel that has its constant setting."""
+    found = []
+    for name, choice in study.choose.items():
+        for panel in panels:
+            among = [arm for arm in panel.arms if choice.matches(arm.point)]
+            constant = [arm for arm in among if choice.matches(arm.point, constant=True)]
+            if len(constant) != 1 or not constant[0].measured:
+                continue
+            picked = {f"{name} chosen by {key}": _chosen(among, key) for key in choice.by}
+            arms = [
+                Arm(title, {}, tuple(result for _, result in by_seed.values()))
+                for title, by_seed in picked.items()
+            ]
+            found.append(
+                Panel(
+                    name if len(panels) == 1 else f"{panel.name}, {name}",
+                    panel.point,
+                    [*constant, *arms],
+                    {
+                        title: {seed: arm.name for seed, (arm, _) in by_seed.items()}
+                        for title, by_seed in picked.items()
+                    },
+                )
+            )
+    return found
+
+
+def _chosen(among: Sequence[Arm], key: str) -> dict[int, tuple[Arm, Result]]:
+    """Return the best run by a figure of images kept apart, for each seed that all arms have."""
+    runs: dict[int, list[tuple[float, int, Arm, Result]]] = {}
+    for place, arm in enumerate(among):
+        for result in arm.measured:
+            value = result.figures.get(key + APART)
+            if value is not None:
+                runs.setdefault(result.seed, []).append((_badness(key, value), place, arm, result))
+    whole = {seed: each for seed, each in sorted(runs.items()) if len(each) == len(among)}
+    return {seed: min(each, key=lambda one: one[:2])[2:] for seed, each in whole.items()}
+
+
 def _name(point: dict[str, Any]) -> str:
     """Places by their names, values by the last part of their keys."""
     return ", ".join(part_of_name(key, value) for key, value in point.items())
 
 
-def compare(panels: Sequence[Panel], folder: Path) -> None:
-    """Write a comparison of each panel that has two runs with a report or more."""
+def compare(panels: Sequence[Panel], folder: Path, under: str = "comparison") -> None:
+    """Write a comparison of each panel that has two runs with a report or more.
+
+    Args:
+        panels: The panels.
+        folder: The study's directory.
+        under: The folder of the comparisons in it.
+    """
     for number, panel in enumerate(panels):
         runs = [(arm.name, result) for arm in panel.measured for result in arm.measured]
         if len(runs) < 2:
             continue
-        panel.folder = "comparison" if len(panels) == 1 else f"comparison/{number}"
+        panel.folder = under if len(panels) == 1 else f"{under}/{number}"
         panel.comparison = write_comparison(
             [result.element.run for _, result in runs],
             folder / panel.folder,
@@ -172,4 +229,5 @@ def as_json(panel: Panel) -> dict[str, Any]:
         "differences": differences,
         "verdict": verdict,
         "comparison": panel.folder or None,
+        "chosen": panel.chosen,
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 from flatcal_dist.calibration.metrics.entries import METRICS
 from flatcal_dist.calibration.report.model import Report, read_metrics
+from flatcal_dist.calibration.report.parts import FEW_FIGURES
 from flatcal_dist.calibration.report.training_curves import training_curves
 from flatcal_dist.calibration.shift.report import read_shift
 from flatcal_dist.files import csv_text, read_json
@@ -20,6 +21,7 @@ from flatcal_dist.studies.published import AFTER, AFTER_TEMPERATURE
 from flatcal_dist.tracking.tracker import read_metrics as read_records
 from flatcal_dist.urls import hide
 
+APART = "_of_images_apart"  # after the key of a metric: of images that data.holdout kept apart
 SHIFTED = ("accuracy", "nll", "ece", "signed_gap", "aurc", "auroc")  # also under shift
 WRITTEN_AGAIN = "Move it away: the run keeps its results, and the page leaves out what it held"
 PACKAGES = ("torch", "timm", "flatcal_dist")
@@ -66,13 +68,15 @@ class Result:
 
     @cached_property
     def figures(self) -> dict[str, float | None]:
-        """Every metric by its key, then those after temperature scaling and under shift."""
+        """Every metric by its key; after temperature, of images kept apart, and under shift."""
         if self.report is None:
             return {}
         found = {key: self.report.value(key) for key in METRICS}
         found["temperature"] = self.report.temperature
         after = self.report.side("after")
         found |= {key + AFTER: after.value(key) for key in AFTER_TEMPERATURE}
+        apart = self.report.images_apart
+        found |= {key + APART: apart.figures.get(key) for key in FEW_FIGURES} if apart else {}
         return found | {f"{key}_under_shift": self._under_shift(key) for key in SHIFTED}
 
     def _under_shift(self, key: str) -> float | None:

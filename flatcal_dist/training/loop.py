@@ -19,7 +19,7 @@ from flatcal_dist.checkpoints.format import Progress
 from flatcal_dist.config import Config
 from flatcal_dist.data import Position, optimizer_steps
 from flatcal_dist.data.order import sample_seed
-from flatcal_dist.evaluation.running import running_metrics
+from flatcal_dist.evaluation.running import held_validation, running_metrics
 from flatcal_dist.ranks.distributed import FailedTogether, on_all_ranks
 from flatcal_dist.runs.directory import Phase, RunDirectory
 from flatcal_dist.sharpness import StepResult
@@ -98,6 +98,7 @@ class Trainer:
         self.validated: tuple[int, dict[str, float]] = (0, {})  # at which step, what
         self.traffic: dict[str, int] = {}
         self.rho = setup.config.sharpness.rho  # of the present step
+        self.held = held_validation(setup.config, setup.validation, setup.accelerator)
         self.speed = Speed()
         self.rho = 0.0  # of the next step
 
@@ -194,8 +195,12 @@ class Trainer:
 
     def _set_random_state(self, step: int) -> None:
         """Seed dropout and the like by (seed, rank, step): there is nothing to save or restore."""
-        rank = self.accelerator.process_index
-        torch.manual_seed(sample_seed(self.config.run.seed, rank, step))
+        seed = sample_seed(self.config.run.seed, self.accelerator.process_index, step)
+        if self.accelerator.device.type == "cpu":
+            # torch.manual_seed would note each time, with a traceback, how to seed GPUs later.
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
     def _count_traffic(self, take: Callable[[], StepResult]) -> StepResult:
         """Take a step, and count its collectives for the next record."""
@@ -277,8 +282,9 @@ class Trainer:
         self.engine.synchronize_buffers()
         with self._averaged():
             values = running_metrics(
-                self.config, self.engine.inference, self.setup.validation, self.accelerator
-            )
+                self.config, self.engine.inference, self.setup.validation, self.accelerator,
+                self.held,
+            )  # fmt: skip
         figures = {k: values[f"val/{k}"] for k in checkpoint.BEST if f"val/{k}" in values}
         self.validated = self.done, {k: v for k, v in figures.items() if math.isfinite(v)}
         self.tracker.log(self.done, {"epoch": epoch, **values})

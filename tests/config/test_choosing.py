@@ -21,7 +21,8 @@ from flatcal_dist.training.optimizers import build_optimizer
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = {  # of the shipped studies
     "cifar10_causes": 39, "cifar10_cost": 24, "cifar10_methods": 30, "digits_scope": 45,
-    "digits": 3, "digits_rho_gamma": 30, "digits_methods": 3 * 24 * 5, "foret2021_imagenet": 18,
+    "digits": 3, "digits_choosing": 150, "digits_rho_gamma": 30, "digits_methods": 3 * 24 * 5,
+    "foret2021_imagenet": 18,
     "guo2017_cifar10": 12, "guo2017_cifar100": 12, "tan2026_cifar10": 24,
     "tan2026_imagenet_resnet50": 3, "tan2026_imagenet_vit_s16": 3,
     "zhu2022_cifar10": 156, "zhu2022_cifar100": 156, "zhu2022_tiny_imagenet": 18,

@@ -16,13 +16,15 @@ from flatcal_dist.data import (
     Position,
     Sample,
     Workers,
+    evaluation_loader,
     load_index,
     optimizer_steps,
     training_transform,
     write_shards,
 )
+from flatcal_dist.data.images.transforms import evaluation_transform
 from flatcal_dist.data.loading import memory
-from flatcal_dist.data.loading.memory import MemoryBatches
+from flatcal_dist.data.loading.memory import HeldBatches, MemoryBatches
 from tests.support.samples import make_samples, png, train_on
 
 PLAN = {"seed": 3, "global_batch_size": 14, "micro_batch_size": 3, "epochs": 3, "window": 20}
@@ -159,3 +161,71 @@ def test_the_process_stream_is_untouched(index):
     list(both(index, Augmentation("pad_crop"))[0])
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(np.random.get_state()[1], numpys)
+
+
+class Counted:
+    """An index that counts how often its images are read."""
+
+    def __init__(self, index):
+        self._index, self.reads = index, 0
+
+    def __getattr__(self, name):
+        return getattr(self._index, name)
+
+    def __len__(self):
+        return len(self._index)
+
+    def read(self, sample):
+        self.reads += 1
+        return self._index.read(sample)
+
+
+def evaluated(index, workers=0, **ranks):
+    how = evaluation_transform(Augmentation("resized_crop", crop_pct=1.0), 8)
+    return evaluation_loader(index, 16, how, Decoding(3), Workers(workers), **ranks)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_evaluation_batches_are_held_after_one_pass(index, rank):
+    counted = Counted(index)
+    held = HeldBatches(evaluated(counted, rank=rank, world_size=2))
+    expected = list(evaluated(index, rank=rank, world_size=2))
+    assert len(held) == len(expected) == 2
+    for _ in range(3):
+        assert_same(held, expected)
+    reads = counted.reads
+    assert 0 < reads <= 32, "each image of this rank once, and padding"
+    list(held)
+    assert counted.reads == reads
+
+
+def test_batches_of_workers_are_held_in_memory_of_their_own(index):
+    held = HeldBatches(evaluated(index, workers=2))
+    list(held)
+    kept = list(held)
+    assert not any(batch.images.is_shared() for batch in kept)
+    assert_same(kept, list(evaluated(index)))
+
+
+def test_a_pass_that_breaks_off_holds_nothing(index):
+    counted = Counted(index)
+    held = HeldBatches(evaluated(counted))
+    next(iter(held))
+    assert [batch.samples.tolist() for batch in held] == [
+        batch.samples.tolist() for batch in evaluated(index)
+    ]
+
+
+def test_evaluation_batches_that_do_not_fit_are_loaded_each_time(index, monkeypatch):
+    counted = Counted(index)
+    batch = 16 * 8 * 8 * 3
+    held = HeldBatches(evaluated(counted))
+    monkeypatch.setattr(memory, "_free", lambda device: 2 * len(held) * batch - 1)
+    list(held)
+    once = counted.reads
+    list(held)
+    assert counted.reads == 2 * once
+    monkeypatch.setattr(memory, "_free", lambda device: 2 * len(held) * batch)
+    list(held)
+    list(held)
+    assert counted.reads == 3 * once

@@ -5,15 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from flatcal_dist import cli
 from flatcal_dist.calibration.calibrators import TemperatureScaling
+from flatcal_dist.config import load
+from flatcal_dist.data.images.decode import decode
+from flatcal_dist.inputs import open_holdout
+from flatcal_dist.networks.registry import build
 from flatcal_dist.runs.directory import RunDirectory
+from flatcal_dist.tracking.tracker import read_metrics as read_records
 from tests.support.launching import digits, launch
 
-SMALL = ("data.augmentation=pad_crop", "data.crop_padding=1", "train.max_steps=30",
-         "data.holdout=0.2", "train.log_every_steps=10")  # fmt: skip
+SMALL = ("data.augmentation=pad_crop", "data.crop_padding=1", "data.holdout=0.2",
+         "train.max_steps=30", "train.log_every_steps=10",
+         "train.validate_every_epochs=1")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +44,13 @@ def test_in_memory_and_indexed_train_the_same_network(run, shards, tmp_path):
     assert done.returncode == 0, done.stdout
     one, two = (load_file(path / "model.safetensors") for path in (run, other))
     assert all((one[name] == two[name]).all() for name in one)
+    validated = [
+        [{k: v for k, v in record.items() if k.startswith("val/")} for record in records
+         if "epoch" in record and "val/nll" in record]
+        for records in (read_records(path / "metrics.jsonl") for path in (run, other))
+    ]  # fmt: skip
+    assert len(validated[0]) == 3
+    assert validated[0] == validated[1], "the images that are held are those of the shards"
 
 
 def test_an_epoch_is_that_of_the_images_that_are_left(run):
@@ -61,3 +75,25 @@ def test_the_temperature_is_that_of_the_images_kept_apart(run, tmp_path, monkeyp
     stored = np.load(tmp_path / "again/logits.npz")
     own = TemperatureScaling().fit(stored["logits"], stored["labels"]).temperature
     assert again["temperatures"][2]["temperature"] == pytest.approx(own)
+
+
+def test_figures_of_the_images_kept_apart_are_those_of_the_network_as_trained(run):
+    config = load(run / "config.yaml", [])
+    index = open_holdout(config.data, 10)
+    network = build(config.model.name, 10, 1, 8, dict(config.model.options))
+    network.load_state_dict(load_file(run / "model.safetensors"))
+    images = torch.stack([decode(index.read(i), 1, str(i)) for i in range(len(index))]) / 255
+    mean, std = config.data.mean[0], config.data.std[0]
+    with torch.inference_mode():
+        logits = network.eval()((images - mean) / std).double()
+    labels = torch.from_numpy(index.label.astype(np.int64))
+    confidence, answers = logits.softmax(1).max(1)
+    right = (answers == labels).double()
+    apart = json.loads((run / "report/metrics.json").read_text())["images_apart"]
+    assert apart["images"] == len(index) == 160
+    assert apart["figures"]["accuracy"] == float(right.mean())
+    nll = float(torch.nn.functional.cross_entropy(logits, labels))
+    assert apart["figures"]["nll"] == pytest.approx(nll, rel=1e-5)
+    gap = float((confidence - right).mean())
+    assert apart["figures"]["signed_gap"] == pytest.approx(gap, abs=1e-6)
+    assert "160 training images that were kept apart" in (run / "report/index.html").read_text()

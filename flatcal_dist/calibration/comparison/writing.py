@@ -55,7 +55,7 @@ def write_comparison(
         runs: The run directories or report directories.
         output: The folder of the comparison.
         methods_of: The name of each run's method. By default the configurations tell which runs
-            are seeds of one method.
+            are seeds of one method. A run can be given for several of these methods.
         resamples: The number of resamples.
         seed: The seed of the resamples.
 
@@ -68,7 +68,7 @@ def write_comparison(
     """
     if len(runs) < 2:
         raise ValueError(f"a comparison needs at least two runs, got {len(runs)}")
-    loaded = _load(runs)
+    loaded = _load(runs, methods_of)
     for other in loaded[1:]:
         _refuse_other_images(loaded[0], other)
     paired = _pairing(loaded)
@@ -122,9 +122,9 @@ def _conventions(resamples: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _load(paths: Sequence[Path]) -> list[Run]:
+def _load(paths: Sequence[Path], methods_of: Sequence[str] | None) -> list[Run]:
     folders = [Path(path) for path in paths]
-    names = _names(folders)
+    names = _names(folders, methods_of or [""] * len(folders))
     runs: list[Run] = []
     for name, path in zip(names, folders, strict=True):
         here = (path / "metrics.json").is_file() and (path / "records.parquet").is_file()
@@ -140,17 +140,24 @@ def _load(paths: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many parts as it takes to tell the paths apart."""
+def _names(folders: Sequence[Path], methods: Sequence[str]) -> list[str]:
+    """The last part of each path, or as many parts as it takes to tell the paths apart.
+
+    The method follows where a run is there for several.
+    """
     parts = [p.resolve().parts for p in folders]
     parts = [p[:-1] if p[-1] == "report" and len(p) > 2 else p for p in parts]
-    if len(set(parts)) < len(parts):
+    if len(set(zip(parts, methods, strict=True))) < len(parts):
         raise ValueError("a run is given twice; each run can be compared only once")
     for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-depth:]) for p in parts]
-        if len(set(names)) == len(names):
+        names = {p: "/".join(p[-depth:]) for p in parts}
+        if len(set(names.values())) == len(names):
             break
-    return names
+    shared = {p for p in parts if parts.count(p) > 1}
+    return [
+        f"{names[p]} ({method})" if p in shared else names[p]
+        for p, method in zip(parts, methods, strict=True)
+    ]
 
 
 def _refuse_other_images(baseline: Run, other: Run) -> None:

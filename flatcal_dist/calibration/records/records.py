@@ -86,8 +86,9 @@ class Records:
         source: Which images were evaluated.
         real: 1 if the prediction is a ReaL label of the image, 0 if not, -1 if the image has no
             such label [N]. None if there are no ReaL labels.
-        post_hoc, people: What calibrators and conformal sets make of the images, and the network
-            against people's answers, for the report. The file of records does not hold them.
+        post_hoc, people, apart: For the report: what calibrators and conformal sets make of the
+            images, the network against people's answers, and the scores, as trained, of images
+            kept apart. The file of records does not hold them.
     """
 
     id: StringArray
@@ -113,6 +114,7 @@ class Records:
     optimum: Scores | None = None
     post_hoc: "PostHoc | None" = None
     people: "AgainstPeople | None" = None
+    apart: Scores | None = None
 
     def __len__(self) -> int:
         return len(self.id)

@@ -27,6 +27,7 @@ from flatcal_dist.calibration.report.parts import (
     FilledBin,
     FittedTemperature,
     Histogram,
+    ImagesApart,
     Limits,
     Number,
     OperatingPoints,
@@ -151,6 +152,9 @@ class Report(Side, _Head):
     temperature_folds: list[Positive | None]
     temperatures: list[FittedTemperature] = Field(
         [], description="where images were kept apart (data.holdout): how temperatures compare"
+    )
+    images_apart: ImagesApart | None = Field(
+        None, description="the network as trained on images kept apart; null where there are none"
     )
     after_temperature: AfterTemperature
     post_hoc: PostHoc | None = Field(

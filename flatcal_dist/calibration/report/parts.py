@@ -15,6 +15,9 @@ Rate = Annotated[float, WithJsonSchema({"type": "number", "minimum": 0, "maximum
 Positive = Annotated[float, WithJsonSchema({"type": "number", "minimum": 0})]
 Count = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
 Number = int | float
+FEW_FIGURES = (  # of sets of images that have no intervals
+    "accuracy", "mean_confidence", "signed_gap", "ece", "nll", "brier", "aurc", "auroc",
+)  # fmt: skip
 
 
 class Part(BaseModel):
@@ -275,6 +278,16 @@ class FittedTemperature(Part):
     images: Count
     temperature: Positive
     interval: tuple[float, float] | None
+    figures: dict[str, float | None]
+
+
+class ImagesApart(Part):
+    """A few figures, as trained, of training images that were kept apart (`data.holdout`).
+
+    Settings can be chosen by them without the evaluated images.
+    """
+
+    images: Count
     figures: dict[str, float | None]
 
 

@@ -22,16 +22,13 @@ from flatcal_dist.calibration.report.confusions import confusions
 from flatcal_dist.calibration.report.literature import references
 from flatcal_dist.calibration.report.model import SCHEMA_VERSION, Report
 from flatcal_dist.calibration.report.operating import operating_points
+from flatcal_dist.calibration.report.parts import FEW_FIGURES
 from flatcal_dist.calibration.report.training_curves import training_curves
 from flatcal_dist.calibration.shift.rows import real_figures
 from flatcal_dist.calibration.softmax import Scores
 from flatcal_dist.calibration.statistics.bootstrap import RESAMPLES, Bootstrap, bootstrap
 from flatcal_dist.calibration.statistics.intervals import LEVEL
 from flatcal_dist.image_identity import data_identity
-
-OF_ALL_CLASSES = (
-    "accuracy", "mean_confidence", "signed_gap", "ece", "nll", "brier", "aurc", "auroc",
-)  # fmt: skip
 
 
 def summarize(
@@ -80,6 +77,7 @@ def summarize(
         "temperature_interval": records.temperature_interval,
         "temperature_folds": list(records.fold_temperatures),
         "temperatures": _temperatures(records, bins),
+        "images_apart": _images_apart(records, bins),
         "after_temperature": after,
         "post_hoc": records.post_hoc and records.post_hoc.model_dump(),
         "people": records.people and records.people.model_dump(),
@@ -125,16 +123,25 @@ def _temperatures(records: Records, bins: int) -> list[dict[str, Any]]:
                 "images": images,
                 "temperature": temperature,
                 "interval": interval,
-                "figures": {key: metrics[key] for key in OF_ALL_CLASSES},
+                "figures": {key: metrics[key] for key in FEW_FIGURES},
             }
         )
     return found
 
 
+def _images_apart(records: Records, bins: int) -> dict[str, Any] | None:
+    """A few figures, as trained, of the images that were kept apart."""
+    if records.apart is None:
+        return None
+    metrics = point_metrics(records.apart, bins)
+    figures = {key: metrics[key] for key in FEW_FIGURES}
+    return {"images": len(records.apart.correct), "figures": figures}
+
+
 def _all_classes(records: Records) -> dict[str, Any]:
     """A few figures of the same images among all classes of the network."""
     sides = {
-        side: {key: point_metrics(getattr(records, side))[key] for key in OF_ALL_CLASSES}
+        side: {key: point_metrics(getattr(records, side))[key] for key in FEW_FIGURES}
         for side in ("before", "after")
     }
     return {"classes": records.classes, "temperature": records.temperature, **sides}
@@ -283,6 +290,7 @@ def _conventions(records: Records, bins: int, resamples: int, seed: int) -> dict
         "fpr_at_95_tpr": "positive = correct; smallest rate at TPR >= 95 %",
         "aupr": "average precision",
         "temperature": "minimises NLL on all images that may be fitted on; T > 1: over-confident",
+        "images_apart": _images_apart(records, bins),
         "after_temperature": after,
         "folds": len(records.fold_temperatures),
         "fold_seed": records.fold_seed,

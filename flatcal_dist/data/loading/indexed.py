@@ -66,6 +66,15 @@ class EvaluationBatch:
     samples: Tensor  # [N] int64: numbers in the index
     valid: Tensor  # [N] bool
 
+    def copied(self) -> "EvaluationBatch":
+        """Return the same batch in memory of its own, not in what workers share."""
+        return EvaluationBatch(
+            images=self.images.clone(),
+            labels=self.labels.clone(),
+            samples=self.samples.clone(),
+            valid=self.valid.clone(),
+        )
+
     def pin_memory(self) -> "EvaluationBatch":
         """Return the same batch in pinned memory."""
         return EvaluationBatch(

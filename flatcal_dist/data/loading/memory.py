@@ -30,7 +30,7 @@ from flatcal_dist.data.images.transforms import (
     training_transform,
 )
 from flatcal_dist.data.loading.delivery import Batches
-from flatcal_dist.data.loading.indexed import Batch
+from flatcal_dist.data.loading.indexed import Batch, EvaluationBatch
 from flatcal_dist.data.loading.plan import BatchPlan, Workers
 from flatcal_dist.data.loading.schedule import Request, Schedule
 from flatcal_dist.data.loading.substitutes import TRIES, Images, Replaced
@@ -151,6 +151,37 @@ class MemoryBatches:
         self._images = held
 
 
+class HeldBatches:
+    """Evaluation batches that are loaded once, and then held in memory for every other pass.
+
+    They are loaded in each pass if they would take more than a half of the free memory.
+    """
+
+    def __init__(self, batches: Batches) -> None:
+        """Prepare the batches. Nothing is loaded before the first pass."""
+        self._batches = batches
+        self._held: list[EvaluationBatch] | None = None
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        if self._held is not None:
+            yield from self._held
+            return
+        held: list[EvaluationBatch] | None = []
+        for batch in self._batches:
+            if held is not None and (held or self._fits(batch)):
+                held.append(batch.copied())
+            else:
+                held = None
+            yield batch
+        self._held = held
+
+    def _fits(self, first: EvaluationBatch) -> bool:
+        return _room(len(self) * first.images.nbytes, torch.device("cpu"))[0]
+
+
 @dataclass(frozen=True)
 class _Decoded(Dataset[tuple[np.ndarray, Tensor, dict[int, str]] | DataError]):
     """Pieces of the data: the numbers of good images, these [n, H, W, C], and what is bad."""
@@ -192,20 +223,26 @@ def _refuse_other_size(images: Tensor, others: Tensor, name: str) -> None:
 
 
 def _refuse_too_large(size: int, device: torch.device) -> None:
-    """Raise DataError for data that would take more than a half of the free memory.
-
-    On the CPU all ranks of a machine hold a copy each.
-    """
-    free, copies = _free(device), 1
-    if device.type == "cpu":
-        copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if free is not None and copies * size > free / 2:
+    """Raise DataError for data that would take more than a half of the free memory."""
+    fits, free, copies = _room(size, device)
+    if not fits:
         times = f" {copies} times" if copies > 1 else ""
         raise DataError(
             f"data.reader=memory would hold {size / 2**30:,.1f} GiB of training images{times} on "
             f"{device}, where {free / 2**30:,.1f} GiB are free: at most a half of that is used. "
             "Set data.reader=indexed, or a smaller data.image_size."
         )
+
+
+def _room(size: int, device: torch.device) -> tuple[bool, int, int]:
+    """Return whether a half of the free memory holds the data, the free bytes, and how many copies.
+
+    On the CPU all ranks of a machine hold a copy each. Where nothing tells what is free, it fits.
+    """
+    free, copies = _free(device), 1
+    if device.type == "cpu":
+        copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free is None or copies * size <= free / 2, free or 0, copies
 
 
 def _free(device: torch.device) -> int | None:
