@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from flatcal_dist.averaging.norm_statistics import (
     reestimate,
     statistics_of,
 )
-from flatcal_dist.sharpness.engines.base import Engine
 from flatcal_dist.sharpness.passes.buffers import broadcast
+
+if TYPE_CHECKING:
+    from flatcal_dist.sharpness.engines.base import Engine
 
 Batches = Callable[[], Iterable[tuple[Tensor, bool]]]
 
@@ -37,7 +40,7 @@ class Average:
     """
 
     @torch.no_grad()
-    def __init__(self, engine: Engine, rule: AverageRule, batches: Batches | None = None) -> None:
+    def __init__(self, engine: "Engine", rule: AverageRule, batches: Batches | None = None) -> None:
         self.engine, self.rule, self.batches = engine, rule, batches
         self.count = 0  # how often weights were averaged
         self.weights = {name: w.detach().clone() for name, w in engine.masters().items()}

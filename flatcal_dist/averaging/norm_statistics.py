@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from flatcal_dist.networks.registry import in_evaluation_mode
+from flatcal_dist.networks.evaluation_mode import in_evaluation_mode
 
 STATISTICS = ("running_mean", "running_var")
 MOMENTUM = "momentum"  # an attribute of the layers, a number or None

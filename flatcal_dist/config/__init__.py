@@ -13,8 +13,9 @@ Each name is imported when it is first used (PEP 562): the classes that a config
 need torch, whose import takes seconds, and `flatcal status` needs none of them.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from flatcal_dist.lazy import names_of
 
 if TYPE_CHECKING:
     from flatcal_dist.config.choice_sections import NoRule, Perturbation
@@ -36,32 +37,23 @@ if TYPE_CHECKING:
     from flatcal_dist.config.yaml_core import as_override, parse_yaml
     from flatcal_dist.errors import ConfigError
 
-_HOME = {
-    "CommandLine": "config.parser",
-    "Config": "config.root",
-    "ConfigError": "errors",
-    "DataConfig": "config.data_section",
-    "EvaluateConfig": "config.sections",
-    "ModelConfig": "config.sections",
-    "NoRule": "config.choice_sections",
-    "OptimizerConfig": "config.sections",
-    "Perturbation": "config.choice_sections",
-    "RunConfig": "config.sections",
-    "Section": "config.kinds",
-    "TrainConfig": "config.sections",
-    "WandbConfig": "config.sections",
-    "as_override": "config.yaml_core",
-    "command_line": "config.parser",
-    "differences": "config.identity",
-    "fingerprint": "config.identity",
-    "flatten": "config.identity",
-    "load": "config.loading",
-    "method_of": "config.method",
-    "parse_yaml": "config.yaml_core",
-    "setting_of": "config.method",
-    "to_yaml": "config.identity",
-    "write": "config.identity",
-}
+__getattr__ = names_of(
+    __name__,
+    {
+        "config.choice_sections": "NoRule Perturbation",
+        "config.data_section": "DataConfig",
+        "config.identity": "differences fingerprint flatten to_yaml write",
+        "config.kinds": "Section",
+        "config.loading": "load",
+        "config.method": "method_of setting_of",
+        "config.parser": "CommandLine command_line",
+        "config.root": "Config",
+        "config.sections": "EvaluateConfig ModelConfig OptimizerConfig "
+        "RunConfig TrainConfig WandbConfig",
+        "config.yaml_core": "as_override parse_yaml",
+        "errors": "ConfigError",
+    },
+)
 
 __all__ = [
     "CommandLine",
@@ -89,11 +81,3 @@ __all__ = [
     "to_yaml",
     "write",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"flatcal_dist.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value

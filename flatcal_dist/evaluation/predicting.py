@@ -19,8 +19,8 @@ from flatcal_dist.data.loading.indexed import EvaluationBatch
 from flatcal_dist.data.order import sample_seed
 from flatcal_dist.data.sets.variants import DataSet
 from flatcal_dist.evaluation.passes import Ensemble, passes_with_dropout, refuse_without_dropout
+from flatcal_dist.networks.evaluation_mode import in_evaluation_mode
 from flatcal_dist.networks.features import Watch, watching_features
-from flatcal_dist.networks.registry import in_evaluation_mode
 from flatcal_dist.ranks.distributed import on_all_ranks
 from flatcal_dist.sharpness.passes.outputs import logits_of
 

@@ -13,7 +13,7 @@ from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.data.sets.variants import DataSet
 from flatcal_dist.evaluation.passes import Ensemble
 from flatcal_dist.evaluation.predicting import as_cropped
-from flatcal_dist.networks.registry import in_evaluation_mode
+from flatcal_dist.networks.evaluation_mode import in_evaluation_mode
 from flatcal_dist.ranks.distributed import on_all_ranks
 from flatcal_dist.sharpness.measures import MeanLoss, Options, Sharpness, measure
 from flatcal_dist.sharpness.measures.loss import Batch

@@ -4,8 +4,6 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -15,7 +13,6 @@ from torch import nn
 
 import flatcal_dist.networks
 from flatcal_dist.errors import ConfigError
-from flatcal_dist.sharpness.passes.replay import SameFunctionTwice
 
 
 @cache
@@ -128,24 +125,3 @@ def has_auxiliary_heads(name: str) -> bool:
 def parameter_count(model: nn.Module) -> int:
     """Return the number of all parameters, frozen ones included."""
     return sum(weight.numel() for weight in model.parameters())
-
-
-@contextmanager
-def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside, and restore everything afterwards.
-
-    Training goes on as if there had been no evaluation. Each module gets back its mode, frozen
-    layers included. Buffers and random numbers are restored, too, because some networks count
-    passes, or draw a dropout, in either mode.
-    """
-    modes = {module: module.training for module in model.modules()}
-    passes = SameFunctionTwice(model, next(model.parameters()).device)
-    model.eval()
-    with passes:
-        passes.begin()
-        try:
-            yield
-        finally:
-            passes.forget()
-            for module, training in modes.items():
-                module.training = training

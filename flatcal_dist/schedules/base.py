@@ -1,19 +1,21 @@
 """What a schedule of the learning rate is.
 
 A schedule is a function of the step's number. It has no state, so a checkpoint need not hold it.
+timm is imported where a scheduler is built, because that takes a second.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar
-
-from timm.scheduler.scheduler import Scheduler
-from torch.optim import Optimizer
+from functools import cache, partial
+from typing import TYPE_CHECKING, ClassVar
 
 from flatcal_dist.averaging import Snapshots
 from flatcal_dist.choices import check
+
+if TYPE_CHECKING:
+    from timm.scheduler.scheduler import Scheduler
+    from torch.optim import Optimizer
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Schedule(ABC):
         return None
 
     @abstractmethod
-    def scheduler(self, optimizer: Optimizer, peak: float, length: Length) -> Scheduler:
+    def scheduler(self, optimizer: "Optimizer", peak: float, length: Length) -> "Scheduler":
         """Return the scheduler whose `step_update(step)` sets the rate of that step.
 
         Args:
@@ -80,8 +82,8 @@ class ShareOfPeak(Schedule):
     def share(self, step: int, length: Length) -> float:
         """Return the rate of a step as a share of the peak. The first step has the number 0."""
 
-    def scheduler(self, optimizer: Optimizer, peak: float, length: Length) -> Scheduler:
-        return ByStep(optimizer, partial(self._warmed_up, length=length))
+    def scheduler(self, optimizer: "Optimizer", peak: float, length: Length) -> "Scheduler":
+        return _by_step()(optimizer, partial(self._warmed_up, length=length))
 
     def _warmed_up(self, step: int, length: Length) -> float:
         """Return the share, which rises linearly to 1 in the warm-up, as timm's schedules do."""
@@ -91,17 +93,19 @@ class ShareOfPeak(Schedule):
         return first + step * (1 - first) / length.warmup
 
 
-class ByStep(Scheduler):
-    """timm's scheduler for any function of the step's number.
+@cache
+def _by_step() -> "Callable[[Optimizer, Callable[[int], float]], Scheduler]":
+    """Return timm's scheduler for any function of the step's number."""
+    from timm.scheduler.scheduler import Scheduler
 
-    Args:
-        optimizer: The optimizer whose learning rates are set.
-        share: Returns the rate of a step, as a share of the rate that the optimizer began with.
-    """
+    class ByStep(Scheduler):
+        """Sets the rate of each step, as a share of the rate that the optimizer began with."""
 
-    def __init__(self, optimizer: Optimizer, share: Callable[[int], float]) -> None:
-        super().__init__(optimizer, param_group_field="lr", t_in_epochs=False)
-        self.share = share
+        def __init__(self, optimizer: "Optimizer", share: Callable[[int], float]) -> None:
+            super().__init__(optimizer, param_group_field="lr", t_in_epochs=False)
+            self.share = share
 
-    def _get_lr(self, t: int) -> list[float]:
-        return [self.share(t) * base for base in self.base_values]
+        def _get_lr(self, t: int) -> list[float]:
+            return [self.share(t) * base for base in self.base_values]
+
+    return ByStep

@@ -1,14 +1,18 @@
-"""The schedules that are timm's: linear warm-up, then a cosine, milestones, or the peak."""
+"""The schedules that are timm's: linear warm-up, then a cosine, milestones, or the peak.
+
+timm is imported where a scheduler is built.
+"""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
-from timm.scheduler.scheduler import Scheduler
-from torch.optim import Optimizer
 
 from flatcal_dist.schedules.base import Length, Schedule
+
+if TYPE_CHECKING:
+    from timm.scheduler.scheduler import Scheduler
+    from torch.optim import Optimizer
 
 
 def _in_steps(peak: float, length: Length) -> dict[str, Any]:
@@ -30,7 +34,9 @@ class Cosine(Schedule):
         float, Field(ge=0, le=1, description="The last learning rate, as a share of the peak.")
     ] = 0.0
 
-    def scheduler(self, optimizer: Optimizer, peak: float, length: Length) -> Scheduler:
+    def scheduler(self, optimizer: "Optimizer", peak: float, length: Length) -> "Scheduler":
+        from timm.scheduler import CosineLRScheduler
+
         return CosineLRScheduler(
             optimizer,
             t_initial=length.total - length.warmup,
@@ -57,7 +63,9 @@ class MultiStep(Schedule):
         float, Field(gt=0, le=1, description="What the learning rate is multiplied by.")
     ] = 0.1
 
-    def scheduler(self, optimizer: Optimizer, peak: float, length: Length) -> Scheduler:
+    def scheduler(self, optimizer: "Optimizer", peak: float, length: Length) -> "Scheduler":
+        from timm.scheduler import MultiStepLRScheduler
+
         # timm lets a milestone hold one step early.
         at = [round(epochs * length.epoch) - length.warmup + 1 for epochs in self.milestones]
         return MultiStepLRScheduler(
@@ -71,5 +79,7 @@ class Constant(Schedule):
 
     name: ClassVar[str] = "constant"
 
-    def scheduler(self, optimizer: Optimizer, peak: float, length: Length) -> Scheduler:
+    def scheduler(self, optimizer: "Optimizer", peak: float, length: Length) -> "Scheduler":
+        from timm.scheduler import MultiStepLRScheduler
+
         return MultiStepLRScheduler(optimizer, decay_t=[], **_in_steps(peak, length))

@@ -18,7 +18,7 @@ from flatcal_dist.config.checking.run_length import length_of, no_average, refus
 from flatcal_dist.data import DataError, steps_per_epoch
 from flatcal_dist.data.order import micro_batch_count, micro_batches, rank_share
 from flatcal_dist.files import write_json
-from flatcal_dist.networks.registry import in_evaluation_mode
+from flatcal_dist.networks.evaluation_mode import in_evaluation_mode
 from flatcal_dist.objectives import Targets
 from flatcal_dist.sharpness import SharpnessAwareStep
 from flatcal_dist.sharpness.engines.registry import ENGINES

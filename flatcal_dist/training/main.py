@@ -5,17 +5,17 @@ from flatcal_dist.ranks.launcher import end_with_the_launcher
 end_with_the_launcher()  # before imports: a rank must also end if its launcher dies meanwhile
 
 # ruff: noqa: E402
+import argparse
 import sys
 import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flatcal_dist import config as configuration
 from flatcal_dist.config import ConfigError
 from flatcal_dist.printing import never_fail
-from flatcal_dist.ranks import distributed
-from flatcal_dist.ranks.distributed import ending_together
 from flatcal_dist.ranks.launcher import (
     LaunchError,
     give_up,
@@ -25,9 +25,9 @@ from flatcal_dist.ranks.launcher import (
 )
 from flatcal_dist.ranks.signals import interrupt_on_signals
 from flatcal_dist.runs.directory import RunDirectory
-from flatcal_dist.training.dry_run import dry_run
-from flatcal_dist.training.loop import run
-from flatcal_dist.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from flatcal_dist.config import Config
 
 
 def main(default_config: Path, description: str | None = None) -> None:
@@ -61,14 +61,25 @@ def main(default_config: Path, description: str | None = None) -> None:
             if rank_to_speak() == 0:
                 print(configuration.to_yaml(config), end="")
             return
-        accelerator = distributed.start(
-            config.train.engine,
-            config.train.precision,
-            config.run.world_size,
-            timedelta(minutes=config.train.collective_timeout_minutes),
-        )
+        _run(config, arguments, started)
     except (ConfigError, LaunchError) as error:
         give_up(str(error))
+
+
+def _run(config: "Config", arguments: argparse.Namespace, started: float) -> None:
+    """Start the ranks and train. ConfigError or LaunchError if they cannot begin."""
+    # These imports take seconds. A wrong word on the command line does not wait for them.
+    from flatcal_dist.ranks import distributed
+    from flatcal_dist.training.dry_run import dry_run
+    from flatcal_dist.training.loop import run
+    from flatcal_dist.training.watchdog import Watchdog
+
+    accelerator = distributed.start(
+        config.train.engine,
+        config.train.precision,
+        config.run.world_size,
+        timedelta(minutes=config.train.collective_timeout_minutes),
+    )
     assert config.run.dir is not None  # `load` derives one from the configuration's file
     directory = RunDirectory(config.run.dir)
     phase = "finished"
@@ -76,7 +87,7 @@ def main(default_config: Path, description: str | None = None) -> None:
     rank = accelerator.process_index
     end = partial(distributed.end, rank=rank, directory=directory)
     watchdog = Watchdog(end, config.train.hang_minutes)
-    with ending_together(accelerator, directory):
+    with distributed.ending_together(accelerator, directory):
         if arguments.dry_run:
             dry_run(config, accelerator, arguments.timing)
         else:

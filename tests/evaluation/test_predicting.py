@@ -28,9 +28,10 @@ from flatcal_dist.data.sets.variants import of_index
 from flatcal_dist.evaluation import predicting
 from flatcal_dist.evaluation import reporting as evaluation
 from flatcal_dist.evaluation.passes import PASSES, Ensemble, passes_with_dropout
+from flatcal_dist.networks.evaluation_mode import in_evaluation_mode
 from flatcal_dist.networks.features import watching_features
 from flatcal_dist.networks.mlp import MLP
-from flatcal_dist.networks.registry import build, in_evaluation_mode
+from flatcal_dist.networks.registry import build
 from flatcal_dist.ranks import distributed
 from flatcal_dist.ranks.distributed import FailedTogether
 from flatcal_dist.training.build import build_step

@@ -11,7 +11,8 @@ from torch import nn
 from flatcal_dist import networks
 from flatcal_dist.config import ConfigError, OptimizerConfig, load
 from flatcal_dist.networks import registry
-from flatcal_dist.networks.registry import build, in_evaluation_mode
+from flatcal_dist.networks.evaluation_mode import in_evaluation_mode
+from flatcal_dist.networks.registry import build
 from flatcal_dist.networks.weights import load_weights
 from flatcal_dist.training.optimizers import build_optimizer, build_schedule
 

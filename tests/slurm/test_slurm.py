@@ -16,6 +16,9 @@ from tests.support.cluster import cluster, install, missing, query, until
 from tests.support.launching import ROOT, digits
 
 SECONDS = 600  # for a job; a busy machine takes several times as long as an idle one
+STEPS = 120
+# So wide that a signal comes long before the last step.
+SLOW = ("model.options={width: 2048, depth: 2}",)
 pytestmark = pytest.mark.timeout(2400)
 
 
@@ -47,7 +50,8 @@ def submit(slurm: dict[str, str], *words: str, ranks: str = "2") -> list[str]:
 
 
 def training(run: Path, data: Path, *overrides: str) -> list[str]:
-    return digits("csam", run, data, "train.max_steps=200", "train.log_every_steps=5", *overrides)
+    steps = (f"train.max_steps={STEPS}", "train.log_every_steps=5")
+    return digits("csam", run, data, *steps, *SLOW, *overrides)
 
 
 def job_state(slurm: dict[str, str], job: str) -> str:
@@ -99,7 +103,7 @@ def test_a_job_that_is_asked_to_stop_requeues_itself_and_ends_as_if_it_had_not(
     wait_for(slurm, job, "PENDING")
     stopped = state(broken)
     assert stopped["phase"] == "preempted"
-    assert 0 < stopped["step"] < 200
+    assert 0 < stopped["step"] < STEPS
     assert (broken / f"checkpoints/step_{stopped['step']:08d}").exists()
     assert job_state(slurm, evaluation) == "PENDING"
 
@@ -108,7 +112,7 @@ def test_a_job_that_is_asked_to_stop_requeues_itself_and_ends_as_if_it_had_not(
     query(slurm, "scontrol", "update", f"JobId={job}", "StartTime=now")  # not two minutes later
     wait_for(slurm, job, "COMPLETED")
     finished = state(broken)
-    assert (finished["phase"], finished["step"], finished["restarts"]) == ("finished", 200, 1)
+    assert (finished["phase"], finished["step"], finished["restarts"]) == ("finished", STEPS, 1)
     assert state(whole)["restarts"] == 0
     assert same_weights(whole, broken)
     assert f"going on after step {stopped['step']}" in logs(slurm, job)  # one log, appended to

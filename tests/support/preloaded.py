@@ -23,6 +23,8 @@ import flatcal_dist.calibration.report.writing
 import flatcal_dist.evaluation.job
 import flatcal_dist.sharpness.engines.fsdp2
 import flatcal_dist.sharpness.engines.zero
+import flatcal_dist.training.dry_run
+import flatcal_dist.training.loop
 import flatcal_dist.training.main
 import tests.support.engines  # with setuptools, by DeepSpeed
 import tests.support.reference

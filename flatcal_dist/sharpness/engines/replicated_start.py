@@ -3,7 +3,7 @@
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from flatcal_dist.networks.registry import in_evaluation_mode
+from flatcal_dist.networks.evaluation_mode import in_evaluation_mode
 from flatcal_dist.sharpness.passes.outputs import logits_of
 
 
