@@ -177,7 +177,7 @@ def _records(
             people = None if data.people is None else against_people(competing, data.people)
             chosen = replace(
                 chosen, post_hoc=found, people=people,
-                apart=others and score_images(others.logits, others.labels).scores(),
+                apart=score_images(others.logits, others.labels).scores() if others else None,
             )  # fmt: skip
         if data.classes is None:
             return chosen, None
