@@ -125,7 +125,7 @@ def chosen_panels(study: Study, panels: Sequence[Panel]) -> list[Panel]:
             constant = [arm for arm in among if choice.matches(arm.point, constant=True)]
             if len(constant) != 1 or not constant[0].measured:
                 continue
-            picked = {f"{name} chosen by {key}": _chosen(among, key) for key in choice.by}
+            picked = {f"chosen by {METRICS[key].name}": _chosen(among, key) for key in choice.by}
             arms = [
                 Arm(title, {}, tuple(result for _, result in by_seed.values()))
                 for title, by_seed in picked.items()

@@ -47,6 +47,11 @@ CHOSEN = {  # written out by hand from these
     "signed_gap": {0: "low", 1: "high", 2: "high"},
     "accuracy": {0: "middle", 1: "low", 2: "high"},
 }
+TITLES = {
+    "nll": "chosen by NLL",
+    "signed_gap": "chosen by Signed gap",
+    "accuracy": "chosen by Accuracy",
+}
 SCALES = {"sgd": 4.0, "low": 3.0, "middle": 2.5, "high": 1.6}
 LEFT_OUT = "high-seed3"
 
@@ -90,9 +95,8 @@ def panels(file: Path, found: list[Element]) -> dict[str, Panel]:
 def test_each_seed_has_the_best_by_images_kept_apart(made):
     file, found = made
     chosen = panels(file, found)["sam"]
-    titles = {key: f"sam chosen by {key}" for key in CHOSEN}
-    assert [arm.name for arm in chosen.arms] == ["middle", *titles.values()]
-    assert chosen.chosen == {titles[key]: by_seed for key, by_seed in CHOSEN.items()}
+    assert [arm.name for arm in chosen.arms] == ["middle", *TITLES.values()]
+    assert chosen.chosen == {TITLES[key]: by_seed for key, by_seed in CHOSEN.items()}
     test_nll = {
         (e.point["method"], e.point["run.seed"]): json.loads(
             (e.run / "report/metrics.json").read_text()
@@ -117,16 +121,16 @@ def test_page_and_files_show_them(made):
     (own,) = written["chosen"]
     assert own["baseline"] == "middle"
     assert own["comparison"] == "chosen"
-    assert own["chosen"]["sam chosen by nll"] == {"0": "high", "1": "low", "2": "low"}
+    assert own["chosen"]["chosen by NLL"] == {"0": "high", "1": "low", "2": "low"}
     assert [panel["name"] for panel in written["panels"]] == ["study"], "no other panel changes"
     page = page_of(file, found)
     assert "Chosen without the test images" in page.text
-    assert "sam chosen by nll: high for seed 0, low for seed 1, low for seed 2." in page.text
+    assert "chosen by NLL: high for seed 0, low for seed 1, low for seed 2." in page.text
     assert (folder / "chosen/index.html").is_file()
     rows = json.loads((folder / "chosen/comparison.json").read_text())["runs"]
     names = [row["run"] for row in rows]
     assert "middle-seed0 (middle)" in names
-    assert "middle-seed0 (sam chosen by accuracy)" in names, "the constant was chosen here"
+    assert "middle-seed0 (chosen by Accuracy)" in names, "the constant was chosen here"
     assert "nll_of_images_apart" in (folder / "results.csv").read_text().splitlines()[0]
 
 
@@ -137,9 +141,9 @@ def test_without_runs_of_all_settings_nothing_is_chosen(made):
     for element in missing:
         (element.run / "report/metrics.json").unlink()
     chosen = panels(file, [*few, *missing])["sam"]
-    assert chosen.chosen == {f"sam chosen by {key}": {} for key in CHOSEN}
+    assert chosen.chosen == {title: {} for title in TITLES.values()}
     page = page_of(file, found)
-    assert "sam chosen by nll: no seed has all settings yet." in page.text
+    assert "chosen by NLL: no seed has all settings yet." in page.text
 
 
 @pytest.mark.parametrize(
