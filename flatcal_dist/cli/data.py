@@ -138,7 +138,7 @@ def _published(arguments: argparse.Namespace) -> "Source":
         if arguments.root is None:
             raise ValueError(f"{arguments.source} needs --root, the directory torchvision keeps")
         return cifar(expanded(arguments.root), split, arguments.source, checked=checked)
-    path = expanded(arguments.source)
+    path = _published_below(expanded(arguments.source))
     if is_cifar(path):
         return cifar(path, split, checked=checked)
     if is_tiny_imagenet(path):
@@ -150,6 +150,23 @@ def _published(arguments: argparse.Namespace) -> "Source":
         warn_of_left_out(source.left_out)
         return source
     return ilsvrc_archive(path, split, arguments.devkit, arguments.workers)
+
+
+def _published_below(path: Path) -> Path:
+    """Return the published set that a directory holds, such as torchvision's, or else the path.
+
+    ValueError if it holds several.
+    """
+    from flatcal_dist.data.making.cifar import SETS
+    from flatcal_dist.data.making.tiny_imagenet import ARCHIVE, FOLDER
+
+    names = [*((one.folder, one.archive) for one in SETS.values()), (FOLDER, ARCHIVE)]
+    places = [[path / name for name in both if (path / name).exists()] for both in names]
+    found = [of_set[0] for of_set in places if of_set]
+    if len(found) > 1:
+        several = " and ".join(str(place) for place in found)
+        raise ValueError(f"{path} holds {several}: name one of them")
+    return found[0] if found else path
 
 
 def index(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import re
+import sys
 from functools import cache
 from typing import Any
 
@@ -13,6 +15,12 @@ from torch import nn
 
 import flatcal_dist.networks
 from flatcal_dist.errors import ConfigError
+
+UNEXPECTED = re.compile(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'.*")
+SET_BY_OTHER_KEYS = (
+    "self", "pretrained", "weights", "progress", "num_classes", "in_chans", "img_size", "device",
+    "dtype",
+)  # fmt: skip
 
 
 @cache
@@ -64,10 +72,36 @@ def build(
     except ConfigError:
         raise
     except Exception as error:  # builders check little, and raise different errors
+        if unknown := UNEXPECTED.fullmatch(str(error)):
+            raise ConfigError(_no_such_option(name, *unknown.groups())) from None
         raise ConfigError(
             f"model.options={options} or the number of classes, channels or pixels does not fit "
             f"model.name={name}: {type(error).__name__}: {error}"
         ) from None
+
+
+def _no_such_option(name: str, builder: str, option: str) -> str:
+    """Say that a network has no such option, and which it has, as far as its builder tells."""
+    library, own = split_library(name)
+    own = own.partition(".")[0]
+    entry = (
+        torchvision.models.get_model_builder(own)
+        if library == "torchvision"
+        else timm.model_entrypoint(own)
+    )
+    function = getattr(sys.modules[entry.__module__], builder, entry)
+    known = [
+        key
+        for key, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        and key not in SET_BY_OTHER_KEYS
+    ]
+    near = difflib.get_close_matches(option, known, n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    return (
+        f"model.options.{option}: model.name={name} has no such option{hint} It has "
+        f"{', '.join(known) or 'none'}"
+    )
 
 
 def _refuse_no_share(options: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ THEIRS = {10: CIFAR10, 100: CIFAR100}
 def laid_out(files, classes, root):
     """The files as torchvision keeps them."""
     folder = root / FOLDERS[classes]
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return folder
@@ -190,3 +191,21 @@ def test_damaged_pickles_are_errors_of_data():
     assert refused > len(whole)
     with pytest.raises(DataError, match="holds a list, expected names with values"):
         read_pickle(pickle.dumps([1]), "x")
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_the_directory_that_holds_them_will_do(classes, tmp_path):
+    """Such as torchvision's `root`, which must not be taken for a tree of one folder a class."""
+    laid_out(cifar_files(classes), classes, tmp_path / "data")
+    main(["shard", str(tmp_path / "data"), str(tmp_path / "out"), "--unchecked", "--shards", "1"])
+    index = load_index(sorted((tmp_path / "out").glob("*.tar")), classes)
+    assert len(index) == (60 if classes == 10 else 12)
+
+
+def test_a_directory_of_several_sets_asks_which(tmp_path):
+    root = tmp_path / "data"
+    laid_out(cifar_files(10), 10, root)
+    cifar_archive(root / "cifar-100-python.tar.gz", cifar_files(100), 100)
+    several = f"{root}/cifar-10-batches-py and {root}/cifar-100-python.tar.gz: name one of them"
+    with pytest.raises(SystemExit, match=re.escape(f"{root} holds {several}")):
+        main(["shard", str(root), str(tmp_path / "out"), "--unchecked"])

@@ -69,6 +69,13 @@ def test_sixteen_bits_keep_their_upper_eight():
     assert image[0, 0].tolist() == [0, 0, 1, 128, 255]
 
 
+def test_thirty_two_bits_of_eight_are_eight():
+    shown = np.array([[0, 1, 128, 255]], np.int32)
+    image = decode(encoded(Image.fromarray(shown), "tiff"), 3, "x")
+    assert (image == torch.tensor([0, 1, 128, 255], dtype=torch.uint8)).all()
+    assert image.shape == (3, 1, 4)
+
+
 def test_values_without_a_known_range_are_refused():
     """0 to 1 would come out black, and more than 16 bits as noise."""
     shown = np.array([[0, 256, 65535]], np.int32)

@@ -44,16 +44,31 @@ def test_a_new_file_in_the_package_is_a_network(tmp_path, monkeypatch):
 def test_unknown_names_and_options_are_refused():
     with pytest.raises(ValueError, match=r"resnet5O.*did you mean resnet50"):
         build("resnet5O", 10, 3, 32, {})
-    with pytest.raises(
-        ValueError, match=r"model.options=\{'widht': 1\} .*does not fit model.name=mlp"
-    ):
-        build("mlp", 10, 3, 32, {"widht": 1})
     with pytest.raises(ValueError, match=r"optimizer\.name=sgdd is not one of timm's"):
         build_optimizer(OptimizerConfig(name="sgdd"), nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"optimizer\.options\.lr: .* are other keys"):
         build_optimizer(OptimizerConfig(options={"lr": 1}), nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"optimizer.options.beta: adamw takes .*betas"):
         build_optimizer(OptimizerConfig(name="adamw", options={"beta": 1}), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("mlp", "widht", r"did you mean width\? It has width, depth, drop_rate$"),
+        ("resnet18", "drop_path", r"did you mean drop_path_rate\? It has block, layers, "),
+        ("timm:swin_tiny_patch4_window7_224", "windw_size", r"did you mean window_size\?"),
+        ("resnet20_cifar", "bloks", r"did you mean blocks\?"),
+        ("lenet5", "x", r"\. It has drop_rate$"),
+        ("torchvision:resnet18", "zero_init", r"did you mean zero_init_residual\?"),
+        ("torchvision:mnasnet1_0", "alfa", r"It has alpha, dropout$"),
+    ],
+)
+def test_options_that_a_network_has_not_are_refused_with_those_that_it_has(name, option, message):
+    size = 32 if name in ("mlp", "resnet20_cifar", "lenet5") else 224
+    start = rf"^model\.options\.{option}: model\.name={name} has no such option.*"
+    with pytest.raises(ConfigError, match=start + message):
+        build(name, 10, 3, size, {option: 1})
 
 
 def test_sgd_is_the_papers_and_spares_biases_from_decay():

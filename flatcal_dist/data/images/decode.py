@@ -166,7 +166,7 @@ def _by_pillow(data: bytes | memoryview, channels: int, name: str, max_pixels: i
 
 
 def _of_sixteen_bits(image: Image.Image, name: str) -> Image.Image:
-    """Return the upper 8 bits of 16.
+    """Return the upper 8 bits of 16. 32 bits that hold no more than 255 are taken for 8.
 
     Raises BadImage for other values, because nothing tells which of them is white.
     """
@@ -177,6 +177,8 @@ def _of_sixteen_bits(image: Image.Image, name: str) -> Image.Image:
             f"holds values of type {values.dtype} from {values.min():g} to {values.max():g}, and "
             "brightness is read from 0 to 255 or 65535 only",
         )
+    if image.mode == "I" and values.max() <= 255:
+        return Image.fromarray(values.astype(np.uint8))
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
