@@ -52,10 +52,11 @@ __all__ = [
 STATISTICS_SAMPLES = 8192  # 10^3 to 10^4 are enough (Wu and Johnson, 2021, arXiv 2105.07576)
 
 HOW_TO_PREPARE = """
-Prepare ImageNet once, as WebDataset shards, from its archives or from trees of one folder a class:
+Make WebDataset shards of a data set once, from its archives or from trees of one folder a class:
   flatcal shard ILSVRC2012_img_train.tar data/imagenet --split train
   flatcal shard ILSVRC2012_img_val.tar   data/imagenet --split validation
-or name shards that you have, by pattern or directory, after `flatcal index SHARDS`:
+(configs/base/cifar10.yaml, cifar100.yaml and tiny_imagenet.yaml begin with theirs.) Or name shards
+that you have, by pattern or directory, after `flatcal index SHARDS`:
   data.train=PATTERN data.validation=PATTERN
 Without any data, configs/digits/csam.yaml runs as it is, and --dry-run needs none."""
 

@@ -146,6 +146,12 @@ def _published(arguments: argparse.Namespace) -> "Source":
     if path.is_dir():
         from flatcal_dist.data.making.image_folder import warn_of_left_out
 
+        if is_tiny_imagenet(path.absolute().parent) and path.name in ("train", "val", "test"):
+            raise ValueError(
+                f"{path} is a part of Tiny-ImageNet: name the folder above it, and the split "
+                "(--split train or validation)"
+            )
+
         source = image_folder(path)
         warn_of_left_out(source.left_out)
         return source

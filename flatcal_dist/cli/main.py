@@ -19,6 +19,7 @@ flatcal environment
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from flatcal_dist.cli import data, reports, runs, settings
 from flatcal_dist.printing import never_fail, problem_of_output
@@ -48,8 +49,15 @@ def run_command(arguments: argparse.Namespace) -> None:
         give_up(f"standard output cannot be written: {problem}")
 
 
+class _Whole(argparse.ArgumentParser):
+    """Takes options in full: one that is cut short may be meant for another."""
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **{"allow_abbrev": False, **options})
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Whole(
         "flatcal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -84,7 +84,7 @@ class OptimizerConfig(Section):
     )
     layer_decay: float = Field(
         1.0,
-        gt=0,
+        ge=0.01,
         le=1,
         description="What the learning rate of a layer is, as a share of that of the layer above "
         "it. 1: all layers have one rate.",

@@ -1,8 +1,12 @@
 """The networks of several runs as one."""
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from flatcal_dist.config import Config, ConfigError
 from flatcal_dist.evaluation.provenance import EVALUATED_DATA, Provenance
@@ -45,6 +49,19 @@ def ensemble_of(members: Sequence[Network], output: Path | None, own_data: bool)
         cut = config.evaluate.model_copy(update={"confidence": []})
         config = config.model_copy(update={"evaluate": cut})
     return Network(title, config, None, output, trained, members=tuple(members))
+
+
+def refuse_twins(titles: Sequence[str], networks: Sequence[nn.Module]) -> None:
+    """Raise ConfigError for two networks with equal weights: one network would count twice.
+
+    Args:
+        titles: What to call the networks.
+        networks: The networks, with their weights.
+    """
+    states = [network.state_dict() for network in networks]
+    for (one, mine), (other, theirs) in combinations(zip(titles, states, strict=True), 2):
+        if mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine):
+            raise ConfigError(f"--ensemble has one network twice: {one} and {other} are equal")
 
 
 def _how_evaluated(config: Config, own_data: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from flatcal_dist import config as configuration
 from flatcal_dist import inputs
+from flatcal_dist.calibration.confidence.score import OF_FEATURES
 from flatcal_dist.calibration.confidence.sources import requested
 from flatcal_dist.checkpoints import format as checkpoint
 from flatcal_dist.checkpoints import resharding
@@ -33,7 +34,11 @@ from flatcal_dist.data.sets.variants import (
     path_of,
 )
 from flatcal_dist.evaluation import reporting as evaluation
-from flatcal_dist.evaluation.ensembles import ensemble_of
+from flatcal_dist.evaluation.ensembles import ensemble_of, refuse_twins
+from flatcal_dist.evaluation.evaluated_images import (
+    refuse_changed_training,
+    refuse_other_classes,
+)
 from flatcal_dist.evaluation.passes import Ensemble
 from flatcal_dist.evaluation.provenance import UNKNOWN, Provenance
 from flatcal_dist.evaluation.wanted import Network, Wanted
@@ -289,13 +294,22 @@ def _evaluate_one(
         return replace(data, people=read_people(wanted.people_file, data.index.keys(), classes))
 
     data = on_all_ranks(opened)
+    members = network.members or (network,)
+    on_all_ranks(partial(refuse_other_classes, [one.config for one in members], data))
+    apart = inputs.images_apart(config, accelerator)
+    of_training = [s for s in requested(config.evaluate.confidence) if s.needs in OF_FEATURES]
+    if config.data.train is not None and (apart is not None or of_training):
+        if inputs.remote(config.data.train) and config.data.cache:
+            inputs.download(config.data, accelerator, "train")
+        runs = [(one.config, RunDirectory(one.log.parent)) for one in members if one.log]
+        on_all_ranks(partial(refuse_changed_training, runs))
     weights_file = network.weights if network.weights and network.weights.is_file() else None
     written = evaluation.report(
         config, module, data, accelerator, network.output,
         title=network.title, weights_file=weights_file, trained=network.trained,
         training=_log(network, accelerator), class_names=wanted.class_names,
         logits_file=network.output / "logits.npz" if wanted.save_logits else None,
-        apart=inputs.images_apart(config, accelerator), sharpness=wanted.sharpness,
+        apart=apart, sharpness=wanted.sharpness,
     )  # fmt: skip
     if shifted:
         records = written[0] if written else None
@@ -315,7 +329,10 @@ def _log(network: Network, accelerator: Accelerator) -> list[dict]:
 
 def _on_device(network: Network, accelerator: Accelerator) -> nn.Module:
     if network.members:
-        return Ensemble([_on_device(member, accelerator) for member in network.members])
+        modules = [_on_device(member, accelerator) for member in network.members]
+        titles = [str(member.weights) for member in network.members]
+        on_all_ranks(partial(refuse_twins, titles, modules))
+        return Ensemble(modules)
     model, data = network.config.model, network.config.data
 
     def built() -> nn.Module:

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from flatcal_dist import inputs
 from flatcal_dist.calibration.after_training.people import against_people
 from flatcal_dist.calibration.after_training.post_hoc import post_hoc
 from flatcal_dist.calibration.checks import logits_and_labels
-from flatcal_dist.calibration.confidence.score import Score
+from flatcal_dist.calibration.confidence.score import OF_FEATURES, Score
 from flatcal_dist.calibration.pages.display import counted
 from flatcal_dist.calibration.records.records import Records, Source
 from flatcal_dist.calibration.records.temperatures import Apart
@@ -26,6 +28,7 @@ from flatcal_dist.config import Config
 from flatcal_dist.data import DataError, Index
 from flatcal_dist.data.image_index import ImageIndex
 from flatcal_dist.data.sets.variants import DataSet, Variant, local_shards, open_variant
+from flatcal_dist.evaluation.evaluated_images import refuse_seen
 from flatcal_dist.evaluation.passes import Ensemble
 from flatcal_dist.evaluation.predicting import (
     as_cropped,
@@ -83,6 +86,10 @@ def evaluate(
     _refuse_different_images(data)
     config = as_cropped(config, data)
     known = known_images(config, module, accelerator, scores, apart)
+    if clean is None:
+        on_all_ranks(
+            partial(_refuse_judged_by_themselves, config, data, scores, apart, accelerator)
+        )
     own = predict(config, module, data.index, accelerator, scores, classes=data.classes)
     found = gathered(own)
     fitted_on = None if apart is None else gathered(predict(config, module, apart, accelerator))
@@ -118,6 +125,31 @@ def check_whole(index: ImageIndex, samples: np.ndarray, name: str) -> None:
         raise DataError(
             f"{len(np.unique(samples))} different images were evaluated, {len(samples)} in all, "
             f"but {name} holds {len(index)}: the ranks do not see the same images"
+        )
+
+
+def _refuse_judged_by_themselves(
+    config: Config,
+    data: DataSet,
+    scores: Sequence[Score],
+    apart: Index | None,
+    accelerator: Accelerator,
+) -> None:
+    """Raise DataError on rank 0 if a temperature or a score sees evaluated images."""
+    if not accelerator.is_main_process:
+        return
+    if apart is not None:
+        refuse_seen(
+            data.index,
+            apart,
+            "kept apart by data.holdout, and the temperature is fitted on them: evaluate others",
+        )
+    if comparing := [score.key for score in scores if score.needs in OF_FEATURES]:
+        refuse_seen(
+            data.index,
+            inputs.open_index(config.data, "train", config.model.num_classes),
+            f"training images, which {' and '.join(comparing)} would find among their own "
+            "neighbours: evaluate others, or use --confidence none",
         )
 
 

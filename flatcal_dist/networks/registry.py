@@ -4,23 +4,25 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-import re
-import sys
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import timm
+import torch
 import torchvision.models
 from torch import nn
 
 import flatcal_dist.networks
 from flatcal_dist.errors import ConfigError
-
-UNEXPECTED = re.compile(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'.*")
-SET_BY_OTHER_KEYS = (
-    "self", "pretrained", "weights", "progress", "num_classes", "in_chans", "img_size", "device",
-    "dtype",
-)  # fmt: skip
+from flatcal_dist.networks.options import (
+    UNEXPECTED,
+    no_such_option,
+    reason,
+    refuse_no_share,
+    refuse_set_elsewhere,
+)
 
 
 @cache
@@ -54,13 +56,14 @@ def build(
     """
     try:
         library, own = split_library(name)
+        refuse_set_elsewhere(options)
         if library == "torchvision":
             return _torchvision(own.partition(".")[0], num_classes, channels, options)
         if not is_registered(own):
             near = difflib.get_close_matches(own, timm.list_models(), n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ConfigError(f"model.name={name} is no network of timm or of this package{hint}")
-        _refuse_no_share(options)
+        refuse_no_share(options)
         sized = "img_size" in inspect.signature(timm.model_entrypoint(own)).parameters
         if sized and options.get("img_size", image_size) != image_size:
             raise ConfigError(
@@ -73,47 +76,53 @@ def build(
         raise
     except Exception as error:  # builders check little, and raise different errors
         if unknown := UNEXPECTED.fullmatch(str(error)):
-            raise ConfigError(_no_such_option(name, *unknown.groups())) from None
+            raise ConfigError(no_such_option(name, _entry(name), *unknown.groups())) from None
         raise ConfigError(
             f"model.options={options} or the number of classes, channels or pixels does not fit "
-            f"model.name={name}: {type(error).__name__}: {error}"
+            f"model.name={name}: {reason(error)}"
         ) from None
 
 
-def _no_such_option(name: str, builder: str, option: str) -> str:
-    """Say that a network has no such option, and which it has, as far as its builder tells."""
+def check_images(
+    name: str, num_classes: int, channels: int, image_size: int, options: dict[str, Any]
+) -> None:
+    """Raise ConfigError if the network cannot take images of this size.
+
+    Two images are tried without values, and with values where that fails. The arguments are those
+    of `build`.
+    """
+
+    def tried(device: str) -> None:
+        with torch.device(device), torch.no_grad():
+            network = build(name, num_classes, channels, image_size, options).eval()
+            takes.extend(inspect.signature(type(network)).parameters)
+            network(torch.zeros(2, channels, image_size, image_size))
+
+    takes: list[str] = []
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with suppress(Exception):  # some networks look at values, which then are not there
+                tried("meta")
+                return
+            tried("cpu")
+        except ConfigError:
+            raise
+        except Exception as error:
+            hint = f"; model.options={{img_size: {image_size}}} may mend it" * ("img_size" in takes)
+            raise ConfigError(
+                f"model.name={name} with model.options={options} does not take images of "
+                f"data.image_size={image_size} pixels and data.channels={channels} channels: "
+                f"{reason(error)}{hint}"
+            ) from None
+
+
+def _entry(name: str) -> Callable[..., nn.Module]:
+    """Return the function that builds a network of this name."""
     library, own = split_library(name)
     own = own.partition(".")[0]
-    entry = (
-        torchvision.models.get_model_builder(own)
-        if library == "torchvision"
-        else timm.model_entrypoint(own)
-    )
-    function = getattr(sys.modules[entry.__module__], builder, entry)
-    known = [
-        key
-        for key, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        and key not in SET_BY_OTHER_KEYS
-    ]
-    near = difflib.get_close_matches(option, known, n=1, cutoff=0.6)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    return (
-        f"model.options.{option}: model.name={name} has no such option{hint} It has "
-        f"{', '.join(known) or 'none'}"
-    )
-
-
-def _refuse_no_share(options: dict[str, Any]) -> None:
-    """Raise ConfigError for a rate of dropout or stochastic depth that is no share below 1."""
-    for key, value in options.items():
-        if not key.endswith("drop_rate") and key != "drop_path_rate":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-            raise ConfigError(
-                f"model.options.{key}={value!r} is no share of values to leave out: expected a "
-                "number from 0 on and below 1"
-            )
+    if library == "torchvision":
+        return torchvision.models.get_model_builder(own)
+    return timm.model_entrypoint(own)
 
 
 def split_library(name: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from torch import nn
 from flatcal_dist.calibration.confidence.sources import requested
 from flatcal_dist.config import Config
 from flatcal_dist.evaluation.predicting import check_sources
-from flatcal_dist.networks.registry import build
+from flatcal_dist.networks.registry import build, check_images
 from flatcal_dist.ranks.distributed import on_all_ranks
 from flatcal_dist.sharpness import Engine, SharpnessAwareStep
 from flatcal_dist.sharpness.engines.registry import ENGINES, Plan
@@ -29,11 +29,11 @@ def build_step(
 
     `wrap` is applied to the network before the engine gets it.
     """
-    torch.manual_seed(config.run.seed)
     data, model, sharpness = config.data, config.model, config.sharpness
-    network = on_all_ranks(
-        lambda: build(model.name, model.num_classes, data.channels, data.image_size, model.options)
-    )
+    wanted = (model.name, model.num_classes, data.channels, data.image_size, model.options)
+    on_all_ranks(partial(check_images, *wanted))
+    torch.manual_seed(config.run.seed)
+    network = on_all_ranks(partial(build, *wanted))
     if config.evaluate.at_end:  # before hours of training, not after
         scores = requested(config.evaluate.confidence)
         on_all_ranks(lambda: check_sources(config, network, scores))

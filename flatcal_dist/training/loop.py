@@ -36,6 +36,7 @@ from flatcal_dist.training.watchdog import Watchdog
 from flatcal_dist.verification.traffic import counted
 
 MAX_SKIPPED = 50  # steps in a row without a finite gradient: the run has diverged, and says so
+MAX_SKIPPED_LAST = 8  # the same at the end of a run, which may be shorter
 
 
 def run(
@@ -168,11 +169,12 @@ class Trainer:
                     self.bad_samples.add(replaced)
                 self._after_step(result)
                 self.watchdog.beat()
-                if self.skipped_in_a_row == MAX_SKIPPED:
+                if self._has_diverged():
                     self._set_random_state(self.done - 1)
                     explain_divergence(
-                        self.step, take, len(micro_batches), self.done, MAX_SKIPPED, self.saved
-                    )
+                        self.step, take, len(micro_batches), self.done, self.skipped_in_a_row,
+                        self.saved,
+                    )  # fmt: skip
                 if result.stop and self.done < self.total_steps:
                     self._stop(request)
                     return "preempted"
@@ -192,6 +194,11 @@ class Trainer:
             f"stopped by {self.stopped_by} after step {self.done}; the same command goes on from "
             "here"
         )
+
+    def _has_diverged(self) -> bool:
+        """Return whether so many steps were skipped that nothing is learned any more."""
+        at_the_end = self.done == self.total_steps
+        return self.skipped_in_a_row >= (MAX_SKIPPED_LAST if at_the_end else MAX_SKIPPED)
 
     def _set_random_state(self, step: int) -> None:
         """Seed dropout and the like by (seed, rank, step): there is nothing to save or restore."""

@@ -112,3 +112,43 @@ def test_what_is_no_zip_is_refused(tmp_path):
     (tmp_path / "z.zip").write_bytes(data.getvalue())
     with pytest.raises(SystemExit, match=r"holds no wnids.txt"):
         main(["shard", str(tmp_path / "z.zip"), str(tmp_path / "out"), "--unchecked"])
+
+
+def test_files_of_macs_and_a_mark_of_the_byte_order_are_left_out(files, tmp_path):
+    clean = tiny_imagenet_archive(tmp_path / "clean.zip", files)
+    image = next(name for name in files if name.startswith("train/"))
+    folder, _, name = image.rpartition("/")
+    odd = files | {
+        f"{folder}/._{name}": b"\0\5\x16\7",
+        "val/images/._val_0.JPEG": b"\0\5\x16\7",
+        "wnids.txt": b"\xef\xbb\xbf" + files["wnids.txt"],
+    }
+    strange = tiny_imagenet_archive(tmp_path / "strange.zip", odd)
+    with zipfile.ZipFile(strange) as packed:
+        packed.extractall(tmp_path / "unpacked")
+    for split in ("train", "validation"):
+        expected = tiny_imagenet(clean, split, checked=False)
+        for path in (strange, tmp_path / "unpacked/tiny-imagenet-200"):
+            found = tiny_imagenet(path, split, checked=False)
+            assert found.name.tolist() == expected.name.tolist()
+            assert found.label.tolist() == expected.label.tolist()
+            assert found.classes == expected.classes
+
+
+def test_two_classes_for_one_image_are_refused(files, tmp_path):
+    lines = files["val/val_annotations.txt"]
+    first = lines.split(b"\t")[0]
+    twice = lines + first + b"\t" + WNIDS[0].encode() + b"\t0\t0\t1\t1\n"
+    twice += first + b"\t" + WNIDS[1].encode() + b"\t0\t0\t1\t1\n"
+    odd = tiny_imagenet_archive(tmp_path / "odd.zip", files | {"val/val_annotations.txt": twice})
+    with pytest.raises(DataError, match=f"has two classes for {first.decode()}"):
+        tiny_imagenet(odd, "validation", checked=False)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_part_of_the_folder_asks_for_the_whole(part, archive, tmp_path):
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(tmp_path / "unpacked")
+    words = ["shard", str(tmp_path / "unpacked/tiny-imagenet-200" / part), str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="is a part of Tiny-ImageNet: name the folder above it"):
+        main([*words, "--split", "validation"])

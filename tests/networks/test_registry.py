@@ -12,7 +12,7 @@ from flatcal_dist import networks
 from flatcal_dist.config import ConfigError, OptimizerConfig, load
 from flatcal_dist.networks import registry
 from flatcal_dist.networks.evaluation_mode import in_evaluation_mode
-from flatcal_dist.networks.registry import build
+from flatcal_dist.networks.registry import build, check_images
 from flatcal_dist.networks.weights import load_weights
 from flatcal_dist.training.optimizers import build_optimizer, build_schedule
 
@@ -55,13 +55,13 @@ def test_unknown_names_and_options_are_refused():
 @pytest.mark.parametrize(
     ("name", "option", "message"),
     [
-        ("mlp", "widht", r"did you mean width\? It has width, depth, drop_rate$"),
+        ("mlp", "widht", r"did you mean width\? It has width, depth, drop_rate\. \("),
         ("resnet18", "drop_path", r"did you mean drop_path_rate\? It has block, layers, "),
         ("timm:swin_tiny_patch4_window7_224", "windw_size", r"did you mean window_size\?"),
         ("resnet20_cifar", "bloks", r"did you mean blocks\?"),
-        ("lenet5", "x", r"\. It has drop_rate$"),
+        ("lenet5", "x", r"\. It has drop_rate\. \("),
         ("torchvision:resnet18", "zero_init", r"did you mean zero_init_residual\?"),
-        ("torchvision:mnasnet1_0", "alfa", r"It has alpha, dropout$"),
+        ("torchvision:mnasnet1_0", "alfa", r"It has alpha, dropout\. \("),
     ],
 )
 def test_options_that_a_network_has_not_are_refused_with_those_that_it_has(name, option, message):
@@ -180,3 +180,48 @@ def test_an_evaluation_leaves_no_trace(fails):
     assert network.passes == passes
     assert torch.equal(torch.get_rng_state(), stream)
     network(torch.randn(4, 3)).sum().backward()  # nothing is left of the inference mode
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options", "message"),
+    [
+        ("vit_tiny_patch16_224", 16, {}, r"data\.image_size=16 .* model\.options=\{img_size: 16\}"),
+        ("vgg16_bn", 16, {}, r"data\.image_size=16 .*: RuntimeError: Given input size"),
+        (
+            "resnet18",
+            32,
+            {"global_pool": ""},
+            "does not take images",
+        ),
+        ("resnet18", 32, {"output_stride": 7}, "AssertionError: it says no more"),
+        ("resnet18", 32, {"num_classes": 3}, "follows from model.num_classes: leave it out"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_before_training(name, size, options, message):
+    with pytest.raises(ConfigError, match=message):
+        check_images(name, 10, 3, size, options)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "torchvision:resnet18"])
+def test_trying_images_draws_no_random_number(name):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    check_images(name, 10, 3, 224, {})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_network_that_looks_at_values_is_tried_with_values(monkeypatch):
+    class Looks(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.size, self.head = size, nn.Linear(3, 10)
+
+        def forward(self, images):
+            assert float(images.sum()) == 0  # which no tensor without values answers
+            assert images.shape[-1] == self.size, "another size"
+            return self.head(images.mean((2, 3)))
+
+    monkeypatch.setattr(registry, "build", lambda *_: Looks(8))
+    check_images("looks", 10, 3, 8, {})
+    with pytest.raises(ConfigError, match=r"data\.image_size=9 .* another size"):
+        check_images("looks", 10, 3, 9, {})

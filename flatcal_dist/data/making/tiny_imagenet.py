@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +145,7 @@ def _from_folder(path: Path, split: str) -> Files:
     texts = {}
     for name in _texts(split):
         try:
-            texts[name] = read_regular(path / name, LARGEST).decode()
+            texts[name] = read_regular(path / name, LARGEST).decode("utf-8-sig")
         except (OSError, ValueError) as error:
             raise DataError(f"{path / name} cannot be read ({error}). Unpack it again.") from None
     below = path / ("train" if split == "train" else "val")
@@ -189,7 +190,7 @@ def _texts(split: str) -> tuple[str, ...]:
 def _text(archive: zipfile.ZipFile, info: zipfile.ZipInfo | None, where: str) -> str:
     if info is None or info.file_size > LARGEST:
         raise DataError(f"{where} is missing or too large: the archive is not whole. {AGAIN}")
-    return archive.read(info).decode("utf-8", "replace")
+    return archive.read(info).decode("utf-8-sig", "replace")
 
 
 def _top(path: Path, infos: dict[str, zipfile.ZipInfo]) -> str:
@@ -215,12 +216,20 @@ def _labelled(where: str, split: str, names: list[str], texts: dict[str, str]) -
     """Return the images of a split with their labels, after checks."""
     classes = sorted(set(texts["wnids.txt"].split()))
     number = {wnid: label for label, wnid in enumerate(classes)}
-    images = [name for name in names if name.endswith(".JPEG")]
+    # Macs leave a file ._NAME beside each file.
+    images = [n for n in names if n.endswith(".JPEG") and not n.rpartition("/")[2].startswith(".")]
     if split == "train":
         chosen = {n: n.split("/")[1] for n in images if n.startswith("train/")}
     else:
         lines = texts["val/val_annotations.txt"].splitlines()
-        told = dict(line.split("\t")[:2] for line in lines if "\t" in line)
+        fields = (line.split("\t") for line in lines if "\t" in line)
+        pairs = sorted({(file, wnid) for file, wnid, *_ in fields})
+        told = dict(pairs)
+        if len(told) < len(pairs):
+            twice = next(file for (file, _), (other, _) in pairwise(pairs) if file == other)
+            raise DataError(
+                f"{where}: val/val_annotations.txt has two classes for {twice}. {AGAIN}"
+            )
         there = {n.rpartition("/")[2]: n for n in images if n.startswith("val/")}
         if odd := sorted({*told} ^ {*there}):
             raise DataError(
