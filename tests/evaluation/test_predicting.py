@@ -450,7 +450,7 @@ def test_classes_of_other_names_are_refused(tmp_path) -> None:
         prepare_shards(tree, tmp_path / name, "train", shards=1, prefix="x")
         return tmp_path / name
 
-    known, others = sharded("known", "abc"), sharded("others", "abd")
+    known, others = sharded("known", "abc"), sharded("others", "abe")
     overrides = [f"data.train={known}/x-train-{{0000..0000}}.tar", "model.num_classes=3"]
     overrides += ["data.validation=null", "data.image_size=8", "data.channels=1", "data.workers=0"]
     setting = config.load(None, ["model.name=mlp", "data.mean=[0.0]", "data.std=[1.0]", *overrides])

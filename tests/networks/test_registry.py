@@ -58,7 +58,7 @@ def test_unknown_names_and_options_are_refused():
         ("mlp", "widht", r"did you mean width\? It has width, depth, drop_rate\. \("),
         ("resnet18", "drop_path", r"did you mean drop_path_rate\? It has block, layers, "),
         ("timm:swin_tiny_patch4_window7_224", "windw_size", r"did you mean window_size\?"),
-        ("resnet20_cifar", "bloks", r"did you mean blocks\?"),
+        ("resnet20_cifar", "blcks", r"did you mean blocks\?"),
         ("lenet5", "x", r"\. It has drop_rate\. \("),
         ("torchvision:resnet18", "zero_init", r"did you mean zero_init_residual\?"),
         ("torchvision:mnasnet1_0", "alfa", r"It has alpha, dropout\. \("),

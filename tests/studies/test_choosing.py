@@ -149,8 +149,8 @@ def test_without_runs_of_all_settings_nothing_is_chosen(made):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("[low, middle, high]", "[low, midle]",
-         r"choose.sam.among.method = 'midle' is not one of its values, which are \['sgd', 'low'"),
+        ("[low, middle, high]", "[low, mddle]",
+         r"choose.sam.among.method = 'mddle' is not one of its values, which are \['sgd', 'low'"),
         ("against: {method: middle}", "against: {rho: middle}",
          "choose.sam.against.rho is not an axis or a key of the grid"),
         ("by: [nll, signed_gap, accuracy]", "by: [nll, eec]",
