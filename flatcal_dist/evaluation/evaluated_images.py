@@ -5,6 +5,7 @@ training images finds an evaluated training image among its own neighbours, with
 """
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ from flatcal_dist.runs.directory import RunDirectory
 
 WHOLE = 50_000  # images of both sets, up to which images of equal size are compared whatever labels
 MOST_READ = 20_000  # images of each set that are read
+TWINS = 0.01  # of the smaller set: published data sets share a few images, and these do no harm
 
 
 def refuse_changed_training(runs: Sequence[tuple[Config, RunDirectory]]) -> None:
@@ -69,12 +71,13 @@ def refuse_other_classes(configs: Sequence[Config], data: DataSet) -> None:
                 which = f"{odd[0]!r} is in one of them only" if odd else "they are in other order"
                 raise DataError(
                     f"{data.variant} has other classes than {plan}, which the network was trained "
-                    f"on ({which}): equal labels would mean different classes"
+                    f"on ({which}): equal labels would mean different classes. Give the folders "
+                    "the same names"
                 )
 
 
 def refuse_seen(evaluated: ImageIndex, others: ImageIndex, why: str) -> None:
-    """Raise DataError if images are in both sets, byte by byte.
+    """Raise DataError if images are in both sets, byte by byte. Warn of a few.
 
     Args:
         evaluated: The images to evaluate.
@@ -84,11 +87,12 @@ def refuse_seen(evaluated: ImageIndex, others: ImageIndex, why: str) -> None:
     mine, theirs = _of_equal_size(evaluated, others)
     seen = {_digest(others, sample) for sample in theirs[:MOST_READ].tolist()}
     both = [s for s in mine[:MOST_READ].tolist() if _digest(evaluated, s) in seen] if seen else []
-    if both:
-        raise DataError(
-            f"{len(both)} of the {len(evaluated)} evaluated images, first "
-            f"{evaluated.key(both[0])}, are {why}"
-        )
+    if not both:
+        return
+    told = f"{len(both)} of the {len(evaluated)} evaluated images, first {evaluated.key(both[0])}, "
+    if len(both) > TWINS * min(len(evaluated), len(others)):
+        raise DataError(f"{told}are {why}")
+    warnings.warn(f"{told}are {why.partition(':')[0]}", RuntimeWarning, stacklevel=2)
 
 
 def _of_equal_size(one: ImageIndex, other: ImageIndex) -> tuple[np.ndarray, np.ndarray]:
