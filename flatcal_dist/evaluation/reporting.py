@@ -86,10 +86,9 @@ def evaluate(
     _refuse_different_images(data)
     config = as_cropped(config, data)
     known = known_images(config, module, accelerator, scores, apart)
-    if clean is None:
-        on_all_ranks(
-            partial(_refuse_judged_by_themselves, config, data, scores, apart, accelerator)
-        )
+    if data.variant.corruption is None:  # corrupted images are never those of training
+        judged = partial(_refuse_judged_by_themselves, config, data, scores, apart, accelerator)
+        on_all_ranks(judged)
     own = predict(config, module, data.index, accelerator, scores, classes=data.classes)
     found = gathered(own)
     fitted_on = None if apart is None else gathered(predict(config, module, apart, accelerator))
