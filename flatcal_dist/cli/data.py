@@ -151,7 +151,6 @@ def _published(arguments: argparse.Namespace) -> "Source":
                 f"{path} is a part of Tiny-ImageNet: name the folder above it, and the split "
                 "(--split train or validation)"
             )
-
         source = image_folder(path)
         warn_of_left_out(source.left_out)
         return source
@@ -161,7 +160,7 @@ def _published(arguments: argparse.Namespace) -> "Source":
 def _published_below(path: Path) -> Path:
     """Return the published set that a directory holds, such as torchvision's, or else the path.
 
-    ValueError if it holds several.
+    ValueError if it holds several, or other folders, which may be classes.
     """
     from flatcal_dist.data.making.cifar import SETS
     from flatcal_dist.data.making.tiny_imagenet import ARCHIVE, FOLDER
@@ -169,10 +168,15 @@ def _published_below(path: Path) -> Path:
     names = [*((one.folder, one.archive) for one in SETS.values()), (FOLDER, ARCHIVE)]
     places = [[path / name for name in both if (path / name).exists()] for both in names]
     found = [of_set[0] for of_set in places if of_set]
+    if not found:
+        return path
+    known = {name for both in names for name in both}
+    folders = (entry for entry in sorted(path.iterdir()) if entry.is_dir())
+    found += [one for one in folders if one.name not in known and not one.name.startswith(".")][:1]
     if len(found) > 1:
         several = " and ".join(str(place) for place in found)
         raise ValueError(f"{path} holds {several}: name one of them")
-    return found[0] if found else path
+    return found[0]
 
 
 def index(arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flatcal_dist import inputs
+from flatcal_dist.calibration.confidence.score import OF_FEATURES, Score
 from flatcal_dist.config import Config
 from flatcal_dist.data import DataError
 from flatcal_dist.data.image_index import ImageIndex
@@ -76,7 +77,33 @@ def refuse_other_classes(configs: Sequence[Config], data: DataSet) -> None:
                 )
 
 
-def refuse_seen(evaluated: ImageIndex, others: ImageIndex, why: str) -> None:
+def refuse_seen(
+    config: Config, data: DataSet, scores: Sequence[Score], apart: ImageIndex | None
+) -> None:
+    """Raise DataError if a temperature or a score sees evaluated images.
+
+    Args:
+        config: The configuration of the network.
+        data: The images to evaluate.
+        scores: The scores of confidence that are computed.
+        apart: The images that `data.holdout` keeps apart.
+    """
+    if apart is not None:
+        refuse_common(
+            data.index,
+            apart,
+            "kept apart by data.holdout, and the temperature is fitted on them: evaluate others",
+        )
+    if comparing := [score.key for score in scores if score.needs in OF_FEATURES]:
+        refuse_common(
+            data.index,
+            inputs.open_index(config.data, "train", config.model.num_classes),
+            f"training images, which {' and '.join(comparing)} would find among their own "
+            "neighbours: evaluate others, or use --confidence none",
+        )
+
+
+def refuse_common(evaluated: ImageIndex, others: ImageIndex, why: str) -> None:
     """Raise DataError if images are in both sets, byte by byte. Warn of a few.
 
     Args:

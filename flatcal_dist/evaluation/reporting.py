@@ -12,11 +12,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from flatcal_dist import inputs
 from flatcal_dist.calibration.after_training.people import against_people
 from flatcal_dist.calibration.after_training.post_hoc import post_hoc
 from flatcal_dist.calibration.checks import logits_and_labels
-from flatcal_dist.calibration.confidence.score import OF_FEATURES, Score
+from flatcal_dist.calibration.confidence.score import Score
 from flatcal_dist.calibration.pages.display import counted
 from flatcal_dist.calibration.records.records import Records, Source
 from flatcal_dist.calibration.records.temperatures import Apart
@@ -87,8 +86,8 @@ def evaluate(
     config = as_cropped(config, data)
     known = known_images(config, module, accelerator, scores, apart)
     if data.variant.corruption is None:  # corrupted images are never those of training
-        judged = partial(_refuse_judged_by_themselves, config, data, scores, apart, accelerator)
-        on_all_ranks(judged)
+        look = partial(refuse_seen, config, data, scores, apart)
+        on_all_ranks(look if accelerator.is_main_process else _nothing)
     own = predict(config, module, data.index, accelerator, scores, classes=data.classes)
     found = gathered(own)
     fitted_on = None if apart is None else gathered(predict(config, module, apart, accelerator))
@@ -109,6 +108,10 @@ def evaluate(
     return on_all_ranks(merged)
 
 
+def _nothing() -> None:
+    """What ranks do while rank 0 looks at images."""
+
+
 def _refuse_different_images(data: DataSet) -> None:
     """Raise DataError on all ranks if they see different images."""
     if len(set(gather_object([data.index.identity]))) > 1:
@@ -124,31 +127,6 @@ def check_whole(index: ImageIndex, samples: np.ndarray, name: str) -> None:
         raise DataError(
             f"{len(np.unique(samples))} different images were evaluated, {len(samples)} in all, "
             f"but {name} holds {len(index)}: the ranks do not see the same images"
-        )
-
-
-def _refuse_judged_by_themselves(
-    config: Config,
-    data: DataSet,
-    scores: Sequence[Score],
-    apart: Index | None,
-    accelerator: Accelerator,
-) -> None:
-    """Raise DataError on rank 0 if a temperature or a score sees evaluated images."""
-    if not accelerator.is_main_process:
-        return
-    if apart is not None:
-        refuse_seen(
-            data.index,
-            apart,
-            "kept apart by data.holdout, and the temperature is fitted on them: evaluate others",
-        )
-    if comparing := [score.key for score in scores if score.needs in OF_FEATURES]:
-        refuse_seen(
-            data.index,
-            inputs.open_index(config.data, "train", config.model.num_classes),
-            f"training images, which {' and '.join(comparing)} would find among their own "
-            "neighbours: evaluate others, or use --confidence none",
         )
 
 

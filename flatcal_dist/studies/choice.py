@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from flatcal_dist.studies.elements import Element
 
 
+SEED = "run.seed"
+
+
 class Choice(Section):
     """One setting that is chosen by images kept apart."""
 
@@ -63,14 +66,33 @@ def check_figures(choices: dict[str, Choice], path: object) -> None:
                 )
 
 
-def check_settings(choices: dict[str, Choice], found: Sequence["Element"]) -> None:
-    """Raise ConfigError if no run is among a choice, or one keeps no images apart."""
+def check_settings(
+    choices: dict[str, Choice], found: Sequence["Element"], panels: Sequence[str]
+) -> None:
+    """Raise ConfigError if a choice has no setting to compare with, or no images to choose by.
+
+    Args:
+        choices: The choices, by name.
+        found: The runs of the study.
+        panels: The axes and keys whose values are not compared with each other.
+    """
     for name, choice in choices.items():
         among = [element for element in found if choice.matches(element.point)]
-        if not any(choice.matches(element.point, constant=True) for element in among):
+        constants: dict[str, set[str]] = {}
+        for element in among:
+            if choice.matches(element.point, constant=True):
+                point = {key: v for key, v in element.point.items() if key != SEED}
+                panel = {key: v for key, v in point.items() if key in panels}
+                constants.setdefault(str(panel), set()).add(str(point))
+        if not constants:
             raise ConfigError(
                 f"choose.{name}: no run matches both among and against; `against` is one of the "
                 "settings among which to choose"
+            )
+        if several := next((each for each in constants.values() if len(each) > 1), None):
+            raise ConfigError(
+                f"choose.{name}.against matches several settings of one table "
+                f"({' and '.join(sorted(several))}): name one of them"
             )
         for element in among:
             if element.config.data.holdout is None:

@@ -45,7 +45,7 @@ def main(description: str | None = None) -> None:
         if not (arguments.list or arguments.dry_run):
             refuse_no_directory(Path(study.directory))
         found = elements(study, arguments.overrides)
-        check_settings(study.choose, found)
+        check_settings(study.choose, found, study.apart())
         refuse_other_runs(found)
         published_beside(study, found)
         missing = [element for element in found if _state(study, element) != DONE]

@@ -43,9 +43,8 @@ from flatcal_dist.calibration.metrics.entries import METRICS
 from flatcal_dist.config.kinds import PathText, Section
 from flatcal_dist.errors import ConfigError
 from flatcal_dist.files import expanded, read_bytes
-from flatcal_dist.studies.choice import Choice, check_figures, matches
+from flatcal_dist.studies.choice import SEED, Choice, check_figures, matches
 
-SEED = "run.seed"
 SET_HERE = ("run.dir", "run.axes", "wandb.name")  # the study sets them for each run
 COLUMNS = (  # of results.csv and of published figures that are about a run, not its place
     *METRICS, "run", "seed", "phase", "temperature", "step_seconds", "steps", "commit",

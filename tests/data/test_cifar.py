@@ -206,6 +206,16 @@ def test_a_directory_of_several_sets_asks_which(tmp_path):
     root = tmp_path / "data"
     laid_out(cifar_files(10), 10, root)
     cifar_archive(root / "cifar-100-python.tar.gz", cifar_files(100), 100)
+    (root / ".hidden").mkdir()
     several = f"{root}/cifar-10-batches-py and {root}/cifar-100-python.tar.gz: name one of them"
     with pytest.raises(SystemExit, match=re.escape(f"{root} holds {several}")):
+        main(["shard", str(root), str(tmp_path / "out"), "--unchecked"])
+
+
+def test_a_directory_with_other_folders_asks_which(tmp_path):
+    """They may be classes of the user's own, beside an archive that was left there."""
+    root = tmp_path / "data"
+    (root / "cat").mkdir(parents=True)
+    cifar_archive(root / "cifar-10-python.tar.gz", cifar_files(10), 10)
+    with pytest.raises(SystemExit, match=r"holds .*/cifar-10-python.tar.gz and .*/cat: name one"):
         main(["shard", str(root), str(tmp_path / "out"), "--unchecked"])

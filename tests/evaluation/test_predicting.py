@@ -1,8 +1,6 @@
 """Features, passes with dropout and ensembles, against the networks asked by hand."""
 
 import json
-import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import timm
 import torch
 import torchvision
 from accelerate import Accelerator
-from PIL import Image
 from safetensors.torch import save_file
 from scipy.special import softmax
 from scipy.stats import entropy
@@ -26,12 +23,11 @@ from flatcal_dist.calibration.confidence.score import Reference
 from flatcal_dist.calibration.confidence.sources import requested
 from flatcal_dist.calibration.records.records import Records
 from flatcal_dist.config import Config, ConfigError
-from flatcal_dist.data import image_folder, load_index, prepare_digits, prepare_shards
+from flatcal_dist.data import load_index, prepare_digits
 from flatcal_dist.data.sets.variants import of_index
 from flatcal_dist.evaluation import predicting
 from flatcal_dist.evaluation import reporting as evaluation
 from flatcal_dist.evaluation.passes import PASSES, Ensemble, passes_with_dropout
-from flatcal_dist.files import write_json
 from flatcal_dist.networks.evaluation_mode import in_evaluation_mode
 from flatcal_dist.networks.features import watching_features
 from flatcal_dist.networks.mlp import MLP
@@ -41,7 +37,6 @@ from flatcal_dist.ranks.distributed import FailedTogether
 from flatcal_dist.training.build import build_step
 from tests.calibration.test_records import assert_same
 from tests.evaluation.small_networks import join
-from tests.support.launching import flatcal
 from tests.support.ranks import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:no finite temperature")
@@ -380,90 +375,6 @@ def test_the_option_of_evaluate_chooses_scores(digits, tmp_path) -> None:
             assert row["values"]["auroc"]["low"] <= row["values"]["auroc"]["value"]
     with pytest.raises(SystemExit, match="no confidence score is called 'mc-dropout'"):
         cli.main(["evaluate", str(run), "--confidence", "mc-dropout"])
-
-
-def refused(words: list[str]) -> str:
-    """The last line of `flatcal WORDS`, which ends the process that it runs in."""
-    done = flatcal(*words)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stdout
-    return done.stdout.splitlines()[-1]
-
-
-def test_equal_networks_are_no_ensemble(digits, tmp_path) -> None:
-    run = write_run(tmp_path / "run", settings(digits), 0)
-    copy = write_run(tmp_path / "copy", settings(digits), 0)
-    (tmp_path / "link").symlink_to(run)
-    for other in (copy, tmp_path / "link"):
-        words = ["evaluate", str(run), str(other), "--ensemble", "--output", str(tmp_path / "out")]
-        assert "one network twice: " in refused(words)
-
-
-def write_trained(path: Path, setting: Config) -> Path:
-    """A run that recorded which images it was trained on."""
-    run = write_run(path, setting, 0)
-    index = predicting.inputs.open_index(setting.data, "train", 10)
-    write_json(run / "environment.json", {"train_data": index.identity})
-    return run
-
-
-def test_images_that_were_seen_are_not_judged(digits, tmp_path) -> None:
-    held = write_trained(tmp_path / "held", settings(digits, "data.holdout=0.2"))
-    plain = write_trained(tmp_path / "plain", settings(digits))
-    training = ["--data", f"{digits}/digits-train-{{0000..0003}}.tar"]
-    output = ["--output", str(tmp_path / "out")]
-    told = refused(["evaluate", str(held), *training, *output])
-    assert re.search(r"160 of the 800 .*, first .* are kept apart by data\.holdout", told)
-    scores = ["--confidence", "mahalanobis,trust_score"]
-    told = refused(["evaluate", str(plain), *training, *scores, *output])
-    assert re.search(r"800 of the 800 .* which trust_score and mahalanobis would find", told)
-    cli.main(["evaluate", str(plain), *training, *output])  # which nothing keeps from being read
-    assert json.loads((tmp_path / "out/metrics.json").read_text())["images"] == 800
-
-
-def test_other_training_images_than_then_are_refused(digits, tmp_path) -> None:
-    """Which images are kept apart depends on all of them."""
-    own = tmp_path / "digits"
-    shutil.copytree(digits, own)
-    run = write_trained(tmp_path / "run", settings(own, "data.holdout=0.2"))
-    plain = write_trained(tmp_path / "plain", settings(own))
-    other = prepare_digits(tmp_path / "other", seed=5)
-    for shard in other.glob("digits-train-*"):
-        shutil.copy(shard, own)
-    output = ["--output", str(tmp_path / "out")]
-    told = refused(["evaluate", str(run), *output])
-    assert re.search(r"holds other images than when .*/run was trained .* back$", told)
-    told = refused(["evaluate", str(plain), "--confidence", "trust_score", *output])
-    assert re.search(r"other images .* or evaluate with --confidence none$", told)
-    done = flatcal("evaluate", str(plain), *output)
-    assert done.returncode == 0, done.stdout
-
-
-def test_classes_of_other_names_are_refused(tmp_path) -> None:
-    def sharded(name: str, classes: str) -> Path:
-        for number, label in enumerate(classes):
-            folder = tmp_path / f"{name}_tree/{label}"
-            folder.mkdir(parents=True)
-            for i in range(4):
-                Image.new("L", (8, 8), 20 * number + 5 * i).save(folder / f"{name}{i}.png")
-        tree = image_folder(tmp_path / f"{name}_tree")
-        prepare_shards(tree, tmp_path / name, "train", shards=1, prefix="x")
-        return tmp_path / name
-
-    known, others = sharded("known", "abc"), sharded("others", "abe")
-    overrides = [f"data.train={known}/x-train-{{0000..0000}}.tar", "model.num_classes=3"]
-    overrides += ["data.validation=null", "data.image_size=8", "data.channels=1", "data.workers=0"]
-    setting = config.load(None, ["model.name=mlp", "data.mean=[0.0]", "data.std=[1.0]", *overrides])
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.yaml").write_text(config.to_yaml(setting))
-    module = build("mlp", 3, 1, 8, {})
-    save_file(module.state_dict(), run / "model.safetensors")
-    output = ["--output", str(tmp_path / "out")]
-    for data in (others / "x-train-0000.tar", tmp_path / "others_tree"):
-        told = refused(["evaluate", str(run), "--data", str(data), *output])
-        assert re.search(r"other classes than .*'c' is in one of them only", told)
-    cli.main(["evaluate", str(run), "--data", str(tmp_path / "known_tree"), *output])
 
 
 def test_ensembles_that_cannot_be(digits, tmp_path) -> None:

@@ -164,6 +164,8 @@ def test_without_runs_of_all_settings_nothing_is_chosen(made):
         ("  sam:\n    among", "  a b:\n    among", "choose.a b: the name of a choice begins with"),
         ("against: {method: middle}", "against: {method: sgd}",
          "choose.sam: no run matches both among and against"),
+        ("against: {method: middle}", "against: {method: [low, middle]}",
+         "choose.sam.against matches several settings of one table .*: name one of them"),
         ("set: {data.holdout: 0.2}", "set: {}",
          r"choose.sam: run low-seed0 keeps no images apart .* set: \{data.holdout: 0.2\}"),
     ],
@@ -174,7 +176,7 @@ def test_what_contradicts_a_choice_is_named(old, new, message, written):
 
     def read() -> None:
         study = load_study(file)
-        check_settings(study.choose, elements(study))
+        check_settings(study.choose, elements(study), study.apart())
 
     with pytest.raises(ConfigError, match=message):
         read()
@@ -186,3 +188,16 @@ def test_it_is_said_before_anything_is_trained(written, monkeypatch):
     with pytest.raises(SystemExit, match="keeps no images apart to choose by"):
         command.main()
     assert not Path(load_study(file).directory).exists()
+
+
+def test_each_table_has_its_own_constant(written):
+    """One setting in each of two tables; in one table they would be two settings."""
+    text = TEXT.replace("grid: {run", "grid: {model.options.width: [8, 16], run")
+    for panels, several in (("panels: [model.options.width]", False), ("", True)):
+        study = load_study(written(text + panels))
+        found = elements(study)
+        if several:
+            with pytest.raises(ConfigError, match="several settings of one table"):
+                check_settings(study.choose, found, study.apart())
+        else:
+            check_settings(study.choose, found, study.apart())

@@ -91,6 +91,9 @@ def test_figures_of_the_images_kept_apart_are_those_of_the_network_as_trained(ru
     right = (answers == labels).double()
     apart = json.loads((run / "report/metrics.json").read_text())["images_apart"]
     assert apart["images"] == len(index) == 160
+    assert (
+        "images_apart" not in json.loads((run / "report/metrics.json").read_text())["conventions"]
+    )
     assert apart["figures"]["accuracy"] == float(right.mean())
     nll = float(torch.nn.functional.cross_entropy(logits, labels))
     assert apart["figures"]["nll"] == pytest.approx(nll, rel=1e-5)

@@ -84,11 +84,10 @@ class Records:
         classwise: Classwise and thresholded classwise ECE, before and after.
         logits_dtype: The dtype in which the logits came.
         source: Which images were evaluated.
-        real: 1 if the prediction is a ReaL label of the image, 0 if not, -1 if the image has no
-            such label [N]. None if there are no ReaL labels.
-        post_hoc, people, apart: For the report: what calibrators and conformal sets make of the
-            images, the network against people's answers, and the scores, as trained, of images
-            kept apart. The file of records does not hold them.
+        real: 1 if the prediction is a ReaL label of the image, 0 if not, -1 if it has none [N];
+            None if there are no ReaL labels.
+        post_hoc, people, apart: For the report, and not in the file of records: calibrators and
+            conformal sets, the network against people's answers, scores of images kept apart.
     """
 
     id: StringArray

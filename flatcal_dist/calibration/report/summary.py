@@ -290,7 +290,6 @@ def _conventions(records: Records, bins: int, resamples: int, seed: int) -> dict
         "fpr_at_95_tpr": "positive = correct; smallest rate at TPR >= 95 %",
         "aupr": "average precision",
         "temperature": "minimises NLL on all images that may be fitted on; T > 1: over-confident",
-        "images_apart": _images_apart(records, bins),
         "after_temperature": after,
         "folds": len(records.fold_temperatures),
         "fold_seed": records.fold_seed,

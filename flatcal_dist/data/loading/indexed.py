@@ -7,7 +7,7 @@ interrupted. This also holds for images that cannot be decoded: substitutes take
 the batch lists them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -68,21 +68,14 @@ class EvaluationBatch:
 
     def copied(self) -> "EvaluationBatch":
         """Return the same batch in memory of its own, not in what workers share."""
-        return EvaluationBatch(
-            images=self.images.clone(),
-            labels=self.labels.clone(),
-            samples=self.samples.clone(),
-            valid=self.valid.clone(),
-        )
+        return self._each(Tensor.clone)
 
     def pin_memory(self) -> "EvaluationBatch":
         """Return the same batch in pinned memory."""
-        return EvaluationBatch(
-            images=self.images.pin_memory(),
-            labels=self.labels.pin_memory(),
-            samples=self.samples.pin_memory(),
-            valid=self.valid.pin_memory(),
-        )
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, changed: Callable[[Tensor], Tensor]) -> "EvaluationBatch":
+        return EvaluationBatch(**{name: changed(value) for name, value in vars(self).items()})
 
 
 def training_loader(
