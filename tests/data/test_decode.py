@@ -67,6 +67,8 @@ def test_sixteen_bits_keep_their_upper_eight():
     values = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
     image = decode(encoded(Image.fromarray(values)), 1, "x")
     assert image[0, 0].tolist() == [0, 0, 1, 128, 255]
+    dark = decode(encoded(Image.fromarray(values[:, :2])), 1, "x")
+    assert dark[0, 0].tolist() == [0, 0], "16 bits stay 16 bits where all of them are small"
 
 
 def test_thirty_two_bits_of_eight_are_eight():
